@@ -1,0 +1,301 @@
+"""What a ViT is, apart from its weights: architecture, token layout, and the pixels it expects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+from einops import rearrange
+from jaxtyping import Shaped
+from torch import Tensor
+
+from registerlens.errors import ConfigError, ShapeError
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+PooledPart = Literal["cls", "distillation", "mean"]
+Description = TypeVar("Description")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """The architecture of a pre-LayerNorm vision transformer, and nothing else.
+
+    Example:
+        >>> cfg = ViTConfig(n_layers=2, d_model=32, n_heads=2, d_mlp=64, image_size=(32, 48), patch_size=(8, 8))
+        >>> cfg.grid, cfg.d_head, cfg.n_prefix
+        ((4, 6), 16, 1)
+    """
+
+    n_layers: int
+    """Number of transformer blocks."""
+    d_model: int
+    """Width of the residual stream."""
+    n_heads: int
+    """Attention heads per block."""
+    d_mlp: int
+    """Hidden units (neurons) of each block's MLP."""
+    image_size: tuple[int, int]
+    """Native height and width in pixels; the learned positions belong to this size."""
+    patch_size: tuple[int, int]
+    """Height and width of a patch in pixels."""
+    d_head: int = 0
+    """Width of a head; 0 means d_model / n_heads."""
+    n_channels: int = 3
+    """Image channels."""
+    act_fn: Activation = "gelu"
+    """The MLP's nonlinearity: exact GELU, its tanh form, x sigmoid(1.702 x), ReLU, or ReLU squared."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    patch_bias: bool = True
+    """Whether the patch embedding has a bias."""
+    class_token: bool = True
+    """Whether a [CLS] token stands first."""
+    distillation_token: bool = False
+    """Whether DeiT's distillation token follows [CLS]."""
+    n_trained_registers: int = 0
+    """Trained register tokens between the prefix and the patches."""
+    pos_interpolation: Literal["bicubic", "bicubic_antialias"] = "bicubic"
+    """How positions are resampled for another image size: transformers' way, or timm's and open_clip's."""
+    ln_pre: bool = False
+    """Whether a LayerNorm precedes block 0, as in CLIP."""
+    qkv_bias: bool = True
+    """Whether queries, keys and values have biases."""
+    layer_scale: bool = False
+    """Whether each sublayer's output is scaled by a learned vector."""
+    final_norm: bool = True
+    """Whether a LayerNorm follows the last block."""
+    pooling: tuple[PooledPart, ...] = ("cls",)
+    """What the head reads, concatenated; empty means a head on every token of the source model."""
+    d_out: int | None = None
+    """Outputs of the head (classes, or the projection's width); None means no head, the pooled tokens come out."""
+    head_bias: bool = True
+    """Whether the head has a bias; a projection has none."""
+    head_act: Literal["tanh"] | None = None
+    """Nonlinearity after the head, as in the pooler of transformers' ViTModel."""
+
+    # What TransformerLens's ActivationCache asks of a config.
+    attn_only: bool = field(default=False, init=False, repr=False)
+    normalization_type: str = field(default="LN", init=False, repr=False)
+    final_rms: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "pooling"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("n_layers", "d_model", "n_heads", "d_mlp", "n_channels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.d_head:
+            if self.d_model % self.n_heads:
+                raise ConfigError(
+                    f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; give d_head explicitly."
+                )
+            object.__setattr__(self, "d_head", self.d_model // self.n_heads)
+        if min(self.grid) < 1:
+            raise ConfigError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}.")
+        have = {"cls": self.class_token, "distillation": self.distillation_token, "mean": True}
+        for part in self.pooling:
+            if not have.get(part, False):
+                raise ConfigError(f"pooling asks for {part!r}, but the model has no such token.")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width at the native size."""
+        return grid_of(self.image_size, self.patch_size)
+
+    @property
+    def n_prefix(self) -> int:
+        """Prefix tokens: [CLS] and the distillation token, without trained registers."""
+        return int(self.class_token) + int(self.distillation_token)
+
+    def layout(
+        self, height: int | None = None, width: int | None = None, n_test_time_registers: int = 0
+    ) -> TokenLayout:
+        """The token layout for images of `height` x `width` pixels (default: the native size).
+
+        Raises:
+            ShapeError: the image is smaller than one patch.
+        """
+        size = (height or self.image_size[0], width or self.image_size[1])
+        grid = grid_of(size, self.patch_size)
+        if min(grid) < 1:
+            raise ShapeError(
+                f"An image of {size[0]} x {size[1]} pixels is smaller than one patch of "
+                f"{self.patch_size[0]} x {self.patch_size[1]}. Resize it to at least one patch."
+            )
+        return TokenLayout(
+            grid=grid,
+            n_prefix=self.n_prefix,
+            class_token=self.class_token,
+            n_trained_registers=self.n_trained_registers,
+            n_test_time_registers=n_test_time_registers,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that describe the architecture, as JSON-ready values."""
+        settable = _settable(type(self))
+        return {name: value for name, value in asdict(self).items() if name in settable}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ViTConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: unknown or missing fields, named.
+        """
+        return _from_json(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """Which position of the sequence is which token: prefix, trained registers, patches, test-time registers.
+
+    Example:
+        >>> layout = TokenLayout(grid=(2, 3), n_prefix=1, n_trained_registers=4)
+        >>> layout.patches, layout.n_tokens, layout.cls
+        (slice(5, 11, None), 11, 0)
+    """
+
+    grid: tuple[int, int]
+    """Patches along height and width."""
+    n_prefix: int
+    """[CLS] and other tokens before the trained registers."""
+    class_token: bool = True
+    """Whether the first prefix token is [CLS]."""
+    n_trained_registers: int = 0
+    """Trained register tokens, after the prefix."""
+    n_test_time_registers: int = 0
+    """Test-time registers, after the patches."""
+
+    @property
+    def grid_height(self) -> int:
+        """Rows of patches."""
+        return self.grid[0]
+
+    @property
+    def grid_width(self) -> int:
+        """Columns of patches."""
+        return self.grid[1]
+
+    @property
+    def n_patches(self) -> int:
+        """Patch tokens."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens of the sequence."""
+        return self.patches.stop + self.n_test_time_registers
+
+    @property
+    def cls(self) -> int | None:
+        """Position of [CLS], or None."""
+        return 0 if self.class_token and self.n_prefix else None
+
+    @property
+    def prefix(self) -> slice:
+        """Positions of [CLS] and other prefix tokens."""
+        return slice(0, self.n_prefix)
+
+    @property
+    def trained_registers(self) -> slice:
+        """Positions of the trained registers."""
+        return slice(self.n_prefix, self.n_prefix + self.n_trained_registers)
+
+    @property
+    def patches(self) -> slice:
+        """Positions of the patches, row by row."""
+        start = self.trained_registers.stop
+        return slice(start, start + self.n_patches)
+
+    @property
+    def test_time_registers(self) -> slice:
+        """Positions of the test-time registers."""
+        return slice(self.patches.stop, self.n_tokens)
+
+    def to_grid(self, tokens: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "batch grid_h grid_w ..."]:
+        """Patch values laid out as the image: [batch, pos or patch, ...] -> [batch, grid_h, grid_w, ...].
+
+        Raises:
+            ShapeError: axis 1 is neither the whole sequence nor the patches.
+        """
+        if tokens.ndim >= 2 and tokens.shape[1] == self.n_tokens:
+            tokens = tokens[:, self.patches]
+        if tokens.ndim < 2 or tokens.shape[1] != self.n_patches:
+            raise ShapeError(
+                f"Expected axis 1 to hold {self.n_tokens} tokens or {self.n_patches} patches, "
+                f"got a tensor of shape {tuple(tokens.shape)}."
+            )
+        return rearrange(tokens, "batch (h w) ... -> batch h w ...", h=self.grid[0], w=self.grid[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How the source library turns a decoded RGB image into the model's pixels.
+
+    Example:
+        >>> Preprocess(resize=(256, 256), crop=(224, 224)).at((518, 518)).crop
+        (518, 518)
+    """
+
+    resize: tuple[int, int]
+    """Target height and width of the resize."""
+    fit: Literal["cover", "exact"] = "cover"
+    """Keep the aspect ratio and scale until the image covers `resize` (for a square: the shorter side matches),
+    or stretch to `resize` exactly."""
+    crop: tuple[int, int] | None = None
+    """Height and width of the central crop after the resize."""
+    arithmetic: Literal["torchvision", "transformers"] = "torchvision"
+    """Whose details: torchvision's on Pillow images (timm, open_clip; crop offsets rounded to even), or transformers'
+    (the width is resampled first; crop offsets rounded down)."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Resampling filter."""
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Per channel, subtracted from pixels in [0, 1]."""
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """Per channel, divides after the mean is subtracted."""
+
+    def __post_init__(self) -> None:
+        for name in ("resize", "crop", "mean", "std"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return self.crop or self.resize
+
+    def at(self, size: tuple[int, int]) -> Preprocess:
+        """The same steps for another output size, without a margin between resize and crop."""
+        return replace(self, resize=size, crop=None if self.fit == "exact" else size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: unknown or missing fields, named.
+        """
+        return _from_json(cls, values)
+
+
+def _settable(cls: Any) -> set[str]:
+    return {item.name for item in fields(cls) if item.init}
+
+
+def _from_json(cls: type[Description], values: Mapping[str, Any]) -> Description:
+    if unknown := sorted(set(values) - _settable(cls)):
+        raise ConfigError(f"Unknown {cls.__name__} fields {unknown}. Known: {sorted(_settable(cls))}.")
+    try:  # JSON knows lists only
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(f"Incomplete {cls.__name__}: {error}.") from error
+
+
+def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
+    """Whole patches along height and width; a remainder is dropped, as a strided convolution drops it."""
+    return size[0] // patch[0], size[1] // patch[1]

@@ -1,0 +1,1 @@
+"""The hooked vision transformer."""

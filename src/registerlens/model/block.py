@@ -1,0 +1,34 @@
+"""One transformer block: attention, then MLP, each reading a normalised stream and adding to it."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from registerlens.config import ViTConfig
+from registerlens.model.attention import Attention
+from registerlens.model.mlp import MLP
+from registerlens.model.parts import LayerNorm
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm block; every tensor [batch, pos, d_model] on its way through has a hook point."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.ln1 = LayerNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.ln2 = LayerNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this block."""
+        resid = self.hook_resid_pre(resid)
+        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(self.ln1(resid))))
+        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(resid))))

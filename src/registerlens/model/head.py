@@ -1,0 +1,45 @@
+"""From the normalised tokens to what the source model returns."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.model.parts import editable
+
+
+class Head(nn.Module):
+    """Pooling, then a linear classifier or projection (or nothing), then an optional tanh; `hook_out` is the output."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.pooling = cfg.pooling
+        width = cfg.d_model * max(1, len(cfg.pooling))
+        self.linear = None if cfg.d_out is None else nn.Linear(width, cfg.d_out, bias=cfg.head_bias)
+        self.act = torch.tanh if cfg.head_act == "tanh" else None
+        self.hook_out = HookPoint()
+        if self.linear is not None:
+            nn.init.trunc_normal_(self.linear.weight, std=0.02)
+
+    def forward(self, tokens: Float[Tensor, "batch pos d_model"], layout: TokenLayout) -> Float[Tensor, "batch *out"]:
+        """[batch, d_out], or [batch, pos, d_out] when nothing is pooled (test-time registers left out)."""
+        out = self.pool(tokens, layout)
+        if self.linear is not None:
+            out = self.linear(out)
+        if self.act is not None:
+            out = self.act(out)
+        return self.hook_out(editable(out, self.hook_out))
+
+    def pool(self, tokens: Float[Tensor, "batch pos d_model"], layout: TokenLayout) -> Float[Tensor, "batch *out"]:
+        """[batch, parts * d_model], or every token of the source model when `pooling` is empty."""
+        if not self.pooling:
+            return tokens[:, : layout.patches.stop]
+        parts = {
+            "cls": lambda: tokens[:, 0],
+            "distillation": lambda: tokens[:, 1],
+            "mean": lambda: tokens[:, layout.patches].mean(1),
+        }
+        return torch.cat([parts[part]() for part in self.pooling], dim=-1)

@@ -1,0 +1,68 @@
+"""`import registerlens`: light, without side effects, with every public name behind it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import registerlens
+from registerlens import errors
+
+PROBE = """
+import json, os, pathlib, random, sys, threading, warnings
+before = (dict(os.environ), sorted(os.listdir()), warnings.filters[:], random.getstate(), threading.active_count())
+import registerlens
+registerlens.__version__, dir(registerlens)
+after = (dict(os.environ), sorted(os.listdir()), warnings.filters[:], random.getstate(), threading.active_count())
+heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(sys.argv[1:]))
+print(json.dumps({"heavy": heavy, "unchanged": before == after, "names": dir(registerlens)}))
+"""
+
+HEAVY = ["torch", "transformers", "transformer_lens", "timm", "open_clip", "numpy", "pandas", "plotly", "PIL", "typer"]
+
+
+def test_import_is_light_and_has_no_side_effects(tmp_path):
+    command = [sys.executable, "-c", PROBE, *HEAVY]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60)
+    assert result.stderr == ""
+    answer = json.loads(result.stdout)
+    assert answer["heavy"] == []
+    assert answer["unchanged"]
+    assert set(registerlens.__all__) <= set(answer["names"])
+
+
+def test_loading_needs_neither_timm_nor_open_clip(tmp_path):
+    """A model of ours or of transformers loads where the optional libraries are not installed."""
+    probe = """
+import sys
+sys.modules["timm"] = sys.modules["open_clip"] = sys.modules["onnx"] = None
+import registerlens
+vit = registerlens.HookedViT.from_pretrained("registerlens:tiny")
+vit.save_pretrained("copy")
+registerlens.from_pretrained("copy")
+"""
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=tmp_path, timeout=120)
+
+
+def test_the_lazy_table_and_the_public_names_agree():
+    assert sorted(registerlens._HOMES) == registerlens.__all__ == sorted(registerlens.__all__)
+    for name in registerlens.__all__:
+        assert getattr(registerlens, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'HookdViT'"):
+        _ = registerlens.HookdViT
+
+
+def test_every_error_is_caught_by_the_base_class():
+    kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(kinds) >= 9
+    assert all(issubclass(kind, registerlens.RegisterLensError) for kind in kinds)
+    missing = errors.MissingExtraError("timm", "timm", "Loading this")
+    assert "pip install 'registerlens[timm]'" in str(missing) and isinstance(missing, ImportError)
+    assert str(errors.HookNameError("a 'name'")) == "a 'name'"
+
+
+def test_close_matches():
+    known = ["hook_embed", "hook_pos_embed", "ln_final.hook_scale"]
+    assert errors.close_matches("hook_embd", known) == " Did you mean 'hook_embed' or 'hook_pos_embed'?"
+    assert errors.close_matches("xyz", ["hook_embed"]) == ""
