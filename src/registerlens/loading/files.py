@@ -1,0 +1,171 @@
+"""Weight files and hub downloads: whole or not at all, never a pickle that runs code, clear words when offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError
+
+Fetch = Callable[[str], Path | None]
+
+LOCAL_ALTERNATIVES = (
+    "Without a network these work: 'registerlens:tiny' (embedded), a folder written by save_pretrained (transformers, "
+    "timm's save_for_hf, open_clip's, or ours), a weight file with weights=..., or HookedViT.from_module(module)."
+)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a torch file read with `weights_only=True`.
+
+    Raises:
+        WeightsError: the file is missing, truncated, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"There is no weight file at '{path}'.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise WeightsError(f"'{path}' could not be read; it may be truncated: {error}") from error
+    except Exception as error:  # torch raises pickle.UnpicklingError for anything that could run code
+        raise WeightsError(
+            f"'{path}' holds more than tensors, and loading it could run code. Save its state_dict as .safetensors."
+        ) from error
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"'{path}' is not a state dict of tensors. Save module.state_dict() as .safetensors.")
+    return dict(state)
+
+
+def read_checkpoint(fetch: Fetch) -> dict[str, Tensor]:
+    """The weights of a transformers checkpoint: one file, or shards listed in an index.
+
+    Raises:
+        WeightsError: none of the usual files is there, or one cannot be read.
+    """
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        if (path := fetch(name)) is None:
+            continue
+        if not name.endswith(".index.json"):
+            return read_weights(path)
+        state: dict[str, Tensor] = {}
+        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
+            if (part := fetch(shard)) is None:
+                raise WeightsError(f"'{path}' lists the shard {shard!r}, which is not there.")
+            state |= read_weights(part)
+        return state
+    raise WeightsError(
+        "The checkpoint has a configuration but no weights (model.safetensors or pytorch_model.bin). "
+        "If it is a hub repository, they were not downloaded before the network was lost."
+    )
+
+
+def folder_fetch(folder: Path) -> Fetch:
+    """File name -> path in a folder, or None."""
+    return lambda name: path if (path := folder / name).is_file() else None
+
+
+def hub_fetch(repo: str, revision: str | None = None) -> Fetch:
+    """File name -> local copy of a hub repository's file, or None where the repository has no such file.
+
+    Raises:
+        ModelNotFoundError: (when called) no such repository, or no network and no cached copy.
+    """
+
+    def fetch(name: str) -> Path | None:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415  (only where a hub is asked)
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
+
+        with network(repo):
+            try:
+                return Path(hf_hub_download(repo, name, revision=revision))
+            except LocalEntryNotFoundError:
+                # Offline. Where the repository was downloaded before, this is a file it lacks or nobody needed.
+                if name != "config.json" and isinstance(
+                    try_to_load_from_cache(repo, "config.json", revision=revision), str
+                ):
+                    return None
+                raise
+            except EntryNotFoundError:
+                return None
+
+    return fetch
+
+
+@contextmanager
+def network(name: str) -> Iterator[None]:
+    """Turn whatever a hub client raises inside into one clear ModelNotFoundError."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError  # noqa: PLC0415
+
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"No model called {name!r} on the hub (or it is private: log in with `hf auth login`). Check the spelling; "
+            f"`registerlens models` lists how to name models."
+        ) from error
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"{name!r} is neither an existing folder nor a valid hub id. {LOCAL_ALTERNATIVES}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelNotFoundError(
+            f"{name!r} is not on this machine and could not be downloaded: no network, or the hub did not answer. "
+            f"{LOCAL_ALTERNATIVES}"
+        ) from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place at the end; after an exception nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: it is missing, truncated, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is not valid JSON; it may be truncated: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"'{path}' holds {type(value).__name__} instead of an object.")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,280 @@
+"""The one engine that turns a source library's weights into a HookedViT, driven by families that are pure data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from registerlens.config import Activation, Preprocess, ViTConfig
+from registerlens.errors import ConfigError, UnsupportedArchitectureError, WeightsError, close_matches
+from registerlens.model.vit import HookedViT
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source library says of a model: a config object or the module itself, and named weights."""
+
+    described: Any
+    state: Mapping[str, Tensor]
+
+    def get(self, path: str, default: Any = _ABSENT) -> Any:
+        """The value at a dotted path of attributes, keys and indices, as "blocks.0.attn.num_heads".
+
+        Raises:
+            ConfigError: nothing is there and no default is given.
+        """
+        value: Any = self.described
+        for step in path.split("."):
+            if isinstance(value, Mapping):
+                value = value.get(step, _ABSENT)
+            elif step.isdigit():
+                value = value[int(step)]
+            else:
+                value = getattr(value, step, _ABSENT)
+            if value is _ABSENT:
+                if default is _ABSENT:
+                    raise ConfigError(
+                        f"The source model says nothing of {path!r}; it is incomplete or of another kind."
+                    )
+                return default
+        return value
+
+
+# Reading the architecture --------------------------------------------------------------------------------------------
+
+Reader = Callable[[Source], Any]
+
+
+def read(path: str, default: Any = _ABSENT) -> Reader:
+    """The value at a path."""
+    return lambda source: source.get(path, default)
+
+
+def fixed(value: Any) -> Reader:
+    """The same value for every model of the family."""
+    return lambda source: value
+
+
+def pair(path: str) -> Reader:
+    """A height and width, given as one number or as two."""
+
+    def reader(source: Source) -> tuple[int, int]:
+        value = source.get(path)
+        return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+    return reader
+
+
+def has_weight(key: str) -> Reader:
+    """Whether the model has this weight."""
+    return lambda source: key in source.state
+
+
+def rows_of(key: str) -> Reader:
+    """How many outputs a linear map has, or None if the model does not have it."""
+    return lambda source: source.state[key].shape[0] if key in source.state else None
+
+
+def activation(path: str, names: Mapping[str, Activation], name_of: Callable[[Any], str] = str) -> Reader:
+    """The nonlinearity, by the source library's name for it."""
+
+    def reader(source: Source) -> Activation:
+        name = name_of(source.get(path))
+        if name not in names:
+            raise UnsupportedArchitectureError(f"The nonlinearity {name!r} is not supported; known: {sorted(names)}.")
+        return names[name]
+
+    return reader
+
+
+# Building a weight ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One of our weights: the source's keys it is made of ("{i}" is the layer), and how."""
+
+    keys: tuple[str, ...]
+    build: Callable[[Sequence[Tensor], ViTConfig], Tensor]
+
+
+def take(key: str) -> Weight:
+    """The same tensor."""
+    return Weight((key,), lambda tensors, cfg: tensors[0])
+
+
+def transpose(key: str) -> Weight:
+    """A matrix that the source stores the other way round."""
+    return Weight((key,), lambda tensors, cfg: tensors[0].T.contiguous())
+
+
+def concat(*keys: str) -> Weight:
+    """Tensors stacked along their first axis, as separate query, key and value weights."""
+    return Weight(keys, lambda tensors, cfg: torch.cat(list(tensors)))
+
+
+def tokens(*keys: str) -> Weight:
+    """Token embeddings of any leading shape, one row each; a key the model lacks contributes no row."""
+    return Weight(
+        tuple(f"{key}?" for key in keys),
+        lambda tensors, cfg: (
+            torch.cat([t.reshape(-1, cfg.d_model) for t in tensors]) if tensors else torch.zeros(0, cfg.d_model)
+        ),
+    )
+
+
+def positions(key: str) -> Weight:
+    """Position embeddings, with zero rows for the prefix tokens and registers to which the source adds none."""
+
+    def build(tensors: Sequence[Tensor], cfg: ViTConfig) -> Tensor:
+        rows = tensors[0].reshape(-1, cfg.d_model)
+        layout = cfg.layout()
+        embedded = len(rows) - layout.n_patches
+        missing = layout.patches.start - embedded
+        if embedded < 0 or missing < 0:
+            return rows  # not for this image size: the engine's shape check says so
+        return torch.cat([rows[:embedded], rows.new_zeros(missing, cfg.d_model), rows[embedded:]])
+
+    return Weight((key,), build)
+
+
+def averaged(*keys: str) -> Weight:
+    """Heads whose outputs the source averages, as one head that reads their inputs side by side."""
+
+    def build(tensors: Sequence[Tensor], cfg: ViTConfig) -> Tensor:
+        joined = torch.cat(list(tensors), -1) if tensors[0].ndim == 2 else torch.stack(list(tensors)).sum(0)
+        return joined / len(tensors)
+
+    return Weight(keys, build)
+
+
+# A family ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A part we cannot represent: how to see it, and what to call it."""
+
+    part: str
+    present: Reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A class of a source library, as data."""
+
+    library: str
+    """transformers, timm or open_clip."""
+    source_class: str
+    """The class's name in that library."""
+    example: str
+    """A name `from_pretrained` takes."""
+    config: dict[str, Reader]
+    """ViTConfig field -> where the source says it."""
+    weights: dict[str, Weight]
+    """Our weight ("{i}" is the layer) -> how it is made. Entries the architecture does not need are not used."""
+    preprocess: Preprocess
+    """What the family's images usually go through; a checkpoint's own statement comes first."""
+    prefixes: tuple[str, ...] = ()
+    """Beginnings of keys that are dropped where they occur."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Regular expressions that bring older key names to the present ones."""
+    ignore: tuple[str, ...] = ()
+    """Globs of source keys that do not belong to the vision transformer's forward pass."""
+    refuse: tuple[Refusal, ...] = ()
+    """Parts that make a model of this class unsupported."""
+    described_at: str = ""
+    """Path of the part of the config that describes the vision tower."""
+    note: str = field(default="")
+    """A remark for the table of families."""
+
+
+def build(family: Family, source: Source, name: str, preprocess: Preprocess | None = None) -> HookedViT:
+    """A HookedViT with the source's weights; nothing is returned unless every weight found its place.
+
+    Args:
+        family: how this class maps onto ours.
+        source: its description and weights.
+        name: where the weights came from, for messages and results.
+        preprocess: what images go through; default: the family's usual steps at the model's native size.
+
+    Raises:
+        UnsupportedArchitectureError: the model has a part we cannot represent.
+        WeightsError: a key is missing, unexpected or of the wrong shape; all of them are named.
+    """
+    described = source.get(family.described_at) if family.described_at else source.described
+    source = Source(described, _canonical(family, source.state))
+    for refusal in family.refuse:
+        if refusal.present(source):
+            raise UnsupportedArchitectureError(f"{name}: {family.source_class} with {refusal.part} is not supported.")
+    cfg = ViTConfig(**{field_name: reader(source) for field_name, reader in family.config.items()})
+    with torch.device("meta"):
+        vit = HookedViT(cfg, preprocess or family.preprocess.at(cfg.image_size), source=name)
+    vit.load_state_dict(_map_weights(family, source.state, vit, name), strict=True, assign=True)
+    return vit.to(vit.embed.patch.weight.dtype).eval()  # some libraries keep norms in float32 beside half weights
+
+
+def _canonical(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    canonical = {}
+    for original, tensor in state.items():
+        key = original
+        for prefix in family.prefixes:
+            key = key.removeprefix(prefix)
+        for pattern, replacement in family.renames:
+            key = re.sub(pattern, replacement, key)
+        canonical[key] = tensor
+    return canonical
+
+
+def _map_weights(family: Family, state: Mapping[str, Tensor], vit: HookedViT, name: str) -> dict[str, Tensor]:
+    mapped: dict[str, Tensor] = {}
+    used: set[str] = set()
+    problems: list[str] = []
+    for target, wanted in vit.state_dict().items():
+        layer = re.match(r"blocks\.(\d+)\.", target)
+        i = layer.group(1) if layer else ""
+        weight = family.weights.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", target))
+        if weight is None:
+            problems.append(f"the family has no rule for {target!r}")
+            continue
+        keys = [key.replace("{i}", i) for key in weight.keys]
+        optional = [key.endswith("?") for key in keys]
+        keys = [key.removesuffix("?") for key in keys]
+        missing = [key for key, may_lack in zip(keys, optional, strict=True) if key not in state and not may_lack]
+        problems += [f"missing: {key!r}.{close_matches(key, state, n=1)}" for key in missing]
+        keys = [key for key in keys if key in state]
+        used.update(keys)
+        if missing:
+            continue
+        tensors = [state[key] for key in keys]
+        try:
+            mapped[target] = weight.build(tensors, vit.cfg)
+        except RuntimeError as error:
+            problems.append(f"wrong shape: {_shapes(keys, tensors)}: {error}")
+            continue
+        if mapped[target].shape != wanted.shape:
+            problems.append(
+                f"wrong shape: {_shapes(keys, tensors)} gives {list(mapped[target].shape)}, "
+                f"the architecture expects {list(wanted.shape)}"
+            )
+    unexpected = [key for key in state if key not in used and not any(fnmatchcase(key, glob) for glob in family.ignore)]
+    problems += [f"unexpected: {key!r}" for key in unexpected]
+    if problems:
+        shown = "\n  ".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise WeightsError(
+            f"{name}: the weights do not fit {family.library}'s {family.source_class} as configured:\n  {shown}\n"
+            f"Check that the weights and the configuration belong to the same model."
+        )
+    return mapped
+
+
+def _shapes(keys: Sequence[str], tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{key!r} {list(tensor.shape)}" for key, tensor in zip(keys, tensors, strict=True))

@@ -1,0 +1,66 @@
+"""RegisterLens's own folder format: config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from registerlens.config import Preprocess, ViTConfig
+from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError, close_matches
+from registerlens.loading.files import read_json, read_weights, whole_file
+from registerlens.model.vit import HookedViT
+
+FORMAT = "registerlens"
+EMBEDDED = Path(__file__).parent.parent / "assets"
+
+
+def save(vit: HookedViT, folder: Path) -> Path:
+    """Write a model; both files take their places together, at the end, so that a crash leaves what was there."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in vit.state_dict().items()}
+    description = {
+        "format": FORMAT,
+        "format_version": 1,
+        "source": vit.source,
+        "architecture": vit.cfg.to_dict(),
+        "preprocess": vit.preprocess.to_dict(),
+    }
+    with whole_file(folder / "config.json") as config, whole_file(folder / "model.safetensors") as weights:
+        save_file(state, weights, metadata={"format": "pt"})
+        config.write_text(json.dumps(description, indent=1) + "\n")
+    return folder
+
+
+def load(folder: Path, name: str | None = None) -> HookedViT:
+    """Read what `save` wrote.
+
+    Raises:
+        ConfigError: the configuration is incomplete.
+        WeightsError: the weights do not fit the configuration.
+    """
+    description = read_json(folder / "config.json")
+    if lacking := {"architecture", "preprocess", "source"} - set(description):
+        raise ConfigError(f"'{folder / 'config.json'}' lacks {sorted(lacking)}.")
+    cfg = ViTConfig.from_dict(description["architecture"])
+    with torch.device("meta"):
+        vit = HookedViT(cfg, Preprocess.from_dict(description["preprocess"]), source=name or description["source"])
+    state = read_weights(folder / "model.safetensors")
+    try:
+        vit.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise WeightsError(f"'{folder}': the weights do not fit the configuration: {error}") from error
+    return vit.eval()
+
+
+def load_embedded(name: str) -> HookedViT:
+    """A model shipped inside the package.
+
+    Raises:
+        ModelNotFoundError: there is none of this name.
+    """
+    known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
+    if name not in known:
+        raise ModelNotFoundError(f"There is no embedded model {name!r}. Embedded: {known}.{close_matches(name, known)}")
+    return load(EMBEDDED / name, name=f"registerlens:{name}")

@@ -1,0 +1,226 @@
+"""One small random model for every way a family of a source library is built, and how that library runs it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import transformers
+from open_clip.model import resize_pos_embed
+from torch import Tensor, nn
+
+NATIVE, OTHER = (32, 48), (56, 40)
+SQUARE = (32, 32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source model: how to make it, and how to get from it what parity is about."""
+
+    library: str
+    make: Callable[[tuple[int, int]], nn.Module]
+    """From the native size to a model."""
+    source_class: str
+    native: tuple[int, int] = NATIVE
+    resize: Callable[..., nn.Module] = lambda module, size: module
+    """The module as it is to be run at another size."""
+    other: tuple[int, int] | None = OTHER
+    """Another image size, if the source library takes one."""
+
+
+def run(case: Case, module: nn.Module, images: Tensor, at_native: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The source library's residual stream before and after every block, normalised tokens, and main output."""
+    vision = vision_part(module)
+    blocks, norm = parts(case.library, vision)
+    streams: list[Tensor] = []
+    normalised: list[Tensor] = []
+    first = lambda value: value[0] if isinstance(value, tuple) else value  # noqa: E731
+    handles = [blocks[0].register_forward_pre_hook(lambda _, args: streams.append(args[0]))]
+    handles += [block.register_forward_hook(lambda _, __, out: streams.append(first(out))) for block in blocks]
+    handles.append(norm.register_forward_hook(lambda _, __, out: normalised.append(out)))
+    with torch.no_grad():
+        if case.library == "transformers":
+            dinov2 = case.source_class.startswith("Dinov2")
+            arguments = {} if dinov2 or at_native else {"interpolate_pos_encoding": True}
+            call = module.get_image_features if case.source_class == "CLIPModel" else module
+            output = main_output(call(pixel_values=images, **arguments))
+        else:
+            output = first(vision(images))
+        if not normalised or normalised[-1].ndim == 2:  # transformers' CLIP normalises the pooled token only
+            normalised = [norm(streams[-1])]
+    for handle in handles:
+        handle.remove()
+    return streams, normalised[-1], output
+
+
+def main_output(result: Any) -> Tensor:
+    """Logits, else the projection, else the pooled token, else the normalised [CLS] of a transformers output."""
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if getattr(result, name, None) is not None:
+            return result[name]
+    return result.last_hidden_state[:, 0]
+
+
+def vision_part(module: nn.Module) -> nn.Module:
+    for name in ("vit", "deit", "dinov2", "dinov2_with_registers", "vision_model", "visual"):
+        if isinstance(part := getattr(module, name, None), nn.Module):
+            return part
+    return module
+
+
+def parts(library: str, vision: nn.Module) -> tuple[list[nn.Module], nn.Module]:
+    """The blocks and the final norm."""
+    if library == "timm":
+        return list(vision.blocks), vision.norm
+    if library == "open_clip":
+        return list(vision.transformer.resblocks), vision.ln_post
+    encoder = getattr(vision, "encoder", vision)
+    norm = vision.post_layernorm if hasattr(vision, "post_layernorm") else vision.layernorm
+    return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer), norm
+
+
+# transformers --------------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
+    "layer_norm_eps": 1e-2,  # large, so that a wrong one shows
+}
+LABELS = {"num_labels": 7}
+
+
+def hugging(
+    class_name: str, *, native: tuple[int, int] = SQUARE, arguments: dict | None = None, **options: Any
+) -> Case:
+    """transformers resamples positions of square models only, so a non-square one runs at its native size."""
+    model_class = getattr(transformers, class_name)
+
+    def make(size: tuple[int, int]) -> nn.Module:
+        image_size = size[0] if size[0] == size[1] else size
+        described = SIZES | {"patch_size": 8, "image_size": image_size} | options
+        if class_name == "CLIPModel":
+            text = SIZES | {"vocab_size": 50, "max_position_embeddings": 8}
+            config = transformers.CLIPConfig(vision_config=described, text_config=text, projection_dim=24)
+        else:
+            config = model_class.config_class(**described)
+        return model_class(config, **arguments or {})
+
+    square = native == SQUARE and "patch_size" not in options
+    return Case("transformers", make, class_name, native, other=OTHER if square else None)
+
+
+_dinov2 = {"layerscale_value": 0.5, "mlp_ratio": 3}
+
+TRANSFORMERS = {
+    "ViTModel": hugging("ViTModel"),
+    "ViTModel without pooler": hugging("ViTModel", arguments={"add_pooling_layer": False}),
+    "ViTModel without qkv bias": hugging("ViTModel", qkv_bias=False),
+    "ViTModel with tanh GELU, mask token, one channel": hugging(
+        "ViTModel", arguments={"use_mask_token": True}, hidden_act="gelu_pytorch_tanh", num_channels=1
+    ),
+    "ViTForImageClassification": hugging("ViTForImageClassification", **LABELS),
+    "ViTForImageClassification, ReLU, non-square image and patch": hugging(
+        "ViTForImageClassification", native=NATIVE, hidden_act="relu", patch_size=(8, 4), **LABELS
+    ),
+    "DeiTModel": hugging("DeiTModel"),
+    "DeiTForImageClassification": hugging("DeiTForImageClassification", **LABELS),
+    "DeiTForImageClassificationWithTeacher": hugging("DeiTForImageClassificationWithTeacher", **LABELS),
+    "CLIPModel": hugging("CLIPModel"),
+    "CLIPVisionModel": hugging("CLIPVisionModel"),
+    "CLIPVisionModel with GELU": hugging("CLIPVisionModel", hidden_act="gelu"),
+    "CLIPVisionModelWithProjection": hugging("CLIPVisionModelWithProjection", projection_dim=24),
+    "CLIPVisionModelWithProjection with GELU": hugging(
+        "CLIPVisionModelWithProjection", projection_dim=24, hidden_act="gelu"
+    ),
+    "Dinov2Model": hugging("Dinov2Model", **_dinov2),
+    "Dinov2ForImageClassification": hugging("Dinov2ForImageClassification", **_dinov2, **LABELS),
+    "Dinov2WithRegistersModel": hugging("Dinov2WithRegistersModel", num_register_tokens=3, **_dinov2),
+    "Dinov2WithRegistersForImageClassification": hugging(
+        "Dinov2WithRegistersForImageClassification", num_register_tokens=3, **_dinov2, **LABELS
+    ),
+}
+
+# timm ----------------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 4,
+    "patch_size": 8,
+    "num_classes": 7,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-2),
+}
+
+
+def timmed(name: str = "vit_tiny_patch16_224", source_class: str = "VisionTransformer", **options: Any) -> Case:
+    def make(size: tuple[int, int]) -> nn.Module:
+        arguments = TINY | {"img_size": size, "dynamic_img_size": True} | options
+        return timm.create_model(name, pretrained=False, **arguments)
+
+    return Case("timm", make, source_class)
+
+
+TIMM = {
+    "timm supervised": timmed(),
+    "timm without qkv bias": timmed(qkv_bias=False),
+    "timm average pooling": timmed(global_pool="avg", fc_norm=False),
+    "timm average pooling without [CLS]": timmed(global_pool="avg", fc_norm=False, class_token=False),
+    "timm head on every token": timmed(global_pool=""),
+    "timm tanh GELU": timmed(act_layer="gelu_tanh"),
+    "timm without final norm": timmed(final_norm=False),
+    "timm DeiT": timmed("deit_tiny_patch16_224"),
+    "timm DeiT distilled": timmed("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
+    "timm CLIP": timmed("vit_base_patch16_clip_224"),
+    "timm CLIP quick_gelu": timmed("vit_base_patch16_clip_quickgelu_224"),
+    "timm DINO": timmed("vit_small_patch16_224", num_classes=0),
+    "timm DINOv2": timmed("vit_small_patch14_dinov2", num_classes=0, init_values=0.5),
+    "timm DINOv2 reg4": timmed("vit_small_patch14_reg4_dinov2", num_classes=0, reg_tokens=4, no_embed_class=True),
+    "timm registers with positions": timmed(reg_tokens=4),
+    "timm non-square patch": timmed(patch_size=(8, 4)),
+}
+
+# open_clip -----------------------------------------------------------------------------------------------------------
+
+
+TINY_CLIP = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 1},
+}
+
+
+def clip_model(size: tuple[int, int] | int, quick_gelu: bool = False, **vision: Any) -> nn.Module:
+    """A small CLIP of open_clip."""
+    vision = TINY_CLIP["vision_cfg"] | {"image_size": size} | vision
+    return open_clip.CLIP(**TINY_CLIP | {"vision_cfg": vision, "quick_gelu": quick_gelu}).eval()
+
+
+def clipped(**options: Any) -> Case:
+    make = partial(clip_model, **options)
+
+    def resize(module: nn.Module, size: tuple[int, int]) -> nn.Module:
+        """open_clip has no dynamic size: build for the other size, and let its own loader resample the positions."""
+        resized = make(size)
+        state = dict(module.state_dict())
+        resize_pos_embed(state, resized)
+        resized.load_state_dict(state)
+        return resized
+
+    return Case("open_clip", make, "VisionTransformer", SQUARE, resize)
+
+
+OPEN_CLIP = {
+    "open_clip OpenAI quick_gelu": clipped(quick_gelu=True),
+    "open_clip LAION GELU": clipped(),
+    "open_clip LayerScale": clipped(ls_init_value=0.5),
+    "open_clip average pooling": clipped(pool_type="avg"),
+    "open_clip without ln_pre": clipped(no_ln_pre=True),
+}
+
+CASES = TRANSFORMERS | TIMM | OPEN_CLIP

