@@ -1,0 +1,1 @@
+"""Images in: decoding and preprocessing of photographs, and the seeded generator of synthetic ones."""
