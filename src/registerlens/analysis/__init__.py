@@ -1,0 +1,1 @@
+"""Measurements on a running ViT: streaming traces, outlier tokens, attention sinks."""

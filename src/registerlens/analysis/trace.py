@@ -1,0 +1,352 @@
+"""Where outlier norms and attention sinks arise: one streaming pass over any number of images (figures 2 and 26)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS, OutlierEvidence, bin_edges, judge
+from registerlens.analysis.sinks import received_attention
+from registerlens.config import TokenLayout
+from registerlens.errors import ImageError
+from registerlens.loading.files import whole_file, write_json
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+"""Levels of `Trace.norm_quantiles`."""
+
+Images = Tensor | Iterable[Tensor]
+_DERIVED = ("model", "sublayers", "sink_query", "n_images")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trace:
+    """Patch norms and sinks along the residual stream; sublayer 0 is the embedding, then attention and MLP in turn."""
+
+    model: str
+    """Where the model came from."""
+    sublayers: tuple[str, ...]
+    """Places in the stream: "embed", "0.attn", "0.mlp", "1.attn", ..."""
+    sink_query: Literal["cls", "mean"]
+    """Whose attention counts for sinks: [CLS]'s, or the mean over queries where there is no [CLS]."""
+    n_images: int
+    """Images that went through."""
+    largest_norm: Float[np.ndarray, " sublayer"]
+    """Largest patch norm of an image, mean over images."""
+    median_norm: Float[np.ndarray, " sublayer"]
+    """Median patch norm of an image, mean over images."""
+    largest_over_median: Float[np.ndarray, " sublayer"]
+    """Their ratio in each image, mean over images."""
+    norm_quantiles: Float[np.ndarray, "sublayer level"]
+    """Quantiles of an image's patch norms at the levels QUANTILES, mean over images."""
+    histogram: Int[np.ndarray, "sublayer bin"]
+    """Patches by norm over the image's median; bins as `analysis.outliers.bin_edges()`."""
+    largest_histogram: Int[np.ndarray, "sublayer bin"]
+    """Images by the same ratio of their largest patch."""
+    head_sink: Float[np.ndarray, "layer head"]
+    """Largest attention a patch draws in each head (0 to 1), mean over images."""
+    mean_sink: Float[np.ndarray, " layer"]
+    """Largest attention a patch draws in the average head (0 to 1), mean over images."""
+    sink_histogram: Int[np.ndarray, "layer bin"]
+    """Images by the norm (over the median) that the most attended patch brings into the layer."""
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model."""
+        return len(self.mean_sink)
+
+    @cached_property
+    def evidence(self) -> tuple[OutlierEvidence, ...]:
+        """The evidence at every sublayer."""
+        rows = zip(self.histogram, self.largest_histogram, self.largest_over_median, strict=True)
+        return tuple(judge(counts, largest, float(ratio)) for counts, largest, ratio in rows)
+
+    @cached_property
+    def _strongest(self) -> int:
+        # Present beats absent; among equals the widest gap counts. The last sublayer is no special case.
+        return max(range(len(self.sublayers)), key=lambda i: (self.evidence[i].present, self.evidence[i].gap))
+
+    @property
+    def strongest(self) -> str:
+        """The sublayer where the evidence is strongest."""
+        return self.sublayers[self._strongest]
+
+    @property
+    def verdict(self) -> Literal["present", "absent"]:
+        """Whether the model has outlier tokens on these images."""
+        return self.evidence[self._strongest].verdict
+
+    @property
+    def onset(self) -> str | None:
+        """The first sublayer from which the norms stay separate up to where that is strongest; None when absent."""
+        if self.verdict == "absent":
+            return None
+        first = self._strongest
+        while first > 0 and self.evidence[first - 1].present:
+            first -= 1
+        return self.sublayers[first]
+
+    @property
+    def onset_layer(self) -> int | None:
+        """The block of the onset; None when absent, or when the embedding has them already."""
+        return None if self.onset in (None, "embed") else int(str(self.onset).split(".")[0])
+
+    @property
+    def sink_is_outlier(self) -> Float[np.ndarray, " layer"]:
+        """How often (0 to 1) the most attended patch of a layer enters it as an outlier; NaN when absent."""
+        threshold = self.evidence[self._strongest].threshold
+        if self.verdict == "absent":
+            return np.full(self.n_layers, np.nan)
+        beyond = self.sink_histogram[:, bin_edges()[:-1] >= threshold].sum(1)
+        return beyond / self.n_images
+
+    def describe(self) -> str:
+        """The verdict in words: which norm, which layer."""
+        evidence = self.evidence[self._strongest]
+        if self.verdict == "absent":
+            return (
+                f"Outlier tokens: absent. Nowhere in the residual stream do patch norms separate: {evidence.reason}. "
+                f"The largest patch norm is at most {self.largest_over_median.max():.1f} x the median."
+            )
+        if self.onset == "embed":
+            where = "They are there in the embedding, before any block."
+        else:
+            layer, kind = str(self.onset).split(".")
+            index = self.sublayers.index(str(self.onset))
+            before, after = self.largest_over_median[index - 1], self.largest_over_median[index]
+            where = (
+                f"They arise in block {layer}, after its {'MLP' if kind == 'mlp' else 'attention'}: the largest patch "
+                f"norm goes from {before:.1f} to {after:.1f} x the median."
+            )
+        return f"Outlier tokens: present. {where} Where they are clearest ({self.strongest}), {evidence.reason}."
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a sublayer: norms, evidence, and for attention rows the sinks of that layer."""
+        rows = []
+        for i, sublayer in enumerate(self.sublayers):
+            layer, _, kind = sublayer.partition(".")
+            row: dict[str, Any] = {
+                "sublayer": sublayer,
+                "layer": int(layer) if kind else -1,
+                "after": kind or "embed",
+                "largest_norm": self.largest_norm[i],
+                "median_norm": self.median_norm[i],
+                "largest_over_median": self.largest_over_median[i],
+                "gap": self.evidence[i].gap,
+                "verdict": self.evidence[i].verdict,
+                "share_of_images": self.evidence[i].share_of_images,
+                "share_of_patches": self.evidence[i].share_of_patches,
+            }
+            row |= {f"norm_q{level * 100:02.0f}": self.norm_quantiles[i, j] for j, level in enumerate(QUANTILES)}
+            if kind == "attn":
+                row["sink_mean_head"] = self.mean_sink[int(layer)]
+                row["sink_largest_head"] = self.head_sink[int(layer)].max()
+                row["sink_is_outlier"] = self.sink_is_outlier[int(layer)]
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self) -> go.Figure:
+        """The two panels of figure 2: largest patch norm after attention and after the MLP; largest attention."""
+        from registerlens.viz.curves import trace_figure  # noqa: PLC0415  (viz stands on results)
+
+        return trace_figure(self)
+
+    def summary(self) -> dict[str, Any]:
+        """The verdict with its evidence, JSON-ready."""
+        return {
+            "model": self.model,
+            "n_images": self.n_images,
+            "verdict": self.verdict,
+            "onset": self.onset,
+            "strongest": self.strongest,
+            "evidence": self.evidence[self._strongest].to_dict(),
+            "in_words": self.describe(),
+            "sink_query": self.sink_query,
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write trace.json (verdict, model, version) and trace.safetensors (every array); returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        arrays = {f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self) if f.name not in _DERIVED}
+        with whole_file(folder / "trace.safetensors") as temporary:
+            save_file(arrays, temporary)
+        description = {"version": __version__, "sublayers": list(self.sublayers), **self.summary()}
+        write_json(folder / "trace.json", description)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trace:
+        """Read what `save` wrote.
+
+        Example:
+            >>> import tempfile, torch, registerlens as rl
+            >>> found = rl.trace(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
+            >>> Trace.load(found.save(tempfile.mkdtemp())).n_images
+            2
+        """
+        import json  # noqa: PLC0415
+
+        folder = Path(folder)
+        description = json.loads((folder / "trace.json").read_text())
+        return cls(
+            model=description["model"],
+            sublayers=tuple(description["sublayers"]),
+            sink_query=description["sink_query"],
+            n_images=description["n_images"],
+            **load_file(folder / "trace.safetensors"),
+        )
+
+
+def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
+    """Follow patch norms and attention sinks through the model, in one pass whose memory does not grow.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], split into batches here, or an iterable of batches such as
+            `ImageStream`.
+        batch_size: images at once when a tensor is given.
+
+    Raises:
+        ImageError: there are no images.
+        ShapeError: they do not fit the model.
+
+    Source: Jiang et al. 2025, figures 2 and 26; the verdict as `analysis.outliers` explains.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> found = rl.trace(vit, synthetic_images(32, 0).images)
+        >>> found.verdict, found.onset
+        ('present', '1.mlp')
+    """
+    sums = _Sums(vit)
+    batches: Iterable[Tensor] = images
+    total = None
+    if isinstance(images, Tensor):
+        batches = images.split(batch_size) if len(images) else ()
+        total = len(batches)
+    device = vit.embed.W_pos.device
+    with torch.inference_mode():
+        for batch in track(batches, "tracing", total):
+            layout = vit.layout(batch)
+            watch = _Watch(layout)
+            with vit.hooks(watch.hooks(vit)):
+                vit(batch.to(device), stop_at_layer=vit.cfg.n_layers)
+            sums.add(torch.stack(watch.norms), watch.sinks)
+    return sums.result()
+
+
+class _Watch:
+    """One batch's norms and sinks, collected by hooks; nothing larger than [batch, patch] a sublayer is kept."""
+
+    def __init__(self, layout: TokenLayout) -> None:
+        self.layout = layout
+        self.norms: list[Tensor] = []
+        self.sinks: list[Tensor] = []
+        self._q: Tensor | None = None
+
+    def hooks(self, vit: HookedViT) -> list[Any]:
+        places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
+        return [(places, self._norm), ("blocks.*.attn.hook_q", self._query), ("blocks.*.attn.hook_k", self._key)]
+
+    def _norm(self, resid: Tensor, hook: Any) -> None:
+        patches = resid[:, self.layout.patches]
+        self.norms.append(torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32))
+
+    def _query(self, q: Tensor, hook: Any) -> None:
+        self._q = q
+
+    def _key(self, k: Tensor, hook: Any) -> None:
+        if self._q is not None:
+            attention = received_attention(self._q, k, self.layout)[..., self.layout.patches]
+            best = attention.mean(1).max(-1)
+            self.sinks.append(torch.cat([attention.amax(-1), best.values[:, None], best.indices[:, None].float()], 1))
+            self._q = None
+
+
+class _Sums:
+    """Running sums and histograms: as large after a million images as after one."""
+
+    def __init__(self, vit: HookedViT) -> None:
+        layers, heads = vit.cfg.n_layers, vit.cfg.n_heads
+        self.model = vit.source
+        self.cls = vit.cfg.class_token
+        self.sublayers = ("embed", *(f"{layer}.{kind}" for layer in range(layers) for kind in ("attn", "mlp")))
+        n = len(self.sublayers)
+        self.n_images = 0
+        self.largest, self.median, self.ratio = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+        self.quantiles = torch.zeros(n, len(QUANTILES), dtype=torch.float64)
+        self.histogram, self.largest_histogram = (torch.zeros(n, N_BINS, dtype=torch.int64) for _ in range(2))
+        self.head_sink = torch.zeros(layers, heads, dtype=torch.float64)
+        self.mean_sink = torch.zeros(layers, dtype=torch.float64)
+        self.sink_histogram = torch.zeros(layers, N_BINS, dtype=torch.int64)
+
+    def add(self, norms: Float[Tensor, "sublayer batch patch"], sinks: list[Float[Tensor, "batch statistics"]]) -> None:
+        """Take in one batch."""
+        levels = torch.tensor(QUANTILES, dtype=norms.dtype, device=norms.device)
+        quantiles = norms.quantile(levels, dim=-1)  # level sublayer batch
+        median = quantiles[QUANTILES.index(0.5)]
+        largest = norms.amax(-1)
+        relative = norms / median[..., None]
+        self.n_images += norms.shape[1]
+        self.largest += largest.sum(1).double().cpu()
+        self.median += median.sum(1).double().cpu()
+        self.ratio += (largest / median).sum(1).double().cpu()
+        self.quantiles += quantiles.sum(-1).T.double().cpu()
+        self.histogram += _count(relative.flatten(1))
+        self.largest_histogram += _count(relative.amax(-1))
+        stacked = torch.stack(sinks)  # layer batch (heads, mean head, its patch)
+        self.head_sink += stacked[..., :-2].sum(1).double().cpu()
+        self.mean_sink += stacked[..., -2].sum(1).double().cpu()
+        # sublayer 2 l is what enters block l: the embedding, or the block before it after its MLP
+        entering = relative[:-1:2].gather(-1, stacked[..., -1:].long())[..., 0]
+        self.sink_histogram += _count(entering)
+
+    def result(self) -> Trace:
+        """Everything, as means over the images.
+
+        Raises:
+            ImageError: no image came.
+        """
+        if not self.n_images:
+            raise ImageError("No image to trace: the tensor or the iterable of batches is empty.")
+        n = self.n_images
+        return Trace(
+            model=self.model,
+            sublayers=self.sublayers,
+            sink_query="cls" if self.cls else "mean",
+            n_images=n,
+            largest_norm=(self.largest / n).numpy(),
+            median_norm=(self.median / n).numpy(),
+            largest_over_median=(self.ratio / n).numpy(),
+            norm_quantiles=(self.quantiles / n).numpy(),
+            histogram=self.histogram.numpy(),
+            largest_histogram=self.largest_histogram.numpy(),
+            head_sink=(self.head_sink / n).numpy(),
+            mean_sink=(self.mean_sink / n).numpy(),
+            sink_histogram=self.sink_histogram.numpy(),
+        )
+
+
+def _count(relative: Float[Tensor, "row value"]) -> Int[Tensor, "row bin"]:
+    """Histogram of each row's log, with the ends collecting what lies outside."""
+    bins = ((relative.log() - LOG_LOW) * (N_BINS / (LOG_HIGH - LOG_LOW))).long().clamp(0, N_BINS - 1)
+    rows = torch.zeros(len(relative), N_BINS, dtype=torch.int64, device=relative.device)
+    return rows.scatter_add_(1, bins, torch.ones_like(bins)).cpu()
