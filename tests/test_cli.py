@@ -1,0 +1,131 @@
+"""The commands as a user types them: output, files, exit codes, one clear message for an error."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from registerlens import cli, demo
+from registerlens.analysis.trace import Trace
+from registerlens.data.photographs import shipped_photographs
+from registerlens.data.synthetic import synthetic_images
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Synthetic images on disk; the tiny ViT's own preprocessing maps 0..255 to 0..1."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, image in enumerate(synthetic_images(6, 3).images):
+        pixels = image.clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, stdout, stderr of `registerlens ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["registerlens", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+def test_trace_prints_the_verdict_and_writes_the_files(monkeypatch, capsys, photos, tmp_path):
+    code, out, err = run(monkeypatch, capsys, "trace", "registerlens:tiny", photos, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "Outlier tokens:" in out and "registerlens:tiny, 6 images" in out
+    found = Trace.load(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "trace.json").read_text())
+    assert written["verdict"] == found.verdict and written["n_images"] == 6
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "trace.parquet"), found.to_dataframe())
+    figure = (tmp_path / "out" / "figure.html").read_text()
+    assert "plotly" in figure and "cdn" not in figure.split("</script>")[0][:400]
+
+
+def test_trace_layers_prints_every_sublayer(monkeypatch, capsys, photos):
+    _, short, _ = run(monkeypatch, capsys, "trace", "registerlens:tiny", photos)
+    _, long, _ = run(monkeypatch, capsys, "trace", "registerlens:tiny", photos, "--layers")
+    every = ["embed"] + [f"{layer}.{kind}" for layer in range(6) for kind in ("attn", "mlp")]
+    assert all(f"\n {name} " in long for name in every)
+    assert not all(f"\n {name} " in short for name in every)
+
+
+def test_globs_files_and_folders_mix_and_bad_files_are_named(monkeypatch, capsys, photos, tmp_path):
+    bad = tmp_path / "not_an_image.jpg"
+    bad.write_text("hello")
+    code, out, err = run(
+        monkeypatch, capsys, "trace", "registerlens:tiny", f"{photos}/[01].png", photos / "5.png", tmp_path
+    )
+    assert code == 0 and "3 images" in out
+    assert "not_an_image.jpg" in err and "Skipped" in err
+
+
+def test_report_is_one_page_that_needs_no_network(monkeypatch, capsys, photos, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, _ = run(monkeypatch, capsys, "report", "registerlens:tiny", photos, "--out", page, "--shown", 2)
+    text = page.read_text()
+    assert code == 0 and str(page) in out.replace("\n", "")
+    assert text.count('<div class="maps"') == 2 and "Outlier tokens:" in text
+    assert 'src="http' not in text and "<link" not in text
+
+
+def test_models_lists_every_family(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "models")
+    assert code == 0
+    for name in ("Dinov2WithRegistersModel", "VisionTransformerDistilled", "open_clip:ViT-B-16/laion2b_s34b_b88k"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("trace", "registerlens:huge", "PHOTOS"), "no embedded model 'huge'"),
+        (("trace", "registerlens:tiny", "nowhere/at/all.png"), "nowhere/at/all.png"),
+        (("trace", "someone/a-model-that-is-not-cached", "PHOTOS"), "registerlens:tiny"),
+        (("report", "registerlens:tiny", "EMPTY"), "EMPTY"),
+    ],
+)
+def test_a_failed_run_is_one_message_and_exit_code_1(monkeypatch, capsys, photos, tmp_path, arguments, said):
+    (tmp_path / "EMPTY").mkdir()
+    places = {"PHOTOS": photos, "EMPTY": tmp_path / "EMPTY"}
+    code, _, err = run(monkeypatch, capsys, *(places.get(word, word) for word in arguments))
+    assert code == 1 and err.startswith("registerlens: ") and said in err and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(monkeypatch, photos):
+    monkeypatch.setattr(sys, "argv", ["registerlens", "trace", "registerlens:huge", str(photos), "--debug"])
+    with pytest.raises(cli_errors(), match="no embedded model"):
+        cli.main()
+
+
+def cli_errors():
+    from registerlens.errors import RegisterLensError
+
+    return RegisterLensError
+
+
+@pytest.mark.parametrize("arguments", [("trace",), ("trace", "registerlens:tiny"), ("fly",), ("trace", "--nope")])
+def test_wrong_usage_is_exit_code_2(monkeypatch, capsys, arguments):
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2 and err
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; sys.argv = ['registerlens', '--help']\nfrom registerlens import cli\n"
+    code += "try: cli.main()\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'pandas', 'plotly') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]") and "trace" in done.stdout
+
+
+def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path):
+    assert len(shipped_photographs()) >= 6
+    pages = list(demo.run_demo(tmp_path))
+    assert [page.path.name for page in pages] == ["tiny.html", "dinov2-small.html", "dinov2-small-planted.html"]
+    assert [page.trace.onset for page in pages] == ["1.mlp", None, f"{demo.PLANTED_LAYER}.mlp"]
+    for page in pages:
+        text = page.path.read_text()
+        assert f"Outlier tokens: {page.trace.verdict}" in text and page.label in text
