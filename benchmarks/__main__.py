@@ -1,0 +1,99 @@
+"""`python -m benchmarks`: every benchmark, one table, one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import caching, forward, tracing
+from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
+from registerlens.errors import RegisterLensError
+from registerlens.loading.files import write_json
+
+_WIDTH = 140
+"""Columns where the table goes to a file or a pipe."""
+
+BENCHMARKS = {"forward": forward.run, "trace": tracing.run, "cache": caching.run}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the chosen benchmarks; 0 also where a target is missed, 1 where one could not run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=10, help="measurements of each side (default: 10)")
+    parser.add_argument("--only", choices=BENCHMARKS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for benchmarks.json")
+    parser.add_argument("--tiny", action="store_true", help="small random models: checks the harness, says nothing")
+    options = parser.parse_args(arguments)
+    if options.pairs < 1:
+        parser.error("--pairs must be at least 1")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    try:
+        report = measure(TINY if options.tiny else FULL, options.pairs, options.only or list(BENCHMARKS), console)
+    except (RegisterLensError, ImportError, RuntimeError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        return 1
+    write_json(options.out / "benchmarks.json", report)
+    console.print(f"Written to {options.out / 'benchmarks.json'}")
+    return 0
+
+
+def measure(scale: Scale, pairs: int, names: list[str], console: Console) -> dict[str, Any]:
+    """The whole report, printed and JSON-ready."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(scale.threads)
+    try:
+        where, start, rows = environment(), time.perf_counter(), []
+        for name in names:
+            with torch.inference_mode(), console.status(f"{name}, {pairs} pairs"):
+                rows += BENCHMARKS[name](scale, pairs)
+    finally:
+        torch.set_num_threads(threads)
+    title = f"{where['cpu']}, {where['threads']} threads, float32, medians of {pairs} pairs"
+    console.print(table(rows, title))
+    for row in rows:
+        if row.reached is False:
+            console.print(missed(row), markup=False, highlight=False)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "tiny": scale.tiny,
+        "pairs": pairs,
+        "seconds": time.perf_counter() - start,
+        "environment": where,
+        "rows": [row.to_dict() for row in rows],
+    }
+
+
+def missed(row: Row) -> str:
+    """What was reached where a target was missed, and why."""
+    because = f": {row.missed_because}" if row.missed_because else ""
+    ratios = row.details.get("ratios")
+    spread = f" (single pairs from {min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+    return f"Missed: {row.what}, {row.peer}: {row.ratio:.2f}{spread}, not {row.target}{because}."
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """What a reader wants to see of the rows."""
+    result = Table(title=title)
+    for column in ("what", "peer"):
+        result.add_column(column)
+    for column in ("ours", "peer's", "ratio", "target", "reached"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        digits = 3 if row.unit == "s" else 0
+        reached = {True: "[green]yes", False: "[red]no", None: ""}[row.reached]
+        numbers = (f"{value:.{digits}f} {row.unit}" for value in (row.ours, row.theirs))
+        result.add_row(row.what, row.peer, *numbers, f"{row.ratio:.2f}", row.target, reached)
+    return result
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
