@@ -1,0 +1,20 @@
+"""The README's first Python example runs as written, and says the truth."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_first_example_runs(capsys):
+    code = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "present. They arise in block 1, after its MLP" in printed
+    assert printed.rstrip().endswith("absent")
+
+
+def test_make_commands_exist():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in set(re.findall(r"`?make (\w+)", README)):
+        assert f"\n{target}:" in makefile, target
