@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks import caching, forward, tracing
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
-from registerlens.loading.files import write_json
+from registerlens.files import write_json
 
 _WIDTH = 140
 """Columns where the table goes to a file or a pipe."""

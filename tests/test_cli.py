@@ -129,3 +129,44 @@ def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path):
     for page in pages:
         text = page.path.read_text()
         assert f"Outlier tokens: {page.trace.verdict}" in text and page.label in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("trace", "registerlens:tiny", "PHOTOS", "--device", "nonsense"), "--device"),
+        (("trace", "registerlens:tiny", "PHOTOS", "--device", "cuda:99"), "--device"),
+        (("trace", "registerlens:tiny", "PHOTOS", "--out", "PHOTOS/0.png"), "--out"),
+        (("report", "registerlens:tiny", "PHOTOS", "--out", "PHOTOS"), "--out"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_work(monkeypatch, capsys, photos, arguments, said):
+    monkeypatch.setattr("registerlens.loading.from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    code, _, err = run(monkeypatch, capsys, *(word.replace("PHOTOS", str(photos)) for word in arguments))
+    assert code == 2 and said in err and "Traceback" not in err
+
+
+def test_brackets_in_a_models_name_are_printed(capsys, monkeypatch):
+    import dataclasses
+
+    import registerlens as rl
+
+    found = rl.trace(rl.from_pretrained("registerlens:tiny"), synthetic_images(4, 0).images)
+    cli.print_trace(dataclasses.replace(found, model="runs/[/x][exp1]/m"), layers=False)
+    assert "runs/[/x][exp1]/m, 4 images" in capsys.readouterr().out
+
+
+def test_the_bar_counts_images_to_the_end(monkeypatch, photos):
+    import io
+
+    import registerlens as rl
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    vit = rl.from_pretrained("registerlens:tiny")
+    rl.trace(vit, rl.ImageStream(photos, vit, batch_size=4))
+    assert "6/6" in screen.getvalue()

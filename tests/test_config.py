@@ -39,6 +39,8 @@ def test_preprocessing_goes_through_json_and_back():
         ({"n_heads": 5}, "d_model=32 is not divisible by n_heads=5; give d_head"),
         ({"image_size": (24, 7)}, r"image_size \(24, 7\) is smaller than patch_size \(8, 8\)"),
         ({"class_token": False}, "pooling asks for 'cls'"),
+        ({"class_token": False, "distillation_token": True, "pooling": ()}, "no \\[CLS\\]"),
+        ({"n_trained_registers": -2}, "n_trained_registers must be at least 0, got -2"),
         ({"pooling": ("cls", "distillation")}, "pooling asks for 'distillation'"),
     ],
 )

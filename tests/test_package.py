@@ -66,3 +66,22 @@ def test_close_matches():
     known = ["hook_embed", "hook_pos_embed", "ln_final.hook_scale"]
     assert errors.close_matches("hook_embd", known) == " Did you mean 'hook_embed' or 'hook_pos_embed'?"
     assert errors.close_matches("xyz", ["hook_embed"]) == ""
+
+
+def test_what_is_no_tensor_is_refused_with_the_way_to_make_one():
+    """In a process of its own: here the type checks of the tests would answer first."""
+    code = """
+import registerlens as rl
+vit = rl.from_pretrained("registerlens:tiny")
+def swish():
+    rl.ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=16, patch_size=8, act_fn="swish")
+for wrong in (lambda: vit([[1.0]]), lambda: rl.trace(vit, "photos/"), lambda: rl.trace(vit, [(1, 2)]), swish):
+    try:
+        wrong()
+    except rl.RegisterLensError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and all("load_images" in line for line in lines[:3])
+    assert "act_fn must be one of" in lines[3] and "'swish'" in lines[3]

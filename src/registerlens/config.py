@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from einops import rearrange
 from jaxtyping import Shaped
@@ -80,11 +80,19 @@ class ViTConfig:
     final_rms: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "pooling"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
+        object.__setattr__(self, "pooling", tuple(self.pooling))
         for name in ("n_layers", "d_model", "n_heads", "d_mlp", "n_channels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.n_trained_registers < 0:
+            raise ConfigError(f"n_trained_registers must be at least 0, got {self.n_trained_registers}.")
+        if self.act_fn not in get_args(Activation):
+            raise ConfigError(f"act_fn must be one of {list(get_args(Activation))}, got {self.act_fn!r}.")
+        if self.distillation_token and not self.class_token:
+            raise ConfigError("A distillation token stands after [CLS]; this configuration has no [CLS].")
         if not self.d_head:
             if self.d_model % self.n_heads:
                 raise ConfigError(
@@ -191,6 +199,11 @@ class TokenLayout:
     def cls(self) -> int | None:
         """Position of [CLS], or None."""
         return 0 if self.class_token and self.n_prefix else None
+
+    @property
+    def distillation(self) -> int | None:
+        """Position of the distillation token, or None."""
+        return 1 if self.class_token and self.n_prefix == 2 else None
 
     @property
     def prefix(self) -> slice:

@@ -41,8 +41,8 @@ class ImageError(RegisterLensError, ValueError):
     """No usable image was given."""
 
 
-class NoOutliersError(RegisterLensError, ValueError):
-    """An analysis needs outlier tokens, and the model has none."""
+class NonFiniteError(RegisterLensError, ArithmeticError):
+    """A measurement met NaN or infinity."""
 
 
 class MissingExtraError(RegisterLensError, ImportError):
@@ -51,7 +51,7 @@ class MissingExtraError(RegisterLensError, ImportError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed. "
-            f"Install it with: pip install 'registerlens[{extra}]'"
+            f"Install it with: pip install 'registerlens[{extra}]' (in a clone: pip install '.[{extra}]')"
         )
 
 

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from helpers import randomise
 
 import registerlens as rl
-from registerlens.analysis import trace as trace_module
+from registerlens.analysis import sinks
+from registerlens.analysis.maps import patch_maps
 from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS
-from registerlens.analysis.trace import QUANTILES, Trace
+from registerlens.analysis.trace import QUANTILES, Trace, _Sums
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
-from registerlens.errors import ImageError, ShapeError
+from registerlens.errors import ImageError, NonFiniteError, ShapeError
 from registerlens.model.attention import Attention
 
 CFG = rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=64, image_size=(32, 48), patch_size=(8, 8))
@@ -179,10 +180,57 @@ def test_hooks_are_gone_afterwards_and_after_an_exception(monkeypatch):
     vit = model()
     rl.trace(vit, noise(2))
     assert not any(point.has_hooks() for point in vit.hook_dict.values())
-    monkeypatch.setattr(trace_module, "received_attention", lambda *a: (_ for _ in ()).throw(RuntimeError("halfway")))
+    monkeypatch.setattr(sinks, "received_attention", lambda *a: (_ for _ in ()).throw(RuntimeError("halfway")))
     with pytest.raises(RuntimeError, match="halfway"):
         rl.trace(vit, noise(2))
     assert not any(point.has_hooks() for point in vit.hook_dict.values())
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("point", ["hook_attn_scores", "hook_pattern"])
+def test_edited_attention_is_what_is_traced(point, class_token):
+    """Scores or patterns that a hook changes are not computed again from queries and keys."""
+    vit = model(dataclasses.replace(CFG, class_token=class_token, distillation_token=False, pooling=()))
+    layout, images = vit.layout(noise(2)), noise(2)
+    target = layout.patches.start + 4
+
+    def stare(attention, hook):
+        attention = torch.full_like(attention, -1e4 if point == "hook_attn_scores" else 0.0)
+        attention[..., target] = 1.0
+        return attention
+
+    with vit.hooks([(f"blocks.1.attn.{point}", stare)]):
+        found, maps = rl.trace(vit, images), patch_maps(vit, images, [0, 1])
+    np.testing.assert_allclose(found.head_sink[1], 1.0, rtol=1e-6)
+    assert found.head_sink[0].max() < 0.99
+    np.testing.assert_allclose(maps.attention[1].reshape(2, -1)[:, 4], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(rl.trace(vit, images).head_sink[0], found.head_sink[0], rtol=1e-5)
+
+
+def test_float64_models_are_traced_too():
+    vit, images = model(), noise(3)
+    expected = rl.trace(vit, images)
+    found, maps = rl.trace(vit.double(), images), patch_maps(vit.double(), images, [1])
+    np.testing.assert_allclose(found.largest_norm, expected.largest_norm, rtol=1e-5)
+    np.testing.assert_allclose(found.head_sink, expected.head_sink, rtol=1e-4)
+    assert maps.norms.dtype == np.float32
+
+
+def test_nan_is_no_verdict():
+    images = noise(2)
+    images[1, 0, 3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="embed"):
+        rl.trace(model(), images)
+
+
+def test_a_saved_trace_says_model_config_and_sizes_in_valid_json(tmp_path):
+    vit = model()
+    found = rl.trace(vit, [noise(2), noise(1, 16, 32), noise(2)])
+    assert found.image_sizes == ((32, 48), (16, 32)) and found.n_images == 5
+    text = (found.save(tmp_path) / "trace.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    back = Trace.load(tmp_path)
+    assert back.config == vit.cfg and back.image_sizes == found.image_sizes
 
 
 def test_the_model_and_the_callers_hooks_are_left_alone():
@@ -214,7 +262,7 @@ def test_memory_does_not_grow_with_the_images():
     for n in (1, 9):
         found = rl.trace(vit, batches(n))
         sizes.append(sum(v.nbytes for v in vars(found).values() if isinstance(v, np.ndarray)))
-        sums = trace_module._Sums(vit)
+        sums = _Sums(vit)
         held = []
         for _ in range(n):
             sums.add(torch.rand(7, 2, 24) + 1, [torch.rand(2, 6)] * 3)

@@ -564,7 +564,7 @@ def test_the_stream_equals_load_images(folder, batch_size, prefetch):
         assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
         assert torch.equal(torch.cat(batches), everything)
         assert stream.loaded == stream.names
-    assert len(stream) == 10
+    assert stream.n_images == 10 and len(stream) == len(list(stream))
     assert not _running()
 
 

@@ -9,10 +9,13 @@ import timm
 import torch
 from families import NATIVE, OPEN_CLIP, SQUARE, TIMM, TINY_CLIP, TRANSFORMERS, Case, clip_model, run
 from helpers import randomise, relative
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BitImageProcessor
 
-from registerlens import HookedViT, Preprocess
+from registerlens import HookedViT, Preprocess, load_images
+from registerlens.data.photographs import shipped_photographs
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.loading import native
 
@@ -41,7 +44,55 @@ def test_a_saved_transformers_folder(name, tmp_path):
     vit = HookedViT.from_pretrained(tmp_path)
     check(vit, case, module)
     assert vit.source == str(tmp_path)
-    assert vit.preprocess.output_size == case.native
+    # DINOv2 is used at 224 pixels whatever its position embeddings are, as transformers uses it
+    assert vit.preprocess.output_size == ((224, 224) if "Dinov2" in name else case.native)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"size": {"height": 40, "width": 48}, "do_center_crop": False, "resample": 2},
+    ],
+)
+def test_an_image_processor_means_what_transformers_makes_of_it(settings, nested, tmp_path):
+    case = TRANSFORMERS["Dinov2Model"]
+    case.make(case.native).save_pretrained(tmp_path)
+    usual = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
+    processor = BitImageProcessor(**{**usual, "do_convert_rgb": True, **settings})
+    written = json.loads(processor.to_json_string())
+    name, content = (
+        ("processor_config.json", {"image_processor": written}) if nested else ("preprocessor_config.json", written)
+    )
+    (tmp_path / name).write_text(json.dumps(content))
+    photograph = Image.open(shipped_photographs()[0])
+    theirs = processor(photograph, return_tensors="pt")["pixel_values"]
+    mine = load_images(photograph, HookedViT.from_pretrained(tmp_path))
+    step = 255 * processor.rescale_factor if processor.do_rescale else 255
+    step = step / min(processor.image_std) if processor.do_normalize else step
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).abs().max() <= 2.001 / 255 * step
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"do_resize": False}, "do_resize"),
+        ({"resample": 4}, "resample=4"),
+        ({"size": {"longest_edge": 9}}, "longest"),
+    ],
+)
+def test_an_image_processor_that_cannot_be_reproduced_is_refused(settings, word, tmp_path):
+    case = TRANSFORMERS["Dinov2Model"]
+    case.make(case.native).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=word):
+        HookedViT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPModel", "Dinov2Model"])
@@ -193,8 +244,8 @@ def test_a_folder_of_open_clip(file, tmp_path):
 
 @pytest.mark.parametrize(("tag", "activation"), [("openai", "quick_gelu"), ("laion2b_s34b_b88k", "gelu")])
 def test_published_open_clip_weights_run_with_the_nonlinearity_they_were_trained_with(tag, activation, monkeypatch):
-    def create_model(name, pretrained, force_quick_gelu):
-        assert (name, pretrained) == ("ViT-B-16", tag)
+    def create_model(name, pretrained, force_quick_gelu, weights_only):
+        assert (name, pretrained, weights_only) == ("ViT-B-16", tag, True)
         return clip_model(SQUARE, quick_gelu=force_quick_gelu)
 
     monkeypatch.setattr(open_clip, "create_model", create_model)

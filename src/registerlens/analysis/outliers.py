@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor
+
+from registerlens.model.parts import at_least_float32
 
 LOG_LOW, LOG_HIGH, N_BINS = -3.0, 7.0, 500
 """Histograms of log(norm / median norm of the image): from e^-3 to e^7 in steps of 2%; the ends collect the rest."""
@@ -58,8 +62,20 @@ class OutlierEvidence:
         return self.verdict == "present"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
+        """JSON-ready values; None where there is no number."""
+        values = asdict(self)
+        missing = {name for name, value in values.items() if isinstance(value, float) and math.isnan(value)}
+        return values | dict.fromkeys(missing)
+
+
+def token_norms(resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+    """Euclidean norms over the last axis, summed in float32 at least, returned as float32.
+
+    Example:
+        >>> token_norms(torch.full((2, 4), 0.5, dtype=torch.bfloat16))
+        tensor([1., 1.])
+    """
+    return torch.linalg.vector_norm(resid, dim=-1, dtype=at_least_float32(resid.dtype)).float()
 
 
 def bin_edges() -> Float[np.ndarray, " edges"]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.config import TokenLayout
+from registerlens.model.block import Block
+from registerlens.model.parts import listening
+from registerlens.model.vit import HookedViT
 
 _SCORES_AT_ONCE = 2**20
 """Scores held at once where every query counts: 4 MiB in float32."""
@@ -44,3 +50,48 @@ def received_attention(
     for start in range(0, n, step):
         total += (queries[:, :, start : start + step] @ keys).softmax(-1, dtype=torch.float32).sum(2)
     return total / n
+
+
+Receive = Callable[[int, Float[Tensor, "batch head key"]], None]
+
+
+def attention_hooks(vit: HookedViT, layout: TokenLayout, layers: Iterable[int], receive: Receive) -> list[Any]:
+    """Hooks that hand `receive(layer, attention)` the attention each key draws, in the order of the layers.
+
+    It is computed from queries and keys; where scores or patterns of a layer are edited already, from its pattern.
+
+    Args:
+        vit: the model, its edits in place.
+        layout: of the images to come.
+        layers: blocks to watch.
+        receive: takes the block's index and [batch, head, key], as `received_attention` gives it.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(1, 3, 48, 48)
+        >>> seen = {}
+        >>> with torch.no_grad(), vit.hooks(attention_hooks(vit, vit.layout(images), [3], seen.__setitem__)):
+        ...     out = vit(images)
+        >>> seen[3].shape
+        torch.Size([1, 1, 36])
+    """
+    queries: dict[int, Tensor] = {}
+
+    def keep_query(q: Tensor, hook: Any) -> None:
+        queries[hook.layer()] = q
+
+    def from_key(k: Tensor, hook: Any) -> None:
+        receive(hook.layer(), received_attention(queries.pop(hook.layer()), k, layout))
+
+    def from_pattern(pattern: Tensor, hook: Any) -> None:
+        drawn = pattern.mean(2) if layout.cls is None else pattern[:, :, layout.cls]
+        receive(hook.layer(), drawn.float())
+
+    hooks: list[Any] = []
+    for layer in layers:
+        attn, name = cast(Block, vit.blocks[layer]).attn, f"blocks.{layer}.attn"
+        if listening(attn.hook_attn_scores, attn.hook_pattern):
+            hooks.append((f"{name}.hook_pattern", from_pattern))
+        else:
+            hooks += [(f"{name}.hook_q", keep_query), (f"{name}.hook_k", from_key)]
+    return hooks

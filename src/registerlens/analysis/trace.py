@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS, OutlierEvidence, bin_edges, judge
-from registerlens.analysis.sinks import received_attention
-from registerlens.config import TokenLayout
-from registerlens.errors import ImageError
-from registerlens.loading.files import whole_file, write_json
+from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS, OutlierEvidence, bin_edges, judge, token_norms
+from registerlens.analysis.sinks import attention_hooks
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.errors import ImageError, NonFiniteError
+from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -30,7 +30,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """Levels of `Trace.norm_quantiles`."""
 
 Images = Tensor | Iterable[Tensor]
-_DERIVED = ("model", "sublayers", "sink_query", "n_images")
+_DESCRIPTIVE = ("model", "config", "image_sizes", "sublayers", "sink_query", "n_images")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +39,10 @@ class Trace:
 
     model: str
     """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    image_sizes: tuple[tuple[int, int], ...]
+    """Heights and widths in pixels of the images that went through, each size once."""
     sublayers: tuple[str, ...]
     """Places in the stream: "embed", "0.attn", "0.mlp", "1.attn", ..."""
     sink_query: Literal["cls", "mean"]
@@ -116,10 +120,14 @@ class Trace:
 
     def describe(self) -> str:
         """The verdict in words: which norm, which layer."""
+        return f"Outlier tokens: {self.verdict}. {self.explain()}"
+
+    def explain(self) -> str:
+        """What the verdict rests on, in words."""
         evidence = self.evidence[self._strongest]
         if self.verdict == "absent":
             return (
-                f"Outlier tokens: absent. Nowhere in the residual stream do patch norms separate: {evidence.reason}. "
+                f"Nowhere in the residual stream do patch norms separate: {evidence.reason}. "
                 f"The largest patch norm is at most {self.largest_over_median.max():.1f} x the median."
             )
         if self.onset == "embed":
@@ -132,7 +140,7 @@ class Trace:
                 f"They arise in block {layer}, after its {'MLP' if kind == 'mlp' else 'attention'}: the largest patch "
                 f"norm goes from {before:.1f} to {after:.1f} x the median."
             )
-        return f"Outlier tokens: present. {where} Where they are clearest ({self.strongest}), {evidence.reason}."
+        return f"{where} Where they are clearest ({self.strongest}), {evidence.reason}."
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a sublayer: norms, evidence, and for attention rows the sinks of that layer."""
@@ -170,6 +178,7 @@ class Trace:
         return {
             "model": self.model,
             "n_images": self.n_images,
+            "image_sizes": [list(size) for size in self.image_sizes],
             "verdict": self.verdict,
             "onset": self.onset,
             "strongest": self.strongest,
@@ -183,10 +192,16 @@ class Trace:
         from registerlens import __version__  # noqa: PLC0415
 
         folder = Path(folder)
-        arrays = {f.name: np.ascontiguousarray(getattr(self, f.name)) for f in fields(self) if f.name not in _DERIVED}
+        names = [item.name for item in fields(self) if item.name not in _DESCRIPTIVE]
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in names}
         with whole_file(folder / "trace.safetensors") as temporary:
             save_file(arrays, temporary)
-        description = {"version": __version__, "sublayers": list(self.sublayers), **self.summary()}
+        description = {
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "sublayers": list(self.sublayers),
+            **self.summary(),
+        }
         write_json(folder / "trace.json", description)
         return folder
 
@@ -200,12 +215,12 @@ class Trace:
             >>> Trace.load(found.save(tempfile.mkdtemp())).n_images
             2
         """
-        import json  # noqa: PLC0415
-
         folder = Path(folder)
-        description = json.loads((folder / "trace.json").read_text())
+        description = read_json(folder / "trace.json")
         return cls(
             model=description["model"],
+            config=ViTConfig.from_dict(description["config"]),
+            image_sizes=tuple((height, width) for height, width in description["image_sizes"]),
             sublayers=tuple(description["sublayers"]),
             sink_query=description["sink_query"],
             n_images=description["n_images"],
@@ -225,6 +240,7 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
     Raises:
         ImageError: there are no images.
         ShapeError: they do not fit the model.
+        NonFiniteError: a norm is NaN or infinite.
 
     Source: Jiang et al. 2025, figures 2 and 26; the verdict as `analysis.outliers` explains.
 
@@ -238,17 +254,20 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
     """
     sums = _Sums(vit)
     batches: Iterable[Tensor] = images
-    total = None
+    total = getattr(images, "n_images", None)
     if isinstance(images, Tensor):
+        if batch_size < 1:
+            raise ImageError(f"batch_size must be at least 1, got {batch_size}.")
         batches = images.split(batch_size) if len(images) else ()
-        total = len(batches)
+        total = len(images)
     device = vit.embed.W_pos.device
     with torch.inference_mode():
-        for batch in track(batches, "tracing", total):
+        for batch in track(batches, "tracing", total, len):
             layout = vit.layout(batch)
-            watch = _Watch(layout)
-            with vit.hooks(watch.hooks(vit)):
+            watch = _Watch(vit, layout)
+            with vit.hooks(watch.hooks):
                 vit(batch.to(device), stop_at_layer=vit.cfg.n_layers)
+            sums.sizes[batch.shape[2], batch.shape[3]] = None
             sums.add(torch.stack(watch.norms), watch.sinks)
     return sums.result()
 
@@ -256,29 +275,20 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
 class _Watch:
     """One batch's norms and sinks, collected by hooks; nothing larger than [batch, patch] a sublayer is kept."""
 
-    def __init__(self, layout: TokenLayout) -> None:
-        self.layout = layout
+    def __init__(self, vit: HookedViT, layout: TokenLayout) -> None:
+        self.patches = layout.patches
         self.norms: list[Tensor] = []
         self.sinks: list[Tensor] = []
-        self._q: Tensor | None = None
-
-    def hooks(self, vit: HookedViT) -> list[Any]:
         places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
-        return [(places, self._norm), ("blocks.*.attn.hook_q", self._query), ("blocks.*.attn.hook_k", self._key)]
+        self.hooks = [(places, self._norm), *attention_hooks(vit, layout, range(vit.cfg.n_layers), self._attention)]
 
     def _norm(self, resid: Tensor, hook: Any) -> None:
-        patches = resid[:, self.layout.patches]
-        self.norms.append(torch.linalg.vector_norm(patches, dim=-1, dtype=torch.float32))
+        self.norms.append(token_norms(resid[:, self.patches]))
 
-    def _query(self, q: Tensor, hook: Any) -> None:
-        self._q = q
-
-    def _key(self, k: Tensor, hook: Any) -> None:
-        if self._q is not None:
-            attention = received_attention(self._q, k, self.layout)[..., self.layout.patches]
-            best = attention.mean(1).max(-1)
-            self.sinks.append(torch.cat([attention.amax(-1), best.values[:, None], best.indices[:, None].float()], 1))
-            self._q = None
+    def _attention(self, layer: int, drawn: Float[Tensor, "batch head key"]) -> None:
+        attention = drawn[..., self.patches]
+        best = attention.mean(1).max(-1)
+        self.sinks.append(torch.cat([attention.amax(-1), best.values[:, None], best.indices[:, None].float()], 1))
 
 
 class _Sums:
@@ -286,8 +296,8 @@ class _Sums:
 
     def __init__(self, vit: HookedViT) -> None:
         layers, heads = vit.cfg.n_layers, vit.cfg.n_heads
-        self.model = vit.source
-        self.cls = vit.cfg.class_token
+        self.model, self.config = vit.source, vit.cfg
+        self.sizes: dict[tuple[int, int], None] = {}  # an ordered set
         self.sublayers = ("embed", *(f"{layer}.{kind}" for layer in range(layers) for kind in ("attn", "mlp")))
         n = len(self.sublayers)
         self.n_images = 0
@@ -300,6 +310,12 @@ class _Sums:
 
     def add(self, norms: Float[Tensor, "sublayer batch patch"], sinks: list[Float[Tensor, "batch statistics"]]) -> None:
         """Take in one batch."""
+        if not norms.isfinite().all():
+            first = self.sublayers[int((~norms.isfinite()).flatten(1).any(1).nonzero()[0])]
+            raise NonFiniteError(
+                f"Patch norms are NaN or infinite at {first}. Check the images; if the "
+                f"model is in float16, use bfloat16 or float32."
+            )
         levels = torch.tensor(QUANTILES, dtype=norms.dtype, device=norms.device)
         quantiles = norms.quantile(levels, dim=-1)  # level sublayer batch
         median = quantiles[QUANTILES.index(0.5)]
@@ -330,8 +346,10 @@ class _Sums:
         n = self.n_images
         return Trace(
             model=self.model,
+            config=self.config,
+            image_sizes=tuple(self.sizes),
             sublayers=self.sublayers,
-            sink_query="cls" if self.cls else "mean",
+            sink_query="cls" if self.config.class_token else "mean",
             n_images=n,
             largest_norm=(self.largest / n).numpy(),
             median_norm=(self.median / n).numpy(),

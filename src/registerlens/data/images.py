@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -104,8 +105,8 @@ class ImageStream:
 
     Example:
         >>> stream = ImageStream(np.zeros((5, 40, 30, 3), dtype=np.uint8), Preprocess(resize=(16, 16)), batch_size=2)
-        >>> len(stream), [len(batch) for batch in stream], stream.loaded[-1]
-        (5, [2, 2, 1], 'image 4')
+        >>> len(stream), stream.n_images, [len(batch) for batch in stream], stream.loaded[-1]
+        (3, 5, [2, 2, 1], 'image 4')
     """
 
     names: list[str]
@@ -134,9 +135,14 @@ class ImageStream:
         self.names = [str(item) if isinstance(item, Path) else f"image {i}" for i, item in enumerate(self._sources)]
         self.loaded, self.skipped = [], []
 
-    def __len__(self) -> int:
-        """The number of source images, not of batches."""
+    @property
+    def n_images(self) -> int:
+        """Source images, usable or not."""
         return len(self.names)
+
+    def __len__(self) -> int:
+        """Batches, if every image is usable."""
+        return math.ceil(self.n_images / self.batch_size)
 
     def __iter__(self) -> Iterator[Float[Tensor, "batch channel height width"]]:
         self.loaded, self.skipped = loaded, skipped = [], []
@@ -156,9 +162,9 @@ class ImageStream:
             pool.shutdown(cancel_futures=True)
         reasons = "; ".join(map(str, skipped))
         if not loaded:
-            raise ImageError(f"None of the {len(self)} images can be used. {reasons}. {_EXPECTED}")
+            raise ImageError(f"None of the {self.n_images} images can be used. {reasons}. {_EXPECTED}")
         if skipped:
-            text = f"Skipped {len(skipped)} of {len(self)} images. {reasons}."
+            text = f"Skipped {len(skipped)} of {self.n_images} images. {reasons}."
             warnings.warn(text, SkippedImagesWarning, stacklevel=2)
 
     def _next_batch(self, sources: Iterator[tuple[str, Any]]) -> tuple[list[str], Tensor | None, list[Skipped]]:

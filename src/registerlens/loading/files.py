@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError
+from registerlens.errors import ModelNotFoundError, WeightsError
+from registerlens.files import read_json
 
 Fetch = Callable[[str], Path | None]
 
@@ -115,6 +113,9 @@ def network(name: str) -> Iterator[None]:
     """Turn whatever a hub client raises inside into one clear ModelNotFoundError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError  # noqa: PLC0415
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its retries are ours to report, once
     try:
         yield
     except RepositoryNotFoundError as error:
@@ -131,41 +132,5 @@ def network(name: str) -> Iterator[None]:
             f"{name!r} is not on this machine and could not be downloaded: no network, or the hub did not answer. "
             f"{LOCAL_ALTERNATIVES}"
         ) from error
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place at the end; after an exception nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: it is missing, truncated, or holds no object.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"'{path}' is not valid JSON; it may be truncated: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"'{path}' holds {type(value).__name__} instead of an object.")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        logger.setLevel(level)

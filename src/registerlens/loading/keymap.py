@@ -183,6 +183,8 @@ class Family:
     """Our weight ("{i}" is the layer) -> how it is made. Entries the architecture does not need are not used."""
     preprocess: Preprocess
     """What the family's images usually go through; a checkpoint's own statement comes first."""
+    at_native_size: bool = True
+    """Whether those images have the size of the position embeddings. (DINOv2's: trained at 518 pixels, used at 224.)"""
     prefixes: tuple[str, ...] = ()
     """Beginnings of keys that are dropped where they occur."""
     renames: tuple[tuple[str, str], ...] = ()
@@ -204,7 +206,7 @@ def build(family: Family, source: Source, name: str, preprocess: Preprocess | No
         family: how this class maps onto ours.
         source: its description and weights.
         name: where the weights came from, for messages and results.
-        preprocess: what images go through; default: the family's usual steps at the model's native size.
+        preprocess: what images go through; default: the family's usual steps.
 
     Raises:
         UnsupportedArchitectureError: the model has a part we cannot represent.
@@ -217,9 +219,14 @@ def build(family: Family, source: Source, name: str, preprocess: Preprocess | No
             raise UnsupportedArchitectureError(f"{name}: {family.source_class} with {refusal.part} is not supported.")
     cfg = ViTConfig(**{field_name: reader(source) for field_name, reader in family.config.items()})
     with torch.device("meta"):
-        vit = HookedViT(cfg, preprocess or family.preprocess.at(cfg.image_size), source=name)
+        vit = HookedViT(cfg, preprocess or _usual_preprocess(family, cfg), source=name)
     vit.load_state_dict(_map_weights(family, source.state, vit, name), strict=True, assign=True)
-    return vit.to(vit.embed.patch.weight.dtype).eval()  # some libraries keep norms in float32 beside half weights
+    # One device and one number type: some libraries keep norms in float32 beside half weights.
+    return vit.to(vit.embed.patch.weight).eval()
+
+
+def _usual_preprocess(family: Family, cfg: ViTConfig) -> Preprocess:
+    return family.preprocess.at(cfg.image_size) if family.at_native_size else family.preprocess
 
 
 def _canonical(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

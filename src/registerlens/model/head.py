@@ -38,8 +38,8 @@ class Head(nn.Module):
         if not self.pooling:
             return tokens[:, : layout.patches.stop]
         parts = {
-            "cls": lambda: tokens[:, 0],
-            "distillation": lambda: tokens[:, 1],
+            "cls": lambda: tokens[:, layout.cls],
+            "distillation": lambda: tokens[:, layout.distillation],
             "mean": lambda: tokens[:, layout.patches].mean(1),
         }
         return torch.cat([parts[part]() for part in self.pooling], dim=-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -41,8 +40,7 @@ class MLP(nn.Module):
         out = torch.empty_like(tokens)
         step = max(1, _CACHED_FLOATS // self.up.out_features)
         for start in range(0, len(tokens), step):
-            hidden = self.act(F.linear(tokens[start : start + step], self.up.weight, self.up.bias))
-            out[start : start + step] = self.out(hidden)
+            out[start : start + step] = self.out(self.act(self.up(tokens[start : start + step])))
         return out.view_as(x)
 
     @property

@@ -15,7 +15,7 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, TokenLayout, ViTConfig
-from registerlens.errors import ShapeError
+from registerlens.errors import HookNameError, ShapeError
 from registerlens.model.block import Block
 from registerlens.model.embed import Embedding
 from registerlens.model.head import Head
@@ -110,6 +110,11 @@ class HookedViT(HookedRootModule):
         Raises:
             ShapeError: the tensor is no batch of images this model can take.
         """
+        if not isinstance(images, Tensor):
+            raise ShapeError(
+                f"Expected a tensor of preprocessed images, got {type(images).__name__}. "
+                f"Make one with rl.load_images(paths, vit)."
+            )
         if images.ndim != 4 or images.shape[1] != self.cfg.n_channels or not images.shape[0]:
             raise ShapeError(
                 f"Expected images of shape [batch, {self.cfg.n_channels}, height, width], got {list(images.shape)}. "
@@ -222,7 +227,7 @@ class HookedViT(HookedRootModule):
             what `forward` returns, and the cache.
 
         Raises:
-            HookNameError: a name or glob matches no hook point.
+            HookNameError: a name or glob matches no hook point, or none of them was reached.
             ShapeError: `incl_bwd` with an output of more than one number, or `remove_batch_dim` with several images.
         """
         if remove_batch_dim and len(images) != 1:
@@ -252,6 +257,9 @@ class HookedViT(HookedRootModule):
                         f"vit.hooks(bwd_hooks=...) around a loss of your own."
                     )
                 output.backward()
+        if not cache:
+            asked = {key: value for key, value in forward_arguments.items() if key.endswith("_at_layer")}
+            raise HookNameError(f"None of {sorted(names)[:3]} was reached with {asked}. Ask for blocks in between.")
         if not return_cache_object:
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from registerlens.analysis.maps import PatchMaps, patch_maps
 from registerlens.analysis.trace import Trace
-from registerlens.loading.files import whole_file
+from registerlens.files import whole_file
 from registerlens.model.vit import HookedViT
 from registerlens.viz.curves import trace_figure
 from registerlens.viz.maps import colour, colour_bar, data_uri
@@ -80,6 +80,9 @@ def write_report(
     """
     path = Path(path)
     found = patch_maps(vit, images, map_layers(trace))
+    layout, (patch_height, patch_width) = vit.layout(images), vit.cfg.patch_size
+    # Pixels beyond the last whole patch are not seen by the model; without them picture and maps coincide.
+    display = display[:, : layout.grid_height * patch_height, : layout.grid_width * patch_width]
     figure = trace_figure(trace).to_html(full_html=False, include_plotlyjs="inline", config={"displaylogo": False})
     heads = f"{vit.cfg.n_heads} head{'s' if vit.cfg.n_heads > 1 else ''}"
     facts = [trace.model, f"{trace.n_images} images", f"{vit.cfg.n_layers} blocks", heads, f"width {vit.cfg.d_model}"]
@@ -108,7 +111,7 @@ own, separated by a gap. Method: Jiang et al. 2025, "Vision Transformers Don't N
 
 
 def _in_words(trace: Trace) -> str:
-    words = html.escape(trace.describe().split(". ", 1)[1])
+    words = html.escape(trace.explain())
     if trace.verdict == "absent":
         return words
     follow = trace.sink_is_outlier
@@ -134,7 +137,7 @@ def _legend(trace: Trace, maps: PatchMaps) -> str:
 def _maps(maps: PatchMaps, display: np.ndarray, name: str, i: int) -> str:
     height, width = display.shape[:2]
     ratio = f"aspect-ratio:{width}/{height}"
-    figures = [_figure(data_uri(display), html.escape(Path(name).name), ratio, "")]
+    figures = [_figure(data_uri(np.ascontiguousarray(display)), html.escape(Path(name).name), ratio, "")]
     for row, layer in enumerate(maps.layers):
         for kind, values in (("norm", maps.norms[row, i]), ("attention", maps.attention[row, i])):
             picture = data_uri(colour(values, 0.0, float(values.max())))

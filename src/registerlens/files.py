@@ -1,0 +1,51 @@
+"""Files that appear whole or not at all, and JSON with clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from registerlens.errors import ConfigError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place at the end; after an exception nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: it is missing, truncated, or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"'{path}' is not valid JSON; it may be truncated: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"'{path}' holds {type(value).__name__} instead of an object.")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
