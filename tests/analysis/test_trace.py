@@ -1,6 +1,7 @@
 """The streaming trace against whole caches, its verdicts on known models, and what it leaves behind."""
 
 import dataclasses
+import gc
 import json
 import weakref
 
@@ -15,7 +16,7 @@ import registerlens as rl
 from registerlens.analysis import sinks
 from registerlens.analysis.maps import patch_maps
 from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS
-from registerlens.analysis.trace import QUANTILES, Trace, _Sums
+from registerlens.analysis.trace import QUANTILES, Trace, _Sums, _Watch
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ImageError, NonFiniteError, ShapeError
@@ -205,6 +206,17 @@ def test_edited_attention_is_what_is_traced(point, class_token):
     assert found.head_sink[0].max() < 0.99
     np.testing.assert_allclose(maps.attention[1].reshape(2, -1)[:, 4], 1.0, rtol=1e-6)
     np.testing.assert_allclose(rl.trace(vit, images).head_sink[0], found.head_sink[0], rtol=1e-5)
+
+
+def test_nothing_of_a_batch_outlives_it():
+    """Not even until the next garbage collection: what a cycle holds meanwhile would add up."""
+    gc.collect()
+    gc.disable()
+    try:
+        rl.trace(model(), [noise(2), noise(2)])
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, _Watch)]
+    finally:
+        gc.enable()
 
 
 def test_float64_models_are_traced_too():

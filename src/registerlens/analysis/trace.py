@@ -264,8 +264,8 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
     with torch.inference_mode():
         for batch in track(batches, "tracing", total, len):
             layout = vit.layout(batch)
-            watch = _Watch(vit, layout)
-            with vit.hooks(watch.hooks):
+            watch = _Watch(layout)
+            with vit.hooks(watch.hooks(vit)):
                 vit(batch.to(device), stop_at_layer=vit.cfg.n_layers)
             sums.sizes[batch.shape[2], batch.shape[3]] = None
             sums.add(torch.stack(watch.norms), watch.sinks)
@@ -275,12 +275,16 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
 class _Watch:
     """One batch's norms and sinks, collected by hooks; nothing larger than [batch, patch] a sublayer is kept."""
 
-    def __init__(self, vit: HookedViT, layout: TokenLayout) -> None:
+    def __init__(self, layout: TokenLayout) -> None:
         self.patches = layout.patches
         self.norms: list[Tensor] = []
         self.sinks: list[Tensor] = []
+        self.layout = layout
+
+    def hooks(self, vit: HookedViT) -> list[Any]:
         places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
-        self.hooks = [(places, self._norm), *attention_hooks(vit, layout, range(vit.cfg.n_layers), self._attention)]
+        attention = attention_hooks(vit, self.layout, range(vit.cfg.n_layers), self._attention)
+        return [(places, self._norm), *attention]
 
     def _norm(self, resid: Tensor, hook: Any) -> None:
         self.norms.append(token_norms(resid[:, self.patches]))
