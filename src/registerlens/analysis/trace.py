@@ -276,10 +276,9 @@ class _Watch:
     """One batch's norms and sinks, collected by hooks; nothing larger than [batch, patch] a sublayer is kept."""
 
     def __init__(self, layout: TokenLayout) -> None:
-        self.patches = layout.patches
+        self.layout = layout
         self.norms: list[Tensor] = []
         self.sinks: list[Tensor] = []
-        self.layout = layout
 
     def hooks(self, vit: HookedViT) -> list[Any]:
         places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
@@ -287,10 +286,10 @@ class _Watch:
         return [(places, self._norm), *attention]
 
     def _norm(self, resid: Tensor, hook: Any) -> None:
-        self.norms.append(token_norms(resid[:, self.patches]))
+        self.norms.append(token_norms(resid[:, self.layout.patches]))
 
     def _attention(self, layer: int, drawn: Float[Tensor, "batch head key"]) -> None:
-        attention = drawn[..., self.patches]
+        attention = drawn[..., self.layout.patches]
         best = attention.mean(1).max(-1)
         self.sinks.append(torch.cat([attention.amax(-1), best.values[:, None], best.indices[:, None].float()], 1))
 
