@@ -27,13 +27,14 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def in_process(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory tasks run here: starting six interpreters takes too long for a test."""
-    from benchmarks import caching, harness, tracing
+    from benchmarks import caching, harness, neurons, tracing
 
     def here(prepare: Any, **arguments: Any) -> dict[str, float]:
         return {key: value + 1 for key, value in harness._measure_peak(prepare, arguments).items()}
 
     monkeypatch.setattr(tracing, "peak_memory", here)
     monkeypatch.setattr(caching, "peak_memory", here)
+    monkeypatch.setattr(neurons, "peak_memory", here)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -49,7 +50,7 @@ def test_a_tiny_run_writes_a_complete_report(
     assert report["environment"]["threads"] == 1
     assert report["environment"]["versions"]["torch"]
     rows = report["rows"]
-    assert [row["benchmark"] for row in rows] == ["forward"] * 6 + ["trace"] * 4 + ["cache"] * 6
+    assert [row["benchmark"] for row in rows] == ["forward"] * 6 + ["trace"] * 4 + ["cache"] * 6 + ["neurons"] * 11
     for row in rows:
         assert row["reached"] in {True, False} if row["target"] else row["reached"] is None
         if row["unit"] == "s":

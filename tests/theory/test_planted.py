@@ -87,7 +87,7 @@ def test_every_architecture(name):
     planted, truth = plant_register_neurons(vit, layer=1, n=2, generator=3)
     found = rl.trace(planted, fresh_images(vit))
     assert (found.verdict, found.onset) == ("present", "1.mlp"), found.describe()
-    assert ranked(outlier_activations(planted, fresh_images(vit), 1)[0], 2) == set(truth.neurons)
+    assert ranked(outlier_activations(planted, fresh_images(vit), 1)[0], 2) == set(truth.neurons.pairs)
     assert planted.source == "random weights, planted"
     assert not planted.training
 
@@ -104,8 +104,8 @@ def test_exactly_what_is_promised_changes(firing):
     own = {f"blocks.1.mlp.{part}" for part in ("up.weight", "up.bias", "out.weight")}
     later = {f"blocks.{i}.{part}" for i in (2, 3) for part in ("attn.qkv.weight", "attn.qkv.bias", "mlp.up.weight")}
     assert changed == own | later | {"head.linear.weight"}
-    slots = sorted(neuron for _, neuron in truth.neurons)
-    assert len(slots) == 3 and {layer for layer, _ in truth.neurons} == {1}
+    slots = sorted(neuron for _, neuron in truth.neurons.pairs)
+    assert truth.neurons.source == "planted" and len(slots) == 3 and {layer for layer, _ in truth.neurons.pairs} == {1}
     for name, dim in (("up.weight", 1), ("up.bias", None), ("out.weight", 0)):
         different = before[f"blocks.1.mlp.{name}"] != after[f"blocks.1.mlp.{name}"]
         rows = different if dim is None else different.any(dim)
@@ -157,7 +157,7 @@ def test_the_direction_avoids_what_layer_scale_closes():
     planted, truth = plant_register_neurons(vit, layer=1, generator=0)
     assert (truth.direction[:10] == 0).all() and (truth.direction[10:] != 0).all()
     assert abs(truth.direction.sum().item()) < 1e-5
-    for _, neuron in truth.neurons:
+    for _, neuron in truth.neurons.pairs:
         written = planted.blocks[1].mlp.W_out[neuron]
         assert torch.cosine_similarity(written, truth.direction, dim=0).item() == pytest.approx(1, abs=1e-5)
     assert rl.trace(planted, truth.calibration).onset == "1.mlp"
@@ -215,14 +215,14 @@ def test_together_and_alone():
     assert (together.fires.all(0).sum() / together.fires.any(0).sum()).item() > 0.95
     assert (alone.fires.sum(0) > 1).sum() <= 0.25 * alone.fires.any(0).sum()
     assert alone.fires.flatten(1).any(1).all()
-    assert ranked(outlier_activations(planted, alone.calibration, 1)[0], 3) == set(alone.neurons)
+    assert ranked(outlier_activations(planted, alone.calibration, 1)[0], 3) == set(alone.neurons.pairs)
     assert rl.trace(planted, alone.calibration).onset == "1.mlp"
 
 
 def test_the_truth_is_what_the_neurons_do():
     vit = backbone()
     planted, truth = plant_register_neurons(vit, layer=1, n=3, generator=4)
-    slots = [neuron for _, neuron in truth.neurons]
+    slots = [neuron for _, neuron in truth.neurons.pairs]
     for images in (truth.calibration, fresh_images(vit), torch.randn(3, 3, 40, 96)):
         with torch.inference_mode():
             _, cache = planted.run_with_cache(images, names_filter="blocks.1.mlp.hook_pre")
@@ -259,7 +259,7 @@ def test_sharpness_sets_the_pre_activation(sharpness):
     planted, truth = plant_register_neurons(vit, layer=1, n=1, sharpness=sharpness, generator=0)
     with torch.inference_mode():
         _, cache = planted.run_with_cache(truth.calibration, names_filter="blocks.1.mlp.hook_pre")
-    pre = cache["blocks.1.mlp.hook_pre"][:, vit.layout(truth.calibration).patches][..., truth.neurons[0][1]]
+    pre = cache["blocks.1.mlp.hook_pre"][:, vit.layout(truth.calibration).patches][..., truth.neurons.pairs[0][1]]
     typical = pre[truth.fires[0]].median().item()
     assert 0.8 * sharpness <= typical <= 1.2 * sharpness  # each neuron has a strength of its own
     assert pre[~truth.fires[0]].max() <= 0
@@ -313,7 +313,7 @@ def test_mean_activation_at_outliers_ranks_the_planted_first(firing):
         vit, layer = backbone(seed=seed), seed % 3
         planted, truth = plant_register_neurons(vit, layer=layer, n=n, share=share, firing=firing, generator=seed)
         means, _ = outlier_activations(planted, fresh_images(vit, 2000 + seed), layer)
-        assert ranked(means, n) == set(truth.neurons), (seed, layer, n)
+        assert ranked(means, n) == set(truth.neurons.pairs), (seed, layer, n)
 
 
 def test_without_query_biases_sinks_are_refused_before_any_work(monkeypatch):
@@ -386,7 +386,7 @@ def test_the_real_dinov2_small_on_photographs(dinov2_small):
     assert found.sink_is_outlier[:6].max() == 0 and found.sink_is_outlier[6] > 0.9 * share
     assert 0.004 < truth.fires.any(0).float().mean().item() < 0.03
     means, _ = outlier_activations(planted, photographs, 5)
-    assert ranked(means, 3) == set(truth.neurons)
+    assert ranked(means, 3) == set(truth.neurons.pairs)
     with torch.inference_mode():
         _, cache = dinov2_small.run_with_cache(photographs[:2], names_filter="blocks.5.hook_resid_mid")
         _, same = planted.run_with_cache(photographs[:2], names_filter="blocks.5.hook_resid_mid")

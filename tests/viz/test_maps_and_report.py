@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 
 import registerlens as rl
-from registerlens.analysis.maps import patch_maps
+from registerlens.analysis.maps import neuron_maps, patch_maps
 from registerlens.data.synthetic import FLAT, synthetic_images
-from registerlens.errors import ShapeError
-from registerlens.viz import report
+from registerlens.errors import InterventionError, NoOutliersError, ShapeError
+from registerlens.viz import report, sections
 from registerlens.viz.maps import colour, colour_bar, data_uri
+from registerlens.viz.study import study_registers
+
+REGISTER_NEURONS = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]
 
 
 def decode(uri):
@@ -63,6 +66,60 @@ def test_maps_equal_the_cache(class_token):
             np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_maps_of_an_edited_model_leave_registers_and_bias_out(tiny):
+    vit, batch, _ = tiny
+    neurons, images = rl.RegisterNeurons.from_pairs(REGISTER_NEURONS), batch.images[:3]
+    clean = patch_maps(vit, images, [1, 5])
+    assert np.isnan(clean.register_norm).all() and np.isnan(clean.register_attention).all()
+    with vit.edit(rl.TestTimeRegisters(neurons, n=2)):
+        register = patch_maps(vit, images, [1, 5])
+        _, cache = vit.run_with_cache(images)
+    np.testing.assert_allclose(
+        register.register_norm[1], cache["blocks.5.hook_resid_post"][:, -2:].norm(dim=-1).amax(-1), rtol=1e-4
+    )
+    drawn = cache["blocks.5.attn.hook_pattern"].mean((1, 2))[:, -2:].sum(-1)
+    np.testing.assert_allclose(register.register_attention[1], drawn.detach(), rtol=1e-4)
+    with vit.edit(rl.AttentionBias.fit(vit, neurons, images)):
+        bias = patch_maps(vit, images, [1, 5])
+    for edited in (register, bias):
+        assert edited.norms.shape == edited.attention.shape == (2, 3, 6, 6)
+        assert edited.norms[1].max() < clean.norms[1].max() / 5
+        total = edited.attention[1].sum((1, 2)) + edited.register_attention[1]
+        np.testing.assert_allclose(total, 1, atol=1e-4)  # no [CLS] in this model: patches and the extra keys are all
+    assert np.isnan(bias.register_norm).all()
+
+
+def test_a_layer_given_twice_counts_once(tiny):
+    vit, batch, _ = tiny
+    assert patch_maps(vit, batch.images[:1], [5, 5, 1]).layers == (5, 1)
+
+
+def test_neuron_maps_equal_the_cache_in_the_order_given(tiny):
+    vit, batch, _ = tiny
+    pairs = [(1, 183), (0, 7), (1, 103)]
+    maps = neuron_maps(vit, batch.images, pairs)
+    _, cache = vit.run_with_cache(batch.images)
+    layout = vit.layout(batch.images)
+    for row, (layer, neuron) in enumerate(pairs):
+        expected = layout.to_grid(cache[f"blocks.{layer}.mlp.hook_post"])[..., neuron].detach()
+        np.testing.assert_allclose(maps.activations[row], expected, rtol=1e-4, atol=1e-5)
+    assert maps.pairs == tuple(pairs) and maps.activations.shape == (3, 16, 6, 6)
+
+
+def test_neuron_maps_show_what_an_edit_does(tiny):
+    vit, batch, _ = tiny
+    neurons = rl.RegisterNeurons.from_pairs(REGISTER_NEURONS)
+    with vit.edit(rl.MoveOutliers(neurons, 8)):
+        moved = neuron_maps(vit, batch.images[:2], [(1, 183)]).activations[0].reshape(2, -1)
+    assert (moved.argmax(1) == 8).all() and (np.delete(moved, 8, 1) == 0).all()
+
+
+@pytest.mark.parametrize("pairs", [[], [(6, 0)], [(1, 256)]])
+def test_neuron_maps_refuse_neurons_that_do_not_exist(pairs):
+    with pytest.raises(InterventionError, match=r"No neuron was given|do not exist"):
+        neuron_maps(rl.from_pretrained("registerlens:tiny"), torch.rand(1, 3, 48, 48), pairs)
+
+
 def test_maps_refuse_layers_that_do_not_exist():
     vit = rl.from_pretrained("registerlens:tiny")
     with pytest.raises(ShapeError, match=r"\[6\].*0 to 5"):
@@ -104,7 +161,99 @@ def test_an_interrupted_page_leaves_nothing(tiny, tmp_path, monkeypatch):
     def broken(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "_table", broken)
+    monkeypatch.setattr(sections, "table", broken)
     with pytest.raises(KeyboardInterrupt):
         report.write_report(tmp_path / "p.html", vit, batch.images[:1], display, found, names=["x"], title="t")
     assert list(tmp_path.iterdir()) == []
+
+
+def shown(batch, n):
+    return batch.images[:n].clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@pytest.fixture(scope="module")
+def studied(tiny, tmp_path_factory):
+    vit, batch, found = tiny
+    study = study_registers(vit, synthetic_images(64, 0).images, batch.images, "Found on <64>, evaluated on 16.")
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    names = [f"{i}.png" for i in range(6)]
+    report.write_report(path, vit, batch.images[:6], shown(batch, 6), found, names=names, title="t", study=study)
+    return study, path.read_text()
+
+
+def test_the_answers_come_first(studied):
+    _, text = studied
+    top = text[text.index("<body>") : text.index("Which norm, which layer?")]
+    assert "Outlier tokens: present" in top and "Register neurons: 7" in top and "Test-time register: worked" in top
+    assert text.count("* plotly.js v") == 1 and 'src="http' not in text  # the script once, and inside
+
+
+def test_the_page_lists_the_neurons_with_their_scores_and_maps(studied):
+    study, text = studied
+    section = text[text.index('<h2 id="neurons">') : text.index('<h2 id="register">')]
+    for layer, neuron, score in study.neurons:
+        assert f"<td>{layer}</td><td>{neuron}</td><td>{score:.3g}</td>" in section
+    for score in ("mean", "mean_abs", "contrast", "auc"):
+        assert f"<th>{score}</th>" in section
+    pictures = re.findall(r'<img class="map"[^>]*src="([^"]+)"', section)
+    assert len(pictures) == 4 * (1 + 4)  # four images: the norm, and four neurons
+    first_neuron = decode(pictures[1]).astype(int)
+    np.testing.assert_array_equal((first_neuron[..., 1] > 150).reshape(-1), study_outliers(0))
+
+
+def study_outliers(image):
+    return (synthetic_images(16, 2).roles[image] == FLAT).numpy()
+
+
+def test_before_and_after_share_a_scale(studied):
+    _, text = studied
+    section = text[text.index('<h2 id="register">') : text.index("Before, after and controls")]
+    assert "Found on &lt;64&gt;, evaluated on 16." in section and "share their scale" in section
+    before, after, own = re.findall(r'<img class="map"[^>]*src="([^"]+)"', section)[:3]
+    bright = [(decode(picture).astype(int)[..., 1] > 150).reshape(-1) for picture in (before, after, own)]
+    np.testing.assert_array_equal(bright[0], study_outliers(0))
+    assert not bright[1].any() and bright[2].any()  # dark on the common scale; on its own it has a maximum
+    assert re.search(r"register \d+", section) and "register or bias 0." in section
+
+
+def test_the_table_has_every_condition_with_intervals(studied):
+    study, text = studied
+    table = text[text.index("Before, after and controls") :]
+    for condition in study.evaluation.conditions:
+        assert f"<tr><td>{condition}</td>" in table or f'<tr class="marked"><td>{condition}</td>' in table
+    clean = study.evaluation.to_dataframe().set_index(["condition", "metric"]).loc[("clean", "outliers")]
+    assert f"<td>{clean['mean']:.3f}<small>{clean['low']:.3f} to {clean['high']:.3f}</small></td>" in table
+    assert "over 16 images" in table
+
+
+def test_without_outliers_the_page_says_that_there_is_nothing_to_look_for(tiny, tmp_path):
+    vit, batch, _ = tiny
+    torch.manual_seed(0)
+    plain = rl.HookedViT(vit.cfg)
+    found = rl.trace(plain, batch.images)
+    study = study_registers(plain, batch.images, batch.images, "")
+    assert isinstance(study, NoOutliersError)
+    page = report.write_report(
+        tmp_path / "p.html", plain, batch.images[:1], shown(batch, 1), found, names=["a"], title="t", study=study
+    )
+    text = page.read_text()
+    assert "Register neurons: nothing to look for" in text and "There is nothing to look for" in text
+    evidence = found.evidence[found.sublayers.index(found.strongest)]
+    assert f"{evidence.largest_over_median:.1f} x the image" in text and evidence.reason.split(" (")[0] in text
+    assert 'id="register"' not in text
+
+
+def test_a_search_that_finds_nothing_is_said_at_the_top(tiny, tmp_path):
+    vit, batch, found = tiny
+    page = report.write_report(
+        tmp_path / "p.html",
+        vit,
+        batch.images[:1],
+        shown(batch, 1),
+        found,
+        names=["a"],
+        title="t",
+        study=NoOutliersError("too <few> images"),
+    )
+    text = page.read_text()
+    assert "not looked for" in text and "too &lt;few&gt; images" in text and 'id="neurons"' not in text

@@ -1,4 +1,4 @@
-"""Patch maps of single images: residual norms and the attention that patches draw, at chosen layers."""
+"""Patch maps of single images: residual norms, the attention that patches draw, and activations of single neurons."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.sinks import attention_hooks
-from registerlens.errors import ShapeError
+from registerlens.errors import InterventionError, ShapeError
 from registerlens.model.vit import HookedViT
 
 _BATCH = 16
@@ -31,15 +32,19 @@ class PatchMaps:
     """Residual norm of each patch after the block."""
     attention: Float[np.ndarray, "layer image grid_h grid_w"]
     """Attention each patch draws in the block, mean over heads (0 to 1)."""
+    register_norm: Float[np.ndarray, "layer image"]
+    """Residual norm of the (largest) test-time register after the block; NaN without one."""
+    register_attention: Float[np.ndarray, "layer image"]
+    """Attention that test-time registers and an attention bias draw together (0 to 1); NaN without any."""
 
 
 def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width"], layers: Sequence[int]) -> PatchMaps:
     """Norm and attention maps at the given blocks.
 
     Args:
-        vit: the model.
+        vit: the model, edited or not.
         images: preprocessed, all of one size.
-        layers: block indices, at least one.
+        layers: block indices, at least one; one given twice counts once.
 
     Raises:
         ShapeError: a layer does not exist, or the images do not fit.
@@ -54,6 +59,7 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
         raise ShapeError("No layer was given. Pass at least one block index.")
     if bad := [layer for layer in layers if not 0 <= layer < vit.cfg.n_layers]:
         raise ShapeError(f"Layers {bad} do not exist: the model has blocks 0 to {vit.cfg.n_layers - 1}.")
+    layers = tuple(dict.fromkeys(layers))
     layout = vit.layout(images)
     norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     attention: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -67,12 +73,83 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
         for batch in images.split(_BATCH):
             vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(layers) + 1)
 
-    def grids(found: dict[int, list[Tensor]]) -> np.ndarray:
-        return torch.stack([layout.to_grid(torch.cat(found[layer])) for layer in layers]).cpu().numpy()
+    def stacked(found: dict[int, list[Tensor]]) -> Float[Tensor, "layer image pos"]:
+        return torch.stack([torch.cat(found[layer]) for layer in layers]).cpu()
 
+    def grids(values: Float[Tensor, "layer image pos"]) -> Float[np.ndarray, "layer image grid_h grid_w"]:
+        # Patches first: with an attention bias there are more keys than tokens.
+        return np.stack([layout.to_grid(row[:, layout.patches]).numpy() for row in values])
+
+    def beyond(values: Float[Tensor, "layer image pos"]) -> Float[Tensor, "layer image extra"]:
+        return values[..., layout.patches.stop :]
+
+    every_norm, every_attention = stacked(norms), stacked(attention)
+    registers, extra_keys = beyond(every_norm), beyond(every_attention)
+    nothing = np.full(every_norm.shape[:2], np.nan, np.float32)
     return PatchMaps(
-        layers=tuple(layers),
+        layers=layers,
         sink_query="cls" if layout.cls is not None else "mean",
-        norms=grids(norms),
-        attention=grids(attention),
+        norms=grids(every_norm),
+        attention=grids(every_attention),
+        register_norm=registers.amax(-1).numpy() if registers.shape[-1] else nothing,
+        register_attention=extra_keys.sum(-1).numpy() if extra_keys.shape[-1] else nothing,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NeuronMaps:
+    """Activation maps of a few neurons on a few images (figure 3)."""
+
+    pairs: tuple[tuple[int, int], ...]
+    """(layer, neuron) of each."""
+    activations: Float[np.ndarray, "neuron image grid_h grid_w"]
+    """Activation after the nonlinearity at each patch."""
+
+
+def neuron_maps(
+    vit: HookedViT, images: Float[Tensor, "image channel height width"], pairs: Sequence[tuple[int, int]]
+) -> NeuronMaps:
+    """How active single neurons are at each patch, laid out as the image.
+
+    Args:
+        vit: the model, edited or not.
+        images: preprocessed, all of one size.
+        pairs: (layer, neuron) of each neuron, at least one.
+
+    Raises:
+        InterventionError: no neuron was given, or the model does not have one of them.
+        ConfigError: a pair is given twice, or is no pair.
+        ShapeError: the images do not fit.
+
+    Source: Jiang et al. 2025, figures 3, 19 and 28.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import FLAT, synthetic_images
+        >>> vit, batch = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(2, 0)
+        >>> maps = neuron_maps(vit, batch.images, [(1, 183), (1, 103)])
+        >>> maps.activations.shape
+        (2, 2, 6, 6)
+        >>> bool(((maps.activations[0].reshape(2, -1) > 50) == (batch.roles == FLAT).numpy()).all())
+        True
+    """
+    neurons = RegisterNeurons.from_pairs(pairs).check(vit.cfg)
+    if not len(neurons):
+        raise InterventionError("No neuron was given. Pass at least one (layer, neuron).")
+    layout = vit.layout(images)
+    seen: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in neurons.pairs}
+    by_layer = neurons.by_layer()
+
+    def keep(post: Tensor, hook: Any) -> None:
+        patches = post[:, layout.patches]
+        for neuron in by_layer[hook.layer()]:
+            seen[hook.layer(), neuron].append(patches[..., neuron].float().cpu().clone())  # no view of the layer
+
+    hooks: Any = [([f"blocks.{layer}.mlp.hook_post" for layer in by_layer], keep)]
+    with torch.inference_mode(), vit.hooks(hooks):
+        for batch in images.split(_BATCH):
+            vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(by_layer) + 1)
+    return NeuronMaps(
+        pairs=neurons.pairs,
+        activations=np.stack([layout.to_grid(torch.cat(found)).numpy() for found in seen.values()]),
     )

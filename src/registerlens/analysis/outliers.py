@@ -78,9 +78,32 @@ def token_norms(resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch
     return torch.linalg.vector_norm(resid, dim=-1, dtype=at_least_float32(resid.dtype)).float()
 
 
+def medians(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch 1"]:
+    """The median over the last axis, of an even number the mean of the middle two, as `quantile(0.5)` at any size.
+
+    Example:
+        >>> medians(torch.tensor([[1.0, 2.0, 4.0, 9.0]]))
+        tensor([[3.]])
+    """
+    lower, upper = values.median(-1, keepdim=True).values, -(-values).median(-1, keepdim=True).values
+    return (lower + upper) / 2
+
+
 def bin_edges() -> Float[np.ndarray, " edges"]:
     """Edges of the histogram bins, as multiples of the image's median norm."""
     return np.exp(np.linspace(LOG_LOW, LOG_HIGH, N_BINS + 1))
+
+
+def count_bins(relative: Float[Tensor, "row value"]) -> Int[Tensor, "row bin"]:
+    """Histogram of each row over the bins of `bin_edges()`, on the CPU; the ends collect what lies outside.
+
+    Example:
+        >>> count_bins(torch.tensor([[1.0, 1.0, 20.0]])).nonzero()[:, 1]
+        tensor([150, 299])
+    """
+    bins = ((relative.log() - LOG_LOW) * (N_BINS / (LOG_HIGH - LOG_LOW))).long().clamp(0, N_BINS - 1)
+    rows = torch.zeros(len(relative), N_BINS, dtype=torch.int64, device=relative.device)
+    return rows.scatter_add_(1, bins, torch.ones_like(bins)).cpu()
 
 
 def judge(
@@ -142,6 +165,33 @@ def judge(
         f"their own at {typical:.1f} x the median norm (gap {gap:.1f})"
     )
     return OutlierEvidence(verdict="present", reason=reason, **found)
+
+
+class RatioHistogram:
+    """Patch norms over their image's median, counted batch by batch for `judge`; as large after a million images.
+
+    Example:
+        >>> histogram = RatioHistogram()
+        >>> histogram.add(torch.cat([torch.ones(8, 98), torch.full((8, 2), 11.0)], 1))
+        >>> histogram.judge().share_of_patches
+        0.02
+    """
+
+    def __init__(self) -> None:
+        self._counts, self._largest = (torch.zeros(N_BINS, dtype=torch.int64) for _ in range(2))
+        self._ratio = 0.0
+
+    def add(self, norms: Float[Tensor, "batch patch"]) -> None:
+        """Count one batch."""
+        relative = norms / medians(norms)
+        self._counts += count_bins(relative.reshape(1, -1))[0]
+        self._largest += count_bins(relative.amax(-1)[None])[0]
+        self._ratio += float(relative.amax(-1).sum())
+
+    def judge(self) -> OutlierEvidence:
+        """The verdict on all batches so far."""
+        n_images = max(int(self._largest.sum()), 1)
+        return judge(self._counts.numpy(), self._largest.numpy(), self._ratio / n_images)
 
 
 def _surprise(counts: Int[np.ndarray, " bins"], start: int, stop: int) -> float:

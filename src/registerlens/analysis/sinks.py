@@ -25,7 +25,7 @@ def received_attention(
 
     Args:
         q: queries after `hook_q`; only the [CLS] row is read where there is one.
-        k: keys after `hook_k`.
+        k: keys after `hook_k`; there may be more of them than queries, where an attention bias adds some.
         layout: where [CLS] is.
 
     Returns:
@@ -45,7 +45,7 @@ def received_attention(
     keys = k.permute(0, 2, 3, 1)  # batch head d_head key
     queries = (q * scale).transpose(1, 2)
     batch, head, n, _ = queries.shape
-    total = torch.zeros(batch, head, n, dtype=torch.float32, device=q.device)
+    total = torch.zeros(batch, head, keys.shape[-1], dtype=torch.float32, device=q.device)
     step = max(1, _SCORES_AT_ONCE // (batch * head * n))
     for start in range(0, n, step):
         total += (queries[:, :, start : start + step] @ keys).softmax(-1, dtype=torch.float32).sum(2)

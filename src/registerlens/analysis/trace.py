@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,10 @@ from jaxtyping import Float, Int
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS, OutlierEvidence, bin_edges, judge, token_norms
+from registerlens.analysis.outliers import N_BINS, OutlierEvidence, bin_edges, count_bins, judge, token_norms
 from registerlens.analysis.sinks import attention_hooks
 from registerlens.config import TokenLayout, ViTConfig
+from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, NonFiniteError
 from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.vit import HookedViT
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """Levels of `Trace.norm_quantiles`."""
 
-Images = Tensor | Iterable[Tensor]
 _DESCRIPTIVE = ("model", "config", "image_sizes", "sublayers", "sink_query", "n_images")
 
 
@@ -253,16 +252,9 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
         ('present', '1.mlp')
     """
     sums = _Sums(vit)
-    batches: Iterable[Tensor] = images
-    total = getattr(images, "n_images", None)
-    if isinstance(images, Tensor):
-        if batch_size < 1:
-            raise ImageError(f"batch_size must be at least 1, got {batch_size}.")
-        batches = images.split(batch_size) if len(images) else ()
-        total = len(images)
     device = vit.embed.W_pos.device
     with torch.inference_mode():
-        for batch in track(batches, "tracing", total, len):
+        for batch in track(in_batches(images, batch_size), "tracing", count(images), len):
             layout = vit.layout(batch)
             watch = _Watch(layout)
             with vit.hooks(watch.hooks(vit)):
@@ -329,14 +321,14 @@ class _Sums:
         self.median += median.sum(1).double().cpu()
         self.ratio += (largest / median).sum(1).double().cpu()
         self.quantiles += quantiles.sum(-1).T.double().cpu()
-        self.histogram += _count(relative.flatten(1))
-        self.largest_histogram += _count(relative.amax(-1))
+        self.histogram += count_bins(relative.flatten(1))
+        self.largest_histogram += count_bins(relative.amax(-1))
         stacked = torch.stack(sinks)  # layer batch (heads, mean head, its patch)
         self.head_sink += stacked[..., :-2].sum(1).double().cpu()
         self.mean_sink += stacked[..., -2].sum(1).double().cpu()
         # sublayer 2 l is what enters block l: the embedding, or the block before it after its MLP
         entering = relative[:-1:2].gather(-1, stacked[..., -1:].long())[..., 0]
-        self.sink_histogram += _count(entering)
+        self.sink_histogram += count_bins(entering)
 
     def result(self) -> Trace:
         """Everything, as means over the images.
@@ -364,10 +356,3 @@ class _Sums:
             mean_sink=(self.mean_sink / n).numpy(),
             sink_histogram=self.sink_histogram.numpy(),
         )
-
-
-def _count(relative: Float[Tensor, "row value"]) -> Int[Tensor, "row bin"]:
-    """Histogram of each row's log, with the ends collecting what lies outside."""
-    bins = ((relative.log() - LOG_LOW) * (N_BINS / (LOG_HIGH - LOG_LOW))).long().clamp(0, N_BINS - 1)
-    rows = torch.zeros(len(relative), N_BINS, dtype=torch.int64, device=relative.device)
-    return rows.scatter_add_(1, bins, torch.ones_like(bins)).cpu()

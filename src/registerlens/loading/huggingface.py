@@ -14,6 +14,7 @@ from registerlens.loading.files import Fetch
 from registerlens.loading.keymap import (
     Family,
     Refusal,
+    Sites,
     Weight,
     activation,
     averaged,
@@ -129,6 +130,13 @@ _VIT = Family(
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"\.output\.dense\.", ".mlp.fc2."),
     ),
+    sites=Sites(
+        images="embeddings",
+        blocks="layers",
+        norm="layernorm_before",
+        attention="attention",
+        mlp_out="mlp.fc2",
+    ),
     ignore=("embeddings.mask_token",),
     refuse=(
         Refusal(
@@ -214,6 +222,13 @@ DINOV2 = Family(
         (r"\.attention\.attention\.value\.", ".attention.v_proj."),
         (r"\.attention\.output\.dense\.", ".attention.o_proj."),
     ),
+    sites=Sites(
+        images="embeddings",
+        blocks="encoder.layer",
+        norm="norm1",
+        attention="attention",
+        mlp_out="mlp.fc2",
+    ),
     ignore=("embeddings.mask_token",),
     refuse=(Refusal("a SwiGLU MLP (as in the giant model)", read("use_swiglu_ffn", False)),),
     preprocess=Preprocess(resize=(256, 256), crop=(224, 224), arithmetic="transformers", **_IMAGENET),
@@ -276,6 +291,14 @@ _CLIP_VISION = Family(
             "encoder.layers.{i}.self_attn.out_proj",
         ),
         ("encoder.layers.{i}.mlp.fc1", "encoder.layers.{i}.mlp.fc2"),
+    ),
+    sites=Sites(
+        images="embeddings",
+        ln_pre="pre_layrnorm",
+        blocks="encoder.layers",
+        norm="layer_norm1",
+        attention="self_attn",
+        mlp_out="mlp.fc2",
     ),
     ignore=("embeddings.position_ids",),
     preprocess=_square(224, crop=(224, 224), **CLIP_STATISTICS),

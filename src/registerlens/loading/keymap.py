@@ -168,6 +168,24 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sites:
+    """Where the source's modules stand, as dotted paths, for edits inside it; prefixes are dropped as for weights."""
+
+    images: str
+    """The module whose first argument are the images."""
+    ln_pre: str | None = None
+    """The LayerNorm before block 0, in families that can have one."""
+    blocks: str
+    """The list of blocks; the paths below start at one of them."""
+    norm: str
+    """The norm that reads the block's input first of all."""
+    attention: str
+    """The attention module; how its queries, keys and values are reached depends on the library."""
+    mlp_out: str
+    """The MLP's second linear map, which reads the neurons (`mlp.hook_post`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A class of a source library, as data."""
 
@@ -181,6 +199,8 @@ class Family:
     """ViTConfig field -> where the source says it."""
     weights: dict[str, Weight]
     """Our weight ("{i}" is the layer) -> how it is made. Entries the architecture does not need are not used."""
+    sites: Sites
+    """Where its modules stand."""
     preprocess: Preprocess
     """What the family's images usually go through; a checkpoint's own statement comes first."""
     at_native_size: bool = True
@@ -212,17 +232,26 @@ def build(family: Family, source: Source, name: str, preprocess: Preprocess | No
         UnsupportedArchitectureError: the model has a part we cannot represent.
         WeightsError: a key is missing, unexpected or of the wrong shape; all of them are named.
     """
+    cfg, state = describe(family, source, name)
+    with torch.device("meta"):
+        vit = HookedViT(cfg, preprocess or _usual_preprocess(family, cfg), source=name)
+    vit.load_state_dict(_map_weights(family, state, vit, name), strict=True, assign=True)
+    # One device and one number type: some libraries keep norms in float32 beside half weights.
+    return vit.to(vit.embed.patch.weight).eval()
+
+
+def describe(family: Family, source: Source, name: str) -> tuple[ViTConfig, Mapping[str, Tensor]]:
+    """The architecture, and the weights under the family's present names.
+
+    Raises:
+        UnsupportedArchitectureError: the model has a part we cannot represent.
+    """
     described = source.get(family.described_at) if family.described_at else source.described
     source = Source(described, _canonical(family, source.state))
     for refusal in family.refuse:
         if refusal.present(source):
             raise UnsupportedArchitectureError(f"{name}: {family.source_class} with {refusal.part} is not supported.")
-    cfg = ViTConfig(**{field_name: reader(source) for field_name, reader in family.config.items()})
-    with torch.device("meta"):
-        vit = HookedViT(cfg, preprocess or _usual_preprocess(family, cfg), source=name)
-    vit.load_state_dict(_map_weights(family, source.state, vit, name), strict=True, assign=True)
-    # One device and one number type: some libraries keep norms in float32 beside half weights.
-    return vit.to(vit.embed.patch.weight).eval()
+    return ViTConfig(**{field_name: reader(source) for field_name, reader in family.config.items()}), source.state
 
 
 def _usual_preprocess(family: Family, cfg: ViTConfig) -> Preprocess:

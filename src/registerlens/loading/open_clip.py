@@ -10,6 +10,7 @@ from registerlens.loading.huggingface import CLIP_STATISTICS
 from registerlens.loading.keymap import (
     Family,
     Refusal,
+    Sites,
     Source,
     activation,
     fixed,
@@ -80,6 +81,14 @@ _VISUAL = Family(
         "ln_final.b": take("ln_post.bias"),
         "head.linear.weight": transpose("proj"),
     },
+    sites=Sites(
+        images="conv1",
+        ln_pre="ln_pre",
+        blocks="transformer.resblocks",
+        norm="ln_1",
+        attention="attn",
+        mlp_out="mlp.c_proj",
+    ),
     refuse=(
         Refusal("attentional pooling", present("attn_pool")),
         Refusal("a norm after pooling (final_ln_after_pool)", read("final_ln_after_pool", False)),

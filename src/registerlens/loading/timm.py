@@ -13,6 +13,7 @@ from registerlens.loading.keymap import (
     Family,
     Reader,
     Refusal,
+    Sites,
     Source,
     activation,
     averaged,
@@ -112,6 +113,14 @@ _VIT = Family(
         "head.linear.weight": take("head.weight"),
         "head.linear.bias": take("head.bias"),
     },
+    sites=Sites(
+        images="patch_embed",
+        ln_pre="norm_pre",
+        blocks="blocks",
+        norm="norm1",
+        attention="attn",
+        mlp_out="mlp.fc2",
+    ),
     refuse=(
         Refusal(
             "a convolutional stem, or another patch embedding than one strided convolution",
@@ -129,6 +138,7 @@ _VIT = Family(
         Refusal("a norm after pooling (fc_norm)", present("fc_norm")),
         Refusal("normalised queries and keys (qk_norm)", present("blocks.0.attn.q_norm")),
         Refusal("a norm inside attention", present("blocks.0.attn.norm")),
+        Refusal("gated attention", present("blocks.0.attn.gate")),
         Refusal("a norm inside the MLP", present("blocks.0.mlp.norm")),
         Refusal("a norm in the patch embedding", present("patch_embed.norm")),
         Refusal("no learned position embedding", lambda source: "pos_embed" not in source.state),

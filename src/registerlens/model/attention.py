@@ -54,8 +54,8 @@ class Attention(nn.Module):
     def _explicit(
         self,
         q: Float[Tensor, "batch pos head d_head"],
-        k: Float[Tensor, "batch pos head d_head"],
-        v: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch key head d_head"],
+        v: Float[Tensor, "batch key head d_head"],
     ) -> Float[Tensor, "batch pos head d_head"]:
         # Head by head in memory: one copy each, where the matrix products would copy with strides again and again.
         queries, keys, values = (t.transpose(1, 2).contiguous() for t in (q * self.d_head**-0.5, k, v))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from registerlens.model.embed import Embedding
 from registerlens.model.head import Head
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.parts import LayerNorm, listening
+
+if TYPE_CHECKING:
+    from registerlens.interventions.base import Intervention
 
 Hook = tuple[NamesFilter, Callable[..., Any]]
 
@@ -48,6 +51,7 @@ class HookedViT(HookedRootModule):
         self.cfg = cfg
         self.preprocess = preprocess or Preprocess(resize=cfg.image_size, fit="exact")
         self.source = source
+        self.n_test_time_registers = 0  # appended while `edit` is in force
         self.embed = Embedding(cfg)
         self.ln_pre = LayerNorm(cfg.d_model, cfg.norm_eps) if cfg.ln_pre else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
@@ -105,7 +109,7 @@ class HookedViT(HookedRootModule):
         return tokens if return_type == "tokens" else self.head(tokens, layout)
 
     def layout(self, images: Float[Tensor, "..."]) -> TokenLayout:
-        """Which token is which for images [batch, channel, height, width] of this size.
+        """Which token is which for images [batch, channel, height, width] of this size, test-time registers included.
 
         Raises:
             ShapeError: the tensor is no batch of images this model can take.
@@ -120,7 +124,7 @@ class HookedViT(HookedRootModule):
                 f"Expected images of shape [batch, {self.cfg.n_channels}, height, width], got {list(images.shape)}. "
                 f"Make a batch with rl.load_images(paths, vit), or add the batch axis with images[None]."
             )
-        return self.cfg.layout(images.shape[2], images.shape[3])
+        return self.cfg.layout(images.shape[2], images.shape[3], self.n_test_time_registers)
 
     def _embed(self, images: Float[Tensor, "..."]) -> tuple[Float[Tensor, "batch pos d_model"], TokenLayout]:
         layout = self.layout(images)
@@ -148,7 +152,7 @@ class HookedViT(HookedRootModule):
         return index
 
     def _layout_of(self, resid: Float[Tensor, "..."], layout: TokenLayout | None) -> TokenLayout:
-        layout = layout or self.cfg.layout()
+        layout = layout or self.cfg.layout(n_test_time_registers=self.n_test_time_registers)
         expected = [layout.n_tokens, self.cfg.d_model]
         if resid.ndim != 3 or list(resid.shape[1:]) != expected:
             raise ShapeError(
@@ -195,6 +199,34 @@ class HookedViT(HookedRootModule):
         """TransformerLens's `add_hook`, with globs, and a HookNameError where a name matches nothing."""
         for exact in match_names(name, self.hook_dict):
             super().add_hook(exact, hook, *args, **kwargs)
+
+    @contextmanager
+    def edit(self, *interventions: Intervention) -> Iterator[HookedViT]:
+        """Interventions in force for the length of a `with` block, applied in the order given.
+
+        What is measured inside (`run_with_cache`, `rl.trace`, further hooks) sees the edited model. Edits may be
+        nested. Test-time registers stand last in the sequence, and `layout` knows of them.
+
+        Args:
+            interventions: such as `Ablate`, `MoveOutliers`, `TestTimeRegisters`, `AttentionBias`,
+                `InterpolateOutliers`.
+
+        Raises:
+            InterventionError: one names a neuron, head or layer that the model does not have, or has not fired by the
+                end of the block (the model was not run, or stopped before its layers).
+
+        Example:
+            >>> import torch, registerlens as rl
+            >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(1, 3, 48, 48)
+            >>> neurons = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)])
+            >>> with torch.no_grad(), vit.edit(rl.TestTimeRegisters(neurons)):
+            ...     print(vit(images, stop_at_layer=2).shape)
+            torch.Size([1, 37, 64])
+        """
+        from registerlens.interventions.base import edited  # noqa: PLC0415  (interventions stand on the model)
+
+        with edited(self, interventions):
+            yield self
 
     def run_with_cache(  # type: ignore[override]
         self,

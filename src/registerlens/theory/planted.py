@@ -20,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
@@ -38,8 +39,8 @@ class Planted:
 
     layer: int
     """The block whose MLP got the neurons."""
-    neurons: tuple[tuple[int, int], ...]
-    """(layer, neuron) of each planted neuron."""
+    neurons: RegisterNeurons
+    """The planted neurons."""
     direction: Float[Tensor, " d_model"]
     """The unit vector that every planted neuron writes; orthogonal to the all-ones vector, so LayerNorm keeps it."""
     fires: Bool[Tensor, "neuron image patch"]
@@ -125,7 +126,7 @@ def plant_register_neurons(
         _write_neurons(block, slots, weights, biases, direction, seen, norm)
         _hide(planted, layer, direction, violation)
         heads = _attract(planted, layer, direction, seen, sink_heads, images)
-    neurons = tuple((layer, int(slot)) for slot in slots)
+    neurons = RegisterNeurons.from_pairs([(layer, int(slot)) for slot in slots], source="planted")
     truth = Planted(
         layer=layer,
         neurons=neurons,
@@ -161,9 +162,9 @@ def _noise_with_flat_patches(vit: HookedViT, generator: torch.Generator) -> Tens
     return rearrange(patches, "n (h w) c p q -> n c (h p) (w q)", h=height, w=width)
 
 
-def _firing(vit: HookedViT, neurons: tuple[tuple[int, int], ...], images: Tensor) -> Bool[Tensor, "neuron image patch"]:
-    patches, layer = vit.layout(images).patches, neurons[0][0]
-    chosen = torch.tensor([neuron for _, neuron in neurons], device=images.device)
+def _firing(vit: HookedViT, neurons: RegisterNeurons, images: Tensor) -> Bool[Tensor, "neuron image patch"]:
+    patches, ((layer, listed),) = vit.layout(images).patches, neurons.by_layer().items()
+    chosen = torch.tensor(listed, device=images.device)
     fired: list[Tensor] = []
 
     def watch(pre: Tensor, hook: Any) -> None:

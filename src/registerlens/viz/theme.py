@@ -7,6 +7,7 @@ from typing import Literal
 import plotly.graph_objects as go
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
+SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#9A9200", "#8C564B"
 
 Mode = Literal["light", "dark"]
 
@@ -16,6 +17,16 @@ _INK: dict[str, tuple[str, str, str]] = {
 }
 
 
+def ink(mode: Mode = "light") -> str:
+    """The colour of text.
+
+    Example:
+        >>> ink("dark")
+        '#e6e8eb'
+    """
+    return _INK[mode][0]
+
+
 def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     """The same figure in the common look, light or dark.
 
@@ -23,9 +34,9 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
         >>> apply_theme(go.Figure(), "dark").layout.paper_bgcolor
         '#15181c'
     """
-    ink, paper, grid = _INK[mode]
+    text, paper, grid = _INK[mode]
     figure.update_layout(
-        font={"family": "system-ui, sans-serif", "size": 13, "color": ink},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": text},
         paper_bgcolor=paper,
         plot_bgcolor=paper,
         margin={"l": 60, "r": 20, "t": 60, "b": 50},

@@ -1,0 +1,455 @@
+"""Which patches are outliers: the place in the residual stream where they are clearest, a cut-off, and a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from registerlens.analysis.outliers import OutlierEvidence, medians, token_norms
+from registerlens.analysis.trace import Trace, trace
+from registerlens.config import ViTConfig
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
+from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Rule = Literal["gap", "sigma", "mad", "fixed"]
+Threshold = Literal["auto", "gap", "sigma", "mad"] | float | int
+"""How the cut-off is chosen: "gap" ("auto" is the same), "sigma", "mad", or a residual norm."""
+
+SIGMAS = 3.0
+"""The rule "sigma" cuts at mean + this many standard deviations of all patch norms (Jiang et al. 2025, A.4)."""
+MADS = 10.0
+"""The rule "mad" cuts at median + this many median absolute deviations of all patch norms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutoff:
+    """Above which norm a patch is an outlier.
+
+    Example:
+        >>> Cutoff(value=2.0, relative=True).above(torch.tensor([[1.0, 1.0, 3.0]]))
+        tensor([[False, False,  True]])
+    """
+
+    value: float
+    """In units of the image's median patch norm if `relative`, else a residual norm."""
+    relative: bool
+    """Whether it scales with the image's median."""
+
+    def above(self, norms: Float[Tensor, "image patch"]) -> Bool[Tensor, "image patch"]:
+        """Which patches lie above it."""
+        if not self.relative:
+            return norms > self.value
+        return norms > self.value * medians(norms)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} x the image's median norm" if self.relative else f"norm {self.value:.4g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """Where to look for outliers, and how to tell them: what `find_outliers` and Algorithm 1 start from."""
+
+    sublayer: str
+    """Place in the residual stream: "embed", "5.attn", "5.mlp"."""
+    cutoff: Cutoff
+    """Above which a patch counts as an outlier there."""
+    rule: Rule
+    """How the cut-off was chosen."""
+    onset: str | None
+    """The sublayer at which outliers first appear; None when absent."""
+    evidence: OutlierEvidence
+    """What the norms at that place say, whatever the rule."""
+
+    @property
+    def layer(self) -> int:
+        """The block of the place; -1 for the embedding."""
+        return layer_of(self.sublayer)
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point of the place."""
+        return hook_of(self.sublayer)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outliers:
+    """Outlier patches of some images. [CLS], trained and test-time registers are never among them."""
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    detection: Detection
+    """Place, cut-off and evidence."""
+    mask: Bool[Tensor, "image patch"]
+    """Which patches are outliers; row by row over the grid."""
+    norms: Float[Tensor, "image patch"]
+    """Residual norm of each patch at the place."""
+    grid: tuple[int, int]
+    """Patches along height and width."""
+
+    @property
+    def verdict(self) -> Literal["present", "absent"]:
+        """Whether the norms form a mode of outliers, whatever threshold was asked for."""
+        return self.detection.evidence.verdict
+
+    @property
+    def layer(self) -> int:
+        """The block after whose attention or MLP the norms were taken; -1 for the embedding."""
+        return self.detection.layer
+
+    @property
+    def sublayer(self) -> str:
+        """The place: "embed", "5.attn", "5.mlp"."""
+        return self.detection.sublayer
+
+    @property
+    def threshold(self) -> float:
+        """The cut-off; in units of the image's median norm for the rule "gap", else a norm."""
+        return self.detection.cutoff.value
+
+    @property
+    def per_image(self) -> float:
+        """Outliers per image."""
+        return self.mask.sum().item() / len(self.mask)
+
+    def describe(self) -> str:
+        """The result in words."""
+        evidence = self.detection.evidence
+        flagged = f"{self.per_image:.2f} patches per image lie above {self.detection.cutoff} at {self.sublayer}"
+        return f"Outlier tokens: {self.verdict} ({evidence.reason}); {flagged} (rule: {self.detection.rule})."
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an outlier patch: image, patch, row, column, norm, norm over the image's median."""
+        image, patch = self.mask.nonzero().T.cpu().numpy()
+        norms = self.norms.cpu()
+        return pd.DataFrame(
+            {
+                "image": image,
+                "patch": patch,
+                "row": patch // self.grid[1],
+                "column": patch % self.grid[1],
+                "norm": norms[image, patch].numpy(),
+                "relative_norm": (norms / medians(norms))[image, patch].numpy(),
+            }
+        )
+
+    def plot(self) -> go.Figure:
+        """Histogram of patch norms, outliers apart, with the cut-off."""
+        from registerlens.viz.curves import norm_histogram  # noqa: PLC0415  (viz stands on results)
+
+        return norm_histogram(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write outliers.json and outliers.safetensors; returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        with whole_file(folder / "outliers.safetensors") as temporary:
+            save_file({"mask": self.mask.contiguous(), "norms": self.norms.contiguous()}, temporary)
+        detection = self.detection
+        write_json(
+            folder / "outliers.json",
+            {
+                "version": __version__,
+                "model": self.model,
+                "config": self.config.to_dict(),
+                "grid": list(self.grid),
+                "verdict": self.verdict,
+                **detection_to_dict(detection),
+            },
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Outliers:
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        described = read_json(folder / "outliers.json")
+        height, width = described["grid"]
+        return cls(
+            model=described["model"],
+            config=ViTConfig.from_dict(described["config"]),
+            detection=detection_from_dict(described),
+            grid=(height, width),
+            **read_tensors(folder / "outliers.safetensors"),
+        )
+
+
+def find_outliers(
+    vit: HookedViT,
+    images: Images,
+    *,
+    layer: Literal["auto"] | int | str = "auto",
+    threshold: Threshold = "auto",
+    batch_size: int = 16,
+) -> Outliers:
+    """Which patches are outliers, where that shows best, and whether there are any at all.
+
+    Two passes: one finds the place and the cut-off, the other takes the norms there.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], or batches of one size that can be iterated twice.
+        layer: a block (after its MLP), a sublayer such as "5.attn", or "auto": where the evidence is strongest. That
+            need not be the last layer, where the norm of outliers may drop.
+        threshold: "gap" (the default) is the middle of the gap between the two modes of norms, relative to each image's
+            median; "sigma" is mean + 3 standard deviations and "mad" median + 10 median absolute deviations of all
+            patch norms, which flag something in every model; a number is a residual norm.
+        batch_size: images at once when a tensor is given.
+
+    Returns:
+        the mask with its evidence. When the verdict is "absent", the rule "gap" flags nothing.
+
+    Raises:
+        ImageError: there are no images.
+        ShapeError: the layer does not exist, or the images differ in size.
+        ConfigError: an unknown rule, or a threshold that is not above 0.
+
+    Source: Jiang et al. 2025, section 3 and appendix A.4; Darcet et al. 2024 for fixed thresholds.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import FLAT, synthetic_images
+        >>> vit, batch = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0)
+        >>> found = find_outliers(vit, batch.images)
+        >>> found.verdict, bool((found.mask == (batch.roles == FLAT)).all())
+        ('present', True)
+    """
+    detection = detect(vit, images, layer=layer, threshold=threshold, batch_size=batch_size)
+    norms, grid = _norms_at(vit, images, detection.sublayer, batch_size)
+    return Outliers(
+        model=vit.source,
+        config=vit.cfg,
+        detection=detection,
+        mask=detection.cutoff.above(norms),
+        norms=norms,
+        grid=grid,
+    )
+
+
+def detect(
+    vit: HookedViT,
+    images: Images,
+    *,
+    layer: Literal["auto"] | int | str = "auto",
+    threshold: Threshold = "auto",
+    batch_size: int = 16,
+) -> Detection:
+    """Place, cut-off and evidence; arguments and errors as `find_outliers`.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> found = detect(rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images)
+        >>> found.onset, found.cutoff.relative
+        ('1.mlp', True)
+    """
+    rule = _rule_of(threshold)
+    place = None if layer == "auto" else sublayer_of(layer, vit.cfg)
+    by_gap = detection_in(trace(vit, images, batch_size=batch_size), place)
+    if rule == "gap":
+        return by_gap
+    if isinstance(threshold, str):
+        value = _flagging(rule, _norms_at(vit, images, by_gap.sublayer, batch_size)[0])
+    else:
+        value = float(threshold)
+    return replace(by_gap, rule=rule, cutoff=Cutoff(value=value, relative=False))
+
+
+def detection_in(found: Trace, sublayer: str | None = None) -> Detection:
+    """What a trace says, by the gap: at one sublayer, or (None) where the evidence is strongest.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> found = rl.trace(rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images)
+        >>> detection_in(found).sublayer, detection_in(found, found.onset).sublayer
+        ('5.mlp', '1.mlp')
+    """
+    sublayer = sublayer or found.strongest
+    evidence = found.evidence[found.sublayers.index(sublayer)]
+    return Detection(
+        sublayer=sublayer,
+        cutoff=Cutoff(value=evidence.threshold if evidence.present else float("inf"), relative=True),
+        rule="gap",
+        onset=_onset(found, sublayer, evidence),
+        evidence=evidence,
+    )
+
+
+def require_outliers(detection: Detection, purpose: str) -> None:
+    """Go on only where there are outliers, or where the caller insists on a threshold of their own.
+
+    Raises:
+        NoOutliersError: outliers are absent, and the cut-off is not a number the caller gave.
+    """
+    if detection.evidence.present or detection.rule == "fixed":
+        return
+    raise NoOutliersError(
+        f"{purpose} needs outlier tokens, and there are none at {detection.sublayer}: {detection.evidence.reason}. "
+        f"See rl.trace(vit, images).plot() for every layer, or insist on a cut-off of your own with threshold=<norm>.",
+        detection.evidence,
+    )
+
+
+def _rule_of(threshold: str | float | int) -> Rule:
+    if isinstance(threshold, str):
+        rules = {"auto": "gap", "gap": "gap", "sigma": "sigma", "mad": "mad"}
+        if threshold not in rules:
+            raise ConfigError(
+                f"threshold must be a norm or one of {list(rules)}, got {threshold!r}.{close_matches(threshold, rules)}"
+            )
+        return rules[threshold]  # type: ignore[return-value]
+    if not threshold > 0:
+        raise ConfigError(f"A threshold is a residual norm above 0, got {threshold}.")
+    return "fixed"
+
+
+def _flagging(rule: Rule, norms: Float[Tensor, "image patch"]) -> float:
+    """The norm above which the rules "sigma" and "mad" flag a patch."""
+    if rule == "sigma":
+        return float(norms.double().mean() + SIGMAS * norms.double().std())
+    every = norms.flatten()
+    return float(medians(every) + MADS * medians((every - medians(every)).abs()))
+
+
+def _onset(found: Trace, sublayer: str, evidence: OutlierEvidence) -> str | None:
+    """The first sublayer from which the norms stay separate up to the place; None where they are not."""
+    if not evidence.present:
+        return None
+    first = found.sublayers.index(sublayer)
+    while first > 0 and found.evidence[first - 1].present:
+        first -= 1
+    return found.sublayers[first]
+
+
+def _norms_at(
+    vit: HookedViT, images: Images, sublayer: str, batch_size: int
+) -> tuple[Float[Tensor, "image patch"], tuple[int, int]]:
+    norms: list[Tensor] = []
+    grids: set[tuple[int, int]] = set()
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "finding outliers", count(images), len):
+            layout = vit.layout(batch)
+            grids.add(layout.grid)
+            norms.append(patch_norms(vit, batch, sublayer).cpu())
+    if not norms:
+        raise ShapeError(
+            "The batches could be iterated only once, but two passes are needed. Give a tensor, a list of batches, or "
+            "an rl.ImageStream instead of a generator."
+        )
+    if len(grids) > 1:
+        raise ShapeError(
+            f"One mask [image, patch] needs images of one size, got grids {sorted(grids)}. Call once for each size, or "
+            f"load with size=..."
+        )
+    return torch.cat(norms).clone(), grids.pop()
+
+
+def patch_norms(
+    vit: HookedViT, batch: Float[Tensor, "batch channel height width"], sublayer: str
+) -> Float[Tensor, "batch patch"]:
+    """Residual norms of the patches at a sublayer, float32, in a pass that stops there.
+
+    Example:
+        >>> import registerlens as rl
+        >>> patch_norms(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48), "1.mlp").shape
+        torch.Size([2, 36])
+    """
+    seen: list[Tensor] = []
+    patches = vit.layout(batch).patches
+    hook: Any = (hook_of(sublayer), lambda resid, hook: seen.append(token_norms(resid[:, patches])))
+    with vit.hooks([hook]):
+        vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(layer_of(sublayer), 0) + 1)
+    return seen[0]
+
+
+# Names of places -----------------------------------------------------------------------------------------------------
+
+
+def layer_of(sublayer: str) -> int:
+    """The block of a sublayer; -1 for "embed"."""
+    return -1 if sublayer == "embed" else int(sublayer.partition(".")[0])
+
+
+def hook_of(sublayer: str) -> str:
+    """The hook point at which the stream is as it is after the sublayer.
+
+    Example:
+        >>> hook_of("embed"), hook_of("5.attn"), hook_of("5.mlp")
+        ('blocks.0.hook_resid_pre', 'blocks.5.hook_resid_mid', 'blocks.5.hook_resid_post')
+    """
+    if sublayer == "embed":
+        return "blocks.0.hook_resid_pre"
+    layer, kind = sublayer.split(".")
+    return f"blocks.{layer}.hook_resid_{'post' if kind == 'mlp' else 'mid'}"
+
+
+def sublayer_of(layer: int | str, cfg: ViTConfig) -> str:
+    """The sublayer a caller means by a block index (after its MLP; negative counts from the end) or by its name.
+
+    Raises:
+        ShapeError: there is no such place.
+    """
+    names = ["embed", *(f"{i}.{kind}" for i in range(cfg.n_layers) for kind in ("attn", "mlp"))]
+    if isinstance(layer, int) and -cfg.n_layers <= layer < cfg.n_layers:
+        return f"{layer % cfg.n_layers}.mlp"
+    if layer in names:
+        return str(layer)
+    raise ShapeError(
+        f"There is no layer {layer!r}: give a block from 0 to {cfg.n_layers - 1}, or a sublayer such as 'embed', "
+        f"'0.attn', '{cfg.n_layers - 1}.mlp'.{close_matches(str(layer), names)}"
+    )
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def detection_to_dict(detection: Detection) -> dict[str, Any]:
+    """JSON-ready values; a cut-off that nothing exceeds is written as None."""
+    value = detection.cutoff.value
+    return {
+        "sublayer": detection.sublayer,
+        "cutoff": value if np.isfinite(value) else None,
+        "relative": detection.cutoff.relative,
+        "rule": detection.rule,
+        "onset": detection.onset,
+        "evidence": detection.evidence.to_dict(),
+    }
+
+
+def detection_from_dict(values: dict[str, Any]) -> Detection:
+    """The inverse of `detection_to_dict`; other keys are ignored.
+
+    Raises:
+        ConfigError: a key is missing, or the rule is unknown.
+    """
+    try:
+        if values["rule"] not in get_args(Rule):
+            raise ConfigError(f"Unknown rule {values['rule']!r}; known: {list(get_args(Rule))}.")
+        missing = {name: float("nan") for name, value in values["evidence"].items() if value is None}
+        cutoff = float("inf") if values["cutoff"] is None else values["cutoff"]
+        return Detection(
+            sublayer=values["sublayer"],
+            cutoff=Cutoff(value=cutoff, relative=values["relative"]),
+            rule=values["rule"],
+            onset=values["onset"],
+            evidence=OutlierEvidence(**values["evidence"] | missing),
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"Not a description of a detection: {error}.") from error

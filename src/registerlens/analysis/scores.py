@@ -1,0 +1,301 @@
+"""How strongly every neuron fires at outlier patches: Algorithm 1's averages, and three other scores, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from registerlens.analysis.detection import Detection
+from registerlens.analysis.outliers import OutlierEvidence, RatioHistogram, token_norms
+from registerlens.errors import ConfigError, ImageError, NonFiniteError
+from registerlens.model.block import Block
+from registerlens.model.mlp import MLP
+from registerlens.model.parts import listening
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+Score = Literal["mean", "mean_abs", "contrast", "auc"]
+SCORES: tuple[Score, ...] = get_args(Score)
+NORMALS = 16
+"""Normal patches an image, evenly spread over their norms, that outliers are compared with."""
+_COMPARED = 2**22
+"""Activations compared at once for the AUC: 16 MiB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NeuronScores:
+    """Scores of every neuron in a range of layers.
+
+    "mean" is Algorithm 1: activation at an image's outlier patches, averaged over them, then over the images that have
+    any. "mean_abs" is the same for its absolute value. "contrast" is the mean at outliers minus the mean at normal
+    patches, over the standard deviation there. "auc" is the probability that an outlier patch has a higher activation
+    than a normal patch of the same image. The last two compare with a sample of 16 normal patches an image. Where a
+    neuron is silent on normal patches, its spread there is set to a thousandth of the average one: such a contrast is
+    large, but how large means nothing.
+    """
+
+    first_layer: int
+    """The lowest layer."""
+    scores: Float[np.ndarray, "score layer neuron"]
+    """In the order of `SCORES`."""
+    halves: Float[np.ndarray, "half score layer neuron"]
+    """The same from every other image: 1st, 3rd, 5th, ... and 2nd, 4th, 6th, ..."""
+    n_images: int
+    """Images that went through."""
+    n_with_outliers: int
+    """Of these, how many have an outlier."""
+    n_outliers: int
+    """Outlier patches in all."""
+    evidence: OutlierEvidence
+    """What the norms of all these images say at the place of detection."""
+
+    def of(self, score: Score) -> Float[np.ndarray, "layer neuron"]:
+        """One score.
+
+        Raises:
+            ConfigError: there is no such score.
+        """
+        return self.scores[_index(score)]
+
+    def ranked(self, score: Score = "mean", half: int | None = None) -> list[tuple[int, int, float]]:
+        """(layer, neuron, score), highest first; equal ones by their mean activation, as many an AUC is exactly 1."""
+        every = self.scores if half is None else self.halves[half]
+        values = every[_index(score)]
+        order = np.lexsort((-every[_index("mean")].ravel(), -values.ravel()))
+        layers, neurons = np.unravel_index(order, values.shape)
+        flat = values.ravel()[order]
+        return [(int(a) + self.first_layer, int(b), float(c)) for a, b, c in zip(layers, neurons, flat, strict=True)]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a neuron: layer, neuron, and all four scores; highest mean first."""
+        layers, width = self.scores.shape[1:]
+        frame = pd.DataFrame(
+            {
+                "layer": np.repeat(np.arange(layers) + self.first_layer, width),
+                "neuron": np.tile(np.arange(width), layers),
+                **{name: self.of(name).ravel() for name in SCORES},
+            }
+        )
+        return frame.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+
+
+def score_neurons(
+    vit: HookedViT,
+    batches: Iterable[Tensor],
+    detection: Detection,
+    *,
+    lowest_layer: int = 0,
+    top_layer: int,
+    early_stop: bool = True,
+    n_images: int | None = None,
+) -> NeuronScores:
+    """Algorithm 1 in batches: one streaming pass whose memory does not grow with the number of images.
+
+    The hidden layers are never kept: what enters each MLP is, and activations are computed again where outliers and a
+    few normal patches turn out to be.
+
+    Args:
+        vit: the model, edited or not.
+        batches: preprocessed images [batch, channel, height, width]; sizes may differ from batch to batch.
+        detection: where to look for outliers, and above which norm.
+        lowest_layer, top_layer: the first and the last layer whose neurons are scored.
+        early_stop: end each pass after the last layer that matters. The scores are the same.
+        n_images: how many will come, for the progress bar.
+
+    Raises:
+        ImageError: no image, or no outlier in any image.
+        NonFiniteError: a norm is NaN or infinite.
+
+    Source: Jiang et al. 2025, algorithm 1.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.analysis.detection import detect
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(64, 0).images
+        >>> scores = score_neurons(vit, [images], detect(vit, images), top_layer=1)
+        >>> [(layer, neuron) for layer, neuron, _ in scores.ranked()[:3]]
+        [(1, 183), (1, 103), (1, 219)]
+    """
+    sums = _Sums(vit, lowest_layer, top_layer)
+    stop = max(top_layer, detection.layer) + 1 if early_stop else vit.cfg.n_layers
+    with torch.inference_mode():
+        for batch in track(batches, "scoring neurons", n_images, len):
+            patches = vit.layout(batch).patches
+            watch = _Watch(vit, range(lowest_layer, top_layer + 1), detection)
+            with vit.hooks(watch.hooks):
+                vit(batch.to(vit.embed.W_pos.device), stop_at_layer=stop)
+            norms = token_norms(watch.stream[0][:, patches])
+            if not norms.isfinite().all():
+                raise NonFiniteError(
+                    f"Patch norms are NaN or infinite at {detection.sublayer}. Check the images; if the model is in "
+                    f"float16, use bfloat16 or float32."
+                )
+            sums.add(norms, detection.cutoff.above(norms), watch.activations(patches))
+    return sums.result()
+
+
+class _Watch:
+    """What one pass leaves behind: the stream where outliers show, and what the neurons' activations follow from."""
+
+    def __init__(self, vit: HookedViT, layers: range, detection: Detection) -> None:
+        self.stream: list[Tensor] = []
+        self._mlps = {layer: cast(Block, vit.blocks[layer]).mlp for layer in layers}
+        # Where somebody edits the hidden layer, it is kept itself: computed again it would be unedited.
+        self._edited = {layer for layer, mlp in self._mlps.items() if listening(mlp.hook_pre, mlp.hook_post)}
+        self._kept: dict[int, Tensor] = {}
+        kept, stream = self._kept, self.stream  # hooks that hold `self` would keep the tensors alive in a cycle
+
+        def keep(x: Tensor, hook: Any) -> None:
+            kept[hook.layer()] = x
+
+        names = ["mlp.hook_post" if layer in self._edited else "ln2.hook_normalized" for layer in layers]
+        self.hooks: list[Any] = [(f"blocks.{layer}.{name}", keep) for layer, name in zip(layers, names, strict=True)]
+        self.hooks.append((detection.hook_name, lambda resid, hook: stream.append(resid)))
+
+    def activations(self, patches: slice) -> Any:
+        """A function of (layer, image, patch) that gives activations [..., neuron] in float32."""
+
+        def at(layer: int, image: Tensor, patch: Tensor) -> Tensor:
+            x = self._kept[layer][image, patch + patches.start]
+            return (x if layer in self._edited else _activations(self._mlps[layer], x)).float()
+
+        return at
+
+
+def _activations(mlp: MLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
+    return mlp.act(mlp.up(x))
+
+
+class _Sums:
+    """Running sums over images, apart for every other image."""
+
+    def __init__(self, vit: HookedViT, first: int, last: int) -> None:
+        self.first, self.layers = first, range(first, last + 1)
+        shape = (2, len(self.layers), vit.cfg.d_mlp)
+        device = vit.embed.W_pos.device
+        # Sums of per-image means are in float32 on every device; float64 where the device has it.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.mean, self.mean_abs, self.auc, self.normal, self.square = (
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(5)
+        )
+        self.n_images = 0
+        self.with_outliers = torch.zeros(2, dtype=torch.int64)
+        self.n_normal = torch.zeros(2, dtype=torch.int64)
+        self.n_outliers = 0
+        self.histogram = RatioHistogram()
+
+    def add(self, norms: Float[Tensor, "batch patch"], mask: Bool[Tensor, "batch patch"], activations: Any) -> None:
+        """Take in one batch."""
+        self.histogram.add(norms)
+        half = (torch.arange(len(norms), device=norms.device) + self.n_images) % 2
+        self.n_images += len(norms)
+        image, patch = mask.nonzero(as_tuple=True)
+        if not len(image):
+            return
+        has = mask.any(1)
+        counts = mask.sum(1)
+        normals, valid = normal_patches(norms, mask, NORMALS)
+        self.with_outliers += torch.bincount(half[has], minlength=2).cpu()
+        self.n_normal += half.new_zeros(2).index_add(0, half[has], valid[has].sum(1)).cpu()
+        self.n_outliers += int(mask.sum())
+        share = 1 / counts[image]  # of an outlier in its image's mean
+        rows = has.nonzero()[:, 0]
+        weight = valid[rows].to(self.mean.dtype)[..., None]
+        for i, layer in enumerate(self.layers):
+            outlying = activations(layer, image, patch)
+            normal = activations(layer, rows[:, None], normals[rows])
+            _sum_by(self.mean[:, i], half[image], outlying * share[:, None])
+            _sum_by(self.mean_abs[:, i], half[image], outlying.abs() * share[:, None])
+            _sum_by(self.normal[:, i], half[rows], (normal * weight).sum(1))
+            _sum_by(self.square[:, i], half[rows], (normal.square() * weight).sum(1))
+            place = torch.zeros(len(norms), dtype=torch.long, device=norms.device)
+            place[rows] = torch.arange(len(rows), device=norms.device)
+            won = _share_exceeded(outlying, normal, valid[rows], place[image])
+            _sum_by(self.auc[:, i], half[image], won * share[:, None])
+
+    def result(self) -> NeuronScores:
+        """Everything, as means."""
+        if not self.n_images:
+            raise ImageError("No image to score neurons on: the iterable of batches is empty.")
+        if not self.n_outliers:
+            raise ImageError(
+                f"None of the {self.n_images} images has an outlier patch above the threshold. Give more images, or a "
+                f"lower threshold."
+            )
+        halves = [self._scores(slice(half, half + 1)) for half in (0, 1)]
+        return NeuronScores(
+            first_layer=self.first,
+            scores=self._scores(slice(None)),
+            halves=np.stack(halves),
+            n_images=self.n_images,
+            n_with_outliers=int(self.with_outliers.sum()),
+            n_outliers=self.n_outliers,
+            evidence=self.histogram.judge(),
+        )
+
+    def _scores(self, half: slice) -> Float[np.ndarray, "score layer neuron"]:
+        n, n_normal = (max(int(count[half].sum()), 1) for count in (self.with_outliers, self.n_normal))
+        mean, mean_abs, auc, normal, square = (
+            total[half].sum(0).cpu().double()
+            for total in (self.mean, self.mean_abs, self.auc, self.normal, self.square)
+        )
+        average = normal / n_normal
+        spread = (square / n_normal - average.square()).clamp_min(0).sqrt()
+        # A neuron that is silent on normal patches has no spread there: the floor keeps its contrast finite.
+        floor = 1e-3 * float(spread.mean()) + 1e-12
+        contrast = (mean / n - average) / spread.clamp_min(floor)
+        return torch.stack([mean / n, mean_abs / n, contrast, auc / n]).numpy()
+
+
+def normal_patches(
+    norms: Float[Tensor, "image patch"], mask: Bool[Tensor, "image patch"], n: int
+) -> tuple[Int[Tensor, "image sample"], Bool[Tensor, "image sample"]]:
+    """A sample of `n` normal patches of each image, evenly spread over their norms; the same in every batching.
+
+    Returns:
+        patch indices, and which of them count: an image with fewer normal patches lists each once.
+
+    Example:
+        >>> normal_patches(torch.tensor([[1.0, 9.0, 2.0, 3.0]]), torch.tensor([[False, True, False, False]]), 2)
+        (tensor([[0, 3]]), tensor([[True, True]]))
+    """
+    order = norms.masked_fill(mask, float("inf")).argsort(dim=-1, stable=True)
+    n_normal = (~mask).sum(-1, keepdim=True)
+    steps = torch.arange(n, device=norms.device)
+    rank = torch.where(n_normal <= n, steps, ((steps + 0.5) * n_normal / n).long())
+    return order.gather(1, rank.clamp_max(norms.shape[1] - 1)), rank < n_normal
+
+
+def _sum_by(total: Tensor, half: Int[Tensor, " row"], values: Float[Tensor, "row neuron"]) -> None:
+    total.index_add_(0, half, values.to(total.dtype))
+
+
+def _share_exceeded(
+    outlying: Float[Tensor, "outlier neuron"],
+    normal: Float[Tensor, "image sample neuron"],
+    valid: Bool[Tensor, "image sample"],
+    image: Int[Tensor, " outlier"],
+) -> Float[Tensor, "outlier neuron"]:
+    """For each outlier and neuron, the share of its image's normal patches below it; ties count half."""
+    step = max(1, _COMPARED // normal[0].numel())
+    parts = []
+    for rows in torch.arange(len(outlying), device=outlying.device).split(step):
+        others, counted = normal[image[rows]], valid[image[rows]][..., None]
+        own = outlying[rows][:, None]
+        won = ((own > others).float() + 0.5 * (own == others).float()) * counted
+        parts.append(won.sum(1) / counted.sum(1).clamp_min(1))
+    return torch.cat(parts)
+
+
+def _index(score: str) -> int:
+    if score not in SCORES:
+        raise ConfigError(f"score must be one of {list(SCORES)}, got {score!r}.")
+    return SCORES.index(cast(Score, score))

@@ -1,0 +1,1 @@
+"""The commands behind `registerlens`; heavy imports are inside the functions, so that --help answers at once."""

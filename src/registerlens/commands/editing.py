@@ -1,0 +1,199 @@
+"""Commands that change the model and measure what follows: ablate, register."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from registerlens.commands.options import (
+    BatchSize,
+    Debug,
+    Device,
+    Images,
+    LayerText,
+    Model,
+    NeuronsText,
+    Size,
+    ThresholdText,
+    make_folder,
+    read_heads,
+    read_layer,
+    read_neurons,
+    read_threshold,
+    read_tokens,
+)
+from registerlens.commands.printing import print_evaluation, print_words
+from registerlens.commands.shared import load, on_which_images, shown_images, skips_named, write_evaluation
+
+if TYPE_CHECKING:
+    from registerlens.analysis.neurons import RegisterNeurons
+    from registerlens.data.images import ImageStream
+    from registerlens.evaluation.effects import Evaluation
+    from registerlens.interventions.base import Intervention
+    from registerlens.model.vit import HookedViT
+
+NoControls = Annotated[bool, typer.Option("--no-controls", help="Leave the controls out: faster, proves less")]
+ABLATED, BIAS = "ablated", "attention bias"
+"""Names of conditions."""
+
+
+def ablate(
+    model: Model,
+    images: Images,
+    neurons: NeuronsText = "auto",
+    heads: Annotated[
+        str | None, typer.Option("--heads", metavar="LAYER.HEAD,...", help="Attention heads in place of neurons")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens", metavar="LAYER:cls|trained_registers|PATCH,...", help="Tokens after a block in place of neurons"
+        ),
+    ] = None,
+    mode: Annotated[
+        Literal["zero", "mean", "noise", "shuffle", "resample"], typer.Option("--mode", help="What they are set to")
+    ] = "zero",
+    threshold: ThresholdText = "auto",
+    layer: LayerText = "auto",
+    no_controls: NoControls = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the evaluation, its figure and the ablation here")
+    ] = None,
+    size: Size = None,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Ablate register neurons, heads or tokens of MODEL and measure on IMAGES what that does, beside controls.
+
+    A model without outliers needs --threshold NUMBER: the residual norm above which patches are counted.
+    """
+    if sum((neurons != "auto", heads is not None, tokens is not None)) > 1:
+        raise typer.BadParameter("give one of --neurons, --heads and --tokens.", param_hint="--heads")
+    where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
+    other = read_heads(heads) if heads is not None else read_tokens(tokens) if tokens is not None else None
+    known = read_neurons(neurons)
+    if out is not None:
+        make_folder(out)
+    vit, stream = load(model, images, size, batch_size, device)
+    from registerlens.analysis.neurons import RegisterNeurons  # noqa: PLC0415
+    from registerlens.interventions.ablation import Ablate  # noqa: PLC0415
+
+    with skips_named(stream):
+        target = other or _neurons(vit, stream, known, where)
+        ablation = Ablate(target) if mode == "zero" else Ablate.fit(vit, target, stream, mode)
+        done = _evaluate(vit, stream, {ABLATED: ablation}, where, no_controls)
+    print_words(f"Ablated: {target}")
+    samples = on_which_images(target, done.n_images, known is None) if isinstance(target, RegisterNeurons) else ""
+    print_evaluation(done, samples)
+    if out is not None:
+        write_evaluation(done, out)
+        ablation.save(out)
+        typer.echo(f"Wrote evaluation.json, .safetensors and .parquet, figure.html and the ablation to {out}")
+
+
+def register(
+    model: Model,
+    images: Images,
+    neurons: NeuronsText = "auto",
+    n: Annotated[int, typer.Option("--n", min=1, help="How many test-time registers")] = 1,
+    init: Annotated[
+        Literal["zero", "gaussian", "mean"], typer.Option("--init", help="What they are before block 0")
+    ] = "zero",
+    assign: Annotated[
+        Literal["all", "random"], typer.Option("--assign", help="Each neuron to all of them, or to one at random")
+    ] = "all",
+    extreme: Annotated[
+        Literal["per_neuron", "shared"], typer.Option("--extreme", help="Each neuron's own maximum, or a layer's one")
+    ] = "per_neuron",
+    clear: Annotated[
+        Literal["all", "patches", "outliers", "none"], typer.Option("--clear", help="Which tokens lose the activation")
+    ] = "all",
+    bias: Annotated[bool, typer.Option("--bias", help="Use the attention bias fitted on IMAGES instead")] = False,
+    threshold: ThresholdText = "auto",
+    layer: LayerText = "auto",
+    no_controls: NoControls = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write the page with maps before and after, the evaluation and the neurons here"),
+    ] = None,
+    size: Size = None,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Give MODEL a test-time register that takes its outliers over, and measure before and after on IMAGES."""
+    if bias and n != 1:
+        raise typer.BadParameter(f"--bias stands for one test-time register, not for {n}.", param_hint="--n")
+    where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
+    known = read_neurons(neurons)
+    if out is not None:
+        make_folder(out)
+    vit, stream = load(model, images, size, batch_size, device)
+    from registerlens.interventions.attention_bias import AttentionBias  # noqa: PLC0415
+    from registerlens.interventions.registers import TestTimeRegisters  # noqa: PLC0415
+    from registerlens.viz.study import REGISTER  # noqa: PLC0415
+
+    with skips_named(stream):
+        chosen = _neurons(vit, stream, known, where)
+        edit: Any = TestTimeRegisters(chosen, n, init=init, assign=assign, extreme=extreme, clear=clear)
+        edit = AttentionBias.fit(vit, chosen, stream, register=edit) if bias else edit
+        name = BIAS if bias else REGISTER if n == 1 else f"{n} {REGISTER}s"
+        done = _evaluate(vit, stream, {name: edit}, where, no_controls)
+    samples = on_which_images(chosen, done.n_images, known is None)
+    if bias:
+        samples += f" The bias was fitted on these {done.n_images} images, too."
+    print_words(str(chosen))
+    print_evaluation(done, samples)
+    if out is not None:
+        _write_register(out, vit, stream, chosen, edit, name, done, samples, size)
+
+
+def _neurons(
+    vit: HookedViT, stream: ImageStream, known: RegisterNeurons | None, where: dict[str, Any]
+) -> RegisterNeurons:
+    """Those that were given, if the model has them; else those that are found."""
+    from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
+
+    if known is not None:
+        return known.check(vit.cfg)
+    return find_register_neurons(vit, stream, threshold=where["threshold"], detection_layer=where["layer"])
+
+
+def _evaluate(
+    vit: HookedViT, stream: ImageStream, tested: dict[str, Intervention], where: dict[str, Any], no_controls: bool
+) -> Evaluation:
+    from registerlens.evaluation.effects import evaluate_intervention  # noqa: PLC0415
+
+    return evaluate_intervention(vit, stream, tested, controls=not no_controls, **where)
+
+
+def _write_register(
+    out: Path,
+    vit: HookedViT,
+    stream: ImageStream,
+    neurons: RegisterNeurons,
+    edit: Any,
+    name: str,
+    done: Evaluation,
+    samples: str,
+    size: int | None,
+) -> None:
+    from registerlens.analysis.trace import trace  # noqa: PLC0415
+    from registerlens.viz.report import FEW, write_report  # noqa: PLC0415
+    from registerlens.viz.study import RegisterStudy  # noqa: PLC0415
+
+    study = RegisterStudy(neurons=neurons, intervention=edit, condition=name, evaluation=done, samples=samples)
+    names, pixels, display = shown_images(vit, stream, FEW, size)
+    write_report(
+        out / "report.html", vit, pixels, display, trace(vit, stream), names=names, title=vit.source, study=study
+    )
+    write_evaluation(done, out)
+    neurons.save(out)
+    files = "report.html, evaluation.json, .safetensors and .parquet, figure.html, register_neurons.json"
+    if name == BIAS:
+        edit.save(out)
+        files += ", attention_bias.json and .safetensors"
+    typer.echo(f"Wrote {files} to {out}")

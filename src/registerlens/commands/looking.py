@@ -1,0 +1,164 @@
+"""Commands that look and change nothing: trace, report, neurons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from registerlens.commands.options import (
+    BatchSize,
+    Debug,
+    Device,
+    Images,
+    LayerText,
+    Model,
+    Size,
+    ThresholdText,
+    make_folder,
+    read_auto_or_integer,
+    read_layer,
+    read_threshold,
+)
+from registerlens.commands.printing import print_neurons, print_trace, print_words
+from registerlens.commands.shared import load, shown_images, skips_named, write_figure, write_parquet
+
+if TYPE_CHECKING:
+    from registerlens.data.images import ImageStream
+    from registerlens.errors import NoOutliersError
+    from registerlens.model.vit import HookedViT
+    from registerlens.viz.study import RegisterStudy
+
+MAPS = 4
+"""Images with activation maps."""
+
+
+def trace_command(
+    model: Model,
+    images: Images,
+    layers: Annotated[bool, typer.Option("--layers", help="Print every sublayer, not only the telling ones")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write trace.json, trace.parquet, figure.html here")] = None,
+    size: Size = None,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Follow patch norms and sinks through MODEL on IMAGES: which norm, which layer?"""
+    if out is not None:
+        make_folder(out)
+    vit, stream = load(model, images, size, batch_size, device)
+    from registerlens.analysis.trace import trace  # noqa: PLC0415
+
+    with skips_named(stream):
+        found = trace(vit, stream)
+    print_trace(found, layers)
+    if out is not None:
+        found.save(out)
+        write_parquet(found.to_dataframe(), out / "trace.parquet")
+        write_figure(found.plot(), out / "figure.html")
+        typer.echo(f"Wrote trace.json, trace.safetensors, trace.parquet and figure.html to {out}")
+
+
+def report(
+    model: Model,
+    images: Images,
+    out: Annotated[Path, typer.Option("--out", help="The HTML file")] = Path("registerlens-report.html"),
+    shown: Annotated[int, typer.Option("--shown", min=1, help="How many images to show maps of")] = 8,
+    evaluated: Annotated[
+        int, typer.Option("--evaluated", min=1, help="On how many images a test-time register is evaluated, at most")
+    ] = 64,
+    size: Size = None,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page about MODEL on IMAGES: outliers, register neurons, a test-time register."""
+    if out.is_dir():
+        raise typer.BadParameter(f"{out} is a folder; name the HTML file.", param_hint="--out")
+    make_folder(out.parent)
+    vit, stream = load(model, images, size, batch_size, device)
+    from registerlens.analysis.trace import trace  # noqa: PLC0415
+    from registerlens.viz.report import write_report  # noqa: PLC0415
+    from registerlens.viz.study import describe  # noqa: PLC0415
+
+    with skips_named(stream):
+        found = trace(vit, stream)
+        names, pixels, display = shown_images(vit, stream, shown, size)
+        study = None if found.verdict == "absent" else _study(vit, stream, evaluated, size)
+    print_trace(found, layers=False)
+    if study is not None:
+        print_words(describe(study))
+    write_report(out, vit, pixels, display, found, names=names, title=vit.source, study=study)
+    typer.echo(f"Wrote {out}")
+
+
+def _study(vit: HookedViT, stream: ImageStream, evaluated: int, size: int | None) -> RegisterStudy | NoOutliersError:
+    """Search in all images, evaluation on the first ones."""
+    from registerlens.data.images import ImageStream  # noqa: PLC0415
+    from registerlens.viz.study import study_registers  # noqa: PLC0415
+
+    loaded = list(stream.loaded)
+    first = loaded[:evaluated]
+    which = f"the first {len(first)} of them" if len(first) < len(loaded) else "the same ones"
+    samples = (
+        f"The neurons were found on {len(loaded)} images, and the register was evaluated on {which}: the evaluation is "
+        f"not independent of the search."
+    )
+    return study_registers(vit, stream, ImageStream(first, vit, batch_size=stream.batch_size, size=size), samples)
+
+
+def neurons(
+    model: Model,
+    images: Images,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write register_neurons.json, all scores, figures and maps here")
+    ] = None,
+    threshold: ThresholdText = "auto",
+    layer: LayerText = "auto",
+    lowest_layer: Annotated[int, typer.Option("--lowest-layer", min=0, help="First block searched")] = 0,
+    top_layer: Annotated[
+        str, typer.Option("--top-layer", metavar="auto|N", help="Last block searched; auto: where outliers emerge")
+    ] = "auto",
+    top_k: Annotated[str, typer.Option("--top-k", metavar="auto|N", help="How many neurons")] = "auto",
+    score: Annotated[
+        Literal["mean", "mean_abs", "contrast", "auc"], typer.Option("--score", help="What ranks them")
+    ] = "mean",
+    size: Size = None,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Find the register neurons of MODEL on IMAGES: those that decide where outliers appear."""
+    options: dict[str, Any] = {
+        "threshold": read_threshold(threshold),
+        "detection_layer": read_layer(layer),
+        "lowest_layer": lowest_layer,
+        "top_layer": read_auto_or_integer(top_layer, "--top-layer", 0),
+        "top_k": read_auto_or_integer(top_k, "--top-k", 1),
+        "score": score,
+    }
+    if out is not None:
+        make_folder(out)
+    vit, stream = load(model, images, size, batch_size, device)
+    from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
+
+    with skips_named(stream):
+        found = find_register_neurons(vit, stream, **options)
+    print_neurons(found)
+    search = found.search
+    if out is None or search is None:
+        return
+    from registerlens.viz.report import write_neuron_maps  # noqa: PLC0415
+
+    found.save(out)
+    search.save(out)
+    write_parquet(search.to_dataframe(), out / "neurons.parquet")
+    write_figure(search.plot(), out / "figure.html")
+    names, pixels, display = shown_images(vit, stream, MAPS, size)
+    block = max(search.detection.layer, 0)
+    write_neuron_maps(out / "maps.html", vit, pixels, display, found, names=names, block=block)
+    typer.echo(
+        f"Wrote register_neurons.json, neuron_search.json, neuron_search.safetensors, neurons.parquet (all neurons), "
+        f"figure.html and maps.html to {out}"
+    )

@@ -1,0 +1,159 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from registerlens.analysis.neurons import RegisterNeurons
+    from registerlens.analysis.trace import Trace
+    from registerlens.evaluation.effects import Evaluation
+
+LISTED = 50
+"""Most neurons that are printed."""
+
+
+def print_trace(found: Trace, layers: bool) -> None:
+    """The verdict in words, and a table of the telling sublayers or of all."""
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console()
+    colour = "red" if found.verdict == "present" else "blue"
+    console.print(found.describe(), style=f"bold {colour}", markup=False, highlight=False)
+    frame = found.to_dataframe()
+    if not layers:
+        frame = frame.iloc[_telling(found)]
+    query = "[CLS]" if found.sink_query == "cls" else "the average query"
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title=Text(f"{found.model}, {found.n_images} images"),
+        caption=f"Norms are of patches in the residual stream. Sink: attention that {query} pays its favourite patch.",
+    )
+    headers = (
+        "after",
+        "largest\nnorm",
+        "median\nnorm",
+        "\nratio",
+        "\ngap",
+        "share of\noutliers",
+        "sink,\ntop head",
+        "sink,\nmean",
+        "sink is\noutlier",
+    )
+    for header in headers:
+        table.add_column(header, justify="left" if header == "after" else "right", no_wrap=True, vertical="bottom")
+    for row in frame.to_dict("records"):
+        attention = row["after"] == "attn"
+        shown = row["verdict"] == "present"
+        sinks = [f"{row['sink_largest_head']:.3f}", f"{row['sink_mean_head']:.3f}"] if attention else ["", ""]
+        follows = f"{row['sink_is_outlier']:.0%}" if attention and found.verdict == "present" else ""
+        table.add_row(
+            row["sublayer"],
+            f"{row['largest_norm']:.2f}",
+            f"{row['median_norm']:.2f}",
+            f"{row['largest_over_median']:.2f}",
+            f"{row['gap']:.2f}",
+            f"{row['share_of_patches']:.1%}" if shown else "-",
+            *sinks,
+            follows,
+            style="bold" if row["sublayer"] == found.onset else "",
+        )
+    console.print(table)
+
+
+def _telling(found: Trace) -> list[int]:
+    """Sublayers around the onset, and the last block; without an onset, the first, the strongest and the last."""
+    last = len(found.sublayers) - 1
+    centre = found.sublayers.index(found.onset if found.onset is not None else found.strongest)
+    chosen = {0, centre - 1, centre, centre + 1, centre + 2, last - 1, last}
+    return sorted(i for i in chosen if 0 <= i <= last)
+
+
+def print_neurons(neurons: RegisterNeurons) -> None:
+    """How they were found in words, the estimates of top_k, and a table with every score."""
+    from registerlens.viz.tables import brief, neuron_table  # noqa: PLC0415
+
+    search = neurons.search
+    if search is not None:
+        print_words(search.describe(), style="bold")
+        elbow = "none for the AUC, which is bounded" if search.elbow is None else str(search.elbow)
+        sweep = search.sweep_note if search.sweep is None else f"{search.sweep} ({search.sweep_note})"
+        print_words(f"Estimates of top_k: elbow {elbow}; sweep {sweep}; taken {search.top_k}.")
+    frame = neuron_table(neurons)
+    scores = [name for name in frame.columns if name not in ("layer", "neuron")]
+    table = _table(f"{len(neurons)} register neurons, best first", "")
+    for header in ("rank", "block", "neuron", *(name.replace("_", " ") for name in scores)):
+        table.add_column(header, justify="right", no_wrap=True)
+    for rank, row in enumerate(frame.head(LISTED).to_dict("records"), start=1):
+        cells = (f"{row['layer']:.0f}", f"{row['neuron']:.0f}", *(brief(row[name]) for name in scores))
+        table.add_row(str(rank), *cells)
+    _console().print(table)
+    if len(neurons) > LISTED:
+        print_words(f"... and {len(neurons) - LISTED} more.")
+
+
+def print_evaluation(done: Evaluation, samples: str) -> None:
+    """The verdicts in words, and a table of means with 95% intervals, controls included."""
+    from rich.text import Text  # noqa: PLC0415
+
+    from registerlens.viz.tables import evaluation_table  # noqa: PLC0415
+
+    for name, verdict in done.verdicts.items():
+        print_words(f"{name}: {verdict.words}", style="bold green" if verdict.worked else "bold yellow")
+    if samples:
+        print_words(samples)
+    metrics, rows = evaluation_table(done)
+    n, place = done.n_images, done.detection.sublayer
+    caption = (
+        "Below the means: 95% bootstrap intervals. * in units of the clean median patch norm. Attention: mean of "
+        "heads, in the blocks after the onset. Cosines, KL: to the clean run."
+    )
+    table = _table(f"{done.model}, {n} images, outliers above {done.detection.cutoff} at {place}", caption)
+    table.add_column("condition", vertical="top", min_width=10)
+    for metric in metrics:
+        table.add_column(_HEADERS[metric], justify="right")
+    for (name, cells), kind in zip(rows, done.kinds, strict=True):
+        texts = (f"{cell}\n{cell.interval}" if cell else "-" for cell in map(cells.get, metrics))
+        table.add_row(Text(name), *texts, style="bold" if kind == "intervention" else "")
+    _console().print(table)
+
+
+_HEADERS = {
+    "outliers": "outliers",
+    "new_outliers": "of these\nnew",
+    "largest_norm": "largest\nnorm *",
+    "register_norm": "register\nnorm *",
+    "sink_patch": "attention\nto a patch",
+    "sink_register": "attention\nto register",
+    "cos_cls": "cosine\nof [CLS]",
+    "cos_normal": "cosine,\nnormal",
+    "kl": "KL, nats",
+    "accuracy": "accuracy",
+}
+"""Short headings of the metrics."""
+
+
+def print_words(text: str, style: str = "") -> None:
+    """Text as it is: no markup, no highlighting."""
+    _console().print(text, style=style, markup=False, highlight=False)
+
+
+def _console() -> Any:
+    """A terminal as wide as it is; anything else is taken to be wide enough for the tables."""
+    from rich.console import Console  # noqa: PLC0415
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _table(title: str, caption: str) -> Any:
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    return Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=Text(title), caption=caption or None)

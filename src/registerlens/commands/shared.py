@@ -1,0 +1,102 @@
+"""What every command does first and last: load the model, stream the images, name the skipped, write files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    import plotly.graph_objects as go
+    from torch import Tensor
+
+    from registerlens.analysis.neurons import RegisterNeurons
+    from registerlens.data.images import ImageStream
+    from registerlens.evaluation.effects import Evaluation
+    from registerlens.model.vit import HookedViT
+
+
+def load(
+    model: str, images: list[str], size: int | None, batch_size: int, device: str
+) -> tuple[HookedViT, ImageStream]:
+    """The model, and a stream of the images named."""
+    from registerlens.config import Preprocess  # noqa: PLC0415
+    from registerlens.data.images import ImageStream  # noqa: PLC0415
+    from registerlens.loading import from_pretrained  # noqa: PLC0415
+
+    _check_device(device)
+    vit = from_pretrained(model, device=device)
+    # Files of all folders and globs among the arguments, in the order given.
+    nothing = Preprocess(resize=(1, 1))
+    names = [name for image in images for name in ImageStream(image, nothing).names]
+    return vit, ImageStream(names, vit, batch_size=batch_size, size=size)
+
+
+@contextmanager
+def skips_named(stream: ImageStream) -> Iterator[None]:
+    """Once the work is done, or has failed, say which images were skipped, without Python's decoration."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for skipped in stream.skipped:
+                typer.secho(f"Skipped {skipped}", fg=typer.colors.YELLOW, err=True)
+
+
+def shown_images(vit: HookedViT, stream: ImageStream, n: int, size: int | None) -> tuple[list[str], Tensor, np.ndarray]:
+    """The first images that could be read: their names, pixels for the model, pixels to look at."""
+    from registerlens.data.images import load_images, to_display  # noqa: PLC0415
+
+    names = stream.loaded[:n]
+    pixels = load_images(list(names), vit, size=size)
+    return names, pixels, to_display(pixels, vit.preprocess)
+
+
+def on_which_images(neurons: RegisterNeurons, n_images: int, found_here: bool) -> str:
+    """A sentence on whether the images of the evaluation are those that the neurons were found on."""
+    if found_here:
+        return (
+            f"The neurons were found on the same {n_images} images as they are evaluated on, so that the evaluation is "
+            f"not independent of the search; to keep them apart, give neurons found on other images with --neurons."
+        )
+    return f"The neurons were given ({neurons.source}), and not searched for in these {n_images} images."
+
+
+def write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    """A table, whole or not at all."""
+    from registerlens.files import whole_file  # noqa: PLC0415
+
+    with whole_file(path) as temporary:
+        frame.to_parquet(temporary)
+
+
+def write_figure(figure: go.Figure, path: Path) -> None:
+    """An interactive figure that needs no network, whole or not at all."""
+    from registerlens.files import whole_file  # noqa: PLC0415
+
+    with whole_file(path) as temporary:
+        figure.write_html(temporary, include_plotlyjs=True)
+
+
+def write_evaluation(done: Evaluation, out: Path) -> None:
+    """evaluation.json, evaluation.safetensors, evaluation.parquet and figure.html."""
+    done.save(out)
+    write_parquet(done.to_dataframe(), out / "evaluation.parquet")
+    write_figure(done.plot(), out / "figure.html")
+
+
+def _check_device(device: str) -> None:
+    import torch  # noqa: PLC0415
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"{device!r} is not available here: {reason}", param_hint="--device") from error

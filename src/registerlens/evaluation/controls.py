@@ -1,0 +1,191 @@
+"""Controls: what must do nothing, or do worse, if an intervention on register neurons means what it seems to mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from registerlens.analysis.detection import Detection
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.data.batches import Images, in_batches
+from registerlens.errors import InterventionError
+from registerlens.interventions.ablation import Ablate
+from registerlens.interventions.attention_bias import AttentionBias
+from registerlens.interventions.base import Intervention
+from registerlens.interventions.interpolation import InterpolateOutliers
+from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
+from registerlens.model.vit import HookedViT
+
+DRAWS = 3
+"""Draws of each kind of random neurons."""
+NEAREST = 10
+"""An activation-matched neuron is drawn from this many of nearest activation."""
+
+Activity = dict[int, Float[Tensor, " neuron"]]
+"""For each layer, how active its neurons get: the maximum over an image's tokens, mean over images."""
+
+
+def neurons_of(intervention: Intervention) -> RegisterNeurons | None:
+    """The register neurons an intervention is about, if it is about neurons."""
+    found = getattr(intervention, "neurons", getattr(intervention, "target", None))
+    return found if isinstance(found, RegisterNeurons) else None
+
+
+def with_neurons(intervention: Intervention, neurons: RegisterNeurons) -> Intervention:
+    """The same intervention on other neurons.
+
+    Raises:
+        InterventionError: it is not about neurons, or its reference belongs to the old ones.
+
+    Example:
+        >>> first, other = (RegisterNeurons.from_pairs([(1, n)]) for n in (3, 4))
+        >>> with_neurons(TestTimeRegisters(first), other).neurons.pairs
+        ((1, 4),)
+    """
+    names = {item.name for item in fields(intervention)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {"maxima_of": None} if "maxima_of" in names else {}
+    if neurons_of(intervention) is None:
+        raise InterventionError(f"{type(intervention).__name__} is not about neurons.")
+    if isinstance(intervention, AttentionBias) or getattr(intervention, "reference", None) is not None:
+        raise InterventionError(f"This {type(intervention).__name__} was fitted for its own neurons; fit another one.")
+    return replace(intervention, **{"neurons" if "neurons" in names else "target": neurons}, **changes)  # type: ignore[type-var]
+
+
+def random_neurons(neurons: RegisterNeurons, d_mlp: int, generator: torch.Generator) -> RegisterNeurons:
+    """As many neurons in each layer, none of them a register neuron.
+
+    Raises:
+        InterventionError: a layer has too few others.
+
+    Example:
+        >>> chosen = random_neurons(RegisterNeurons.from_pairs([(1, 0), (1, 1)]), 4, torch.Generator().manual_seed(0))
+        >>> sorted(chosen.pairs)
+        [(1, 2), (1, 3)]
+    """
+
+    def draw(layer: int, listed: tuple[int, ...]) -> list[int]:
+        others = torch.tensor(sorted(set(range(d_mlp)) - set(listed)))
+        return others[torch.randperm(len(others), generator=generator)[: len(listed)]].tolist()
+
+    return _drawn(neurons, d_mlp, draw, "random neurons")
+
+
+def matched_neurons(neurons: RegisterNeurons, activity: Activity, generator: torch.Generator) -> RegisterNeurons:
+    """For each register neuron another of its layer that gets about as active, drawn from the ten nearest.
+
+    Example:
+        >>> activity = {1: torch.tensor([9.0, 8.0, 0.0, 0.1])}
+        >>> matched_neurons(RegisterNeurons.from_pairs([(1, 0)]), activity, torch.Generator().manual_seed(0)).by_layer()
+        {1: (2,)}
+    """
+
+    def draw(layer: int, listed: tuple[int, ...]) -> list[int]:
+        taken = set(listed)
+        chosen = []
+        for neuron in listed:
+            distance = (activity[layer] - activity[layer][neuron]).abs()
+            near = [other for other in distance.argsort(stable=True).tolist() if other not in taken][:NEAREST]
+            chosen.append(near[int(torch.randint(len(near), (), generator=generator))])
+            taken.add(chosen[-1])
+        return chosen
+
+    d_mlp = min((len(row) for row in activity.values()), default=0)
+    return _drawn(neurons, d_mlp, draw, "activation-matched random neurons")
+
+
+def _drawn(
+    neurons: RegisterNeurons, d_mlp: int, draw: Callable[[int, tuple[int, ...]], list[int]], source: str
+) -> RegisterNeurons:
+    pairs = []
+    for layer, listed in neurons.by_layer().items():
+        if 2 * len(listed) > d_mlp:
+            raise InterventionError(
+                f"Layer {layer} has {d_mlp} neurons, {len(listed)} of them listed: too few others for a random "
+                f"control. Pass controls=False."
+            )
+        pairs += [(layer, neuron) for neuron in draw(layer, listed)]
+    return RegisterNeurons.from_pairs(pairs, source)
+
+
+def neuron_activity(vit: HookedViT, images: Images, layers: list[int], batch_size: int = 16) -> Activity:
+    """How active every neuron of some layers gets: the maximum over an image's tokens, mean over images.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> neuron_activity(vit, torch.rand(2, 3, 48, 48), [1])[1].shape
+        torch.Size([256])
+    """
+    if not layers:
+        return {}
+    sums: dict[int, Tensor] = {}
+    n = 0
+
+    def add(post: Tensor, hook: Any) -> None:
+        highest = post.amax(1).float().sum(0).cpu()
+        sums[hook.layer()] = sums.get(hook.layer(), 0) + highest
+
+    with torch.inference_mode(), vit.hooks([([f"blocks.{layer}.mlp.hook_post" for layer in layers], add)]):
+        for batch in in_batches(images, batch_size):
+            vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(layers) + 1)
+            n += len(batch)
+    return {layer: total.clone() / max(n, 1) for layer, total in sums.items()}
+
+
+def build_controls(
+    vit: HookedViT,
+    images: Images,
+    intervention: Intervention,
+    baseline_at: Detection | None,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Intervention]:
+    """Everything an intervention is compared with, by name.
+
+    Args:
+        vit: the model.
+        images: from which means and activities are taken.
+        intervention: what is tested.
+        baseline_at: where the interpolation baseline works; None leaves it out.
+        seed: of the random neurons.
+        batch_size: images at once when a tensor is given.
+    """
+    controls: dict[str, Intervention] = {}
+    neurons = neurons_of(intervention)
+    if neurons is not None and len(neurons):
+        generator = torch.Generator().manual_seed(seed)
+        activity = neuron_activity(vit, images, list(neurons.by_layer()), batch_size)
+        itself = intervention.mode if isinstance(intervention, Ablate) else ""
+        if itself != "zero":
+            controls["zeroed"] = Ablate(neurons)
+        if itself != "mean":
+            controls["mean"] = Ablate.fit(vit, neurons, images, "mean", batch_size=batch_size)
+        for kind in ("random", "matched"):
+            for draw in range(1, DRAWS + 1):
+                other = (
+                    random_neurons(neurons, vit.cfg.d_mlp, generator)
+                    if kind == "random"
+                    else matched_neurons(neurons, activity, generator)
+                )
+                controls[f"{kind} {draw}"] = _same_on(vit, images, intervention, other, batch_size)
+        if isinstance(intervention, MoveOutliers | TestTimeRegisters):
+            other = random_neurons(neurons, vit.cfg.d_mlp, generator)
+            controls["random, copied maxima"] = replace(intervention, neurons=other, maxima_of=neurons)
+    if baseline_at is not None:
+        controls["neighbours"] = InterpolateOutliers.at(baseline_at)
+    return controls
+
+
+def _same_on(
+    vit: HookedViT, images: Images, intervention: Intervention, neurons: RegisterNeurons, batch_size: int
+) -> Intervention:
+    if isinstance(intervention, Ablate) and intervention.reference is not None:
+        return Ablate.fit(vit, neurons, images, intervention.mode, seed=intervention.seed, batch_size=batch_size)
+    if isinstance(intervention, AttentionBias):
+        return AttentionBias.fit(vit, neurons, images, batch_size=batch_size)
+    return with_neurons(intervention, neurons)

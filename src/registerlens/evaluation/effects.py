@@ -1,0 +1,351 @@
+"""Does an intervention do what it should? Before, after and controls side by side, and a verdict that can be "no"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from registerlens.analysis.detection import (
+    Detection,
+    Threshold,
+    detect,
+    detection_from_dict,
+    detection_in,
+    detection_to_dict,
+    require_outliers,
+)
+from registerlens.analysis.trace import trace
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ConfigError, ImageError, ShapeError
+from registerlens.evaluation.controls import build_controls
+from registerlens.evaluation.observe import METRICS, Observation, Yardstick, classifies, observe
+from registerlens.evaluation.verdict import Verdict, judge_effect
+from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.interventions.ablation import Ablate
+from registerlens.interventions.base import Intervention, Scene, plan
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+CLEAN = "clean"
+Kind = Literal["clean", "intervention", "control"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What interventions and their controls do to a model."""
+
+    model: str
+    """Where the model came from."""
+    detection: Detection
+    """Where outliers were counted, and above which norm."""
+    conditions: tuple[str, ...]
+    """"clean" first, then the interventions, then the controls."""
+    kinds: tuple[Kind, ...]
+    """What each condition is."""
+    interventions: tuple[str, ...]
+    """What each condition did, in words."""
+    metrics: tuple[str, ...]
+    """Names of METRICS that the model has; `evaluation.observe.METRICS` explains them."""
+    values: Float[np.ndarray, "condition metric image"]
+    """Each metric of each image; NaN where a condition has no such thing."""
+    sublayers: tuple[str, ...]
+    """Places of the norm curves."""
+    norm_curve: Float[np.ndarray, "condition sublayer"]
+    """Largest patch norm, mean over images."""
+    register_curve: Float[np.ndarray, "condition sublayer"]
+    """Largest norm of a test-time register, mean over images; NaN without one."""
+    sink_curve: Float[np.ndarray, "condition layer"]
+    """Largest attention to one patch (mean over heads, 0 to 1), mean over images."""
+    register_sink_curve: Float[np.ndarray, "condition layer"]
+    """Attention to test-time registers or bias, mean over images; NaN without."""
+    verdicts: dict[str, Verdict]
+    """For each intervention, whether it worked, in words."""
+
+    @property
+    def n_images(self) -> int:
+        """Images that went through."""
+        return self.values.shape[2]
+
+    def of(self, metric: str, condition: str) -> Float[np.ndarray, " image"]:
+        """One metric of one condition, image by image.
+
+        Raises:
+            ConfigError: there is no such metric or condition.
+        """
+        if metric not in self.metrics or condition not in self.conditions:
+            raise ConfigError(
+                f"No metric {metric!r} of condition {condition!r}. Metrics: {list(self.metrics)}; conditions: "
+                f"{list(self.conditions)}."
+            )
+        return self.values[self.conditions.index(condition), self.metrics.index(metric)]
+
+    def mean(self, metric: str, condition: str) -> float:
+        """Mean over the images that have a value; NaN if none has."""
+        values = self.of(metric, condition)
+        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+    def to_dataframe(self, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """One row a condition and metric: mean, its 95% interval, and the same of the difference to the clean run.
+
+        Intervals are percentiles of `n_boot` bootstrap samples of the images; differences are paired.
+        """
+        rng = np.random.default_rng(seed)
+        samples = rng.integers(0, self.n_images, (n_boot, self.n_images))
+        rows = []
+        for m, metric in enumerate(self.metrics):
+            clean = self.values[0, m]
+            for c, condition in enumerate(self.conditions):
+                values = self.values[c, m]
+                if np.isnan(values).all():
+                    continue
+                row: dict[str, Any] = {"condition": condition, "kind": self.kinds[c], "metric": metric}
+                row |= dict(zip(("mean", "low", "high"), _interval(values, samples), strict=True))
+                names = ("difference", "difference_low", "difference_high")
+                row |= dict(zip(names, _interval(values - clean, samples), strict=True))
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def describe(self) -> str:
+        """The verdicts in words, one a line."""
+        return "\n".join(f"{name}: {verdict.words}" for name, verdict in self.verdicts.items())
+
+    def plot(self) -> go.Figure:
+        """Norms and sinks layer by layer, and the telling metrics with intervals, for every condition."""
+        from registerlens.viz.evaluation import evaluation_figure  # noqa: PLC0415  (viz stands on results)
+
+        return evaluation_figure(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write evaluation.json and evaluation.safetensors; returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        with whole_file(folder / "evaluation.safetensors") as temporary:
+            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, temporary)
+        told = {name: list(getattr(self, name)) for name in _LISTS}
+        verdicts = {name: verdict.to_dict() for name, verdict in self.verdicts.items()}
+        described = {"version": __version__, "model": self.model, "verdicts": verdicts, **told}
+        write_json(folder / "evaluation.json", described | {"detection": detection_to_dict(self.detection)})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        told = read_json(folder / "evaluation.json")
+        tensors = read_tensors(folder / "evaluation.safetensors")
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(
+            model=told["model"],
+            detection=detection_from_dict(told["detection"]),
+            verdicts={name: Verdict(**verdict) for name, verdict in told["verdicts"].items()},
+            **{name: tuple(told[name]) for name in _LISTS},
+            **arrays,
+        )
+
+
+_ARRAYS = ("values", "norm_curve", "register_curve", "sink_curve", "register_sink_curve")
+_LISTS = ("conditions", "kinds", "interventions", "metrics", "sublayers")
+
+
+def evaluate_intervention(
+    vit: HookedViT,
+    images: Images,
+    intervention: Intervention | Mapping[str, Intervention],
+    *,
+    labels: Int[Tensor, "image ..."] | None = None,
+    controls: bool = True,
+    threshold: Threshold = "auto",
+    layer: Literal["auto"] | int | str = "auto",
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure an intervention, or several, beside the clean model and controls.
+
+    Controls: zeroing the same neurons, setting them to their mean, the same intervention on random neurons (as many in
+    each layer, 3 draws), on activation-matched random neurons (3 draws), on random neurons that get the register
+    neurons' maxima (figure 24), and the outlier patches overwritten by their neighbours. Those about neurons are made
+    for the first intervention.
+
+    Args:
+        vit: the model.
+        images: preprocessed, as a tensor or in batches that can be iterated several times. Use others than those the
+            neurons were found on.
+        intervention: one, or several by name.
+        labels: [image] classes, or as the output's leading axes say ([image, patch] for a head on every patch), or with
+            one more axis for several equal groups of classes; -1 where there is none.
+        controls: leave them out with False.
+        threshold, layer: what counts as an outlier; as for `find_outliers`.
+        batch_size: images at once when a tensor is given.
+        seed: of the random neurons.
+
+    Raises:
+        NoOutliersError: the clean model has no outliers and no threshold is given.
+        ImageError: there are no images, or the batches can be iterated only once.
+        InterventionError: the intervention does not fit the model, or never fires.
+        ShapeError: the labels do not fit.
+
+    Source: Jiang et al. 2025, figures 4, 8, 22, 23, 24 and tables 7, 8; Parodi et al. 2026 for the controls.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> neurons = rl.find_register_neurons(vit, synthetic_images(64, 0).images)
+        >>> done = evaluate_intervention(vit, synthetic_images(32, 1).images, rl.TestTimeRegisters(neurons))
+        >>> done.verdicts["TestTimeRegisters"].worked, done.mean("outliers", "TestTimeRegisters")
+        (True, 0.0)
+    """
+    tested = intervention if isinstance(intervention, Mapping) else {type(intervention).__name__: intervention}
+    _check(tested, images)
+    plan(vit, list(tested.values()))  # refuses what does not fit the model before any work
+    if labels is not None and count(images) not in (None, len(labels)):
+        raise ShapeError(f"{len(labels)} labels for {count(images)} images; one for each is needed.")
+    detection, baseline_at = _where(vit, images, threshold, layer, batch_size)
+    require_outliers(detection, "Evaluating an intervention")
+    against = {}
+    if controls:
+        first = next(iter(tested.values()))
+        against = build_controls(vit, images, first, baseline_at, seed, batch_size)
+    done: dict[str, Intervention | None] = {CLEAN: None, **tested, **against}
+    sums = _Sums(list(done), vit.cfg.n_layers)
+    layers = _after_onset(detection, vit.cfg.n_layers)
+    start = 0
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "evaluating", count(images), len):
+            part = None if labels is None else labels[start : start + len(batch)]
+            clean = observe(vit, batch)
+            place = sums.sublayers.index(detection.sublayer)
+            ruler = Yardstick(clean, place, detection.cutoff, layers, part, classifies(vit.cfg))
+            for name, one in done.items():
+                if one is None:
+                    sums.add(name, clean, ruler.measure(clean))
+                    continue
+                with vit.edit(one):
+                    seen = observe(vit, batch)
+                sums.add(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch))))
+            start += len(batch)
+    if labels is not None and len(labels) != start:
+        raise ShapeError(f"{len(labels)} labels for {start} images.")
+    kinds = [CLEAN, *("intervention" for _ in tested), *("control" for _ in against)]
+    measured = sums.result()
+    verdicts = {
+        name: judge_effect(measured["metrics"], measured["values"], list(done), name, isinstance(one, Ablate))
+        for name, one in tested.items()
+    }
+    return Evaluation(
+        model=vit.source,
+        detection=detection,
+        conditions=tuple(done),
+        kinds=tuple(kinds),  # type: ignore[arg-type]
+        interventions=tuple("" if one is None else repr(one) for one in done.values()),
+        sublayers=sums.sublayers,
+        verdicts=verdicts,
+        **measured,
+    )
+
+
+class _Sums:
+    """Per-image metrics and running sums of the curves, condition by condition."""
+
+    def __init__(self, conditions: list[str], n_layers: int) -> None:
+        self.sublayers = ("embed", *(f"{i}.{kind}" for i in range(n_layers) for kind in ("attn", "mlp")))
+        self.rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in conditions}
+        self.curves: dict[str, dict[str, Tensor]] = {name: {} for name in conditions}
+        self.n = dict.fromkeys(conditions, 0)
+
+    def add(self, condition: str, seen: Observation, measured: dict[str, Float[Tensor, " batch"]]) -> None:
+        for metric, values in measured.items():
+            self.rows[condition].setdefault(metric, []).append(values.float().cpu())
+        patches, stop = seen.layout.patches, seen.layout.patches.stop
+        curves = {
+            "norm_curve": seen.norms[:, :, patches].amax(-1),
+            "sink_curve": seen.attention[:, :, patches].amax(-1),
+        }
+        if seen.layout.n_test_time_registers:
+            curves["register_curve"] = seen.norms[:, :, stop:].amax(-1)
+        if seen.attention.shape[-1] > stop:
+            curves["register_sink_curve"] = seen.attention[:, :, stop:].sum(-1)
+        for name, values in curves.items():
+            total = values.sum(1).double().cpu() if values.device.type != "mps" else values.sum(1).cpu().double()
+            mine = self.curves[condition]
+            mine[name] = mine.get(name, 0) + total
+        self.n[condition] += seen.norms.shape[1]
+
+    def result(self) -> dict[str, Any]:
+        if not any(self.n.values()):
+            raise ImageError("No image to evaluate on: the tensor or the iterable of batches is empty.")
+        n = max(self.n.values())
+        metrics = tuple(name for name in METRICS if any(name in rows for rows in self.rows.values()))
+        nothing = np.full(n, np.nan)
+        values = [
+            [torch.cat(rows[name]).double().numpy() if name in rows else nothing for name in metrics]
+            for rows in self.rows.values()
+        ]
+        sizes = {name: len(self.sublayers) for name in ("norm_curve", "register_curve")}
+        sizes |= {name: len(self.sublayers) // 2 for name in ("sink_curve", "register_sink_curve")}
+        curves = {
+            name: np.stack(
+                [mine[name].numpy() / n if name in mine else np.full(size, np.nan) for mine in self.curves.values()]
+            )
+            for name, size in sizes.items()
+        }
+        return {"metrics": metrics, "values": np.array(values), **curves}
+
+
+def _where(
+    vit: HookedViT, images: Images, threshold: Threshold, layer: Any, batch_size: int
+) -> tuple[Detection, Detection | None]:
+    """Where outliers are counted, and where the baseline overwrites them: as soon as they arise."""
+    if threshold in ("auto", "gap") and layer == "auto":
+        found = trace(vit, images, batch_size=batch_size)
+        detection = detection_in(found)
+        return detection, None if found.onset is None else detection_in(found, found.onset)
+    detection = detect(vit, images, threshold=threshold, layer=layer, batch_size=batch_size)
+    return detection, detection
+
+
+def _after_onset(detection: Detection, n_layers: int) -> range:
+    onset = detection.onset or detection.sublayer
+    layer, _, kind = onset.partition(".")
+    first = 0 if not kind else int(layer) + 1
+    return range(min(first, n_layers - 1), n_layers)
+
+
+def _check(tested: Mapping[str, Any], images: Images) -> None:
+    if not tested:
+        raise ConfigError("No intervention was given.")
+    if CLEAN in tested:
+        raise ConfigError(f"{CLEAN!r} is the name of the unedited model; call the intervention something else.")
+    if not isinstance(images, Tensor) and isinstance(images, Iterable) and iter(images) is images:
+        raise ImageError(
+            "The images are needed several times, but this iterator can be used once. Give a tensor, a list of "
+            "batches, or an rl.ImageStream."
+        )
+
+
+def _interval(values: Float[np.ndarray, " image"], samples: Int[np.ndarray, "sample image"]) -> tuple[float, ...]:
+    """Mean and the 2.5% and 97.5% percentiles of the bootstrap means; images without a value are left out."""
+    there = np.isfinite(values)
+    if not there.any():
+        return (float("nan"),) * 3
+    filled = np.where(there, values, 0.0)
+    counts = np.maximum(there[samples].sum(1), 1)
+    low, high = np.percentile(filled[samples].sum(1) / counts, [2.5, 97.5])
+    return float(filled.sum() / there.sum()), float(low), float(high)

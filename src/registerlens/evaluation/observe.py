@@ -1,0 +1,175 @@
+"""One forward pass, observed: norms and attention everywhere, final tokens, output; and what an edit did to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from registerlens.analysis.detection import Cutoff
+from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.sinks import attention_hooks
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.errors import ShapeError
+from registerlens.model.vit import HookedViT
+
+METRICS = {
+    "largest_norm": "largest patch norm where outliers are detected, in units of the clean image's median",
+    "outliers": "outlier patches per image",
+    "old_outliers": "of these, patches that are outliers in the clean run (and not aimed at)",
+    "new_outliers": "of these, patches that are not (and not aimed at): outliers handed off to other patches",
+    "placed": "share of the patches aimed at that are outliers, 0 to 1",
+    "register_norm": "norm of the (largest) test-time register at the same place, in the same unit",
+    "sink_patch": "largest attention to one patch, mean over heads and the layers after the onset",
+    "sink_outliers": "attention to all patches that are outliers in the clean run (and not aimed at), same mean",
+    "sink_elsewhere": "largest attention to one patch that is neither, same mean",
+    "sink_aimed": "attention to all patches aimed at, same mean",
+    "sink_register": "attention to the test-time registers or the attention bias, same mean",
+    "cos_cls": "cosine of the final [CLS] token to the clean run",
+    "cos_patches": "cosine of the final patch tokens to the clean run, mean over patches",
+    "cos_normal": "the same over patches that are outliers neither in the clean run nor afterwards",
+    "cos_output": "cosine of the pooled output to the clean run",
+    "kl": "Kullback-Leibler divergence of the predictions (those with labels, if any) from the clean run, in nats",
+    "accuracy": "share of labels predicted, 0 to 1",
+}
+"""What is measured of each image. NaN where a model has no such thing."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one pass over a batch showed."""
+
+    layout: TokenLayout
+    norms: Float[Tensor, "sublayer batch pos"]
+    """Residual norms after the embedding, and after each attention and MLP in turn."""
+    attention: Float[Tensor, "layer batch key"]
+    """Attention drawn by each key, mean over heads; an attention bias has the last column."""
+    tokens: Float[Tensor, "batch pos d_model"]
+    """After the final norm."""
+    output: Float[Tensor, "batch *out"]
+
+
+def observe(vit: HookedViT, batch: Float[Tensor, "batch channel height width"]) -> Observation:
+    """Run the model, edited or not, and look.
+
+    Example:
+        >>> import registerlens as rl
+        >>> with torch.no_grad():
+        ...     seen = observe(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
+        >>> seen.norms.shape, seen.attention.shape
+        (torch.Size([13, 2, 36]), torch.Size([6, 2, 36]))
+    """
+    layout = vit.layout(batch)
+    norms: list[Tensor] = []
+    drawn: dict[int, Tensor] = {}
+
+    def receive(layer: int, attention: Tensor) -> None:
+        drawn[layer] = attention.mean(1)
+
+    places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
+    hooks: list[Any] = [(places, lambda resid, hook: norms.append(token_norms(resid)))]
+    hooks += attention_hooks(vit, layout, range(vit.cfg.n_layers), receive)
+    with vit.hooks(hooks):
+        tokens = vit(batch.to(vit.embed.W_pos.device), return_type="tokens")
+    attention = torch.stack([drawn[layer] for layer in range(vit.cfg.n_layers)])
+    return Observation(layout, torch.stack(norms), attention, tokens, vit.head(tokens, layout))
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What an edited pass over a batch is held against: the clean pass, and where to look."""
+
+    clean: Observation
+    sublayer: int
+    """Index of the place of detection among the sublayers."""
+    cutoff: Cutoff
+    layers: range
+    """Layers after the onset."""
+    labels: Int[Tensor, "batch ..."] | None
+    classifies: bool
+
+    @property
+    def median(self) -> Float[Tensor, "batch 1"]:
+        """The clean median patch norm at the place of detection: the unit of norms."""
+        return self.clean.norms[self.sublayer][:, self.clean.layout.patches].median(-1, keepdim=True).values
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch patch"]:
+        """Outliers of the clean pass."""
+        return self.outlying(self.clean)
+
+    def outlying(self, seen: Observation) -> Bool[Tensor, "batch patch"]:
+        """Patches above the cut-off; a relative one counts in the clean median, so that edits do not move it."""
+        norms = seen.norms[self.sublayer][:, seen.layout.patches]
+        limit = self.cutoff.value * (self.median if self.cutoff.relative else 1)
+        return norms > limit
+
+    def measure(
+        self, seen: Observation, aim: Bool[Tensor, "#batch patch"] | None = None
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """Every metric of METRICS that the model has, for each image; `aim` is where outliers are wanted."""
+        layout, clean = seen.layout, self.clean
+        patches, stop = layout.patches, layout.patches.stop
+        norms = seen.norms[self.sublayer] / self.median
+        outlying, before = self.outlying(seen), self.mask
+        normal = ~(before | outlying)
+        aimed = torch.zeros_like(before) if aim is None else aim.to(before.device).expand_as(before)
+        old, other = before & ~aimed, ~(before | aimed)
+        drawn = seen.attention[self.layers.start : self.layers.stop].mean(0)
+        similar = F.cosine_similarity(seen.tokens[:, patches].float(), clean.tokens[:, patches].float(), dim=-1)
+        found = {
+            "largest_norm": norms[:, patches].amax(1),
+            "outliers": outlying.sum(1),
+            "old_outliers": (outlying & old).sum(1),
+            "new_outliers": (outlying & other).sum(1),
+            "sink_patch": drawn[:, patches].amax(1),
+            "sink_outliers": (drawn[:, patches] * old).sum(1),
+            "sink_elsewhere": (drawn[:, patches] * other).amax(1),
+            "cos_patches": similar.mean(1),
+            "cos_normal": (similar * normal).sum(1) / normal.sum(1),
+        }
+        if aim is not None:
+            found["placed"] = (outlying & aimed).sum(1) / aimed.sum(1)
+            found["sink_aimed"] = (drawn[:, patches] * aimed).sum(1)
+        if layout.n_test_time_registers:
+            found["register_norm"] = norms[:, stop:].amax(1)
+        if drawn.shape[1] > stop:
+            found["sink_register"] = drawn[:, stop:].sum(1)
+        if layout.cls is not None:
+            cls = [one.tokens[:, layout.cls].float() for one in (seen, clean)]
+            found["cos_cls"] = F.cosine_similarity(*cls, dim=-1)
+        if seen.output.ndim == 2:
+            found["cos_output"] = F.cosine_similarity(seen.output.float(), clean.output.float(), dim=-1)
+        if self.classifies or self.labels is not None:
+            found |= self._predictions(seen.output, clean.output)
+        return found
+
+    def _predictions(self, output: Tensor, clean: Tensor) -> dict[str, Tensor]:
+        groups = 1
+        if self.labels is not None:
+            groups = self.labels.shape[-1] if self.labels.ndim == output.ndim else 1
+            expected = (*output.shape[:-1], groups) if self.labels.ndim == output.ndim else output.shape[:-1]
+            if self.labels.shape != expected or output.shape[-1] % groups:
+                raise ShapeError(
+                    f"Labels of shape {list(self.labels.shape)} do not fit an output of shape {list(output.shape)}: "
+                    f"expected one label for each prediction, or one for each of several equal groups of classes on a "
+                    f"last axis; -1 where there is none."
+                )
+        now, then = (x.float().unflatten(-1, (groups, -1)).log_softmax(-1) for x in (output, clean))
+        divergence = (then.exp() * (then - now)).sum(-1)
+        if self.labels is None:
+            return {"kl": divergence.flatten(1).mean(1)}
+        labels = self.labels.to(output.device).reshape(now.shape[:-1])
+        there = labels >= 0
+        right, divergence = ((x * there).flatten(1).sum(1) for x in (now.argmax(-1) == labels, divergence))
+        n = there.flatten(1).sum(1)
+        return {"kl": divergence / n, "accuracy": right / n}
+
+
+def classifies(cfg: ViTConfig) -> bool:
+    """Whether the output are logits of classes, rather than a projection or a pooled token."""
+    return cfg.d_out is not None and cfg.head_bias and cfg.head_act is None

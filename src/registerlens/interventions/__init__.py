@@ -1,0 +1,1 @@
+"""Interventions: frozen descriptions of edits, in force inside `vit.edit(...)` or `attach(...)`."""

@@ -1,0 +1,128 @@
+"""Attention of transformers, timm and open_clip, run so that queries, keys, values and heads can be edited.
+
+Each class stands in for the `forward` of one attention module, and uses that module's own weights and dropout. Edits
+meet tensors of shape [batch, pos, head, d_head]; keys and values may come back longer than queries.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from registerlens.errors import InterventionError
+
+Apply = Callable[[str, Tensor], Tensor]
+"""From "q", "k", "v" or "z" and the tensor there to the edited one."""
+
+
+class TransformersAttention:
+    """transformers' own attention code, with one more among its exchangeable attention functions.
+
+    The code runs on this stand-in for the module: it has all that the module has, but its configuration names our
+    function. That one edits, and hands over to the function the model is set to (eager, sdpa, flash).
+    """
+
+    name = "registerlens"
+
+    def __init__(self, attention: nn.Module, apply: Apply) -> None:
+        from transformers import AttentionInterface  # noqa: PLC0415  (slow to import)
+
+        AttentionInterface.register(self.name, _edited_attention)
+        self.attention: Any = attention
+        self.apply = apply
+        modeling = vars(sys.modules[type(attention).__module__])
+        self.known, self.eager = modeling["ALL_ATTENTION_FUNCTIONS"], modeling["eager_attention_forward"]
+        self.config = copy.copy(self.attention.config)
+        self.config._attn_implementation = self.name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "attention":  # while being copied there is none yet
+            raise AttributeError(name)
+        return getattr(self.attention, name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """What the module's `forward` returns."""
+        return type(self.attention).forward(self, *arguments, **options)
+
+
+def _edited_attention(
+    stand_in: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    given = zip("qkv", (query, key, value), strict=True)
+    q, k, v = (stand_in.apply(kind, x.transpose(1, 2)).transpose(1, 2) for kind, x in given)
+    attend = stand_in.known.get_interface(stand_in.attention.config._attn_implementation, stand_in.eager)
+    z, weights = attend(stand_in.attention, q, k, v, _longer(attention_mask, k.shape[2]), **options)
+    return stand_in.apply("z", z), weights
+
+
+class TimmAttention:
+    """timm's `Attention`, fused or not as the module is set."""
+
+    def __init__(self, attention: nn.Module, apply: Apply) -> None:
+        self.attention: Any = attention
+        self.apply = apply
+
+    def __call__(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """What the module's `forward` returns."""
+        attention = self.attention
+        if is_causal:
+            raise InterventionError("Attention cannot be edited where it is causal. Call the model without is_causal.")
+        q, k, v = _edited(attention.qkv(x), attention.num_heads, self.apply)
+        mask = _longer(attn_mask, k.shape[2])
+        if attention.fused_attn:
+            dropout = attention.attn_drop.p if attention.training else 0.0
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        else:
+            scores = q * attention.scale @ k.mT
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            z = attention.attn_drop(scores.softmax(-1)) @ v
+        return attention.proj_drop(attention.proj(self.apply("z", z.transpose(1, 2)).flatten(2)))
+
+
+class OpenClipAttention:
+    """torch's `MultiheadAttention` as open_clip calls it: self-attention, batch first, without attention weights."""
+
+    def __init__(self, attention: nn.Module, apply: Apply) -> None:
+        self.attention: Any = attention
+        self.apply = apply
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """What the module's `forward` returns."""
+        attention = self.attention
+        if need_weights:
+            raise InterventionError("Edited attention gives no weights here. Take them from HookedViT.")
+        qkv = F.linear(query, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = _edited(qkv, attention.num_heads, self.apply)
+        dropout = attention.dropout if attention.training else 0.0
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=_longer(attn_mask, k.shape[2]), dropout_p=dropout)
+        return attention.out_proj(self.apply("z", z.transpose(1, 2)).flatten(2)), None
+
+
+STAND_INS: dict[str, Callable[[nn.Module, Apply], Callable[..., Any]]] = {
+    "transformers": TransformersAttention,
+    "timm": TimmAttention,
+    "open_clip": OpenClipAttention,
+}
+"""Library -> from an attention module and its edits to what stands in for its `forward`."""
+
+
+def _edited(qkv: Tensor, n_heads: int, apply: Apply) -> tuple[Tensor, Tensor, Tensor]:
+    """Edited queries, keys and values [batch, head, pos, d_head] from the joint projection."""
+    split = rearrange(qkv, "batch pos (three head d_head) -> three batch pos head d_head", three=3, head=n_heads)
+    q, k, v = (apply(kind, split[index]).transpose(1, 2) for index, kind in enumerate("qkv"))
+    return q, k, v
+
+
+def _longer(mask: Tensor | None, n_keys: int) -> Tensor | None:
+    """The mask (booleans, or numbers added to the scores) with added keys open to every query."""
+    return None if mask is None else F.pad(mask, (0, n_keys - mask.shape[-1]), value=mask.dtype == torch.bool)

@@ -1,0 +1,153 @@
+"""The attention bias that replaces a test-time register: one more key and value in every head, and no extra token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ImageError, InterventionError
+from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.interventions.base import Edit, Host, Intervention, Scene
+from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBias(Intervention):
+    """softmax(Q [K; k']^T / sqrt(d_head)) [V; v'] in every head, with the register neurons zeroed.
+
+    The pair stands after all tokens and takes no position: it is appended to what leaves the key projection, norms and
+    rotations included. Nothing in the residual stream has an outlier norm any more.
+
+    Made by `AttentionBias.fit` or `load`.
+
+    Source: Jiang et al. 2025, section on attention biases and figure 8; Sun et al. 2024.
+    """
+
+    neurons: RegisterNeurons
+    """The register neurons, set to zero at every token."""
+    k: Float[Tensor, "layer head d_head"] = field(repr=False)
+    """k' of each head: the mean key of the test-time register."""
+    v: Float[Tensor, "layer head d_head"] = field(repr=False)
+    """v' of each head: its mean value."""
+    n_images: int = 0
+    """Images the means were taken over."""
+
+    @classmethod
+    def fit(
+        cls,
+        vit: HookedViT,
+        neurons: RegisterNeurons,
+        images: Images,
+        *,
+        batch_size: int = 16,
+        register: TestTimeRegisters | None = None,
+    ) -> AttentionBias:
+        """Mean keys and values of the test-time register over images, in one streaming pass.
+
+        Args:
+            vit: the model.
+            neurons: its register neurons.
+            images: preprocessed, as a tensor or in batches; the paper takes 1000.
+            batch_size: images at once when a tensor is given.
+            register: with other options than the defaults; it must append exactly one token.
+
+        Raises:
+            ImageError: there are no images.
+            InterventionError: the register appends no or several tokens, or the model lacks a neuron.
+
+        Example:
+            >>> import registerlens as rl
+            >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
+            >>> bias = rl.AttentionBias.fit(vit, rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)]), images)
+            >>> with torch.no_grad(), vit.edit(bias):
+            ...     vit(images).shape, bias.k.shape
+            (torch.Size([2, 36, 52]), torch.Size([6, 1, 64]))
+        """
+        register = TestTimeRegisters(neurons) if register is None else register
+        if register.n != 1 or register.neurons.pairs != neurons.pairs:
+            raise InterventionError("An attention bias stands for exactly one test-time register of the same neurons.")
+        cfg = vit.cfg
+        sums = {kind: torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head) for kind in "kv"}
+        total = 0
+
+        def add(x: Tensor, hook: Any) -> None:
+            kind = str(hook.name)[-1]
+            sums[kind][hook.layer()] += x[:, -1].float().sum(0).cpu()
+
+        hooks: Any = [(f"blocks.*.attn.hook_{kind}", add) for kind in "kv"]
+        with torch.inference_mode():
+            for batch in track(in_batches(images, batch_size), "fitting the attention bias", count(images), len):
+                with vit.edit(register), vit.hooks(hooks):
+                    vit(batch.to(vit.embed.W_pos.device), stop_at_layer=cfg.n_layers)
+                total += len(batch)
+        if not total:
+            raise ImageError("No image to fit the attention bias on.")
+        return cls(neurons, (sums["k"] / total).clone(), (sums["v"] / total).clone(), total)
+
+    def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
+        """Zeroing the neurons, and one more key and value in every layer."""
+        cfg = host.cfg
+        expected = (cfg.n_layers, cfg.n_heads, cfg.d_head)
+        if tuple(self.k.shape) != expected or tuple(self.v.shape) != expected:
+            raise InterventionError(
+                f"The bias has keys of shape {list(self.k.shape)} [layer, head, d_head], the model needs "
+                f"{list(expected)}. It was fitted on another architecture."
+            )
+        zeroing = [
+            Edit(f"blocks.{layer}.mlp.hook_post", partial(_zero, list(listed)))
+            for layer, listed in self.neurons.check(cfg).by_layer().items()
+        ]
+        pairs = [
+            Edit(f"blocks.{layer}.attn.hook_{kind}", partial(_append, rows[layer]))
+            for layer in range(cfg.n_layers)
+            for kind, rows in (("k", self.k), ("v", self.v))
+        ]
+        return [*zeroing, *pairs]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write attention_bias.safetensors and attention_bias.json; returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        with whole_file(folder / "attention_bias.safetensors") as temporary:
+            save_file({"k": self.k.contiguous(), "v": self.v.contiguous()}, temporary)
+        described = {"version": __version__, "n_images": self.n_images, "neurons": self.neurons.to_dict()}
+        write_json(folder / "attention_bias.json", described)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AttentionBias:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        described = read_json(folder / "attention_bias.json")
+        neurons = RegisterNeurons.from_dict(described["neurons"])
+        return cls(
+            neurons=neurons, n_images=described["n_images"], **read_tensors(folder / "attention_bias.safetensors")
+        )
+
+
+def _zero(listed: list[int], post: Float[Tensor, "batch pos d_mlp"], scene: Scene) -> Float[Tensor, "batch pos d_mlp"]:
+    return post.index_fill(-1, torch.tensor(listed, device=post.device), 0)
+
+
+def _append(
+    row: Float[Tensor, "head d_head"], x: Float[Tensor, "batch pos head d_head"], scene: Scene
+) -> Float[Tensor, "batch more head d_head"]:
+    return torch.cat([x, repeat(row.to(x), "head d -> batch 1 head d", batch=len(x))], 1)

@@ -1,0 +1,201 @@
+"""What an intervention is: edits at named points of the model, and the `with` block in which they are in force."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.errors import InterventionError
+from registerlens.model.vit import HookedViT
+
+TOKENS = "hook_tokens"
+"""The point where tokens can be appended: the sequence as it enters block 0."""
+
+
+@runtime_checkable
+class Host(Protocol):
+    """What an intervention may ask of the model it is put into."""
+
+    @property
+    def cfg(self) -> ViTConfig:
+        """Its architecture."""
+        ...
+
+    @property
+    def ln_pre(self) -> Callable[[Tensor], Tensor] | None:
+        """The LayerNorm before block 0, where there is one."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The batch that an edit meets."""
+
+    layout: TokenLayout
+    """Of the sequence inside the blocks, test-time registers included."""
+    images: Float[Tensor, "batch channel height width"] | None = field(default=None, repr=False)
+    """The preprocessed images; None where the model started from a residual stream."""
+
+    def pixels(self) -> Float[Tensor, "batch channel height width"]:
+        """The images.
+
+        Raises:
+            InterventionError: the model started in the middle, so that there are none.
+        """
+        if self.images is None:
+            raise InterventionError(
+                "This intervention depends on the images, but the model was started from a residual stream "
+                "(start_at_layer). Run it from the images."
+            )
+        return self.images
+
+    @cached_property
+    def keys(self) -> tuple[int, ...]:
+        """One number an image, made of its pixels' bits: equal for equal images, whatever the batch.
+
+        The pixels are rounded to bfloat16 first, so that a model in half precision makes the same draws.
+        """
+        flat = self.pixels().detach().to(torch.bfloat16).contiguous().view(torch.int16).flatten(1).long()
+        weights = torch.arange(1, flat.shape[1] + 1, device=flat.device)
+        return tuple(int(key) & (2**63 - 1) for key in (flat * weights).sum(1).cpu())
+
+    def generators(self, seed: int) -> list[torch.Generator]:
+        """One CPU generator an image, seeded by `seed` and the image: the same in a batch and alone."""
+        return [torch.Generator().manual_seed((key ^ (seed * 0x9E3779B97F4A7C15)) & (2**63 - 1)) for key in self.keys]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change at one hook point of HookedViT; `attach` knows where that is in other libraries' models."""
+
+    point: str
+    """The hook point's name."""
+    change: Callable[[Tensor, Scene], Tensor] = field(repr=False)
+    """From the tensor there to the tensor that flows on; pure."""
+
+
+class Intervention(ABC):
+    """An edit of the model, described by a frozen object.
+
+    A subclass says which edits it makes; `vit.edit` and `attach` put them in force. It works on whole batches, treats
+    every image on its own, and is differentiable.
+    """
+
+    @property
+    def n_registers(self) -> int:
+        """Test-time registers it appends."""
+        return 0
+
+    def aim(self, scene: Scene) -> Bool[Tensor, "batch patch"] | None:
+        """The patches at which outliers shall appear; None for an intervention that has no such aim."""
+        return None
+
+    @abstractmethod
+    def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
+        """The edits for one model.
+
+        Args:
+            host: the model.
+            first_register: which of the sequence's test-time registers is this intervention's first one.
+
+        Raises:
+            InterventionError: the model has not what is to be edited.
+        """
+
+
+@dataclass
+class Plan:
+    """The edits of several interventions for one model, and which interventions have fired so far."""
+
+    interventions: tuple[Intervention, ...]
+    edits: list[tuple[int, Edit]]
+    """With the index of the intervention each belongs to."""
+    n_registers: int
+    """Test-time registers they append together."""
+    fired: set[int] = field(default_factory=set)
+
+    def note(self, index: int, edit: Edit) -> None:
+        """An edit was made. Appending a token counts only where nothing else is to be done."""
+        mine = [other for owner, other in self.edits if owner == index]
+        if edit.point != TOKENS or all(other.point == TOKENS for other in mine):
+            self.fired.add(index)
+
+    def check_fired(self) -> None:
+        """Complain about interventions that had something to do and never did it.
+
+        Raises:
+            InterventionError: there is one.
+        """
+        for index, intervention in enumerate(self.interventions):
+            points = [edit.point for owner, edit in self.edits if owner == index]
+            if points and index not in self.fired:
+                raise InterventionError(
+                    f"{type(intervention).__name__} never fired: the model was not run, or did not reach "
+                    f"{points[-1]}. Run it inside the `with` block, far enough."
+                )
+
+
+def plan(host: Host, interventions: Sequence[Intervention], first_register: int = 0) -> Plan:
+    """The edits for a model, in the order of the interventions.
+
+    Raises:
+        InterventionError: something else than an intervention was given, or one does not fit the model.
+    """
+    edits: list[tuple[int, Edit]] = []
+    registers = first_register
+    for index, intervention in enumerate(interventions):
+        if not isinstance(intervention, Intervention):
+            raise InterventionError(
+                f"Expected interventions such as rl.TestTimeRegisters(neurons), got {type(intervention).__name__}."
+            )
+        edits += [(index, edit) for edit in intervention.edits(host, registers)]
+        registers += intervention.n_registers
+    return Plan(tuple(interventions), edits, registers - first_register)
+
+
+@contextmanager
+def edited(vit: HookedViT, interventions: Sequence[Intervention]) -> Iterator[None]:
+    """What `HookedViT.edit` does; see there."""
+    before = vit.n_test_time_registers
+    made = plan(vit, interventions, before)
+    scene: list[Scene] = []
+
+    def enter(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        images = arguments[0] if arguments else options["images"]
+        if options.get("start_at_layer") is None:
+            scene[:] = [Scene(vit.layout(images), images)]
+        else:
+            layout = options.get("layout") or vit.cfg.layout(n_test_time_registers=vit.n_test_time_registers)
+            scene[:] = [Scene(layout)]
+
+    def leave(module: Any, arguments: Any, output: Any) -> None:
+        scene.clear()
+
+    def hook_for(index: int, edit: Edit) -> Any:
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            if not scene:
+                raise InterventionError("Edits need a call of the whole model; a part of it was called on its own.")
+            made.note(index, edit)
+            return edit.change(x, scene[0]).to(x.dtype)
+
+        return edit.point, hook
+
+    entering = vit.register_forward_pre_hook(enter, with_kwargs=True)
+    leaving = vit.register_forward_hook(leave, always_call=True)
+    vit.n_test_time_registers = before + made.n_registers
+    try:
+        with vit.hooks([hook_for(index, edit) for index, edit in made.edits]):
+            yield
+        made.check_fired()
+    finally:
+        vit.n_test_time_registers = before
+        entering.remove()
+        leaving.remove()

@@ -1,0 +1,421 @@
+"""Find register neurons: Algorithm 1, with its three hyperparameters chosen from the data unless they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from registerlens.analysis.detection import (
+    Detection,
+    Threshold,
+    detect,
+    detection_from_dict,
+    detection_to_dict,
+    patch_norms,
+    require_outliers,
+)
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.outliers import OutlierEvidence
+from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
+from registerlens.data.batches import Images, count, first_and_all
+from registerlens.errors import ConfigError, NoOutliersError
+from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.vit import HookedViT
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+FLOOR = 0.05
+"""Scores below this share of the highest count as equal where the elbow is sought: near zero any drop is large."""
+MOST = 1024
+"""The elbow and the sweep consider at most this many neurons."""
+FEWEST_IMAGES = 8
+"""Place, cut-off and onset are found on an eighth of the images, and on no fewer than this."""
+UNKNOWN_NUMBER = 64
+"""On how many, if nobody knows how many images will come."""
+HELD_OUT = 32
+"""Most images held back for the sweep: a quarter of those there are, up to this many."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NeuronSearch:
+    """How register neurons were found: everything that was measured and chosen on the way."""
+
+    model: str
+    """Where the model came from."""
+    detection: Detection
+    """Where outliers were looked for, above which norm, and the evidence on the first images."""
+    scores: NeuronScores
+    """Every neuron's scores."""
+    score: Score
+    """The score that ranks them."""
+    lowest_layer: int
+    """First layer searched."""
+    top_layer: int
+    """Last layer searched: the onset, unless it was given."""
+    top_k: int
+    """How many neurons were taken."""
+    elbow: int | None
+    """How many the largest relative drop of the sorted scores suggests; None for the AUC, which is bounded."""
+    sweep: int | None
+    """How many it takes until a test-time register leaves no outlier on held-out images; None: no number tried did, or
+    there was no sweep (`sweep_note` says which)."""
+    sweep_curve: tuple[tuple[int, float], ...]
+    """(number of neurons, outliers per held-out image left); 0 neurons first."""
+    sweep_note: str
+    """What happened in the sweep, in words."""
+
+    @property
+    def sorted_scores(self) -> Float[np.ndarray, " rank"]:
+        """Scores in descending order, at most 2 * MOST of them: the curve of the elbow."""
+        return np.array([value for _, _, value in self.scores.ranked(self.score)[: 2 * MOST]])
+
+    @property
+    def overlap(self) -> float:
+        """Share of the top_k that both halves of the images have in common, 0 to 1."""
+        first, second = ({(a, b) for a, b, _ in self.scores.ranked(self.score, half)[: self.top_k]} for half in (0, 1))
+        return len(first & second) / self.top_k
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's rank correlation of all neurons' scores between the halves; NaN where a half has no outlier."""
+        index = SCORES.index(self.score)
+        ranks = [pd.Series(self.scores.halves[half, index].ravel()).rank().to_numpy() for half in (0, 1)]
+        if min(np.ptp(rank) for rank in ranks) == 0:
+            return float("nan")
+        return float(np.corrcoef(ranks)[0, 1])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a neuron of the layers searched, with all scores; `chosen` marks the register neurons."""
+        frame = self.scores.to_dataframe().sort_values(self.score, ascending=False, kind="stable", ignore_index=True)
+        chosen = {(a, b) for a, b, _ in self.scores.ranked(self.score)[: self.top_k]}
+        pairs = zip(frame["layer"], frame["neuron"], strict=True)
+        return frame.assign(chosen=[(int(a), int(b)) in chosen for a, b in pairs])
+
+    def summary(self) -> dict[str, Any]:
+        """What was chosen, JSON-ready."""
+        correlation = self.rank_correlation
+        return {
+            "model": self.model,
+            "score": self.score,
+            "lowest_layer": self.lowest_layer,
+            "top_layer": self.top_layer,
+            "top_k": self.top_k,
+            "elbow": self.elbow,
+            "sweep": self.sweep,
+            "sweep_curve": [list(point) for point in self.sweep_curve],
+            "sweep_note": self.sweep_note,
+            "overlap_of_halves": self.overlap,
+            "rank_correlation_of_halves": None if np.isnan(correlation) else correlation,
+            "n_images": self.scores.n_images,
+            "n_with_outliers": self.scores.n_with_outliers,
+            "n_outliers": self.scores.n_outliers,
+            "detection": detection_to_dict(self.detection),
+            "evidence": self.scores.evidence.to_dict(),
+        }
+
+    def describe(self) -> str:
+        """The choice in words."""
+        told = [f"the elbow of the scores says {self.elbow}"] if self.elbow is not None else []
+        told.append(f"the sweep {self.sweep}" if self.sweep is not None else self.sweep_note)
+        per_image = self.scores.n_outliers / self.scores.n_images
+        return (
+            f"{self.top_k} neurons in blocks {self.lowest_layer} to {self.top_layer} ({', '.join(told)}). "
+            f"Outliers: above {self.detection.cutoff} at {self.detection.sublayer}, {per_image:.2f} per image. "
+            f"Between halves of the {self.scores.n_images} images {self.overlap:.0%} of them agree."
+        )
+
+    def plot(self) -> go.Figure:
+        """Sorted scores with the elbow, and the outliers left by the number of neurons moved."""
+        from registerlens.viz.neurons import search_figure  # noqa: PLC0415  (viz stands on results)
+
+        return search_figure(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write neuron_search.json and neuron_search.safetensors (all scores); returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        with whole_file(folder / "neuron_search.safetensors") as temporary:
+            save_file({"scores": self.scores.scores, "halves": self.scores.halves}, temporary)
+        write_json(folder / "neuron_search.json", {"version": __version__, **self.summary()})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> NeuronSearch:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        told = read_json(folder / "neuron_search.json")
+        missing = {name: float("nan") for name, value in told["evidence"].items() if value is None}
+        tensors = read_tensors(folder / "neuron_search.safetensors")
+        scores = NeuronScores(
+            first_layer=told["lowest_layer"],
+            scores=tensors["scores"].numpy(),
+            halves=tensors["halves"].numpy(),
+            n_images=told["n_images"],
+            n_with_outliers=told["n_with_outliers"],
+            n_outliers=told["n_outliers"],
+            evidence=OutlierEvidence(**told["evidence"] | missing),
+        )
+        same = ("model", "score", "lowest_layer", "top_layer", "top_k", "elbow", "sweep", "sweep_note")
+        return cls(
+            detection=detection_from_dict(told["detection"]),
+            scores=scores,
+            sweep_curve=tuple((int(k), float(left)) for k, left in told["sweep_curve"]),
+            **{name: told[name] for name in same},
+        )
+
+
+def find_register_neurons(
+    vit: HookedViT,
+    images: Images,
+    *,
+    threshold: Threshold = "auto",
+    detection_layer: Literal["auto"] | int | str = "auto",
+    lowest_layer: int = 0,
+    top_layer: Literal["auto"] | int = "auto",
+    top_k: Literal["auto"] | int = "auto",
+    score: Score = "mean",
+    early_stop: bool = True,
+    batch_size: int = 16,
+) -> RegisterNeurons:
+    """The neurons that decide where outliers appear: those most active at outlier patches.
+
+    The first eighth of the images (at least 8) goes through the whole model to find the place where outliers show
+    best, their cut-off and their onset; then all images go as far as they must. Where outliers are not evident in the
+    first images, all are looked at. With `top_k="auto"`, a quarter of the images (at most 32) is held back for the
+    sweep and does not count for the scores.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], or batches of them; memory does not grow with their number.
+        threshold: above which norm a patch is an outlier; as for `find_outliers`. A number overrides a verdict of
+            "absent".
+        detection_layer: where norms are taken: a block, a sublayer, or "auto".
+        lowest_layer: the first layer whose neurons count; early layers can hold content.
+        top_layer: the last one; "auto" is the layer at which outliers first emerge.
+        top_k: how many neurons; "auto" takes the larger of two estimates: the elbow (largest relative drop) of the
+            sorted scores, and the paper's sweep: upward by doubling, then bisection, until a test-time register leaves
+            no outlier on the held-out images.
+        score: what ranks them: "mean" (Algorithm 1), "mean_abs", "contrast", "auc"; see `NeuronScores`.
+        early_stop: leave out the layers after the last one that matters. The result is the same.
+        batch_size: images at once when a tensor is given.
+
+    Returns:
+        the neurons, most important first; `.search` has all scores, curves and estimates.
+
+    Raises:
+        NoOutliersError: the model has no outliers on these images; it carries the evidence.
+        ConfigError: a layer, a number or a name is out of range.
+        ImageError: there are no images.
+
+    Source: Jiang et al. 2025, algorithm 1 and appendix A.4.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> rl.find_register_neurons(vit, synthetic_images(128, 0).images).by_layer()
+        {1: (183, 103, 219, 125, 55, 128, 177)}
+    """
+    _check(vit, lowest_layer, top_layer, top_k, score)
+    n = count(images)
+    n_first = UNKNOWN_NUMBER if n is None else max(FEWEST_IMAGES, n // 8)
+    n_held = 0 if top_k != "auto" else (HELD_OUT if n is None else min(HELD_OUT, n // 4))
+    first, every = first_and_all(images, max(n_first, n_held), batch_size)
+    if (come := sum(map(len, first))) < max(n_first, n_held):  # a short stream: these are all there are
+        n, n_held = come, min(n_held, come // 4)
+    held_out, rest = _hold_back(first, every, n_held)
+    options: dict[str, Any] = {"layer": detection_layer, "threshold": threshold, "batch_size": batch_size}
+    detection = detect(vit, [batch for batch in _first(first, n_first)], **options)
+    if not detection.evidence.present and detection.rule != "fixed" and (n is None or n > n_first):
+        detection = _look_at_all(vit, images, detection, options)
+    require_outliers(detection, "Finding register neurons")
+    last = _top_layer(detection, top_layer, lowest_layer)
+    scores = score_neurons(
+        vit,
+        rest,
+        detection,
+        lowest_layer=lowest_layer,
+        top_layer=last,
+        early_stop=early_stop,
+        n_images=None if n is None else n - sum(map(len, held_out)),
+    )
+    _check_still_present(detection, scores)
+    ranked = scores.ranked(score)
+    elbow = None if score == "auc" else find_elbow([value for _, _, value in ranked])
+    swept = _sweep(vit, held_out, ranked, detection)
+    chosen = max(elbow or 0, swept.k or 0) if top_k == "auto" else min(top_k, len(ranked))
+    if not chosen:
+        raise ConfigError(f"How many neurons cannot be told from the AUC alone ({swept.note}). Give top_k.")
+    search = NeuronSearch(
+        model=vit.source,
+        detection=detection,
+        scores=scores,
+        score=score,
+        lowest_layer=lowest_layer,
+        top_layer=last,
+        top_k=chosen,
+        elbow=elbow,
+        sweep=swept.k,
+        sweep_curve=swept.curve,
+        sweep_note=swept.note,
+    )
+    return RegisterNeurons(
+        pairs=tuple((layer, neuron) for layer, neuron, _ in ranked[:chosen]),
+        scores=tuple(value for _, _, value in ranked[:chosen]),
+        source=f"found in {vit.source}",
+        found=search.summary(),
+        search=search,
+    )
+
+
+def find_elbow(scores: Sequence[float]) -> int:
+    """After how many of the sorted scores the largest relative drop comes.
+
+    Source: Jiang et al. 2025, A.4 names the sweep; the elbow is ours.
+
+    Scores below 5% of the highest count as 5%: among the many scores near zero, ratios mean nothing.
+
+    Example:
+        >>> find_elbow([124.0, 114.0, 107.0, 59.0, 42.0, 38.0, 23.0, 1.9, 1.5, 0.01])
+        7
+    """
+    top = np.asarray(scores[: MOST + 1], dtype=float)
+    if len(top) < 2 or top[0] <= 0:
+        return 1
+    top = np.maximum(top, FLOOR * top[0])
+    return int((top[:-1] / top[1:]).argmax()) + 1
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    k: int | None
+    curve: tuple[tuple[int, float], ...]
+    note: str
+
+
+def _sweep(
+    vit: HookedViT, held_out: list[Tensor], ranked: list[tuple[int, int, float]], detection: Detection
+) -> _Sweep:
+    """The fewest neurons whose test-time register leaves no outlier, by doubling and bisection."""
+    if not held_out:
+        return _Sweep(None, (), "no images were held back for a sweep")
+    curve: dict[int, float] = {0: _outliers_left(vit, held_out, [], detection)}
+    if not curve[0]:
+        return _Sweep(None, ((0, 0.0),), "the held-out images have no outlier, so that there was nothing to sweep for")
+
+    def left(k: int) -> float:
+        if k not in curve:
+            curve[k] = _outliers_left(vit, held_out, ranked[:k], detection)
+        return curve[k]
+
+    most = min(MOST, len(ranked))
+    high = 1
+    while left(high) and high < most:
+        high = min(2 * high, most)
+    if left(high):
+        note = f"the sweep found no number up to {most} that leaves no outlier ({curve[high]:.2f} per image left)"
+        return _Sweep(None, tuple(sorted(curve.items())), note)
+    low = high // 2  # known to leave some, or 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if left(middle) else (low, middle)
+    return _Sweep(high, tuple(sorted(curve.items())), f"from {high} neurons on, no outlier is left")
+
+
+def _outliers_left(
+    vit: HookedViT, batches: list[Tensor], ranked: Sequence[tuple[int, int, float]], detection: Detection
+) -> float:
+    """Outlier patches per image once these neurons are shifted to a test-time register."""
+    # Neurons after the place of detection change nothing there.
+    neurons = RegisterNeurons.from_pairs([(layer, n) for layer, n, _ in ranked if layer <= detection.layer])
+    total = 0
+    with torch.inference_mode():
+        for batch in batches:
+            with vit.edit(TestTimeRegisters(neurons, n=1 if ranked else 0)):
+                total += int(detection.cutoff.above(patch_norms(vit, batch, detection.sublayer)).sum())
+    return total / sum(map(len, batches))
+
+
+def _hold_back(first: list[Tensor], every: Any, n: int) -> tuple[list[Tensor], Any]:
+    """The first `n` images apart, and an iterable over the others."""
+    held = _first(first, n)
+
+    def others() -> Any:
+        skip = n
+        for batch in every:
+            if skip < len(batch):
+                yield batch[skip:]
+            skip = max(0, skip - len(batch))
+
+    return held, others()
+
+
+def _first(batches: list[Tensor], n: int) -> list[Tensor]:
+    taken, left = [], n
+    for batch in batches:
+        if left > 0:
+            taken.append(batch[:left])
+            left -= len(taken[-1])
+    return taken
+
+
+def _look_at_all(vit: HookedViT, images: Images, detection: Detection, options: dict[str, Any]) -> Detection:
+    """Outliers may be too rare for the first images: look again, at all of them, if they can be had again."""
+    if not isinstance(images, Tensor) and iter(images) is images:
+        return detection
+    return detect(vit, images, **options)
+
+
+def _top_layer(detection: Detection, top_layer: Literal["auto"] | int, lowest_layer: int) -> int:
+    if top_layer != "auto":
+        return top_layer
+    onset = detection.onset or detection.sublayer
+    layer, _, kind = onset.partition(".")
+    last = -1 if not kind else int(layer) - (kind == "attn")  # after attention of block 5, block 4's neurons are last
+    if last < 0:
+        raise NoOutliersError(
+            f"The outliers are there at '{onset}' already, before any neuron could have made them. Give top_layer to "
+            f"search all the same.",
+            detection.evidence,
+        )
+    if last < lowest_layer:
+        raise ConfigError(
+            f"lowest_layer={lowest_layer} lies above the onset of the outliers ({onset}), so that no layer is left. "
+            f"Lower it, or give top_layer."
+        )
+    return last
+
+
+def _check_still_present(detection: Detection, scores: NeuronScores) -> None:
+    """What looked like outliers in the first images must do so in all."""
+    if detection.rule != "fixed" and not scores.evidence.present:
+        later = replace(detection, evidence=scores.evidence)
+        require_outliers(later, "Finding register neurons")
+
+
+def _check(vit: HookedViT, lowest: int, top: str | int, top_k: str | int, score: str) -> None:
+    last = vit.cfg.n_layers - 1
+    if not 0 <= lowest <= last:
+        raise ConfigError(f"lowest_layer must be 0 to {last}, got {lowest}.")
+    if top != "auto" and not (isinstance(top, int) and lowest <= top <= last):
+        raise ConfigError(f"top_layer must be 'auto' or {lowest} to {last}, got {top!r}.")
+    if top_k != "auto" and not (isinstance(top_k, int) and top_k >= 1):
+        raise ConfigError(f"top_k must be 'auto' or at least 1, got {top_k!r}.")
+    if score not in SCORES:
+        raise ConfigError(f"score must be one of {list(SCORES)}, got {score!r}.")

@@ -1,0 +1,213 @@
+"""What interventions do: norms and attention layer by layer, and the telling metrics with their intervals."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from registerlens.evaluation.effects import Evaluation
+from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink
+
+_INTERVENTIONS = (BLUE, GREEN, PURPLE)
+_CONTROLS = {"zeroed": RED, "mean": ORANGE, "random": GREY, "matched": SKY, "neighbours": OLIVE}
+FOREST = {
+    "outliers": "outliers per image",
+    "cos_cls": "cosine of [CLS]<br>to the clean run",
+    "cos_normal": "cosine of normal patches<br>to the clean run",
+    "kl": "KL divergence from<br>the clean run (nats)",
+    "accuracy": "accuracy (0 to 1)",
+}
+"""Metrics with a panel of dots, and the titles of their axes."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Conditions drawn alike: one, or the draws of the same control."""
+
+    name: str
+    """What the legend says."""
+    members: tuple[int, ...]
+    """Indices of the conditions."""
+    colour: str
+    """Of lines and dots."""
+    width: float
+    """Of lines in pixels: wide for the clean model, which others lie on, thin for controls."""
+
+
+def groups_of(evaluation: Evaluation, mode: Mode = "light") -> list[Group]:
+    """The conditions, draws of the same control together; the clean model first.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> done = rl.evaluate_intervention(vit, synthetic_images(16, 0).images, rl.TestTimeRegisters(neurons))
+        >>> [group.name for group in groups_of(done)][2:]
+        ['zeroed', 'mean', 'random (3 draws)', 'matched (3 draws)', 'random, copied maxima', 'neighbours']
+    """
+    members: dict[tuple[str, str], list[int]] = {}
+    for i, (name, kind) in enumerate(zip(evaluation.conditions, evaluation.kinds, strict=True)):
+        stem = re.sub(r" \d+$", "", name) if kind == "control" else name
+        members.setdefault((kind, stem), []).append(i)
+    fresh = cycle(_INTERVENTIONS)
+    groups = []
+    for (kind, stem), indices in members.items():
+        colour = ink(mode) if kind == "clean" else next(fresh) if kind == "intervention" else _CONTROLS.get(stem, BROWN)
+        name = f"{stem} ({len(indices)} draws)" if len(indices) > 1 else stem
+        groups.append(Group(name, tuple(indices), colour, {"clean": 5.0, "intervention": 2.5}.get(kind, 1.2)))
+    return groups
+
+
+def evaluation_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
+    """Above: the largest patch norm and the largest attention to a patch (mean over heads); dashed: the register's own.
+
+    Below: the telling metrics of every condition, mean over images with a 95% bootstrap interval. Controls are thin,
+    the clean model is wide; draws of the same control share a colour and a line of the legend.
+
+    Source: Jiang et al. 2025, figures 8, 22, 23 and 24.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> done = rl.evaluate_intervention(vit, synthetic_images(16, 0).images, rl.TestTimeRegisters(neurons))
+        >>> figure = evaluation_figure(done)
+        >>> sum(curve.line.dash == "dash" for curve in figure.data) > 0
+        True
+    """
+    figure = go.Figure()
+    groups = groups_of(evaluation, mode)
+    n_layers = evaluation.sink_curve.shape[1]
+    # Sublayer 0 is the embedding; the attention and the MLP of block l stand at l and l + 1/2.
+    sublayers = np.arange(-1, len(evaluation.sublayers) - 1) / 2
+    norms = (sublayers, evaluation.norm_curve, evaluation.register_curve, evaluation.sublayers)
+    blocks = tuple(f"block {i}" for i in range(n_layers))
+    attention = (np.arange(n_layers), evaluation.sink_curve, evaluation.register_sink_curve, blocks)
+    for group in sorted(groups, key=lambda group: -group.width):  # wide ones below: where curves coincide, all show
+        for axis, (x, patches, extra, places) in (("", norms), ("2", attention)):
+            for member in group.members:
+                for values, dash in ((patches[member], "solid"), (extra[member], "dash")):
+                    if np.isfinite(values).any():
+                        figure.add_trace(_curve(x, values, places, group, evaluation.conditions[member], dash, axis))
+    for group in groups:
+        figure.add_trace(_legend_entry(group))
+    own = " (dashed: the register's own)" if np.isfinite(evaluation.register_curve).any() else ""
+    extra = " (dashed: to register or bias)" if np.isfinite(evaluation.register_sink_curve).any() else ""
+    _panel(figure, "", (0.0, 0.44), f"Largest patch norm{own}", "residual norm")
+    _panel(figure, "2", (0.56, 1.0), f"Largest attention to a patch{extra}", "attention (0 to 1)")
+    step = max(1, n_layers // 12)
+    figure.update_xaxes(title_text="block", tick0=0, dtick=step)
+    figure.update_yaxes(rangemode="tozero")
+    _forest(figure, evaluation, groups)
+    figure.update_layout(height=780, legend={"orientation": "h", "x": 0, "y": -0.13})
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 130})
+
+
+def _curve(
+    x: np.ndarray, y: np.ndarray, places: tuple[str, ...], group: Group, condition: str, dash: str, axis: str
+) -> go.Scatter:
+    extra = "" if dash == "solid" else ", register or bias"
+    return go.Scatter(
+        x=x,
+        y=y,
+        text=places,
+        mode="lines",
+        line={"color": group.colour, "dash": dash, "width": group.width},
+        legendgroup=group.name,
+        showlegend=False,
+        hovertemplate=f"{condition}{extra}<br>%{{text}}: %{{y:.3g}}<extra></extra>",
+        xaxis=f"x{axis}",
+        yaxis=f"y{axis}",
+    )
+
+
+def _legend_entry(group: Group) -> go.Scatter:
+    """A line for the legend alone, so that its order is that of the conditions."""
+    line = {"color": group.colour, "width": group.width}
+    return go.Scatter(x=[None], y=[None], mode="lines", name=group.name, legendgroup=group.name, line=line)
+
+
+def _panel(figure: go.Figure, axis: str, x: tuple[float, float], title: str, unit: str) -> None:
+    """One of the upper panels."""
+    figure.update_layout(
+        {
+            f"xaxis{axis}": {"domain": x, "anchor": f"y{axis}"},
+            f"yaxis{axis}": {"domain": (0.58, 1.0), "anchor": f"x{axis}", "title": {"text": unit}},
+        }
+    )
+    figure.add_annotation(
+        x=sum(x) / 2,
+        y=1,
+        xref="paper",
+        yref="paper",
+        xanchor="center",
+        yanchor="bottom",
+        yshift=8,
+        showarrow=False,
+        text=title,
+        font={"size": 15},
+    )
+
+
+def _forest(figure: go.Figure, evaluation: Evaluation, groups: list[Group]) -> None:
+    """One panel of dots for each telling metric; rows are the groups, draws of one control side by side."""
+    frame = evaluation.to_dataframe()
+    metrics = [metric for metric in FOREST if metric in set(frame["metric"])]
+    width = (1.0 - 0.04 * (len(metrics) - 1)) / len(metrics)
+    for i, metric in enumerate(metrics):
+        axis = str(i + 3)
+        for row, group in enumerate(groups):
+            figure.add_trace(_dots(evaluation, frame.loc[frame["metric"] == metric], row, group, axis))
+        left = i * (width + 0.04)
+        figure.update_layout(
+            {
+                f"xaxis{axis}": {
+                    "domain": (left, left + width),
+                    "anchor": f"y{axis}",
+                    "title": {"text": FOREST[metric]},
+                    "nticks": 5,
+                },
+                f"yaxis{axis}": {
+                    "domain": (0.0, 0.42),
+                    "anchor": f"x{axis}",
+                    "range": [len(groups) - 0.5, -0.5],  # the clean model at the top
+                    "tickvals": list(range(len(groups))),
+                    "ticktext": [group.name for group in groups],
+                    "showticklabels": i == 0,
+                },
+            }
+        )
+
+
+def _dots(evaluation: Evaluation, frame: pd.DataFrame, row: int, group: Group, axis: str) -> go.Scatter:
+    names = [evaluation.conditions[member] for member in group.members]
+    mine = frame.set_index("condition").reindex(names)
+    spread = np.linspace(-0.2, 0.2, len(names)) if len(names) > 1 else np.zeros(1)
+    return go.Scatter(
+        x=mine["mean"],
+        y=row + spread,
+        text=[
+            f"{name}: {mean:.4g} [{low:.4g}, {high:.4g}]"
+            for name, mean, low, high in zip(names, mine["mean"], mine["low"], mine["high"], strict=True)
+        ],
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": mine["high"] - mine["mean"],
+            "arrayminus": mine["mean"] - mine["low"],
+            "thickness": 1.2,
+            "width": 3,
+        },
+        mode="markers",
+        marker={"color": group.colour, "size": 6 if group.width < 2 else 9},
+        legendgroup=group.name,
+        showlegend=False,
+        hovertemplate="%{text}<extra></extra>",
+        xaxis=f"x{axis}",
+        yaxis=f"y{axis}",
+    )

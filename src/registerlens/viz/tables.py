@@ -1,0 +1,108 @@
+"""What the tables of pages and commands say: register neurons with their scores, conditions with their metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.evaluation.effects import Evaluation
+
+SCORE_WORDS = {
+    "mean": "mean activation at outliers",
+    "mean_abs": "mean absolute activation there",
+    "contrast": "contrast with normal patches, in standard deviations",
+    "auc": "probability of being higher at an outlier than at a normal patch",
+}
+"""What each score is."""
+
+COLUMNS = {
+    "outliers": "outliers per image",
+    "new_outliers": "of these, at new places",
+    "largest_norm": "largest patch norm *",
+    "register_norm": "norm of register *",
+    "sink_patch": "attention to a patch",
+    "sink_register": "attention to register or bias",
+    "cos_cls": "cosine of [CLS] to clean",
+    "cos_normal": "cosine of normal patches",
+    "kl": "KL from clean, nats",
+    "accuracy": "accuracy",
+}
+"""Metrics that tables show, in this order, with their headings."""
+COLUMN_NOTE = (
+    "* in units of the clean image's median patch norm. Attention: the largest to one patch, or all to registers and "
+    "bias; mean over heads and the blocks after the onset. Cosines: of the final tokens to those of the clean run."
+)
+
+
+def neuron_table(neurons: RegisterNeurons) -> pd.DataFrame:
+    """One row a register neuron: layer, neuron, and all four scores where a search found them, else the one known.
+
+    Example:
+        >>> neuron_table(RegisterNeurons.from_pairs([(5, 599), (6, 980)])).columns.tolist()
+        ['layer', 'neuron']
+    """
+    frame = neurons.to_dataframe().drop(columns="rank")
+    if neurons.search is None:
+        return frame.dropna(axis="columns", how="all")
+    scores = neurons.search.to_dataframe().drop(columns="chosen")
+    return frame.drop(columns="score").merge(scores, on=["layer", "neuron"], how="left")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean over images with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return _number(self.mean)
+
+    @property
+    def interval(self) -> str:
+        """Low to high, as text; empty where they print the same."""
+        low, high = _number(self.low), _number(self.high)
+        return "" if low == high else f"{low} to {high}"
+
+
+def evaluation_table(evaluation: Evaluation) -> tuple[list[str], list[tuple[str, dict[str, Cell]]]]:
+    """The metrics of COLUMNS that the model has, and for each condition its cells.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> images = synthetic_images(16, 0).images
+        >>> done = rl.evaluate_intervention(vit, images, rl.Ablate(neurons), controls=False)
+        >>> metrics, rows = evaluation_table(done)
+        >>> rows[0][0], str(rows[0][1]["new_outliers"])
+        ('clean', '0')
+    """
+    frame = evaluation.to_dataframe()
+    metrics = [metric for metric in COLUMNS if metric in set(frame["metric"])]
+    cells: dict[str, dict[str, Cell]] = {condition: {} for condition in evaluation.conditions}
+    for row in frame.to_dict("records"):
+        cells[row["condition"]][row["metric"]] = Cell(row["mean"], row["low"], row["high"])
+    return metrics, list(cells.items())
+
+
+def brief(value: float) -> str:
+    """Three significant digits, or a whole number.
+
+    Example:
+        >>> brief(0.12345), brief(16312.0), brief(float("nan"))
+        ('0.123', '16312', '-')
+    """
+    if np.isnan(value):
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
