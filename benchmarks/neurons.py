@@ -159,7 +159,7 @@ def _against_logging(vit: rl.HookedViT, images: Tensor, batch: int, layer: int, 
         task = algorithm_1(vit, images, batch, early_stop)
         _check_same(task(), theirs())
         rows.append(
-            in_pairs(task, theirs, max(1, pairs // 2)).row(
+            in_pairs(task, theirs, pairs).row(
                 invert=True,
                 benchmark="neurons",
                 what=f"Algorithm 1, {len(images)} images, {size} px, {'early stop' if early_stop else 'full depth'}",
