@@ -287,7 +287,7 @@ def detection_in(found: Trace, sublayer: str | None = None) -> Detection:
         sublayer=sublayer,
         cutoff=Cutoff(value=evidence.threshold if evidence.present else float("inf"), relative=True),
         rule="gap",
-        onset=_onset(found, sublayer, evidence),
+        onset=found.onset_before(sublayer),
         evidence=evidence,
     )
 
@@ -326,16 +326,6 @@ def _flagging(rule: Rule, norms: Float[Tensor, "image patch"]) -> float:
         return float(norms.double().mean() + SIGMAS * norms.double().std())
     every = norms.flatten()
     return float(medians(every) + MADS * medians((every - medians(every)).abs()))
-
-
-def _onset(found: Trace, sublayer: str, evidence: OutlierEvidence) -> str | None:
-    """The first sublayer from which the norms stay separate up to the place; None where they are not."""
-    if not evidence.present:
-        return None
-    first = found.sublayers.index(sublayer)
-    while first > 0 and found.evidence[first - 1].present:
-        first -= 1
-    return found.sublayers[first]
 
 
 def _norms_at(

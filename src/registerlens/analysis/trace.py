@@ -96,9 +96,13 @@ class Trace:
     @property
     def onset(self) -> str | None:
         """The first sublayer from which the norms stay separate up to where that is strongest; None when absent."""
-        if self.verdict == "absent":
+        return self.onset_before(self.strongest)
+
+    def onset_before(self, sublayer: str) -> str | None:
+        """The first sublayer from which the norms stay separate up to this one; None where they are not separate."""
+        first = self.sublayers.index(sublayer)
+        if not self.evidence[first].present:
             return None
-        first = self._strongest
         while first > 0 and self.evidence[first - 1].present:
             first -= 1
         return self.sublayers[first]
