@@ -10,16 +10,16 @@ from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor
 
+from registerlens.config_parts import Activation, AttentionPoolConfig, NormKind, QKNormConfig, RopeConfig
 from registerlens.errors import ConfigError, ShapeError
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
-PooledPart = Literal["cls", "distillation", "mean"]
+PooledPart = Literal["cls", "distillation", "mean", "mean_all", "attention"]
 Description = TypeVar("Description")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """The architecture of a pre-LayerNorm vision transformer, and nothing else.
+    """The architecture of a vision transformer whose blocks read a normalised stream, and nothing else.
 
     Example:
         >>> cfg = ViTConfig(n_layers=2, d_model=32, n_heads=2, d_mlp=64, image_size=(32, 48), patch_size=(8, 8))
@@ -44,9 +44,17 @@ class ViTConfig:
     n_channels: int = 3
     """Image channels."""
     act_fn: Activation = "gelu"
-    """The MLP's nonlinearity: exact GELU, its tanh form, x sigmoid(1.702 x), ReLU, or ReLU squared."""
+    """The MLP's nonlinearity: exact GELU, its tanh form, x sigmoid(1.702 x), SiLU, ReLU, or ReLU squared."""
+    gated_mlp: bool = False
+    """Whether the nonlinearity of one linear map multiplies another one (SwiGLU and the like)."""
+    mlp_norm: bool = False
+    """Whether the hidden layer is normalised before the MLP's last linear map (EVA-02)."""
+    norm: NormKind = "layer"
+    """LayerNorm or RMSNorm, throughout."""
     norm_eps: float = 1e-6
-    """Epsilon of every LayerNorm."""
+    """Epsilon of every norm."""
+    patch_norm: bool = False
+    """Whether patch embeddings are normalised before positions are added (AIMv2)."""
     patch_bias: bool = True
     """Whether the patch embedding has a bias."""
     class_token: bool = True
@@ -55,18 +63,36 @@ class ViTConfig:
     """Whether DeiT's distillation token follows [CLS]."""
     n_trained_registers: int = 0
     """Trained register tokens between the prefix and the patches."""
-    pos_interpolation: Literal["bicubic", "bicubic_antialias"] = "bicubic"
-    """How positions are resampled for another image size: transformers' way, or timm's and open_clip's."""
+    positions: Literal["learned", "sincos", "none"] = "learned"
+    """What is added to the tokens: learned positions, sines and cosines of row and column (AIMv2), or nothing."""
+    pos_interpolation: Literal["bicubic", "bicubic_antialias", "bilinear_antialias"] = "bicubic"
+    """How learned positions are resampled for another image size: transformers' way, timm's and open_clip's, or
+    SigLIP 2's."""
+    n_unplaced: int = 0
+    """How many of the last prefix and register tokens get no position from the source model (zero rows here)."""
+    rope: RopeConfig | None = None
+    """Rotary positions of queries and keys."""
     ln_pre: bool = False
-    """Whether a LayerNorm precedes block 0, as in CLIP."""
+    """Whether a norm precedes block 0, as in CLIP."""
     qkv_bias: bool = True
     """Whether queries, keys and values have biases."""
+    qk_norm: QKNormConfig | None = None
+    """A norm on queries and keys."""
+    attn_norm: bool = False
+    """Whether the heads' outputs, side by side, are normalised before W_O (EVA-02's sub-LayerNorm)."""
     layer_scale: bool = False
     """Whether each sublayer's output is scaled by a learned vector."""
     final_norm: bool = True
-    """Whether a LayerNorm follows the last block."""
+    """Whether a norm follows the last block."""
+    final_norm_kind: NormKind | None = None
+    """Which, where it is another than in the blocks."""
     pooling: tuple[PooledPart, ...] = ("cls",)
-    """What the head reads, concatenated; empty means a head on every token of the source model."""
+    """What the head reads, concatenated: [CLS], the distillation token, the mean over patches or over all tokens of the
+    source model, or what a learned query takes from them; empty means a head on every token of the source model."""
+    attn_pool: AttentionPoolConfig | None = None
+    """That learned query, where pooling is ("attention",)."""
+    pool_norm: bool = False
+    """Whether what was pooled is normalised."""
     d_out: int | None = None
     """Outputs of the head (classes, or the projection's width); None means no head, the pooled tokens come out."""
     head_bias: bool = True
@@ -74,10 +100,8 @@ class ViTConfig:
     head_act: Literal["tanh"] | None = None
     """Nonlinearity after the head, as in the pooler of transformers' ViTModel."""
 
-    # What TransformerLens's ActivationCache asks of a config.
     attn_only: bool = field(default=False, init=False, repr=False)
-    normalization_type: str = field(default="LN", init=False, repr=False)
-    final_rms: bool = field(default=False, init=False, repr=False)
+    """TransformerLens's ActivationCache asks for this."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -101,10 +125,28 @@ class ViTConfig:
             object.__setattr__(self, "d_head", self.d_model // self.n_heads)
         if min(self.grid) < 1:
             raise ConfigError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}.")
-        have = {"cls": self.class_token, "distillation": self.distillation_token, "mean": True}
+        have = {"cls": self.class_token, "distillation": self.distillation_token, "mean": True, "mean_all": True}
+        have["attention"] = self.attn_pool is not None and self.pooling == ("attention",)
         for part in self.pooling:
             if not have.get(part, False):
-                raise ConfigError(f"pooling asks for {part!r}, but the model has no such token.")
+                raise ConfigError(f"pooling asks for {part!r}, but the model has no such token or pooling head.")
+        if self.rope is not None and self.d_head % 4 and not self.rope.learned:
+            raise ConfigError(f"Rotary positions need d_head to be a multiple of 4, got {self.d_head}.")
+
+    @property
+    def normalization_type(self) -> str:
+        """TransformerLens's name for the blocks' norm."""
+        return {"layer": "LN", "rms": "RMS"}[self.norm]
+
+    @property
+    def final_rms(self) -> bool:
+        """Whether the final norm is an RMSNorm, which TransformerLens asks."""
+        return (self.final_norm_kind or self.norm) == "rms"
+
+    @property
+    def d_pooled(self) -> int:
+        """Width of what the head reads."""
+        return self.attn_pool.d_attn if self.attn_pool else self.d_model * max(1, len(self.pooling))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -303,10 +345,20 @@ def _settable(cls: Any) -> set[str]:
 def _from_json(cls: type[Description], values: Mapping[str, Any]) -> Description:
     if unknown := sorted(set(values) - _settable(cls)):
         raise ConfigError(f"Unknown {cls.__name__} fields {unknown}. Known: {sorted(_settable(cls))}.")
-    try:  # JSON knows lists only
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    try:
+        return cls(**{name: _from_json_value(name, value) for name, value in values.items()})
     except TypeError as error:
         raise ConfigError(f"Incomplete {cls.__name__}: {error}.") from error
+
+
+_NESTED = {"rope": RopeConfig, "qk_norm": QKNormConfig, "attn_pool": AttentionPoolConfig}
+
+
+def _from_json_value(name: str, value: Any) -> Any:
+    """JSON knows no tuples, and no other parts than objects."""
+    if name in _NESTED and isinstance(value, Mapping):
+        return _from_json(_NESTED[name], value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:

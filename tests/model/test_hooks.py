@@ -33,21 +33,75 @@ BLOCK = {
 }
 
 
+NORM = ("hook_scale", "hook_normalized")
+OF_THE_PARTS = {
+    "full": (set(), {f"ln_pre.{hook}" for hook in NORM}),
+    "plain": (set(), set()),
+    "rotary": (
+        {"attn.hook_rot_q", "attn.hook_rot_k", "mlp.hook_pre_linear", "mlp.hook_mid"}
+        | {f"{norm}.{hook}" for norm in ("attn.ln", "mlp.ln", "attn.q_norm.norm", "attn.k_norm.norm") for hook in NORM}
+        | {f"attn.{kind}_norm.hook_normalized" for kind in "qk"},
+        {f"ln_pre.{hook}" for hook in NORM},
+    ),
+    "attention-pooled": (
+        {"attn.hook_rot_q", "attn.hook_rot_k"}
+        | {f"attn.{kind}_norm.norm.{hook}" for kind in "qk" for hook in NORM}
+        | {f"attn.{kind}_norm.hook_normalized" for kind in "qk"},
+        {f"{norm}.{hook}" for norm in ("embed.norm", "head.ln") for hook in NORM}
+        | {f"head.attn.mlp.ln.{hook}" for hook in NORM}
+        | {f"head.attn.hook_{point}" for point in ("q", "k", "v", "attn_scores", "pattern", "z", "out")}
+        | {"head.attn.mlp.hook_pre", "head.attn.mlp.hook_post"},
+    ),
+}
+"""Further hook points of each model: in every block, and outside."""
+
+
 def shape_of(hook: str, cfg, batch: int) -> tuple[int, ...]:
     """The shape TransformerLens's users expect under a name."""
     layout = cfg.layout()
     pos, name = layout.n_tokens, hook.split(".", 2)[-1] if hook.startswith("blocks.") else hook
+    pool = cfg.attn_pool
     shapes = {
+        "attn.ln.hook_normalized": (batch, pos, cfg.n_heads * cfg.d_head),
+        "mlp.ln.hook_normalized": (batch, pos, cfg.d_mlp),
+        "embed.norm.hook_scale": (batch, layout.n_patches, 1),
+        "embed.norm.hook_normalized": (batch, layout.n_patches, cfg.d_model),
+        "head.ln.hook_scale": (batch, 1),
+    }
+    if cfg.qk_norm is not None:
+        groups, width = (1, cfg.n_heads * cfg.d_head) if cfg.qk_norm.over == "all" else (cfg.n_heads, cfg.d_head)
+        shapes |= {f"attn.{kind}_norm.norm.hook_scale": (batch, pos, groups, 1) for kind in "qk"}
+        shapes |= {f"attn.{kind}_norm.norm.hook_normalized": (batch, pos, groups, width) for kind in "qk"}
+    if pool is not None:
+        d_head, seen = pool.d_attn // pool.n_heads, layout.n_patches if pool.over == "patches" else pos
+        shapes |= {
+            "head.attn.hook_q": (batch, 1, pool.n_heads, d_head),
+            "head.attn.hook_k": (batch, seen, pool.n_heads, d_head),
+            "head.attn.hook_v": (batch, seen, pool.n_heads, d_head),
+            "head.attn.hook_attn_scores": (batch, pool.n_heads, 1, seen),
+            "head.attn.hook_pattern": (batch, pool.n_heads, 1, seen),
+            "head.attn.hook_z": (batch, 1, pool.n_heads, d_head),
+            "head.attn.hook_out": (batch, pool.d_attn),
+            "head.attn.mlp.ln.hook_scale": (batch, 1),
+            "head.attn.mlp.ln.hook_normalized": (batch, pool.d_attn),
+            "head.attn.mlp.hook_pre": (batch, pool.d_mlp),
+            "head.attn.mlp.hook_post": (batch, pool.d_mlp),
+            "head.ln.hook_normalized": (batch, pool.d_attn),
+        }
+    shapes |= {
         "hook_patch_embed": (batch, layout.n_patches, cfg.d_model),
         "attn.hook_attn_scores": (batch, cfg.n_heads, pos, pos),
         "attn.hook_pattern": (batch, cfg.n_heads, pos, pos),
         "attn.hook_result": (batch, pos, cfg.n_heads, cfg.d_model),
         "mlp.hook_pre": (batch, pos, cfg.d_mlp),
         "mlp.hook_post": (batch, pos, cfg.d_mlp),
-        "head.hook_out": (batch, pos, cfg.d_out or cfg.d_model),
+        "mlp.hook_mid": (batch, pos, cfg.d_mlp),
+        "mlp.hook_pre_linear": (batch, pos, cfg.d_mlp),
+        "head.hook_out": (batch, *([] if cfg.pooling else [pos]), cfg.d_out or cfg.d_model),
     }
-    shapes |= dict.fromkeys(ATTENTION, (batch, pos, cfg.n_heads, cfg.d_head))
-    if name.endswith("hook_scale"):
+    heads = (*ATTENTION, "attn.hook_rot_q", "attn.hook_rot_k", *(f"attn.{kind}_norm.hook_normalized" for kind in "qk"))
+    shapes |= dict.fromkeys(heads, (batch, pos, cfg.n_heads, cfg.d_head))
+    if name.endswith("hook_scale") and name not in shapes:
         return (batch, pos, 1)
     return shapes.get(name, (batch, pos, cfg.d_model))
 
@@ -57,9 +111,9 @@ def test_every_hook_point_exists_and_has_its_shape(name):
     vit = build(name)
     expected = {f"blocks.{layer}.{hook}" for layer in range(3) for hook in BLOCK}
     expected |= {"hook_patch_embed", "hook_embed", "hook_pos_embed", "hook_tokens", "head.hook_out"}
-    expected |= {f"{norm}.{hook}" for norm in ("ln_final", "ln_pre") for hook in ("hook_scale", "hook_normalized")}
-    if name == "plain":
-        expected -= {"ln_pre.hook_scale", "ln_pre.hook_normalized"}
+    expected |= {f"ln_final.{hook}" for hook in NORM}
+    in_blocks, outside = OF_THE_PARTS[name]
+    expected |= {f"blocks.{layer}.{hook}" for layer in range(3) for hook in in_blocks} | outside
     assert set(vit.hook_dict) == expected
     _, cache = vit.run_with_cache(images(vit), names_filter="*")
     assert set(cache.keys()) == expected
@@ -86,6 +140,11 @@ def test_every_hook_point_is_live(name):
             assert relative(other, expected) >= 1e-3, hook
 
 
+def by_hand(norm, x):
+    """An RMSNorm in formulas."""
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.w
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_listening_changes_nothing(name):
     """The explicit paths (scores, patterns, per-head results, scales, neurons) agree with the fused ones."""
@@ -104,17 +163,25 @@ def test_listening_changes_nothing(name):
         prefix = f"blocks.{layer}"
         pattern, scores = cache[f"{prefix}.attn.hook_pattern"], cache[f"{prefix}.attn.hook_attn_scores"]
         q, k, v, z = (cache[f"{prefix}.{point}"] for point in ATTENTION)
-        assert relative(torch.einsum("bqhd,bkhd->bhqk", q, k) * vit.cfg.d_head**-0.5, scores) <= 1e-5
+        seen_q, seen_k = (cache[f"{prefix}.attn.{attention.final_point(vit.cfg, kind)}"] for kind in ("q", "k"))
+        assert relative(torch.einsum("bqhd,bkhd->bhqk", seen_q, seen_k) * vit.cfg.d_head**-0.5, scores) <= 1e-5
         assert relative(scores.softmax(-1), pattern) <= 1e-5
-        assert relative(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z) <= 1e-5
         attn = vit.blocks[layer].attn
+        mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        assert relative(mixed if attn.ln is None else by_hand(attn.ln, mixed.flatten(2)).view_as(z), z) <= 1e-5
         assert relative(cache[f"{prefix}.attn.hook_result"].sum(2) + attn.b_O, cache[f"{prefix}.hook_attn_out"]) <= 1e-5
         ln1 = cache[f"{prefix}.ln1.hook_normalized"]
         for weight, bias, got in ((attn.W_Q, attn.b_Q, q), (attn.W_K, attn.b_K, k), (attn.W_V, attn.b_V, v)):
             assert relative(torch.einsum("bpd,hde->bphe", ln1, weight) + bias, got) <= 1e-5
         mlp, normalized = vit.blocks[layer].mlp, cache[f"{prefix}.ln2.hook_normalized"]
-        assert relative(normalized @ mlp.W_in + mlp.b_in, cache[f"{prefix}.mlp.hook_pre"]) <= 1e-5
-        post = cache[f"{prefix}.mlp.hook_post"]
+        linear, post = normalized @ mlp.W_in + mlp.b_in, cache[f"{prefix}.mlp.hook_post"]
+        assert relative(linear, cache[f"{prefix}.mlp.{mlp.points[-1]}"]) <= 1e-5
+        if vit.cfg.gated_mlp:
+            gate = normalized @ mlp.W_gate + mlp.b_gate
+            assert relative(gate, cache[f"{prefix}.mlp.hook_pre"]) <= 1e-5
+            assert relative(F.silu(gate) * linear, cache[f"{prefix}.mlp.hook_mid"]) <= 1e-5
+            assert relative(by_hand(mlp.ln, F.silu(gate) * linear), post) <= 1e-5
+        assert relative(mlp.neurons(normalized), post) <= 1e-5
         assert relative(post @ mlp.W_out + mlp.b_out, cache[f"{prefix}.hook_mlp_out"]) <= 1e-5
 
 
@@ -168,7 +235,7 @@ def test_hooks_may_edit_in_place(name, grad, returning):
     def run(hook, edit):
         with torch.set_grad_enabled(grad):
             out = vit.run_with_hooks(x, fwd_hooks=[(hook, edit)])
-        return out, *(torch.autograd.grad(out.square().sum(), vit.embed.W_pos) if grad else ())
+        return out, *(torch.autograd.grad(out.square().sum(), vit.embed.patch.weight) if grad else ())
 
     for hook in vit.hook_dict:
         for got, expected in zip(run(hook, in_place), run(hook, copying), strict=True):
@@ -192,6 +259,12 @@ def test_a_hook_that_edits_a_given_residual_stream_in_place_does_not_reach_the_c
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
+def with_gradient(vit):
+    """Fixed positions are constants, unless a norm before block 0 mixes them with the patches."""
+    constant = vit.cfg.positions != "learned" and not vit.cfg.ln_pre
+    return [hook for hook in vit.hook_dict if not (constant and hook == "hook_pos_embed")]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_reach_every_hook_point(name):
     vit = build(name)
@@ -204,9 +277,9 @@ def test_gradients_reach_every_hook_point(name):
     def keep_grad(grad, hook):
         backward[hook.name] = grad.clone()
 
-    with vit.hooks(fwd_hooks=[("*", keep)], bwd_hooks=[("*", keep_grad)]):
+    with vit.hooks(fwd_hooks=[(with_gradient(vit), keep)], bwd_hooks=[("*", keep_grad)]):
         vit(images(vit)).square().sum().backward()
-    assert set(backward) == set(forward) == set(vit.hook_dict)
+    assert set(backward) == set(forward) == set(with_gradient(vit))
     for hook, grad in backward.items():
         assert grad.norm() > 0, hook
         assert grad.shape == forward[hook].shape
@@ -217,6 +290,8 @@ def test_gradients_reach_every_hook_point(name):
 def test_a_backward_hook_sees_the_gradient_and_can_replace_it(name):
     vit = build(name, n_layers=2)
     x = images(vit).requires_grad_()
+    added = [] if vit.embed.W_pos is None else [vit.embed.W_pos]
+    added += [] if vit.head.attn is None else [vit.head.attn.queries]
     kept, grads = {}, {}
 
     def keep(act, hook):
@@ -228,12 +303,14 @@ def test_a_backward_hook_sees_the_gradient_and_can_replace_it(name):
         return 0.5 * grad
 
     def gradients():
-        return torch.cat([g.flatten() for g in torch.autograd.grad(vit(x).square().sum(), [x, vit.embed.W_pos])])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(vit(x).square().sum(), [x, *added])])
 
     plain = gradients()
-    with vit.hooks(fwd_hooks=[("*", keep)]):
+    with vit.hooks(fwd_hooks=[(with_gradient(vit), keep)]):
         vit(x).square().sum().backward()
-    for hook in vit.hook_dict:
+    for hook in with_gradient(vit):
+        if hook == "hook_pos_embed" and vit.embed.W_pos is None:  # nothing lies before a constant
+            continue
         with vit.hooks(bwd_hooks=[(hook, halve)]):
             changed = gradients()
         assert relative(grads[hook], kept[hook].grad) <= 1e-5, hook

@@ -365,7 +365,7 @@ def patch_norms(
     patches = vit.layout(batch).patches
     hook: Any = (hook_of(sublayer), lambda resid, hook: seen.append(token_norms(resid[:, patches])))
     with vit.hooks([hook]):
-        vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(layer_of(sublayer), 0) + 1)
+        vit(batch.to(vit.device), stop_at_layer=max(layer_of(sublayer), 0) + 1)
     return seen[0]
 
 

@@ -71,7 +71,7 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
     hooks.append(([f"blocks.{layer}.hook_resid_post" for layer in layers], keep_norm))
     with torch.inference_mode(), vit.hooks(hooks):
         for batch in images.split(_BATCH):
-            vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(layers) + 1)
+            vit(batch.to(vit.device), stop_at_layer=max(layers) + 1)
 
     def stacked(found: dict[int, list[Tensor]]) -> Float[Tensor, "layer image pos"]:
         return torch.stack([torch.cat(found[layer]) for layer in layers]).cpu()
@@ -148,7 +148,7 @@ def neuron_maps(
     hooks: Any = [([f"blocks.{layer}.mlp.hook_post" for layer in by_layer], keep)]
     with torch.inference_mode(), vit.hooks(hooks):
         for batch in images.split(_BATCH):
-            vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(by_layer) + 1)
+            vit(batch.to(vit.device), stop_at_layer=max(by_layer) + 1)
     return NeuronMaps(
         pairs=neurons.pairs,
         activations=np.stack([layout.to_grid(torch.cat(found)).numpy() for found in seen.values()]),

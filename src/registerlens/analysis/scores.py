@@ -16,8 +16,6 @@ from registerlens.analysis.detection import Detection
 from registerlens.analysis.outliers import OutlierEvidence, RatioHistogram, token_norms
 from registerlens.errors import ConfigError, ImageError, NonFiniteError
 from registerlens.model.block import Block
-from registerlens.model.mlp import MLP
-from registerlens.model.parts import listening
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -131,7 +129,7 @@ def score_neurons(
             patches = vit.layout(batch).patches
             watch = _Watch(vit, range(lowest_layer, top_layer + 1), detection)
             with vit.hooks(watch.hooks):
-                vit(batch.to(vit.embed.W_pos.device), stop_at_layer=stop)
+                vit(batch.to(vit.device), stop_at_layer=stop)
             norms = token_norms(watch.stream[0][:, patches])
             if not norms.isfinite().all():
                 raise NonFiniteError(
@@ -149,7 +147,7 @@ class _Watch:
         self.stream: list[Tensor] = []
         self._mlps = {layer: cast(Block, vit.blocks[layer]).mlp for layer in layers}
         # Where somebody edits the hidden layer, it is kept itself: computed again it would be unedited.
-        self._edited = {layer for layer, mlp in self._mlps.items() if listening(mlp.hook_pre, mlp.hook_post)}
+        self._edited = {layer for layer, mlp in self._mlps.items() if mlp.watched}
         self._kept: dict[int, Tensor] = {}
         kept, stream = self._kept, self.stream  # hooks that hold `self` would keep the tensors alive in a cycle
 
@@ -165,13 +163,9 @@ class _Watch:
 
         def at(layer: int, image: Tensor, patch: Tensor) -> Tensor:
             x = self._kept[layer][image, patch + patches.start]
-            return (x if layer in self._edited else _activations(self._mlps[layer], x)).float()
+            return (x if layer in self._edited else self._mlps[layer].neurons(x)).float()
 
         return at
-
-
-def _activations(mlp: MLP, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
-    return mlp.act(mlp.up(x))
 
 
 class _Sums:
@@ -180,7 +174,7 @@ class _Sums:
     def __init__(self, vit: HookedViT, first: int, last: int) -> None:
         self.first, self.layers = first, range(first, last + 1)
         shape = (2, len(self.layers), vit.cfg.d_mlp)
-        device = vit.embed.W_pos.device
+        device = vit.device
         # Sums of per-image means are in float32 on every device; float64 where the device has it.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.mean, self.mean_abs, self.auc, self.normal, self.square = (

@@ -256,7 +256,7 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
         ('present', '1.mlp')
     """
     sums = _Sums(vit)
-    device = vit.embed.W_pos.device
+    device = vit.device
     with torch.inference_mode():
         for batch in track(in_batches(images, batch_size), "tracing", count(images), len):
             layout = vit.layout(batch)

@@ -132,7 +132,7 @@ def neuron_activity(vit: HookedViT, images: Images, layers: list[int], batch_siz
 
     with torch.inference_mode(), vit.hooks([([f"blocks.{layer}.mlp.hook_post" for layer in layers], add)]):
         for batch in in_batches(images, batch_size):
-            vit(batch.to(vit.embed.W_pos.device), stop_at_layer=max(layers) + 1)
+            vit(batch.to(vit.device), stop_at_layer=max(layers) + 1)
             n += len(batch)
     return {layer: total.clone() / max(n, 1) for layer, total in sums.items()}
 

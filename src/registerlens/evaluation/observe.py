@@ -74,7 +74,7 @@ def observe(vit: HookedViT, batch: Float[Tensor, "batch channel height width"]) 
     hooks: list[Any] = [(places, lambda resid, hook: norms.append(token_norms(resid)))]
     hooks += attention_hooks(vit, layout, range(vit.cfg.n_layers), receive)
     with vit.hooks(hooks):
-        tokens = vit(batch.to(vit.embed.W_pos.device), return_type="tokens")
+        tokens = vit(batch.to(vit.device), return_type="tokens")
     attention = torch.stack([drawn[layer] for layer in range(vit.cfg.n_layers)])
     return Observation(layout, torch.stack(norms), attention, tokens, vit.head(tokens, layout))
 

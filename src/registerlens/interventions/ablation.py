@@ -305,7 +305,7 @@ class Ablate(Intervention):
         with torch.inference_mode():
             for batch in track(in_batches(images, batch_size), "fitting the ablation", count(images), len):
                 with vit.hooks(fitter.hooks(vit.layout(batch), fitter.slots(len(batch)))):
-                    vit(batch.to(vit.embed.W_pos.device), stop_at_layer=vit.cfg.n_layers)
+                    vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
         return replace(zeroing, mode=mode, reference=fitter.result(), seed=seed)
 
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:

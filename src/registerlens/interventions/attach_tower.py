@@ -20,8 +20,9 @@ from registerlens.errors import InterventionError, UnsupportedArchitectureError
 from registerlens.interventions.attach_attention import STAND_INS
 from registerlens.interventions.base import TOKENS, Edit, Intervention, Plan, Scene, plan
 from registerlens.loading.registry import find_vision
+from registerlens.model.attention import final_point
 
-_PLACES = re.compile(r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|mlp\.hook_post|attn\.hook_[qkvz])")
+_PLACES = r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|mlp\.hook_post|attn\.(?:{q}|{k}|hook_v|hook_z))"
 _TAG = "_registerlens_call"
 
 
@@ -48,6 +49,12 @@ class Tower:
     def __init__(self, module: nn.Module) -> None:
         vision, family, self.cfg = find_vision(module)
         self.name = f"{family.library}'s {family.source_class}"
+        # Where attention edits go in: queries and keys are reached as the scores take them, normalised and turned.
+        self.attention_points = {kind: final_point(self.cfg, kind) for kind in ("q", "k")} | {
+            "v": "hook_v",
+            "z": "hook_z",
+        }
+        self.places = re.compile(_PLACES.format(**{kind: re.escape(at) for kind, at in self.attention_points.items()}))
         sites = family.sites
         self.stand_in = STAND_INS[family.library]
         self.images = self._part(vision, sites.images)
@@ -93,12 +100,13 @@ class Tower:
         """
         made = plan(self, interventions, self.n_registers)
         for index, edit in made.edits:
-            place = _PLACES.fullmatch(edit.point)
+            place = self.places.fullmatch(edit.point)
             if edit.point != TOKENS and (place is None or int(place[1]) >= self.cfg.n_layers):
                 raise InterventionError(
                     f"{type(interventions[index]).__name__} edits {edit.point}, which has no place in {self.name}. "
                     f"Places are {TOKENS} and, in blocks 0 to {self.cfg.n_layers - 1}, hook_resid_pre, "
-                    f"hook_resid_post, mlp.hook_post and attn.hook_q, _k, _v, _z. HookedViT has more."
+                    f"hook_resid_post, mlp.hook_post and attn.{', attn.'.join(self.attention_points.values())}. "
+                    f"HookedViT has more."
                 )
         self._install([*self.plans, made])
         return made
@@ -128,7 +136,7 @@ class Tower:
             self._replace(block, _Block(self, layer, block.forward))
             self.hooks.append(norm.register_forward_pre_hook(self._recall))
             self.hooks.append(attention.register_forward_hook(self._crop_maps, prepend=True))
-            if any(f"blocks.{layer}.attn.hook_{kind}" in self.edits for kind in "qkvz"):
+            if any(f"blocks.{layer}.attn.{point}" in self.edits for point in self.attention_points.values()):
                 self._replace(attention, self.stand_in(attention, partial(self._apply_in_attention, layer)))
             if f"blocks.{layer}.mlp.hook_post" in self.edits:
                 self.hooks.append(mlp_out.register_forward_pre_hook(partial(self._edit_neurons, layer)))
@@ -180,7 +188,7 @@ class Tower:
         return (self.apply(f"blocks.{layer}.mlp.hook_post", arguments[0]), *arguments[1:])
 
     def _apply_in_attention(self, layer: int, kind: str, x: Tensor) -> Tensor:
-        return self.apply(f"blocks.{layer}.attn.hook_{kind}", x)
+        return self.apply(f"blocks.{layer}.attn.{self.attention_points[kind]}", x)
 
     def _crop_maps(self, attention: nn.Module, arguments: Any, output: Any) -> Any:
         """Attention maps [batch, head, query, key] without the added tokens, keys and values."""

@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, InterventionError
 from registerlens.files import read_json, read_tensors, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.attention import final_point
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -83,15 +85,14 @@ class AttentionBias(Intervention):
         sums = {kind: torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head) for kind in "kv"}
         total = 0
 
-        def add(x: Tensor, hook: Any) -> None:
-            kind = str(hook.name)[-1]
+        def add(kind: str, x: Tensor, hook: Any) -> None:
             sums[kind][hook.layer()] += x[:, -1].float().sum(0).cpu()
 
-        hooks: Any = [(f"blocks.*.attn.hook_{kind}", add) for kind in "kv"]
+        hooks: Any = [(f"blocks.*.attn.{point}", partial(add, kind)) for kind, point in _points(cfg).items()]
         with torch.inference_mode():
             for batch in track(in_batches(images, batch_size), "fitting the attention bias", count(images), len):
                 with vit.edit(register), vit.hooks(hooks):
-                    vit(batch.to(vit.embed.W_pos.device), stop_at_layer=cfg.n_layers)
+                    vit(batch.to(vit.device), stop_at_layer=cfg.n_layers)
                 total += len(batch)
         if not total:
             raise ImageError("No image to fit the attention bias on.")
@@ -111,9 +112,9 @@ class AttentionBias(Intervention):
             for layer, listed in self.neurons.check(cfg).by_layer().items()
         ]
         pairs = [
-            Edit(f"blocks.{layer}.attn.hook_{kind}", partial(_append, rows[layer]))
+            Edit(f"blocks.{layer}.attn.{point}", partial(_append, {"k": self.k, "v": self.v}[kind][layer]))
             for layer in range(cfg.n_layers)
-            for kind, rows in (("k", self.k), ("v", self.v))
+            for kind, point in _points(cfg).items()
         ]
         return [*zeroing, *pairs]
 
@@ -141,6 +142,11 @@ class AttentionBias(Intervention):
         return cls(
             neurons=neurons, n_images=described["n_images"], **read_tensors(folder / "attention_bias.safetensors")
         )
+
+
+def _points(cfg: ViTConfig) -> dict[str, str]:
+    """Where keys and values are as attention uses them."""
+    return {"k": final_point(cfg, "k"), "v": "hook_v"}
 
 
 def _zero(listed: list[int], post: Float[Tensor, "batch pos d_mlp"], scene: Scene) -> Float[Tensor, "batch pos d_mlp"]:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError, InterventionError
 from registerlens.interventions.base import TOKENS, Edit, Host, Intervention, Scene
-from registerlens.model.parts import LayerNorm
+from registerlens.model.norms import Norm
 
 Extreme = Literal["per_neuron", "shared"]
 Clear = Literal["all", "patches", "outliers", "none"]
@@ -236,9 +235,8 @@ class TestTimeRegisters(Intervention):
         extra = tokens.new_zeros(len(tokens), self.n, tokens.shape[-1])
         if self.before_ln_pre and host.ln_pre is not None:
             norm = host.ln_pre
-            if isinstance(norm, LayerNorm):  # without its hook points: they are for the tokens of the source model
-                return F.layer_norm(extra, norm.w.shape, norm.w, norm.b, norm.eps)
-            return norm(extra)
+            # Without its hook points: they are for the tokens of the source model.
+            return norm.normalise(extra) if isinstance(norm, Norm) else norm(extra)
         patches = tokens[:, scene.layout.patches]
         if self.init != "zero":
             extra = extra + patches.mean(1, keepdim=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float
@@ -9,11 +11,46 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import ViTConfig
+from registerlens.config_parts import QKNormConfig
+from registerlens.model.norms import NORMS
 from registerlens.model.parts import ResidualWriter, at_least_float32, editable, listening
+from registerlens.model.rotary import Rotation
+
+
+def final_point(cfg: ViTConfig, kind: Literal["q", "k"]) -> str:
+    """The hook point inside attention where queries or keys are as the scores take them: normalised and turned.
+
+    Example:
+        >>> final_point(ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=8, patch_size=4), "k")
+        'hook_k'
+    """
+    if cfg.rope is not None:
+        return f"hook_rot_{kind}"
+    return f"hook_{kind}" if cfg.qk_norm is None else f"{kind}_norm.hook_normalized"
+
+
+class HeadNorm(nn.Module):
+    """A norm on queries or keys [batch, pos, head, d_head]: of each head, or of all heads side by side."""
+
+    def __init__(self, cfg: QKNormConfig, n_heads: int, d_head: int) -> None:
+        super().__init__()
+        self.together = n_heads if cfg.over == "all" else 1
+        self.norm = NORMS[cfg.kind](d_head * self.together, cfg.eps)
+        self.hook_normalized = HookPoint()  # [batch, pos, head, d_head]
+
+    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
+        """The normalised heads."""
+        groups = rearrange(x, "batch pos (group head) d -> batch pos group (head d)", head=self.together)
+        normalised = self.norm(groups)
+        pattern = "batch pos group (head d) -> batch pos (group head) d"
+        return self.hook_normalized(rearrange(normalised, pattern, head=self.together))
 
 
 class Attention(nn.Module):
     """Self-attention over all tokens.
+
+    Queries and keys may be normalised (`q_norm`, `k_norm`) and then turned by their positions (`hook_rot_q`,
+    `hook_rot_k`), and the heads' outputs normalised before W_O (`ln`): `hook_z` is always what W_O reads.
 
     Scores and patterns exist only while `hook_attn_scores` or `hook_pattern` has a hook; per-head results only while
     `hook_result` has one. Otherwise `scaled_dot_product_attention` runs. Axes of scores and patterns: head, query, key.
@@ -25,26 +62,41 @@ class Attention(nn.Module):
         self.d_head = cfg.d_head
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.n_heads * cfg.d_head, bias=cfg.qkv_bias)
         self.out = ResidualWriter(cfg.n_heads * cfg.d_head, cfg.d_model, cfg.layer_scale)
+        self.q_norm = self.k_norm = None
+        if cfg.qk_norm is not None:
+            self.q_norm, self.k_norm = (HeadNorm(cfg.qk_norm, cfg.n_heads, cfg.d_head) for _ in "qk")
+        self.ln = NORMS[cfg.norm](cfg.n_heads * cfg.d_head, cfg.norm_eps) if cfg.attn_norm else None
         self.hook_q = HookPoint()  # [batch, pos, head, d_head], as k, v and z
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
+        if cfg.rope is not None:
+            self.hook_rot_q = HookPoint()
+            self.hook_rot_k = HookPoint()
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
         self.hook_pattern = HookPoint()  # [batch, head, query, key]
         self.hook_z = HookPoint()
         self.hook_result = HookPoint()  # [batch, pos, head, d_model]
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What attention adds to the residual stream, LayerScale included."""
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], rotation: Rotation | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the residual stream, LayerScale included; `rotation` where positions are rotary."""
         # Selected, not unbound: autograd forbids editing the outputs of unbind in place, and hooks like to do that.
         qkv = rearrange(
             self.qkv(x), "batch pos (three head d_head) -> three batch pos head d_head", three=3, head=self.n_heads
         )
         q, k, v = self.hook_q(qkv[0]), self.hook_k(qkv[1]), self.hook_v(qkv[2])
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = self.hook_rot_q(rotation(q)), self.hook_rot_k(rotation(k))
         if listening(self.hook_attn_scores, self.hook_pattern):
             z = self._explicit(q, k, v)
         else:
             z = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        if self.ln is not None:
+            z = rearrange(self.ln(z.flatten(2)), "batch pos (head d_head) -> batch pos head d_head", head=self.n_heads)
         z = self.hook_z(editable(z, self.hook_z))
         if listening(self.hook_result):
             result = einsum(z, self.W_O, "batch pos head d_head, head d_head d_model -> batch pos head d_model")

@@ -8,27 +8,31 @@ from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import ViTConfig
 from registerlens.model.attention import Attention
-from registerlens.model.mlp import MLP
-from registerlens.model.parts import LayerNorm
+from registerlens.model.mlp import GatedMLP, PlainMLP
+from registerlens.model.norms import NORMS
+from registerlens.model.rotary import Rotation
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm block; every tensor [batch, pos, d_model] on its way through has a hook point."""
+    """A pre-norm block; every tensor [batch, pos, d_model] on its way through has a hook point."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.ln1 = LayerNorm(cfg.d_model, cfg.norm_eps)
+        norm = NORMS[cfg.norm]
+        self.ln1 = norm(cfg.d_model, cfg.norm_eps)
         self.attn = Attention(cfg)
-        self.ln2 = LayerNorm(cfg.d_model, cfg.norm_eps)
-        self.mlp = MLP(cfg)
+        self.ln2 = norm(cfg.d_model, cfg.norm_eps)
+        self.mlp = GatedMLP(cfg) if cfg.gated_mlp else PlainMLP(cfg)
         self.hook_resid_pre = HookPoint()
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
-    def forward(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], rotation: Rotation | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this block."""
         resid = self.hook_resid_pre(resid)
-        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(self.ln1(resid))))
+        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(self.ln1(resid), rotation)))
         return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(resid))))

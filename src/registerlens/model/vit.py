@@ -20,7 +20,9 @@ from registerlens.model.block import Block
 from registerlens.model.embed import Embedding
 from registerlens.model.head import Head
 from registerlens.model.names import NamesFilter, match_names
-from registerlens.model.parts import LayerNorm, listening
+from registerlens.model.norms import NORMS, Norm
+from registerlens.model.parts import listening
+from registerlens.model.rotary import Rotary, Rotation
 
 if TYPE_CHECKING:
     from registerlens.interventions.base import Intervention
@@ -29,7 +31,7 @@ Hook = tuple[NamesFilter, Callable[..., Any]]
 
 
 class HookedViT(HookedRootModule):
-    """A pre-LayerNorm ViT with TransformerLens's hook points and API.
+    """A pre-norm ViT with TransformerLens's hook points and API.
 
     Built by `from_pretrained` (a name, a folder) or `from_module` (an instance of a source library's model), or from
     a `ViTConfig` with random weights.
@@ -53,9 +55,11 @@ class HookedViT(HookedRootModule):
         self.source = source
         self.n_test_time_registers = 0  # appended while `edit` is in force
         self.embed = Embedding(cfg)
-        self.ln_pre = LayerNorm(cfg.d_model, cfg.norm_eps) if cfg.ln_pre else None
+        self.ln_pre = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps) if cfg.ln_pre else None
+        self.rotary = Rotary(cfg) if cfg.rope is not None else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.ln_final = LayerNorm(cfg.d_model, cfg.norm_eps) if cfg.final_norm else nn.Identity()
+        final = NORMS[cfg.final_norm_kind or cfg.norm]
+        self.ln_final = final(cfg.d_model, cfg.norm_eps) if cfg.final_norm else nn.Identity()
         self.head = Head(cfg)
         self.hook_patch_embed = HookPoint()  # [batch, patch, d_model]
         self.hook_embed = HookPoint()  # [batch, pos, d_model], as the two below
@@ -98,15 +102,25 @@ class HookedViT(HookedRootModule):
             resid, layout = self._embed(images)
         else:
             layout = self._layout_of(images, layout)
-            resid = images.to(self.embed.patch.weight.dtype)
+            resid = images.to(self.dtype)
             if start < stop and listening(self.blocks[start].hook_resid_pre):  # type: ignore[arg-type]
                 resid = resid.clone()  # a hook that edits in place shall not reach the caller's tensor
-        for block in self.blocks[start:stop]:
-            resid = block(resid)
+        for block, rotation in zip(self.blocks[start:stop], self._rotations(layout, start, stop), strict=True):
+            resid = block(resid, rotation)
         if stop_at_layer is not None:
             return resid
         tokens = self.ln_final(resid)
         return tokens if return_type == "tokens" else self.head(tokens, layout)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.patch.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' number type."""
+        return self.embed.patch.weight.dtype
 
     def layout(self, images: Float[Tensor, "..."]) -> TokenLayout:
         """Which token is which for images [batch, channel, height, width] of this size, test-time registers included.
@@ -132,7 +146,7 @@ class HookedViT(HookedRootModule):
             raise ShapeError(
                 f"Expected preprocessed images of floats, got {images.dtype}. Use rl.load_images for raw pixels."
             )
-        patches = self.hook_patch_embed(self.embed.patches(images.to(self.embed.patch.weight.dtype)))
+        patches = self.hook_patch_embed(self.embed.patches(images.to(self.dtype)))
         embed = self.embed.sequence(patches)
         pos = self.embed.positions(layout).expand_as(embed)
         if listening(self.hook_pos_embed):
@@ -144,6 +158,12 @@ class HookedViT(HookedRootModule):
         # The two hook points stand after ln_pre, so that they still add up to what enters block 0.
         embed, pos = self.ln_pre.shares(embed, pos)
         return self.hook_tokens(self.ln_pre.hook_normalized(self.hook_embed(embed) + self.hook_pos_embed(pos))), layout
+
+    def _rotations(self, layout: TokenLayout, start: int, stop: int) -> list[Rotation] | list[None]:
+        """How each of these blocks turns its queries and keys, where positions are rotary."""
+        if self.rotary is None or start == stop:
+            return [None] * (stop - start)
+        return self.rotary(layout, self.embed.patch.weight)[start:stop]
 
     def _layer(self, layer: int) -> int:
         index = layer + self.cfg.n_layers if layer < 0 else layer
@@ -266,7 +286,7 @@ class HookedViT(HookedRootModule):
             raise ShapeError(f"remove_batch_dim needs a batch of one, got {len(images)}.")
         default = [name for name in self.hook_dict if not name.endswith("attn.hook_result")]
         names = set(match_names(default if names_filter is None else names_filter, self.hook_dict))
-        without_pos = {"hook_patch_embed", "head.hook_out"} if self.cfg.pooling else {"hook_patch_embed"}
+        without_pos = {name for name in self.hook_dict if name == "hook_patch_embed" or self._pooled(name)}
         cache: dict[str, Tensor] = {}
         fwd_hooks, bwd_hooks = [], []
         for chosen, positions in ((names - without_pos, pos_slice), (names & without_pos, None)):
@@ -296,13 +316,17 @@ class HookedViT(HookedRootModule):
             return output, cache
         return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
+    def _pooled(self, name: str) -> bool:
+        """Whether a hook point sees what comes after pooling, or patches before there is a sequence."""
+        return name.startswith("embed.") or (name.startswith("head.") and bool(self.cfg.pooling))
+
     # What ActivationCache's helpers ask of a model -------------------------------------------------------------------
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
         """The sum of the output biases written before `layer` (with `mlp_input`, its attention's too)."""
-        total = self.embed.W_pos.new_zeros(self.cfg.d_model)
+        total = self.embed.prefix.new_zeros(self.cfg.d_model)
         for index, block in enumerate(self.blocks[: layer + mlp_input]):
             block = cast(Block, block)
             total = total + block.attn.b_O
@@ -322,8 +346,14 @@ class HookedViT(HookedRootModule):
         """
         if self.head.linear is None or self.head.linear.in_features != self.cfg.d_model:
             raise ShapeError("Class directions need a linear head over one pooled token; this model has none.")
+        if self.head.attn is not None or self.head.ln is not None:
+            between = "attention pooling" if self.head.attn is not None else "a norm after pooling"
+            raise ShapeError(
+                f"Between the tokens and the classes of this model stands {between}, so that no direction of the "
+                f"residual stream belongs to a class. Use hooks on the head, or patching, instead."
+            )
         directions = self.head.linear.weight[tokens]
-        return directions * self.ln_final.w if isinstance(self.ln_final, LayerNorm) else directions
+        return directions * self.ln_final.w if isinstance(self.ln_final, Norm) else directions
 
     # Loading and saving ----------------------------------------------------------------------------------------------
 

@@ -92,7 +92,8 @@ def plant_register_neurons(
         the planted model, and what was planted.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or the model has parts whose effect on the planted direction is not
+            worked out (RMSNorm, a gated MLP, norms inside sublayers).
         ShapeError: the images do not fit the model.
 
     Example:
@@ -103,6 +104,8 @@ def plant_register_neurons(
         '1.mlp'
     """
     cfg = vit.cfg
+    plain = cfg.norm == "layer" and not (cfg.gated_mlp or cfg.mlp_norm or cfg.attn_norm or cfg.qk_norm or cfg.attn_pool)
+    _check(plain, "the model must have plain LayerNorms, MLPs and pooling (no RMSNorm, gates or inner norms)")
     sink_heads = max(1, cfg.n_heads // 3) if sink_heads is None else sink_heads
     _check(0 <= layer < cfg.n_layers - 1, f"layer must be 0 to {cfg.n_layers - 2} (a block must follow), got {layer}")
     _check(1 <= n <= cfg.d_mlp, f"n must be 1 to {cfg.d_mlp}, got {n}")
@@ -115,7 +118,7 @@ def plant_register_neurons(
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
     images = _noise_with_flat_patches(vit, generator) if images is None else images
-    images = images.to(vit.embed.W_pos)
+    images = images.to(vit.device, vit.dtype)
     planted = _copy(vit)
     with torch.no_grad():
         seen = _observe(vit, images, layer)
