@@ -11,22 +11,8 @@ from registerlens.config import Activation, Preprocess
 from registerlens.errors import ConfigError, UnsupportedArchitectureError
 from registerlens.files import read_json
 from registerlens.loading.files import Fetch
-from registerlens.loading.keymap import (
-    Family,
-    Refusal,
-    Sites,
-    Weight,
-    activation,
-    averaged,
-    concat,
-    fixed,
-    pair,
-    positions,
-    read,
-    rows_of,
-    take,
-    tokens,
-)
+from registerlens.loading.keymap import Family, Refusal, Sites, activation, fixed, pair, read, rows_of
+from registerlens.loading.weights import Weight, averaged, concat, positions, take, tokens
 
 ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
@@ -275,8 +261,8 @@ _CLIP_VISION = Family(
     },
     weights={
         "embed.patch.weight": take("embeddings.patch_embedding.weight"),
-        "embed.prefix": tokens("embeddings.class_embedding"),
-        "embed.W_pos": positions("embeddings.position_embedding.weight"),
+        "embed.prefix": tokens("embeddings.class_embedding", flat=True),
+        "embed.W_pos": positions("embeddings.position_embedding.weight", flat=True),
         "ln_pre.w": take("pre_layrnorm.weight"),
         "ln_pre.b": take("pre_layrnorm.bias"),
         "ln_final.w": take("post_layernorm.weight"),

@@ -1,10 +1,10 @@
-"""The one engine that turns a source library's weights into a HookedViT, driven by families that are pure data."""
+"""The one engine that turns a source library's weights into a HookedViT and back, driven by families that are data."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from registerlens.config import Activation, Preprocess, ViTConfig
 from registerlens.errors import ConfigError, UnsupportedArchitectureError, WeightsError, close_matches
+from registerlens.loading.weights import Piece, Weight, join
 from registerlens.model.vit import HookedViT
 
 _ABSENT = object()
@@ -95,67 +96,6 @@ def activation(path: str, names: Mapping[str, Activation], name_of: Callable[[An
     return reader
 
 
-# Building a weight ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One of our weights: the source's keys it is made of ("{i}" is the layer), and how."""
-
-    keys: tuple[str, ...]
-    build: Callable[[Sequence[Tensor], ViTConfig], Tensor]
-
-
-def take(key: str) -> Weight:
-    """The same tensor."""
-    return Weight((key,), lambda tensors, cfg: tensors[0])
-
-
-def transpose(key: str) -> Weight:
-    """A matrix that the source stores the other way round."""
-    return Weight((key,), lambda tensors, cfg: tensors[0].T.contiguous())
-
-
-def concat(*keys: str) -> Weight:
-    """Tensors stacked along their first axis, as separate query, key and value weights."""
-    return Weight(keys, lambda tensors, cfg: torch.cat(list(tensors)))
-
-
-def tokens(*keys: str) -> Weight:
-    """Token embeddings of any leading shape, one row each; a key the model lacks contributes no row."""
-    return Weight(
-        tuple(f"{key}?" for key in keys),
-        lambda tensors, cfg: (
-            torch.cat([t.reshape(-1, cfg.d_model) for t in tensors]) if tensors else torch.zeros(0, cfg.d_model)
-        ),
-    )
-
-
-def positions(key: str) -> Weight:
-    """Position embeddings, with zero rows for the prefix tokens and registers to which the source adds none."""
-
-    def build(tensors: Sequence[Tensor], cfg: ViTConfig) -> Tensor:
-        rows = tensors[0].reshape(-1, cfg.d_model)
-        layout = cfg.layout()
-        embedded = len(rows) - layout.n_patches
-        missing = layout.patches.start - embedded
-        if embedded < 0 or missing < 0:
-            return rows  # not for this image size: the engine's shape check says so
-        return torch.cat([rows[:embedded], rows.new_zeros(missing, cfg.d_model), rows[embedded:]])
-
-    return Weight((key,), build)
-
-
-def averaged(*keys: str) -> Weight:
-    """Heads whose outputs the source averages, as one head that reads their inputs side by side."""
-
-    def build(tensors: Sequence[Tensor], cfg: ViTConfig) -> Tensor:
-        joined = torch.cat(list(tensors), -1) if tensors[0].ndim == 2 else torch.stack(list(tensors)).sum(0)
-        return joined / len(tensors)
-
-    return Weight(keys, build)
-
-
 # A family ------------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +146,11 @@ class Family:
     at_native_size: bool = True
     """Whether those images have the size of the position embeddings. (DINOv2's: trained at 518 pixels, used at 224.)"""
     prefixes: tuple[str, ...] = ()
-    """Beginnings of keys that are dropped where they occur."""
+    """Beginnings of keys that are dropped where they occur, one after the other."""
+    written_prefix: str = ""
+    """What `to_state_dict` writes before the keys, but for those in `unprefixed`."""
+    unprefixed: tuple[str, ...] = ()
+    """Globs of keys that stand outside that prefix, as classifiers do."""
     renames: tuple[tuple[str, str], ...] = ()
     """Regular expressions that bring older key names to the present ones."""
     ignore: tuple[str, ...] = ()
@@ -251,7 +195,16 @@ def describe(family: Family, source: Source, name: str) -> tuple[ViTConfig, Mapp
     for refusal in family.refuse:
         if refusal.present(source):
             raise UnsupportedArchitectureError(f"{name}: {family.source_class} with {refusal.part} is not supported.")
-    return ViTConfig(**{field_name: reader(source) for field_name, reader in family.config.items()}), source.state
+    cfg = ViTConfig(**{field_name: reader(source) for field_name, reader in family.config.items()})
+    return replace(cfg, n_unplaced=_unplaced(family, cfg, source.state)), source.state
+
+
+def _unplaced(family: Family, cfg: ViTConfig, state: Mapping[str, Tensor]) -> int:
+    """How many prefix and register tokens the source has no position embedding for."""
+    rule = family.weights.get("embed.W_pos")
+    rows = [state[key].numel() // cfg.d_model for key in (rule.keys if rule else ()) if key in state]
+    missing = cfg.layout().n_tokens - rows[0] if cfg.positions == "learned" and rows else 0
+    return missing if 0 <= missing <= cfg.layout().patches.start else 0  # else the shape check will complain
 
 
 def _usual_preprocess(family: Family, cfg: ViTConfig) -> Preprocess:
@@ -282,15 +235,13 @@ def _map_weights(family: Family, state: Mapping[str, Tensor], vit: HookedViT, na
             problems.append(f"the family has no rule for {target!r}")
             continue
         keys = [key.replace("{i}", i) for key in weight.keys]
-        optional = [key.endswith("?") for key in keys]
-        keys = [key.removesuffix("?") for key in keys]
-        missing = [key for key, may_lack in zip(keys, optional, strict=True) if key not in state and not may_lack]
+        needed = [key for key, rule in zip(keys, weight.keys, strict=True) if rule not in weight.optional]
+        missing = [key for key in needed if key not in state]
         problems += [f"missing: {key!r}.{close_matches(key, state, n=1)}" for key in missing]
-        keys = [key for key in keys if key in state]
-        used.update(keys)
+        used.update(key for key in keys if key in state)
         if missing:
             continue
-        tensors = [state[key] for key in keys]
+        tensors = [state.get(key) for key in keys]
         try:
             mapped[target] = weight.build(tensors, vit.cfg)
         except RuntimeError as error:
@@ -312,5 +263,27 @@ def _map_weights(family: Family, state: Mapping[str, Tensor], vit: HookedViT, na
     return mapped
 
 
-def _shapes(keys: Sequence[str], tensors: Sequence[Tensor]) -> str:
-    return ", ".join(f"{key!r} {list(tensor.shape)}" for key, tensor in zip(keys, tensors, strict=True))
+def _shapes(keys: Sequence[str], tensors: Sequence[Tensor | None]) -> str:
+    pairs = zip(keys, tensors, strict=True)
+    return ", ".join(f"{key!r} {list(tensor.shape)}" for key, tensor in pairs if tensor is not None)
+
+
+def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
+    """A HookedViT's weights under a family's names: the inverse of `build`, bit for bit.
+
+    What a family ignores when it reads (mask tokens, a text tower) is not in it.
+
+    Raises:
+        WeightsError: the family has no place for one of the weights, or reads several of its own as one.
+    """
+    found: dict[str, list[Piece]] = {}
+    for target, tensor in vit.state_dict().items():
+        layer = re.match(r"blocks\.(\d+)\.", target)
+        weight = family.weights.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", target))
+        if weight is None:
+            raise WeightsError(f"{family.library}'s {family.source_class} has no place for {target!r} of {vit.source}.")
+        for piece in weight.undo(weight.keys, tensor, vit.cfg):
+            key = piece.key.replace("{i}", layer.group(1) if layer else "")
+            inside = not any(fnmatchcase(key, glob) for glob in family.unprefixed)
+            found.setdefault(family.written_prefix * inside + key, []).append(piece)
+    return {key: join(pieces) for key, pieces in found.items()}

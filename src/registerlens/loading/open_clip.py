@@ -7,22 +7,9 @@ from typing import Any
 from registerlens.config import Activation, Preprocess
 from registerlens.errors import UnsupportedArchitectureError
 from registerlens.loading.huggingface import CLIP_STATISTICS
-from registerlens.loading.keymap import (
-    Family,
-    Refusal,
-    Sites,
-    Source,
-    activation,
-    fixed,
-    has_weight,
-    positions,
-    read,
-    rows_of,
-    take,
-    tokens,
-    transpose,
-)
+from registerlens.loading.keymap import Family, Refusal, Sites, Source, activation, fixed, has_weight, read, rows_of
 from registerlens.loading.timm import name_of_activation, present
+from registerlens.loading.weights import positions, take, tokens, transpose
 
 ACTIVATION_NAMES: dict[str, Activation] = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
@@ -59,8 +46,8 @@ _VISUAL = Family(
     },
     weights={
         "embed.patch.weight": take("conv1.weight"),
-        "embed.prefix": tokens("class_embedding"),
-        "embed.W_pos": positions("positional_embedding"),
+        "embed.prefix": tokens("class_embedding", flat=True),
+        "embed.W_pos": positions("positional_embedding", flat=True),
         "ln_pre.w": take("ln_pre.weight"),
         "ln_pre.b": take("ln_pre.bias"),
         "blocks.{i}.ln1.w": take("transformer.resblocks.{i}.ln_1.weight"),

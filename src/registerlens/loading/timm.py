@@ -16,15 +16,12 @@ from registerlens.loading.keymap import (
     Sites,
     Source,
     activation,
-    averaged,
     fixed,
     has_weight,
-    positions,
     read,
     rows_of,
-    take,
-    tokens,
 )
+from registerlens.loading.weights import averaged, positions, take, tokens
 
 ACTIVATION_NAMES: dict[str, Activation] = {
     "GELU": "gelu",

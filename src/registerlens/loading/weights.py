@@ -1,0 +1,174 @@
+"""Rules for weights: how one of ours is made of a source library's, and how those are got back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from registerlens.config import ViTConfig
+from registerlens.errors import WeightsError
+
+Width = Literal["d_model", "d_mlp", "heads"]
+"""How wide a missing bias would be."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A source weight, or one of the equal parts that are stacked along its first axis."""
+
+    key: str
+    tensor: Tensor
+    index: int = 0
+    """Which part."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One of our weights: the source's keys it is made of ("{i}" is the layer), and how, both ways."""
+
+    keys: tuple[str, ...]
+    build: Callable[[Sequence[Tensor | None], ViTConfig], Tensor]
+    """From the source's tensors, None where an optional one is missing."""
+    undo: Callable[[Sequence[str], Tensor, ViTConfig], Sequence[Piece]]
+    """From the keys and our tensor to the source's."""
+    optional: frozenset[str] = frozenset()
+    """Keys that a model may lack."""
+
+
+def join(pieces: Sequence[Piece]) -> Tensor:
+    """One source weight from its parts."""
+    ordered = [piece.tensor for piece in sorted(pieces, key=lambda piece: piece.index)]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+
+def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def take(key: str, shape: tuple[int, ...] | None = None) -> Weight:
+    """The same tensor; with `shape`, ours is the source's without axes of one, and the source's has this shape."""
+    return Weight(
+        (key,),
+        lambda tensors, cfg: _given(tensors)[0] if shape is None else _given(tensors)[0].flatten(0, len(shape) - 2),
+        lambda keys, tensor, cfg: [Piece(keys[0], tensor if shape is None else tensor.reshape(shape))],
+    )
+
+
+def transpose(key: str) -> Weight:
+    """A matrix that the source stores the other way round."""
+    return Weight(
+        (key,),
+        lambda tensors, cfg: _given(tensors)[0].T.contiguous(),
+        lambda keys, tensor, cfg: [Piece(keys[0], tensor.T.contiguous())],
+    )
+
+
+def part(key: str, index: int, of: int = 2) -> Weight:
+    """One of `of` equal parts stacked along the source tensor's first axis, as the two halves of a gated MLP's map."""
+    return Weight(
+        (key,),
+        lambda tensors, cfg: _given(tensors)[0].chunk(of)[index].contiguous(),
+        lambda keys, tensor, cfg: [Piece(keys[0], tensor, index)],
+    )
+
+
+def concat(*keys: str) -> Weight:
+    """Tensors stacked along their first axis, as separate query, key and value weights."""
+    return Weight(
+        keys,
+        lambda tensors, cfg: torch.cat(_given(tensors)),
+        lambda keys, tensor, cfg: [Piece(*pair) for pair in zip(keys, tensor.chunk(len(keys)), strict=True)],
+    )
+
+
+def qkv_biases(q: str | None, k: str | None, v: str | None) -> Weight:
+    """Biases of queries, keys and values, each zero where the source has none (None, or a key the model lacks).
+
+    Written back, a part that is zero throughout is left out.
+    """
+    named = tuple(key for key in (q, k, v) if key is not None)
+
+    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+        given = dict(zip(named, tensors, strict=True))
+        like = _given(tensors)
+        none = torch.zeros(cfg.n_heads * cfg.d_head, dtype=like[0].dtype if like else None)
+        parts = [given.get(key) if key else None for key in (q, k, v)]
+        return torch.cat([none if tensor is None else tensor for tensor in parts])
+
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        pairs = zip((q, k, v), tensor.chunk(3), strict=True)
+        return [Piece(key, chunk) for key, chunk in pairs if key is not None and chunk.any()]
+
+    return Weight(named, build, undo, frozenset(named))
+
+
+def bias(key: str, width: Width) -> Weight:
+    """A bias that some models of the family lack; zero then, and left out when written back."""
+
+    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+        widths = {"d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "heads": cfg.n_heads * cfg.d_head}
+        return torch.zeros(widths[width]) if tensors[0] is None else tensors[0]
+
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        return [Piece(keys[0], tensor)] if tensor.any() else []
+
+    return Weight((key,), build, undo, frozenset((key,)))
+
+
+def tokens(
+    cls: str | None = None, distillation: str | None = None, registers: str | None = None, flat: bool = False
+) -> Weight:
+    """Token embeddings in sequence order; a key the model lacks contributes no row.
+
+    In the source they are [1, token, d_model], or [d_model] if `flat` (one token).
+    """
+    named = tuple(key for key in (cls, distillation, registers) if key is not None)
+
+    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+        rows = [tensor.reshape(-1, cfg.d_model) for tensor in _given(tensors)]
+        return torch.cat(rows) if rows else torch.zeros(0, cfg.d_model)
+
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        counts = [int(cfg.class_token), int(cfg.distillation_token), cfg.n_trained_registers]
+        rows = zip((cls, distillation, registers), tensor.split(counts), strict=True)
+        shape = (cfg.d_model,) if flat else (1, -1, cfg.d_model)
+        return [Piece(key, part.reshape(shape)) for key, part in rows if key is not None and len(part)]
+
+    return Weight(named, build, undo, frozenset(named))
+
+
+def positions(key: str, flat: bool = False) -> Weight:
+    """Position embeddings, with zero rows for the prefix tokens and registers to which the source adds none.
+
+    In the source they are [1, token, d_model], or [token, d_model] if `flat`.
+    """
+
+    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+        rows = _given(tensors)[0].reshape(-1, cfg.d_model)
+        placed = cfg.layout().patches.start - cfg.n_unplaced
+        return torch.cat([rows[:placed], rows.new_zeros(cfg.n_unplaced, cfg.d_model), rows[placed:]])
+
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        start = cfg.layout().patches.start
+        rows = torch.cat([tensor[: start - cfg.n_unplaced], tensor[start:]])
+        return [Piece(keys[0], rows if flat else rows[None])]
+
+    return Weight((key,), build, undo)
+
+
+def averaged(*keys: str) -> Weight:
+    """Heads whose outputs the source averages, as one head that reads their inputs side by side."""
+
+    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+        given = _given(tensors)
+        joined = torch.cat(given, -1) if given[0].ndim == 2 else torch.stack(given).sum(0)
+        return joined / len(given)
+
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        raise WeightsError(f"{list(keys)} were averaged when they were read, and cannot be told apart again.")
+
+    return Weight(keys, build, undo)
