@@ -120,6 +120,23 @@ def test_an_image_without_outliers_does_not_count_and_a_fixed_norm_is_one():
     assert got.n_with_outliers == 4 and got.n_images == 8
 
 
+def test_an_image_without_normal_patches_does_not_count_for_the_auc():
+    """There is nothing to compare its outliers with; for the averages it counts as any other."""
+    vit, images = model(), noise(8)
+    with torch.no_grad():
+        norms = vit(images, stop_at_layer=2)[:, vit.layout(images).patches].norm(dim=-1)
+    cut = float(norms.amin(1).sort().values[5]) * 0.999  # in three images every patch lies above
+    mixed = detection_at(vit, images, "1.mlp", cut, relative=False)
+    whole = norms.amin(1) > cut
+    assert whole.sum() == 3
+    got, without = (score_neurons(vit, [part], mixed, lowest_layer=1, top_layer=1) for part in (images, images[~whole]))
+    assert got.n_with_outliers == 8 and without.n_with_outliers == 5
+    np.testing.assert_allclose(got.of("auc"), without.of("auc"), atol=2e-3)
+    assert np.abs(got.of("mean") - without.of("mean")).max() > 0.01
+    every = score_neurons(vit, [images[whole]], mixed, lowest_layer=1, top_layer=1)
+    assert (every.of("auc") == 0.5).all() and (every.of("mean") != 0).any()
+
+
 def test_images_of_different_sizes_and_any_batching():
     vit = model("registers, layer scale, ln_pre")
     parts = [noise(2), noise(3, 24, 72, 1), noise(1, 16, 40, 2), noise(3)]

@@ -36,9 +36,9 @@ class NeuronScores:
     "mean" is Algorithm 1: activation at an image's outlier patches, averaged over them, then over the images that have
     any. "mean_abs" is the same for its absolute value. "contrast" is the mean at outliers minus the mean at normal
     patches, over the standard deviation there. "auc" is the probability that an outlier patch has a higher activation
-    than a normal patch of the same image. The last two compare with a sample of 16 normal patches an image. Where a
-    neuron is silent on normal patches, its spread there is set to a thousandth of the average one: such a contrast is
-    large, but how large means nothing.
+    than a normal patch of the same image, over the images that have both. The last two compare with a sample of 16
+    normal patches an image. Where a neuron is silent on normal patches, its spread there is set to a thousandth of the
+    average one: such a contrast is large, but how large means nothing.
     """
 
     first_layer: int
@@ -187,7 +187,7 @@ class _Sums:
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(5)
         )
         self.n_images = 0
-        self.with_outliers = torch.zeros(2, dtype=torch.int64)
+        self.with_outliers, self.with_both = (torch.zeros(2, dtype=torch.int64) for _ in range(2))
         self.n_normal = torch.zeros(2, dtype=torch.int64)
         self.n_outliers = 0
         self.histogram = RatioHistogram()
@@ -204,6 +204,7 @@ class _Sums:
         counts = mask.sum(1)
         normals, valid = normal_patches(norms, mask, NORMALS)
         self.with_outliers += torch.bincount(half[has], minlength=2).cpu()
+        self.with_both += torch.bincount(half[has & valid.any(1)], minlength=2).cpu()
         self.n_normal += half.new_zeros(2).index_add(0, half[has], valid[has].sum(1)).cpu()
         self.n_outliers += int(mask.sum())
         share = 1 / counts[image]  # of an outlier in its image's mean
@@ -242,6 +243,7 @@ class _Sums:
         )
 
     def _scores(self, half: slice) -> Float[np.ndarray, "score layer neuron"]:
+        n_both = int(self.with_both[half].sum())
         n, n_normal = (max(int(count[half].sum()), 1) for count in (self.with_outliers, self.n_normal))
         mean, mean_abs, auc, normal, square = (
             total[half].sum(0).cpu().double()
@@ -252,7 +254,9 @@ class _Sums:
         # A neuron that is silent on normal patches has no spread there: the floor keeps its contrast finite.
         floor = 1e-3 * float(spread.mean()) + 1e-12
         contrast = (mean / n - average) / spread.clamp_min(floor)
-        return torch.stack([mean / n, mean_abs / n, contrast, auc / n]).numpy()
+        # Where no image has both kinds of patches there is nothing to compare: as good as chance.
+        auc = auc / n_both if n_both else torch.full_like(auc, 0.5)
+        return torch.stack([mean / n, mean_abs / n, contrast, auc]).numpy()
 
 
 def normal_patches(
