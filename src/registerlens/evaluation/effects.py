@@ -29,7 +29,7 @@ from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_controls
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, classifies, observe
 from registerlens.evaluation.verdict import Verdict, judge_effect
-from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.vit import HookedViT
@@ -148,16 +148,16 @@ class Evaluation:
             ConfigError: a file is missing or damaged.
         """
         folder = Path(folder)
-        told = read_json(folder / "evaluation.json")
-        tensors = read_tensors(folder / "evaluation.safetensors")
+        tensors = read_tensors(folder / "evaluation.safetensors", _ARRAYS)
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(
-            model=told["model"],
-            detection=detection_from_dict(told["detection"]),
-            verdicts={name: Verdict(**verdict) for name, verdict in told["verdicts"].items()},
-            **{name: tuple(told[name]) for name in _LISTS},
-            **arrays,
-        )
+        with reading(folder / "evaluation.json") as told:
+            return cls(
+                model=told["model"],
+                detection=detection_from_dict(told["detection"]),
+                verdicts={name: Verdict(**verdict) for name, verdict in told["verdicts"].items()},
+                **{name: tuple(told[name]) for name in _LISTS},
+                **arrays,
+            )
 
 
 _ARRAYS = ("values", "norm_curve", "register_curve", "sink_curve", "register_sink_curve")

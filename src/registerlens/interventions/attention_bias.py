@@ -17,7 +17,7 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, InterventionError
-from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.vit import HookedViT
@@ -58,7 +58,7 @@ class AttentionBias(Intervention):
         """Mean keys and values of the test-time register over images, in one streaming pass.
 
         Args:
-            vit: the model.
+            vit: the model, edited or not.
             neurons: its register neurons.
             images: preprocessed, as a tensor or in batches; the paper takes 1000.
             batch_size: images at once when a tensor is given.
@@ -83,15 +83,17 @@ class AttentionBias(Intervention):
         sums = {kind: torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head) for kind in "kv"}
         total = 0
 
-        def add(x: Tensor, hook: Any) -> None:
+        def add(own: int, x: Tensor, hook: Any) -> None:
             kind = str(hook.name)[-1]
-            sums[kind][hook.layer()] += x[:, -1].float().sum(0).cpu()
+            sums[kind][hook.layer()] += x[:, own].float().sum(0).cpu()
 
-        hooks: Any = [(f"blocks.*.attn.hook_{kind}", add) for kind in "kv"]
         with torch.inference_mode():
             for batch in track(in_batches(images, batch_size), "fitting the attention bias", count(images), len):
-                with vit.edit(register), vit.hooks(hooks):
-                    vit(batch.to(vit.embed.W_pos.device), stop_at_layer=cfg.n_layers)
+                with vit.edit(register):
+                    # The last token; behind it stand the keys of attention biases that are in force already.
+                    own = vit.layout(batch).test_time_registers.stop - 1
+                    with vit.hooks([(f"blocks.*.attn.hook_{kind}", partial(add, own)) for kind in "kv"]):
+                        vit(batch.to(vit.embed.W_pos.device), stop_at_layer=cfg.n_layers)
                 total += len(batch)
         if not total:
             raise ImageError("No image to fit the attention bias on.")
@@ -136,11 +138,9 @@ class AttentionBias(Intervention):
             ConfigError: a file is missing or damaged.
         """
         folder = Path(folder)
-        described = read_json(folder / "attention_bias.json")
-        neurons = RegisterNeurons.from_dict(described["neurons"])
-        return cls(
-            neurons=neurons, n_images=described["n_images"], **read_tensors(folder / "attention_bias.safetensors")
-        )
+        pair = read_tensors(folder / "attention_bias.safetensors", ("k", "v"))
+        with reading(folder / "attention_bias.json") as told:
+            return cls(neurons=RegisterNeurons.from_dict(told["neurons"]), n_images=told["n_images"], **pair)
 
 
 def _zero(listed: list[int], post: Float[Tensor, "batch pos d_mlp"], scene: Scene) -> Float[Tensor, "batch pos d_mlp"]:

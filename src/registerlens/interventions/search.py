@@ -28,7 +28,7 @@ from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.data.batches import Images, count, first_and_all
 from registerlens.errors import ConfigError, NoOutliersError
-from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.vit import HookedViT
 
@@ -159,25 +159,23 @@ class NeuronSearch:
             ConfigError: a file is missing or damaged.
         """
         folder = Path(folder)
-        told = read_json(folder / "neuron_search.json")
-        missing = {name: float("nan") for name, value in told["evidence"].items() if value is None}
-        tensors = read_tensors(folder / "neuron_search.safetensors")
-        scores = NeuronScores(
-            first_layer=told["lowest_layer"],
-            scores=tensors["scores"].numpy(),
-            halves=tensors["halves"].numpy(),
-            n_images=told["n_images"],
-            n_with_outliers=told["n_with_outliers"],
-            n_outliers=told["n_outliers"],
-            evidence=OutlierEvidence(**told["evidence"] | missing),
-        )
+        tensors = read_tensors(folder / "neuron_search.safetensors", ("scores", "halves"))
         same = ("model", "score", "lowest_layer", "top_layer", "top_k", "elbow", "sweep", "sweep_note")
-        return cls(
-            detection=detection_from_dict(told["detection"]),
-            scores=scores,
-            sweep_curve=tuple((int(k), float(left)) for k, left in told["sweep_curve"]),
-            **{name: told[name] for name in same},
-        )
+        with reading(folder / "neuron_search.json") as told:
+            scores = NeuronScores(
+                first_layer=told["lowest_layer"],
+                n_images=told["n_images"],
+                n_with_outliers=told["n_with_outliers"],
+                n_outliers=told["n_outliers"],
+                evidence=OutlierEvidence.from_dict(told["evidence"]),
+                **{name: tensor.numpy() for name, tensor in tensors.items()},
+            )
+            return cls(
+                detection=detection_from_dict(told["detection"]),
+                scores=scores,
+                sweep_curve=tuple((int(k), float(left)) for k, left in told["sweep_curve"]),
+                **{name: told[name] for name in same},
+            )
 
 
 def find_register_neurons(
