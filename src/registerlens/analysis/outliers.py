@@ -70,7 +70,8 @@ class OutlierEvidence:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OutlierEvidence:
         """The inverse of `to_dict`."""
-        return cls(**values | {name: math.nan for name, value in values.items() if value is None})
+        missing: dict[str, Any] = {name: math.nan for name, value in values.items() if value is None}
+        return cls(**values | missing)
 
 
 def token_norms(resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
