@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence, medians, token_norms
-from registerlens.analysis.trace import Trace, trace
+from registerlens.analysis.trace import Trace, sublayers, trace
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
@@ -395,18 +395,13 @@ def hook_of(sublayer: str) -> str:
     return f"blocks.{layer}.hook_resid_{'post' if kind == 'mlp' else 'mid'}"
 
 
-def sublayers(cfg: ViTConfig) -> tuple[str, ...]:
-    """Every place of the residual stream: "embed", "0.attn", "0.mlp", "1.attn", ..."""
-    return ("embed", *(f"{i}.{kind}" for i in range(cfg.n_layers) for kind in ("attn", "mlp")))
-
-
 def sublayer_of(layer: int | str, cfg: ViTConfig) -> str:
     """The sublayer a caller means by a block index (after its MLP; negative counts from the end) or by its name.
 
     Raises:
         ShapeError: there is no such place.
     """
-    names = sublayers(cfg)
+    names = sublayers(cfg.n_layers)
     if isinstance(layer, int) and -cfg.n_layers <= layer < cfg.n_layers:
         return f"{layer % cfg.n_layers}.mlp"
     if layer in names:

@@ -273,6 +273,16 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
     return sums.result()
 
 
+def sublayers(n_layers: int) -> tuple[str, ...]:
+    """Every place of the residual stream.
+
+    Example:
+        >>> sublayers(2)
+        ('embed', '0.attn', '0.mlp', '1.attn', '1.mlp')
+    """
+    return ("embed", *(f"{layer}.{kind}" for layer in range(n_layers) for kind in ("attn", "mlp")))
+
+
 class _Watch:
     """One batch's norms and sinks, collected by hooks; nothing larger than [batch, patch] a sublayer is kept."""
 
@@ -302,7 +312,7 @@ class _Sums:
         layers, heads = vit.cfg.n_layers, vit.cfg.n_heads
         self.model, self.config = vit.source, vit.cfg
         self.sizes: dict[tuple[int, int], None] = {}  # an ordered set
-        self.sublayers = ("embed", *(f"{layer}.{kind}" for layer in range(layers) for kind in ("attn", "mlp")))
+        self.sublayers = sublayers(layers)
         n = len(self.sublayers)
         self.n_images = 0
         self.largest, self.median, self.ratio = (torch.zeros(n, dtype=torch.float64) for _ in range(3))

@@ -20,12 +20,12 @@ from registerlens.analysis.detection import (
     detection_from_dict,
     detection_to_dict,
     require_outliers,
-    sublayers,
 )
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.analysis.sighting import Sighting
+from registerlens.analysis.trace import sublayers
 from registerlens.data.batches import Images, count, first_and_all
 from registerlens.errors import ConfigError, NoOutliersError
 from registerlens.files import read_tensors, reading, whole_file, write_json
@@ -330,7 +330,7 @@ def _detect_in_first(
     """Where outliers show in the first images, and what their first batch leaves behind if it is not held out."""
     if parts.held_out:
         return detect(vit, parts.first, **options), None
-    seen = Sighting(vit, parts.first[0], layers, sublayers(vit.cfg))
+    seen = Sighting(vit, parts.first[0], layers, sublayers(vit.cfg.n_layers))
     with vit.hooks(seen.hooks):
         return detect(vit, parts.first, **options), seen
 
