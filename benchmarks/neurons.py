@@ -48,7 +48,7 @@ def run(scale: Scale, pairs: int) -> list[Row]:
             ratio=ours["growth"] / theirs["growth"],
             unit="MiB",
             at_most=1 / 3,
-            missed_because="what enters the MLPs up to the onset is kept for a batch, theirs is one image's log",
+            missed_because="what enters every MLP is kept for the first batch, theirs is one image's log",
             details={"ours": ours, "theirs": theirs},
         )
     )
@@ -143,7 +143,7 @@ def _against_forward(vit: rl.HookedViT, images: Tensor, batch: int, layer: int, 
                 what=f"Algorithm 1, {len(images)} images, {size} px, {'early stop' if early_stop else 'full depth'}",
                 peer="our plain forward",
                 at_most=at_most,
-                missed_because="an eighth of the images passes twice, to find where outliers arise",
+                missed_because="an eighth of the images goes all the way, to find where outliers arise",
                 details={"neurons": [list(pair) for pair in task()]},
             )
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,49 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file.
+@contextmanager
+def reading(path: Path) -> Iterator[dict[str, Any]]:
+    """The object in a JSON file, to be made sense of inside the `with` block.
 
     Raises:
-        ConfigError: it is missing or truncated.
+        ConfigError: as `read_json`, or the block met a missing key or a value of the wrong kind; it names the file.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "answer.json"
+        >>> write_json(path, {"question": "?"})
+        >>> with reading(path) as told:
+        ...     told["answer"]
+        Traceback (most recent call last):
+        registerlens.errors.ConfigError: '.../answer.json' lacks 'answer'; was it written by another version, or edited?
+    """
+    told = read_json(path)
+    try:
+        yield told
+    except KeyError as error:
+        raise ConfigError(f"'{path}' lacks {error}; was it written by another version, or edited?") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"'{path}' does not hold what it should: {error}") from error
+
+
+def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors in a safetensors file.
+
+    Args:
+        path: the file.
+        names: those it must hold, no more and no fewer; None is any.
+
+    Raises:
+        ConfigError: it is missing or truncated, or holds others.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error}") from error
     except SafetensorError as error:
         raise ConfigError(f"'{path}' is not a valid safetensors file; it may be truncated: {error}") from error
+    if names is not None and set(tensors) != set(names):
+        raise ConfigError(f"'{path}' holds the tensors {sorted(tensors)}, expected {sorted(names)}.")
+    return tensors
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,8 @@ from helpers import randomise
 
 import registerlens as rl
 from registerlens.analysis.detection import Cutoff, detect, hook_of
-from registerlens.analysis.scores import SCORES, NeuronScores, _Watch, normal_patches, score_neurons
+from registerlens.analysis.scores import SCORES, NeuronScores, normal_patches, score_neurons
+from registerlens.analysis.sighting import Sighting
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 
@@ -120,6 +121,23 @@ def test_an_image_without_outliers_does_not_count_and_a_fixed_norm_is_one():
     assert got.n_with_outliers == 4 and got.n_images == 8
 
 
+def test_an_image_without_normal_patches_does_not_count_for_the_auc():
+    """There is nothing to compare its outliers with; for the averages it counts as any other."""
+    vit, images = model(), noise(8)
+    with torch.no_grad():
+        norms = vit(images, stop_at_layer=2)[:, vit.layout(images).patches].norm(dim=-1)
+    cut = float(norms.amin(1).sort().values[5]) * 0.999  # in three images every patch lies above
+    mixed = detection_at(vit, images, "1.mlp", cut, relative=False)
+    whole = norms.amin(1) > cut
+    assert whole.sum() == 3
+    got, without = (score_neurons(vit, [part], mixed, lowest_layer=1, top_layer=1) for part in (images, images[~whole]))
+    assert got.n_with_outliers == 8 and without.n_with_outliers == 5
+    np.testing.assert_allclose(got.of("auc"), without.of("auc"), atol=2e-3)
+    assert np.abs(got.of("mean") - without.of("mean")).max() > 0.01
+    every = score_neurons(vit, [images[whole]], mixed, lowest_layer=1, top_layer=1)
+    assert (every.of("auc") == 0.5).all() and (every.of("mean") != 0).any()
+
+
 def test_images_of_different_sizes_and_any_batching():
     vit = model("registers, layer scale, ln_pre")
     parts = [noise(2), noise(3, 24, 72, 1), noise(1, 16, 40, 2), noise(3)]
@@ -132,8 +150,11 @@ def test_images_of_different_sizes_and_any_batching():
     assert (single.n_images, single.n_outliers) == (whole.n_images, whole.n_outliers)
 
 
-@pytest.mark.parametrize(("sublayer", "top"), [("embed", 0), ("1.mlp", 0), ("0.mlp", 1), ("1.attn", 1)])
-def test_stopping_early_changes_nothing(sublayer, top):
+@pytest.mark.parametrize(
+    ("sublayer", "top", "last"),
+    [("embed", 0, "0.attn"), ("1.mlp", 0, "1.mlp"), ("0.mlp", 1, "1.attn"), ("1.attn", 1, "1.attn")],
+)
+def test_stopping_early_changes_nothing(sublayer, top, last):
     vit, images = model(), noise(5)
     detection = detection_at(vit, images, sublayer, 1.1)
     early, late = (
@@ -143,11 +164,33 @@ def test_stopping_early_changes_nothing(sublayer, top):
     np.testing.assert_array_equal(early.halves, late.halves)
     assert_equal(early, vit, [images], detection, list(range(top + 1)))
     ran = []
-    handles = [block.register_forward_hook(lambda *a, i=i: ran.append(i)) for i, block in enumerate(vit.blocks)]
+    for i, block in enumerate(vit.blocks):
+        for kind in ("attn", "mlp"):
+            getattr(block, kind).register_forward_pre_hook(lambda *a, name=f"{i}.{kind}": ran.append(name))
     score_neurons(vit, [images], detection, top_layer=top)
-    for handle in handles:
-        handle.remove()
-    assert ran == list(range(max(top, detection.layer) + 1))
+    every = ["0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp"]
+    assert ran == every[: every.index(last) + 1]
+    ran.clear()
+    score_neurons(vit, [images], detection, top_layer=top, early_stop=False)
+    assert ran == every
+
+
+def test_a_batch_seen_before_counts_as_the_first():
+    """What the hooks of a `Sighting` keep of another pass gives the same bits as a pass of its own."""
+    vit, images = model("registers, layer scale, ln_pre"), noise(7)
+    detection = detection_at(vit, images, "1.attn", 1.1)
+    seen = Sighting(vit, images[:3], range(3), ["embed", "1.attn", "2.mlp"])
+    with torch.inference_mode(), vit.hooks(seen.hooks):
+        vit(images[:3])
+        vit(images[:3] + 1)  # the first pass counts
+    parts = images.split([3, 4])
+    got = score_neurons(vit, parts[1:], detection, lowest_layer=1, top_layer=2, seen=seen)
+    expected = score_neurons(vit, parts, detection, lowest_layer=1, top_layer=2)
+    np.testing.assert_array_equal(got.scores, expected.scores)
+    np.testing.assert_array_equal(got.halves, expected.halves)
+    assert (got.n_images, got.n_outliers, got.evidence) == (7, expected.n_outliers, expected.evidence)
+    with pytest.raises(KeyError):
+        seen.norms("1.attn")  # used up
 
 
 def edits(vit, images):
@@ -201,7 +244,7 @@ def test_no_hidden_layer_is_ever_kept(monkeypatch):
             yield batch
             del batch
             assert sum(reference() is not None for reference in alive) <= 2
-            assert sum(type(thing) is _Watch for thing in gc.get_objects()) <= 1
+            assert sum(type(thing) is Sighting for thing in gc.get_objects()) <= 1
 
     detection = detection_at(vit, noise(2), "1.mlp", 1.1)
     listened.clear()
@@ -209,10 +252,10 @@ def test_no_hidden_layer_is_ever_kept(monkeypatch):
     gc.disable()
     try:
         score_neurons(vit, batches(), detection, top_layer=2)
-        assert not [thing for thing in gc.get_objects() if type(thing) is _Watch]
+        assert not [thing for thing in gc.get_objects() if type(thing) is Sighting]
     finally:
         gc.enable()
-    assert listened == [False] * 15
+    assert listened == [False] * 10  # the third MLP's input ends the pass
     assert not any(point.has_hooks() for point in vit.hook_dict.values())
 
 

@@ -300,7 +300,19 @@ def test_a_reference_of_another_model_or_size_is_named(vit):
     with pytest.raises(InterventionError, match=r"nothing for blocks\.1\.mlp\.hook_post"):
         cache_of(vit, pixels(1), POST, mixed)
     shuffled = rl.Ablate.fit(vit, NEURONS_1, pixels(3), "shuffle")
-    with pytest.raises(InterventionError, match=r"have 15 tokens, these images have 19\. Fit on images of this size"):
+    with pytest.raises(InterventionError, match=r"have 15 tokens, this sequence has 19\. Fit on images of this size"):
         cache_of(vit, pixels(1, (32, 32)), POST, shuffled)
     resampled = rl.Ablate.fit(vit, NEURONS_1, pixels(3), "resample")
     assert cache_of(vit, pixels(1, (32, 32)), POST, resampled).isfinite().all()
+
+
+def test_shuffle_beside_a_register_says_that_the_register_is_a_token(vit):
+    images, register = pixels(2), rl.TestTimeRegisters(NEURONS)
+    shuffled = rl.Ablate.fit(vit, NEURONS_1, pixels(5, seed=2), "shuffle")
+    said = r"have 15 tokens, this sequence has 16, 1 of them test-time registers\. Fit .* inside the same vit\.edit"
+    with pytest.raises(InterventionError, match=said):
+        cache_of(vit, images, POST, register, shuffled)
+    with vit.edit(register):  # as the message says
+        inside = rl.Ablate.fit(vit, NEURONS_1, pixels(5, seed=2), "shuffle")
+    drawn = cache_of(vit, images, POST, register, inside)[..., [19, 3]]
+    assert all(any(torch.equal(row, one) for one in inside.reference.bank[POST]) for row in drawn)

@@ -60,6 +60,25 @@ def test_batches_of_any_kind_and_other_registers(options):
     assert (relative(default.k, fitted.k) > 1e-3) == bool(options)
 
 
+@pytest.mark.parametrize("outer", ["bias", "register", "both"])
+def test_inside_other_edits_the_own_registers_key_is_taken(vit, bias, outer):
+    """Behind the register stand the keys of biases in force; before it, other registers."""
+    other = rl.TestTimeRegisters(rl.RegisterNeurons.from_pairs([(1, 4), (2, 1)]), init="mean")
+    around = {"bias": [bias], "register": [other], "both": [bias, other]}[outer]
+    mine = rl.RegisterNeurons.from_pairs([(1, 6), (2, 2)])
+    images = pixels(3, seed=5)
+    n = vit.layout(images).n_tokens + (outer != "bias")
+    names = ["blocks.*.attn.hook_k", "blocks.*.attn.hook_v"]
+    cache = cached(vit, images, names, *around, rl.TestTimeRegisters(mine))
+    with vit.edit(*around):
+        fitted = rl.AttentionBias.fit(vit, mine, images)
+    for layer in range(4):
+        for kind in "kv":
+            rows = cache[f"blocks.{layer}.attn.hook_{kind}"]
+            assert rows.shape[1] == n + 1 + (outer != "register")
+            assert relative(getattr(fitted, kind)[layer], rows[:, n].mean(0)) < 1e-5
+
+
 def attention_by_hand(attn, x, k, v):
     """softmax(Q [K; k']^T / sqrt(d)) [V; v'], head by head and query by query."""
     batch = len(x)

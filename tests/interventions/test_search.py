@@ -15,8 +15,9 @@ from registerlens.analysis.scores import score_neurons
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, NoOutliersError, ShapeError
-from registerlens.interventions import search
-from registerlens.interventions.search import NeuronSearch, find_elbow
+from registerlens.interventions import how_many, search
+from registerlens.interventions.how_many import find_elbow
+from registerlens.interventions.search import NeuronSearch
 from registerlens.theory.planted import _noise_with_flat_patches
 
 SEVEN = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]
@@ -119,6 +120,51 @@ def test_every_score_finds_them_by_name(tiny, images, score):
         assert list(got.pairs) == SEVEN
 
 
+def assert_same_bits(one, other):
+    for values in ("scores", "halves"):
+        np.testing.assert_array_equal(*(getattr(each.search.scores, values) for each in (one, other)))
+    assert one.search.summary() == other.search.summary()
+
+
+@pytest.mark.parametrize(
+    ("options", "images_in", "images_out"),
+    [
+        ({"top_k": 7, "batch_size": 80}, 160, 20),  # the first eighth goes all the way, and nothing twice
+        ({"top_k": 7, "batch_size": 13}, 167, 20),  # of the first 13 + 7, one batch is remembered
+        ({"top_k": 7, "batch_size": 80, "early_stop": False}, 160, 160),
+        ({"top_k": 7, "batch_size": 40, "copies": 4}, 664, 64),  # no more than 64 are first
+        ({"top_k": 7, "batch_size": 80, "detection_layer": "1.mlp"}, 160, 20),
+    ],
+)
+def test_how_often_and_how_far_images_pass(request, tiny, images, options, images_in, images_out):
+    passed = {0: 0, 5: 0}
+    for layer in passed:
+        attention = tiny.blocks[layer].attn
+        watch = attention.register_forward_hook(lambda m, x, y, at=layer: passed.update({at: passed[at] + len(y)}))
+        request.addfinalizer(watch.remove)
+    given = {name: value for name, value in options.items() if name != "copies"}
+    place = given.pop("detection_layer", "2.attn")
+    got = rl.find_register_neurons(
+        tiny, images.repeat(options.get("copies", 1), 1, 1, 1), detection_layer=place, **given
+    )
+    assert (passed[0], passed[5]) == (images_in, images_out)
+    assert list(got.pairs) == SEVEN and got.search.scores.n_images == len(images) * options.get("copies", 1)
+
+
+@pytest.mark.parametrize("sizes", [[8, 152], [3, 40, 117], [160]])
+def test_remembering_the_first_batch_changes_no_score(tiny, images, sizes):
+    """Against a pass of its own for every batch, in the same batches."""
+    batches = list(images.split(sizes))
+    early, late = (rl.find_register_neurons(tiny, batches, top_k=7, early_stop=stop) for stop in (True, False))
+    assert_same_bits(early, late)
+    remembered = min(sizes[0], 64)  # nobody says how many will come: 64 are first
+    parts = [batches[0][:remembered], batches[0][remembered:], *batches[1:]]
+    parts = [part for part in parts if len(part)]
+    direct = score_neurons(tiny, parts, early.search.detection, top_layer=early.search.top_layer, early_stop=False)
+    np.testing.assert_array_equal(direct.scores, early.search.scores.scores)
+    np.testing.assert_array_equal(direct.halves, early.search.scores.halves)
+
+
 def test_layers_and_numbers_can_be_given(tiny, images):
     options = {"top_k": 5, "batch_size": 80}
     got = rl.find_register_neurons(tiny, images, lowest_layer=2, top_layer=4, detection_layer="5.mlp", **options)
@@ -127,6 +173,7 @@ def test_layers_and_numbers_can_be_given(tiny, images):
     late = rl.find_register_neurons(tiny, images, early_stop=False, **options)
     early = rl.find_register_neurons(tiny, images, **options)
     assert late == early and late.pairs == tuple(SEVEN[:5])
+    assert_same_bits(late, early)
     everything = rl.find_register_neurons(tiny, images[:16], top_k=10**6, lowest_layer=1)
     assert len(everything) == 256
     named = rl.find_register_neurons(tiny, images, detection_layer="2.attn", threshold=60.0, **options)
@@ -152,22 +199,23 @@ def test_a_threshold_of_ones_own_overrides_the_verdict():
     assert len(got) == 3 and got.search.detection.evidence.verdict == "absent"
 
 
-def test_an_onset_before_any_neuron_and_one_after_attention(tiny, images):
+def test_an_onset_before_any_neuron_and_one_after_attention(request, tiny, images):
     def push(layer):
         direction = torch.zeros(64)
         direction[3] = 400
 
         def hook(x, hook):
-            flat = images_now[: len(x)].unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).var(-1).mean(1).flatten(1) < 0.05
+            flat = passing[0].unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).var(-1).mean(1).flatten(1) < 0.05
             return x + flat[..., None] * direction
 
         return hook
 
-    images_now = images[:20]
+    images_now, passing = images[:20], []
+    watch = tiny.register_forward_pre_hook(lambda module, arguments: passing.__setitem__(slice(1), arguments[:1]))
+    request.addfinalizer(watch.remove)
     with tiny.hooks([("hook_tokens", push(0))]), pytest.raises(NoOutliersError, match=r"there at 'embed' already"):
         rl.find_register_neurons(tiny, images_now, batch_size=20)
     with tiny.hooks([("blocks.3.hook_attn_out", push(3)), ("blocks.1.mlp.hook_post", lambda x, hook: 0 * x)]):
-        # 20 images, 8 of them first: the same images must meet the same hook
         got = rl.find_register_neurons(tiny, images_now, top_k=3, batch_size=20)
         assert got.search.detection.onset == "3.attn" and got.search.top_layer == 2
         with pytest.raises(ConfigError, match=r"lowest_layer=4 lies above the onset of the outliers \(3\.attn\)"):
@@ -346,18 +394,18 @@ def test_bisection_finds_the_fewest(monkeypatch, tiny, images, found, needed):
         asked.append(len(ranked))
         return float(max(needed - len(ranked), 0))
 
-    monkeypatch.setattr(search, "_outliers_left", left)
+    monkeypatch.setattr(how_many, "outliers_left", left)
     ranked = found.search.scores.ranked()
-    got = search._sweep(tiny, [images[:4]], ranked[:100], found.search.detection)
+    got = how_many.sweep(tiny, [images[:4]], ranked[:100], found.search.detection)
     assert got.k == needed and dict(got.curve)[needed] == 0
     assert len(asked) == len(set(asked)) <= 2 * np.log2(128) + 3
-    none = search._sweep(tiny, [images[:4]], ranked[: needed - 1], found.search.detection) if needed > 1 else None
+    none = how_many.sweep(tiny, [images[:4]], ranked[: needed - 1], found.search.detection) if needed > 1 else None
     assert none is None or (none.k is None and "found no number" in none.note)
 
 
 def test_the_larger_estimate_counts(monkeypatch, tiny, images):
     for k in (3, 12):
-        monkeypatch.setattr(search, "_sweep", lambda *a, k=k: search._Sweep(k, ((0, 1.0), (k, 0.0)), "as told"))
+        monkeypatch.setattr(search, "sweep", lambda *a, k=k: how_many.Sweep(k, ((0, 1.0), (k, 0.0)), "as told"))
         got = rl.find_register_neurons(tiny, images[:40])
         assert got.search.elbow == 7 and len(got) == max(7, k) == got.search.top_k and got.search.sweep == k
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence, medians, token_norms
-from registerlens.analysis.trace import Trace, trace
+from registerlens.analysis.trace import Trace, sublayers, trace
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
-from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -177,17 +177,22 @@ class Outliers:
 
     @classmethod
     def load(cls, folder: str | Path) -> Outliers:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
         folder = Path(folder)
-        described = read_json(folder / "outliers.json")
-        height, width = described["grid"]
-        return cls(
-            model=described["model"],
-            config=ViTConfig.from_dict(described["config"]),
-            detection=detection_from_dict(described),
-            grid=(height, width),
-            **read_tensors(folder / "outliers.safetensors"),
-        )
+        tensors = read_tensors(folder / "outliers.safetensors", ("mask", "norms"))
+        with reading(folder / "outliers.json") as told:
+            height, width = told["grid"]
+            return cls(
+                model=told["model"],
+                config=ViTConfig.from_dict(told["config"]),
+                detection=detection_from_dict(told),
+                grid=(height, width),
+                **tensors,
+            )
 
 
 def find_outliers(
@@ -396,7 +401,7 @@ def sublayer_of(layer: int | str, cfg: ViTConfig) -> str:
     Raises:
         ShapeError: there is no such place.
     """
-    names = ["embed", *(f"{i}.{kind}" for i in range(cfg.n_layers) for kind in ("attn", "mlp"))]
+    names = sublayers(cfg.n_layers)
     if isinstance(layer, int) and -cfg.n_layers <= layer < cfg.n_layers:
         return f"{layer % cfg.n_layers}.mlp"
     if layer in names:
@@ -432,14 +437,13 @@ def detection_from_dict(values: dict[str, Any]) -> Detection:
     try:
         if values["rule"] not in get_args(Rule):
             raise ConfigError(f"Unknown rule {values['rule']!r}; known: {list(get_args(Rule))}.")
-        missing = {name: float("nan") for name, value in values["evidence"].items() if value is None}
         cutoff = float("inf") if values["cutoff"] is None else values["cutoff"]
         return Detection(
             sublayer=values["sublayer"],
             cutoff=Cutoff(value=cutoff, relative=values["relative"]),
             rule=values["rule"],
             onset=values["onset"],
-            evidence=OutlierEvidence(**values["evidence"] | missing),
+            evidence=OutlierEvidence.from_dict(values["evidence"]),
         )
     except (KeyError, TypeError) as error:
         raise ConfigError(f"Not a description of a detection: {error}.") from error

@@ -13,7 +13,7 @@ import pandas as pd
 
 from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError, InterventionError, close_matches
-from registerlens.files import read_json, write_json
+from registerlens.files import reading, write_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -254,7 +254,8 @@ class RegisterNeurons:
             >>> RegisterNeurons.load(path).pairs
             ((5, 599),)
         """
-        return cls.from_dict(read_json(_file(Path(path))))
+        with reading(_file(Path(path))) as told:
+            return cls.from_dict(told)
 
 
 def _file(path: Path) -> Path:

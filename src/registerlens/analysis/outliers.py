@@ -67,6 +67,12 @@ class OutlierEvidence:
         missing = {name for name, value in values.items() if isinstance(value, float) and math.isnan(value)}
         return values | dict.fromkeys(missing)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OutlierEvidence:
+        """The inverse of `to_dict`."""
+        missing: dict[str, Any] = {name: math.nan for name, value in values.items() if value is None}
+        return cls(**values | missing)
+
 
 def token_norms(resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
     """Euclidean norms over the last axis, summed in float32 at least, returned as float32.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection
-from registerlens.analysis.outliers import OutlierEvidence, RatioHistogram, token_norms
-from registerlens.errors import ConfigError, ImageError, NonFiniteError
-from registerlens.model.block import Block
+from registerlens.analysis.outliers import OutlierEvidence, RatioHistogram
+from registerlens.analysis.sighting import Sighting, look
+from registerlens.errors import ConfigError, ImageError
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -34,9 +34,9 @@ class NeuronScores:
     "mean" is Algorithm 1: activation at an image's outlier patches, averaged over them, then over the images that have
     any. "mean_abs" is the same for its absolute value. "contrast" is the mean at outliers minus the mean at normal
     patches, over the standard deviation there. "auc" is the probability that an outlier patch has a higher activation
-    than a normal patch of the same image. The last two compare with a sample of 16 normal patches an image. Where a
-    neuron is silent on normal patches, its spread there is set to a thousandth of the average one: such a contrast is
-    large, but how large means nothing.
+    than a normal patch of the same image, over the images that have both. The last two compare with a sample of 16
+    normal patches an image. Where a neuron is silent on normal patches, its spread there is set to a thousandth of the
+    average one: such a contrast is large, but how large means nothing.
     """
 
     first_layer: int
@@ -93,6 +93,7 @@ def score_neurons(
     top_layer: int,
     early_stop: bool = True,
     n_images: int | None = None,
+    seen: Sighting | None = None,
 ) -> NeuronScores:
     """Algorithm 1 in batches: one streaming pass whose memory does not grow with the number of images.
 
@@ -104,8 +105,9 @@ def score_neurons(
         batches: preprocessed images [batch, channel, height, width]; sizes may differ from batch to batch.
         detection: where to look for outliers, and above which norm.
         lowest_layer, top_layer: the first and the last layer whose neurons are scored.
-        early_stop: end each pass after the last layer that matters. The scores are the same.
+        early_stop: end each pass at the last place that matters. The scores are the same.
         n_images: how many will come, for the progress bar.
+        seen: what a pass over one more batch has left behind, which counts as the first; it is used up.
 
     Raises:
         ImageError: no image, or no outlier in any image.
@@ -123,49 +125,14 @@ def score_neurons(
         [(1, 183), (1, 103), (1, 219)]
     """
     sums = _Sums(vit, lowest_layer, top_layer)
-    stop = max(top_layer, detection.layer) + 1 if early_stop else vit.cfg.n_layers
+    layers = range(lowest_layer, top_layer + 1)
     with torch.inference_mode():
+        if seen is not None:
+            sums.add(seen, detection)
+            seen.forget()
         for batch in track(batches, "scoring neurons", n_images, len):
-            patches = vit.layout(batch).patches
-            watch = _Watch(vit, range(lowest_layer, top_layer + 1), detection)
-            with vit.hooks(watch.hooks):
-                vit(batch.to(vit.device), stop_at_layer=stop)
-            norms = token_norms(watch.stream[0][:, patches])
-            if not norms.isfinite().all():
-                raise NonFiniteError(
-                    f"Patch norms are NaN or infinite at {detection.sublayer}. Check the images; if the model is in "
-                    f"float16, use bfloat16 or float32."
-                )
-            sums.add(norms, detection.cutoff.above(norms), watch.activations(patches))
+            sums.add(look(vit, batch, layers, detection.sublayer, early_stop=early_stop), detection)
     return sums.result()
-
-
-class _Watch:
-    """What one pass leaves behind: the stream where outliers show, and what the neurons' activations follow from."""
-
-    def __init__(self, vit: HookedViT, layers: range, detection: Detection) -> None:
-        self.stream: list[Tensor] = []
-        self._mlps = {layer: cast(Block, vit.blocks[layer]).mlp for layer in layers}
-        # Where somebody edits the hidden layer, it is kept itself: computed again it would be unedited.
-        self._edited = {layer for layer, mlp in self._mlps.items() if mlp.watched}
-        self._kept: dict[int, Tensor] = {}
-        kept, stream = self._kept, self.stream  # hooks that hold `self` would keep the tensors alive in a cycle
-
-        def keep(x: Tensor, hook: Any) -> None:
-            kept[hook.layer()] = x
-
-        names = ["mlp.hook_post" if layer in self._edited else "ln2.hook_normalized" for layer in layers]
-        self.hooks: list[Any] = [(f"blocks.{layer}.{name}", keep) for layer, name in zip(layers, names, strict=True)]
-        self.hooks.append((detection.hook_name, lambda resid, hook: stream.append(resid)))
-
-    def activations(self, patches: slice) -> Any:
-        """A function of (layer, image, patch) that gives activations [..., neuron] in float32."""
-
-        def at(layer: int, image: Tensor, patch: Tensor) -> Tensor:
-            x = self._kept[layer][image, patch + patches.start]
-            return (x if layer in self._edited else self._mlps[layer].neurons(x)).float()
-
-        return at
 
 
 class _Sums:
@@ -181,13 +148,15 @@ class _Sums:
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(5)
         )
         self.n_images = 0
-        self.with_outliers = torch.zeros(2, dtype=torch.int64)
+        self.with_outliers, self.with_both = (torch.zeros(2, dtype=torch.int64) for _ in range(2))
         self.n_normal = torch.zeros(2, dtype=torch.int64)
         self.n_outliers = 0
         self.histogram = RatioHistogram()
 
-    def add(self, norms: Float[Tensor, "batch patch"], mask: Bool[Tensor, "batch patch"], activations: Any) -> None:
+    def add(self, seen: Sighting, detection: Detection) -> None:
         """Take in one batch."""
+        norms = seen.norms(detection.sublayer)
+        mask = detection.cutoff.above(norms)
         self.histogram.add(norms)
         half = (torch.arange(len(norms), device=norms.device) + self.n_images) % 2
         self.n_images += len(norms)
@@ -198,14 +167,15 @@ class _Sums:
         counts = mask.sum(1)
         normals, valid = normal_patches(norms, mask, NORMALS)
         self.with_outliers += torch.bincount(half[has], minlength=2).cpu()
+        self.with_both += torch.bincount(half[has & valid.any(1)], minlength=2).cpu()
         self.n_normal += half.new_zeros(2).index_add(0, half[has], valid[has].sum(1)).cpu()
         self.n_outliers += int(mask.sum())
         share = 1 / counts[image]  # of an outlier in its image's mean
         rows = has.nonzero()[:, 0]
         weight = valid[rows].to(self.mean.dtype)[..., None]
         for i, layer in enumerate(self.layers):
-            outlying = activations(layer, image, patch)
-            normal = activations(layer, rows[:, None], normals[rows])
+            outlying = seen.activations(layer, image, patch)
+            normal = seen.activations(layer, rows[:, None], normals[rows])
             _sum_by(self.mean[:, i], half[image], outlying * share[:, None])
             _sum_by(self.mean_abs[:, i], half[image], outlying.abs() * share[:, None])
             _sum_by(self.normal[:, i], half[rows], (normal * weight).sum(1))
@@ -236,6 +206,7 @@ class _Sums:
         )
 
     def _scores(self, half: slice) -> Float[np.ndarray, "score layer neuron"]:
+        n_both = int(self.with_both[half].sum())
         n, n_normal = (max(int(count[half].sum()), 1) for count in (self.with_outliers, self.n_normal))
         mean, mean_abs, auc, normal, square = (
             total[half].sum(0).cpu().double()
@@ -246,7 +217,9 @@ class _Sums:
         # A neuron that is silent on normal patches has no spread there: the floor keeps its contrast finite.
         floor = 1e-3 * float(spread.mean()) + 1e-12
         contrast = (mean / n - average) / spread.clamp_min(floor)
-        return torch.stack([mean / n, mean_abs / n, contrast, auc / n]).numpy()
+        # Where no image has both kinds of patches there is nothing to compare: as good as chance.
+        auc = auc / n_both if n_both else torch.full_like(auc, 0.5)
+        return torch.stack([mean / n, mean_abs / n, contrast, auc]).numpy()
 
 
 def normal_patches(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.outliers import N_BINS, OutlierEvidence, bin_edges, count_bins, judge, token_norms
@@ -19,7 +19,7 @@ from registerlens.analysis.sinks import attention_hooks
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, NonFiniteError
-from registerlens.files import read_json, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -212,6 +212,9 @@ class Trace:
     def load(cls, folder: str | Path) -> Trace:
         """Read what `save` wrote.
 
+        Raises:
+            ConfigError: a file is missing or damaged.
+
         Example:
             >>> import tempfile, torch, registerlens as rl
             >>> found = rl.trace(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
@@ -219,16 +222,18 @@ class Trace:
             2
         """
         folder = Path(folder)
-        description = read_json(folder / "trace.json")
-        return cls(
-            model=description["model"],
-            config=ViTConfig.from_dict(description["config"]),
-            image_sizes=tuple((height, width) for height, width in description["image_sizes"]),
-            sublayers=tuple(description["sublayers"]),
-            sink_query=description["sink_query"],
-            n_images=description["n_images"],
-            **load_file(folder / "trace.safetensors"),
-        )
+        names = [item.name for item in fields(cls) if item.name not in _DESCRIPTIVE]
+        tensors = read_tensors(folder / "trace.safetensors", names)
+        with reading(folder / "trace.json") as told:
+            return cls(
+                model=told["model"],
+                config=ViTConfig.from_dict(told["config"]),
+                image_sizes=tuple((height, width) for height, width in told["image_sizes"]),
+                sublayers=tuple(told["sublayers"]),
+                sink_query=told["sink_query"],
+                n_images=told["n_images"],
+                **{name: tensor.numpy() for name, tensor in tensors.items()},
+            )
 
 
 def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
@@ -268,6 +273,16 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
     return sums.result()
 
 
+def sublayers(n_layers: int) -> tuple[str, ...]:
+    """Every place of the residual stream.
+
+    Example:
+        >>> sublayers(2)
+        ('embed', '0.attn', '0.mlp', '1.attn', '1.mlp')
+    """
+    return ("embed", *(f"{layer}.{kind}" for layer in range(n_layers) for kind in ("attn", "mlp")))
+
+
 class _Watch:
     """One batch's norms and sinks, collected by hooks; nothing larger than [batch, patch] a sublayer is kept."""
 
@@ -297,7 +312,7 @@ class _Sums:
         layers, heads = vit.cfg.n_layers, vit.cfg.n_heads
         self.model, self.config = vit.source, vit.cfg
         self.sizes: dict[tuple[int, int], None] = {}  # an ordered set
-        self.sublayers = ("embed", *(f"{layer}.{kind}" for layer in range(layers) for kind in ("attn", "mlp")))
+        self.sublayers = sublayers(layers)
         n = len(self.sublayers)
         self.n_images = 0
         self.largest, self.median, self.ratio = (torch.zeros(n, dtype=torch.float64) for _ in range(3))

@@ -23,13 +23,13 @@ from registerlens.analysis.detection import (
     detection_to_dict,
     require_outliers,
 )
-from registerlens.analysis.trace import trace
+from registerlens.analysis.trace import sublayers, trace
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_controls
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, classifies, observe
 from registerlens.evaluation.verdict import Verdict, judge_effect
-from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.vit import HookedViT
@@ -148,16 +148,16 @@ class Evaluation:
             ConfigError: a file is missing or damaged.
         """
         folder = Path(folder)
-        told = read_json(folder / "evaluation.json")
-        tensors = read_tensors(folder / "evaluation.safetensors")
+        tensors = read_tensors(folder / "evaluation.safetensors", _ARRAYS)
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(
-            model=told["model"],
-            detection=detection_from_dict(told["detection"]),
-            verdicts={name: Verdict(**verdict) for name, verdict in told["verdicts"].items()},
-            **{name: tuple(told[name]) for name in _LISTS},
-            **arrays,
-        )
+        with reading(folder / "evaluation.json") as told:
+            return cls(
+                model=told["model"],
+                detection=detection_from_dict(told["detection"]),
+                verdicts={name: Verdict(**verdict) for name, verdict in told["verdicts"].items()},
+                **{name: tuple(told[name]) for name in _LISTS},
+                **arrays,
+            )
 
 
 _ARRAYS = ("values", "norm_curve", "register_curve", "sink_curve", "register_sink_curve")
@@ -224,25 +224,7 @@ def evaluate_intervention(
         first = next(iter(tested.values()))
         against = build_controls(vit, images, first, baseline_at, seed, batch_size)
     done: dict[str, Intervention | None] = {CLEAN: None, **tested, **against}
-    sums = _Sums(list(done), vit.cfg.n_layers)
-    layers = _after_onset(detection, vit.cfg.n_layers)
-    start = 0
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "evaluating", count(images), len):
-            part = None if labels is None else labels[start : start + len(batch)]
-            clean = observe(vit, batch)
-            place = sums.sublayers.index(detection.sublayer)
-            ruler = Yardstick(clean, place, detection.cutoff, layers, part, classifies(vit.cfg))
-            for name, one in done.items():
-                if one is None:
-                    sums.add(name, clean, ruler.measure(clean))
-                    continue
-                with vit.edit(one):
-                    seen = observe(vit, batch)
-                sums.add(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch))))
-            start += len(batch)
-    if labels is not None and len(labels) != start:
-        raise ShapeError(f"{len(labels)} labels for {start} images.")
+    sums = _measure(vit, in_batches(images, batch_size), done, detection, labels, count(images))
     kinds = [CLEAN, *("intervention" for _ in tested), *("control" for _ in against)]
     measured = sums.result()
     verdicts = {
@@ -261,11 +243,41 @@ def evaluate_intervention(
     )
 
 
+def _measure(
+    vit: HookedViT,
+    batches: Iterable[Tensor],
+    conditions: Mapping[str, Intervention | None],
+    detection: Detection,
+    labels: Tensor | None,
+    n_images: int | None,
+) -> _Sums:
+    """Every batch under every condition, beside its clean run."""
+    sums = _Sums(list(conditions), vit.cfg.n_layers)
+    place, layers = sums.sublayers.index(detection.sublayer), _after_onset(detection, vit.cfg.n_layers)
+    start = 0
+    with torch.inference_mode():
+        for batch in track(batches, "evaluating", n_images, len):
+            part = None if labels is None else labels[start : start + len(batch)]
+            clean = observe(vit, batch)
+            ruler = Yardstick(clean, place, detection.cutoff, layers, part, classifies(vit.cfg))
+            for name, one in conditions.items():
+                if one is None:
+                    sums.add(name, clean, ruler.measure(clean))
+                    continue
+                with vit.edit(one):
+                    seen = observe(vit, batch)
+                sums.add(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch))))
+            start += len(batch)
+    if labels is not None and len(labels) != start:
+        raise ShapeError(f"{len(labels)} labels for {start} images.")
+    return sums
+
+
 class _Sums:
     """Per-image metrics and running sums of the curves, condition by condition."""
 
     def __init__(self, conditions: list[str], n_layers: int) -> None:
-        self.sublayers = ("embed", *(f"{i}.{kind}" for i in range(n_layers) for kind in ("attn", "mlp")))
+        self.sublayers = sublayers(n_layers)
         self.rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in conditions}
         self.curves: dict[str, dict[str, Tensor]] = {name: {} for name in conditions}
         self.n = dict.fromkeys(conditions, 0)

@@ -18,7 +18,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
-from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -329,6 +329,8 @@ class Ablate(Intervention):
             raise InterventionError(f"The reference for {point} has shape {list(mean.shape)}; fit it on this model.")
         if self.mode == "mean":
             return mean[kinds][None].to(x.device)
+        if self.mode == "shuffle":
+            _check_length(self.reference.bank[point].shape[1], scene.layout)
         rows = [self._draw(point, mean[kinds], std[kinds], kinds, own) for own in self._generators(point, scene)]
         return torch.stack(rows).to(x.device)
 
@@ -344,11 +346,6 @@ class Ablate(Intervention):
             return mean + std * torch.randn(mean.shape, generator=own)
         bank = self._reference().bank[point]
         if self.mode == "shuffle":
-            if bank.shape[1] != len(kinds):
-                raise InterventionError(
-                    f"Other images' activations have {bank.shape[1]} tokens, these images have {len(kinds)}. Fit on "
-                    f"images of this size."
-                )
             return bank[int(torch.randint(len(bank), (), generator=own))]
         n_prefix = int(kinds.max())
         drawn = []
@@ -391,17 +388,29 @@ class Ablate(Intervention):
             ConfigError: a file is missing or damaged.
         """
         folder = Path(folder)
-        described = read_json(folder / "ablation.json")
+        with reading(folder / "ablation.json") as told:
+            target, n_images = _target_from_dict(told["target"]), told["n_images"]
+            mode, seed = told["mode"], told["seed"]
         reference = None
-        if described["n_images"]:
+        if n_images:
             tensors = read_tensors(folder / "ablation.safetensors")
             parts = {
                 kind: {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
                 for kind in ("mean", "std", "bank")
             }
-            reference = Reference(**parts, n_images=described["n_images"])
-        target = _target_from_dict(described["target"])
-        return cls(target, described["mode"], reference=reference, seed=described["seed"])
+            reference = Reference(**parts, n_images=n_images)
+        return cls(target, mode, reference=reference, seed=seed)
+
+
+def _check_length(n_tokens: int, layout: TokenLayout) -> None:
+    """Whole activations of other images fit a sequence of as many tokens only."""
+    if n_tokens != layout.n_tokens:
+        n_registers = layout.n_test_time_registers
+        raise InterventionError(
+            f"Other images' activations have {n_tokens} tokens, this sequence has {layout.n_tokens}"
+            f"{f', {n_registers} of them test-time registers' if n_registers else ''}. Fit on images of this size, "
+            f"inside the same vit.edit(...)."
+        )
 
 
 def _target_to_dict(target: Target) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, InterventionError
-from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.attention import final_point
@@ -60,7 +60,7 @@ class AttentionBias(Intervention):
         """Mean keys and values of the test-time register over images, in one streaming pass.
 
         Args:
-            vit: the model.
+            vit: the model, edited or not.
             neurons: its register neurons.
             images: preprocessed, as a tensor or in batches; the paper takes 1000.
             batch_size: images at once when a tensor is given.
@@ -85,14 +85,17 @@ class AttentionBias(Intervention):
         sums = {kind: torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head) for kind in "kv"}
         total = 0
 
-        def add(kind: str, x: Tensor, hook: Any) -> None:
-            sums[kind][hook.layer()] += x[:, -1].float().sum(0).cpu()
+        def add(kind: str, own: int, x: Tensor, hook: Any) -> None:
+            sums[kind][hook.layer()] += x[:, own].float().sum(0).cpu()
 
-        hooks: Any = [(f"blocks.*.attn.{point}", partial(add, kind)) for kind, point in _points(cfg).items()]
         with torch.inference_mode():
             for batch in track(in_batches(images, batch_size), "fitting the attention bias", count(images), len):
-                with vit.edit(register), vit.hooks(hooks):
-                    vit(batch.to(vit.device), stop_at_layer=cfg.n_layers)
+                with vit.edit(register):
+                    # The last token; behind it stand the keys of attention biases that are in force already.
+                    own = vit.layout(batch).test_time_registers.stop - 1
+                    hooks: Any = [(f"blocks.*.attn.{at}", partial(add, kind, own)) for kind, at in _points(cfg).items()]
+                    with vit.hooks(hooks):
+                        vit(batch.to(vit.device), stop_at_layer=cfg.n_layers)
                 total += len(batch)
         if not total:
             raise ImageError("No image to fit the attention bias on.")
@@ -137,11 +140,9 @@ class AttentionBias(Intervention):
             ConfigError: a file is missing or damaged.
         """
         folder = Path(folder)
-        described = read_json(folder / "attention_bias.json")
-        neurons = RegisterNeurons.from_dict(described["neurons"])
-        return cls(
-            neurons=neurons, n_images=described["n_images"], **read_tensors(folder / "attention_bias.safetensors")
-        )
+        pair = read_tensors(folder / "attention_bias.safetensors", ("k", "v"))
+        with reading(folder / "attention_bias.json") as told:
+            return cls(neurons=RegisterNeurons.from_dict(told["neurons"]), n_images=told["n_images"], **pair)
 
 
 def _points(cfg: ViTConfig) -> dict[str, str]:

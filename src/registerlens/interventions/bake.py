@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,27 @@ def _load_transformers(target: str) -> Any:
 
     fetch = folder_fetch(Path(target)) if Path(target).is_dir() else hub_fetch(target)
     class_name, _ = huggingface.read_config(fetch)
-    with network(target):
+    with network(target), _no_bars():
         return getattr(transformers, class_name).from_pretrained(target)
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which it draws into pipes and logs too."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
 def _save_transformers(module: Any, target: str, folder: Path) -> None:
-    module.save_pretrained(folder)
+    with _no_bars():
+        module.save_pretrained(folder)
     fetch = folder_fetch(Path(target)) if Path(target).is_dir() else hub_fetch(target)
     if (steps := fetch("preprocessor_config.json")) is not None:
         shutil.copyfile(steps, folder / "preprocessor_config.json")

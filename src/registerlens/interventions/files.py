@@ -14,7 +14,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Cutoff
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.errors import ConfigError, InterventionError
-from registerlens.files import read_json, write_json
+from registerlens.files import reading, write_json
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Intervention
@@ -62,16 +62,13 @@ def load_intervention(folder: str | Path) -> Intervention:
         ConfigError: a file is missing or damaged, or of an unknown kind.
     """
     folder = Path(folder)
-    told = read_json(folder / "intervention.json")
-    kind = told.get("kind")
-    if kind in _WITH_TENSORS:
-        return _WITH_TENSORS[kind].load(folder)
-    if kind not in _PLAIN:
-        raise ConfigError(f"Unknown intervention {kind!r} in '{folder}'; known: {[*_PLAIN, *_WITH_TENSORS]}.")
-    try:
-        return _PLAIN[kind](**{name: _from_json(value) for name, value in told["options"].items()})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"'{folder / 'intervention.json'}' does not describe a {kind}: {error}.") from error
+    with reading(folder / "intervention.json") as told:
+        kind = told["kind"]
+        if kind in _PLAIN:
+            return _PLAIN[kind](**{name: _from_json(value) for name, value in told["options"].items()})
+        if kind not in _WITH_TENSORS:
+            raise ConfigError(f"unknown intervention {kind!r}; known: {[*_PLAIN, *_WITH_TENSORS]}.")
+    return _WITH_TENSORS[kind].load(folder)
 
 
 _CODED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -20,29 +19,25 @@ from registerlens.analysis.detection import (
     detect,
     detection_from_dict,
     detection_to_dict,
-    patch_norms,
     require_outliers,
 )
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
+from registerlens.analysis.sighting import Sighting
+from registerlens.analysis.trace import sublayers
 from registerlens.data.batches import Images, count, first_and_all
 from registerlens.errors import ConfigError, NoOutliersError
-from registerlens.files import read_json, read_tensors, whole_file, write_json
-from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.files import read_tensors, reading, whole_file, write_json
+from registerlens.interventions.how_many import MOST, find_elbow, sweep
 from registerlens.model.vit import HookedViT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-FLOOR = 0.05
-"""Scores below this share of the highest count as equal where the elbow is sought: near zero any drop is large."""
-MOST = 1024
-"""The elbow and the sweep consider at most this many neurons."""
-FEWEST_IMAGES = 8
-"""Place, cut-off and onset are found on an eighth of the images, and on no fewer than this."""
-UNKNOWN_NUMBER = 64
-"""On how many, if nobody knows how many images will come."""
+FEWEST_FIRST, MOST_FIRST = 8, 64
+"""Place, cut-off and onset are found on an eighth of the images, but on no fewer and no more than these; on the most if
+nobody knows how many images will come."""
 HELD_OUT = 32
 """Most images held back for the sweep: a quarter of those there are, up to this many."""
 
@@ -159,25 +154,23 @@ class NeuronSearch:
             ConfigError: a file is missing or damaged.
         """
         folder = Path(folder)
-        told = read_json(folder / "neuron_search.json")
-        missing = {name: float("nan") for name, value in told["evidence"].items() if value is None}
-        tensors = read_tensors(folder / "neuron_search.safetensors")
-        scores = NeuronScores(
-            first_layer=told["lowest_layer"],
-            scores=tensors["scores"].numpy(),
-            halves=tensors["halves"].numpy(),
-            n_images=told["n_images"],
-            n_with_outliers=told["n_with_outliers"],
-            n_outliers=told["n_outliers"],
-            evidence=OutlierEvidence(**told["evidence"] | missing),
-        )
+        tensors = read_tensors(folder / "neuron_search.safetensors", ("scores", "halves"))
         same = ("model", "score", "lowest_layer", "top_layer", "top_k", "elbow", "sweep", "sweep_note")
-        return cls(
-            detection=detection_from_dict(told["detection"]),
-            scores=scores,
-            sweep_curve=tuple((int(k), float(left)) for k, left in told["sweep_curve"]),
-            **{name: told[name] for name in same},
-        )
+        with reading(folder / "neuron_search.json") as told:
+            scores = NeuronScores(
+                first_layer=told["lowest_layer"],
+                n_images=told["n_images"],
+                n_with_outliers=told["n_with_outliers"],
+                n_outliers=told["n_outliers"],
+                evidence=OutlierEvidence.from_dict(told["evidence"]),
+                **{name: tensor.numpy() for name, tensor in tensors.items()},
+            )
+            return cls(
+                detection=detection_from_dict(told["detection"]),
+                scores=scores,
+                sweep_curve=tuple((int(k), float(left)) for k, left in told["sweep_curve"]),
+                **{name: told[name] for name in same},
+            )
 
 
 def find_register_neurons(
@@ -195,10 +188,10 @@ def find_register_neurons(
 ) -> RegisterNeurons:
     """The neurons that decide where outliers appear: those most active at outlier patches.
 
-    The first eighth of the images (at least 8) goes through the whole model to find the place where outliers show
-    best, their cut-off and their onset; then all images go as far as they must. Where outliers are not evident in the
-    first images, all are looked at. With `top_k="auto"`, a quarter of the images (at most 32) is held back for the
-    sweep and does not count for the scores.
+    The first eighth of the images (at least 8, at most 64) goes through the whole model to find the place where
+    outliers show best, their cut-off and their onset; then the others go as far as they must. Where outliers are not
+    evident in the first images, all are looked at. With `top_k="auto"`, a quarter of the images (at most 32) is held
+    back for the sweep and does not count for the scores.
 
     Args:
         vit: the model, edited or not.
@@ -233,32 +226,28 @@ def find_register_neurons(
         {1: (183, 103, 219, 125, 55, 128, 177)}
     """
     _check(vit, lowest_layer, top_layer, top_k, score)
-    n = count(images)
-    n_first = UNKNOWN_NUMBER if n is None else max(FEWEST_IMAGES, n // 8)
-    n_held = 0 if top_k != "auto" else (HELD_OUT if n is None else min(HELD_OUT, n // 4))
-    first, every = first_and_all(images, max(n_first, n_held), batch_size)
-    if (come := sum(map(len, first))) < max(n_first, n_held):  # a short stream: these are all there are
-        n, n_held = come, min(n_held, come // 4)
-    held_out, rest = _hold_back(first, every, n_held)
+    parts = _divide(images, hold_back=top_k == "auto", batch_size=batch_size)
     options: dict[str, Any] = {"layer": detection_layer, "threshold": threshold, "batch_size": batch_size}
-    detection = detect(vit, [batch for batch in _first(first, n_first)], **options)
-    if not detection.evidence.present and detection.rule != "fixed" and (n is None or n > n_first):
-        detection = _look_at_all(vit, images, detection, options)
+    highest = vit.cfg.n_layers - 1 if top_layer == "auto" else top_layer
+    detection, seen = _detect_in_first(vit, parts, range(lowest_layer, highest + 1), options)
+    if not detection.evidence.present and detection.rule != "fixed" and parts.more and _again(images):
+        detection = detect(vit, images, **options)  # outliers may be too rare for the first images
     require_outliers(detection, "Finding register neurons")
     last = _top_layer(detection, top_layer, lowest_layer)
     scores = score_neurons(
         vit,
-        rest,
+        parts.rest,
         detection,
         lowest_layer=lowest_layer,
         top_layer=last,
         early_stop=early_stop,
-        n_images=None if n is None else n - sum(map(len, held_out)),
+        n_images=parts.n_rest,
+        seen=seen,
     )
     _check_still_present(detection, scores)
     ranked = scores.ranked(score)
     elbow = None if score == "auc" else find_elbow([value for _, _, value in ranked])
-    swept = _sweep(vit, held_out, ranked, detection)
+    swept = sweep(vit, parts.held_out, ranked, detection)
     chosen = max(elbow or 0, swept.k or 0) if top_k == "auto" else min(top_k, len(ranked))
     if not chosen:
         raise ConfigError(f"How many neurons cannot be told from the AUC alone ({swept.note}). Give top_k.")
@@ -284,86 +273,39 @@ def find_register_neurons(
     )
 
 
-def find_elbow(scores: Sequence[float]) -> int:
-    """After how many of the sorted scores the largest relative drop comes.
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """The images, and what each of them is for."""
 
-    Source: Jiang et al. 2025, A.4 names the sweep; the elbow is ours.
-
-    Scores below 5% of the highest count as 5%: among the many scores near zero, ratios mean nothing.
-
-    Example:
-        >>> find_elbow([124.0, 114.0, 107.0, 59.0, 42.0, 38.0, 23.0, 1.9, 1.5, 0.01])
-        7
-    """
-    top = np.asarray(scores[: MOST + 1], dtype=float)
-    if len(top) < 2 or top[0] <= 0:
-        return 1
-    top = np.maximum(top, FLOOR * top[0])
-    return int((top[:-1] / top[1:]).argmax()) + 1
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    k: int | None
-    curve: tuple[tuple[int, float], ...]
-    note: str
+    first: list[Tensor]
+    """Those on which place, cut-off and onset are found."""
+    held_out: list[Tensor]
+    """Those kept for the sweep; the first ones too."""
+    rest: Iterable[Tensor]
+    """Those that count for the scores but have not passed yet: all but the held-out ones or, where none are held out,
+    all but the first batch, of which the detection leaves everything behind."""
+    n_rest: int | None
+    """Their number, if known."""
+    more: bool
+    """Whether there are others than the first."""
 
 
-def _sweep(
-    vit: HookedViT, held_out: list[Tensor], ranked: list[tuple[int, int, float]], detection: Detection
-) -> _Sweep:
-    """The fewest neurons whose test-time register leaves no outlier, by doubling and bisection."""
-    if not held_out:
-        return _Sweep(None, (), "no images were held back for a sweep")
-    curve: dict[int, float] = {0: _outliers_left(vit, held_out, [], detection)}
-    if not curve[0]:
-        return _Sweep(None, ((0, 0.0),), "the held-out images have no outlier, so that there was nothing to sweep for")
-
-    def left(k: int) -> float:
-        if k not in curve:
-            curve[k] = _outliers_left(vit, held_out, ranked[:k], detection)
-        return curve[k]
-
-    most = min(MOST, len(ranked))
-    high = 1
-    while left(high) and high < most:
-        high = min(2 * high, most)
-    if left(high):
-        note = f"the sweep found no number up to {most} that leaves no outlier ({curve[high]:.2f} per image left)"
-        return _Sweep(None, tuple(sorted(curve.items())), note)
-    low = high // 2  # known to leave some, or 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if left(middle) else (low, middle)
-    return _Sweep(high, tuple(sorted(curve.items())), f"from {high} neurons on, no outlier is left")
-
-
-def _outliers_left(
-    vit: HookedViT, batches: list[Tensor], ranked: Sequence[tuple[int, int, float]], detection: Detection
-) -> float:
-    """Outlier patches per image once these neurons are shifted to a test-time register."""
-    # Neurons after the place of detection change nothing there.
-    neurons = RegisterNeurons.from_pairs([(layer, n) for layer, n, _ in ranked if layer <= detection.layer])
-    total = 0
-    with torch.inference_mode():
-        for batch in batches:
-            with vit.edit(TestTimeRegisters(neurons, n=1 if ranked else 0)):
-                total += int(detection.cutoff.above(patch_norms(vit, batch, detection.sublayer)).sum())
-    return total / sum(map(len, batches))
-
-
-def _hold_back(first: list[Tensor], every: Any, n: int) -> tuple[list[Tensor], Any]:
-    """The first `n` images apart, and an iterable over the others."""
-    held = _first(first, n)
-
-    def others() -> Any:
-        skip = n
-        for batch in every:
-            if skip < len(batch):
-                yield batch[skip:]
-            skip = max(0, skip - len(batch))
-
-    return held, others()
+def _divide(images: Images, hold_back: bool, batch_size: int) -> _Parts:
+    n = count(images)
+    n_first = MOST_FIRST if n is None else min(MOST_FIRST, max(FEWEST_FIRST, n // 8))
+    n_held = 0 if not hold_back else (HELD_OUT if n is None else min(HELD_OUT, n // 4))
+    held, every = first_and_all(images, max(n_first, n_held), batch_size)
+    if (come := sum(map(len, held))) < max(n_first, n_held):  # a short stream: these are all there are
+        n, n_held = come, min(n_held, come // 4)
+    first = _first(held, n_first)
+    n_passed = n_held or len(first[0])
+    return _Parts(
+        first=first,
+        held_out=_first(held, n_held),
+        rest=_without_first(every, n_passed),
+        n_rest=None if n is None else n - n_passed,
+        more=n is None or n > n_first,
+    )
 
 
 def _first(batches: list[Tensor], n: int) -> list[Tensor]:
@@ -375,11 +317,27 @@ def _first(batches: list[Tensor], n: int) -> list[Tensor]:
     return taken
 
 
-def _look_at_all(vit: HookedViT, images: Images, detection: Detection, options: dict[str, Any]) -> Detection:
-    """Outliers may be too rare for the first images: look again, at all of them, if they can be had again."""
-    if not isinstance(images, Tensor) and iter(images) is images:
-        return detection
-    return detect(vit, images, **options)
+def _without_first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
+    for batch in batches:
+        if n < len(batch):
+            yield batch[n:]
+        n = max(0, n - len(batch))
+
+
+def _detect_in_first(
+    vit: HookedViT, parts: _Parts, layers: range, options: dict[str, Any]
+) -> tuple[Detection, Sighting | None]:
+    """Where outliers show in the first images, and what their first batch leaves behind if it is not held out."""
+    if parts.held_out:
+        return detect(vit, parts.first, **options), None
+    seen = Sighting(vit, parts.first[0], layers, sublayers(vit.cfg.n_layers))
+    with vit.hooks(seen.hooks):
+        return detect(vit, parts.first, **options), seen
+
+
+def _again(images: Images) -> bool:
+    """Whether the images can be had a second time."""
+    return isinstance(images, Tensor) or iter(images) is not images
 
 
 def _top_layer(detection: Detection, top_layer: Literal["auto"] | int, lowest_layer: int) -> int:
