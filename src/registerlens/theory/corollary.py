@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from registerlens.theory.bounds import ACTIVATION_GRID, attention_beside, checked_activations, spectral
-from registerlens.theory.conditions import TOLERANCE, Condition, check_conditions, in_words
-from registerlens.theory.proposition import NO_OP, output_moves, setup_of
+from registerlens.theory.conditions import Condition, check_conditions, in_words
+from registerlens.theory.proposition import NO_OP, SINK, output_moves, setup_of
 from registerlens.theory.records import load_record, save_record
 from registerlens.theory.two_block import CLS, TwoBlockModel
 
@@ -47,8 +47,9 @@ class CorollaryReport:
     """The conditions of Proposition 1."""
     activations: Float[np.ndarray, " activation"]
     """What the register neuron writes at an aligned x_s."""
-    follows: Bool[np.ndarray, " token"]
-    """Whether the limit applies: the token has a positive inner product with v2, with the neuron and without it."""
+    attends: Bool[np.ndarray, " token"]
+    """Whether, at the largest activation, the token gives x_s, and without the neuron the pair, at least SINK of its
+    attention: for these tokens the limit is near."""
     difference: Float[np.ndarray, "activation token"]
     """Euclidean distance of the two updates; [CLS] first."""
     limit: Float[np.ndarray, " activation"]
@@ -82,17 +83,17 @@ class CorollaryReport:
 
     def describe(self) -> str:
         """The comparison in words."""
-        a, followers = self.activations[-1], self.follows
-        if not followers.any():
-            told = "no token has a positive inner product with v2 both with the neuron and without it"
+        a, attends = self.activations[-1], self.attends
+        if not attends.any():
+            told = "no token attends to x_s with the neuron and to the pair without it"
         else:
             told = (
-                f"for {followers.sum()} of {len(followers)} tokens the updates differ by the limit {self.limit[-1]:.3g} "
-                f"({self.limit[-1] / a:.1g} of the update) but for {self.from_limit[-1][followers].max():.2g} (bound "
-                f"{self.from_limit_bound[-1][followers].max():.2g}, rounding {self.rounding[-1]:.1g})"
+                f"for {attends.sum()} of {len(attends)} tokens the updates differ by the limit {self.limit[-1]:.3g} "
+                f"({self.limit[-1] / a:.1g} of the update) but for {self.from_limit[-1][attends].max():.2g} (bound "
+                f"{self.from_limit_bound[-1][attends].max():.2g}, rounding {self.rounding[-1]:.1g})"
             )
         sink = self.setup["sink"]
-        own = "" if followers[sink] else " The sink token itself does not attend to the pair: u1 . u2 is not positive."
+        own = "" if attends[sink] or not attends.any() else " x_s itself does not attend to the pair: that takes u1 . u2 > 0."
         return (
             f"{in_words(self.conditions)} At activation {a:.3g}, {told}.{own} The outputs "
             f"{'agree' if self.equal else 'differ'}: by {self.output_difference[-1]:.2g} (bound "
@@ -101,12 +102,12 @@ class CorollaryReport:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an activation and token: the difference, also as a share of a, its limit and the distance from it."""
-        n_tokens = len(self.follows)
+        n_tokens = len(self.attends)
         return pd.DataFrame(
             {
                 "activation": np.repeat(self.activations, n_tokens),
                 "token": np.tile(np.arange(n_tokens), len(self.activations)),
-                "follows": np.tile(self.follows, len(self.activations)),
+                "attends": np.tile(self.attends, len(self.activations)),
                 "difference": self.difference.ravel(),
                 "relative_difference": (self.difference / self.activations[:, None]).ravel(),
                 "limit": np.repeat(self.limit, n_tokens),
@@ -166,9 +167,9 @@ def verify_corollary(model: TwoBlockModel, activations: Sequence[float] = ACTIVA
     a = torch.from_numpy(grid)
     stream, bare = model.after_block1(a), model.without_register(a)
     pair = (a * model.firing[model.sink])[:, None] * model.v2
-    pattern, _, beside = attention_beside(model.scores(stream), model.sink)
+    pattern, beside_now, beside = attention_beside(model.scores(stream), model.sink)
     keys = torch.cat([bare, pair[:, None]], 1)
-    biased, _, beside_pair = attention_beside(bare @ keys.mT * model.scale, model.n + 1)
+    biased, beside_pair_now, beside_pair = attention_beside(bare @ keys.mT * model.scale, model.n + 1)
     update, update_biased = pattern @ stream, biased @ keys
     c_s = bare[:, model.sink]
 
@@ -186,9 +187,8 @@ def verify_corollary(model: TwoBlockModel, activations: Sequence[float] = ACTIVA
         for name, W in (("seen_by_mlp", model.W_in2), ("seen_by_head", model.W_head))
     }
     output_bound, output_off = output_moves(model, cls, **seen, longest=2 * longest)
-    last = stream[-1] @ model.v2, bare[-1] @ model.v2
     found = {
-        "follows": torch.minimum(*last) > TOLERANCE * longest[-1] / grid[-1],
+        "attends": torch.maximum(beside_now[-1], beside_pair_now[-1]) <= 1 - SINK,
         "difference": (update - update_biased).norm(dim=-1),
         "limit": c_s.norm(dim=-1),
         "from_limit": (update - update_biased - c_s[:, None]).norm(dim=-1),

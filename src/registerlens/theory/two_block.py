@@ -128,6 +128,11 @@ class TwoBlockModel:
         written = self.act(self.tokens @ self.W_in1[:, others]) @ self.W_out1[others]
         return written / (self.reference * self._u2_given)
 
+    @cached_property
+    def growth(self) -> Float[Tensor, "token d_model"]:
+        """What grows, per unit of activation: the stream after block 1 is rest + activation growth."""
+        return self.competing + self.firing[:, None] * self.v2
+
     @property
     def _u2_given(self) -> Tensor:
         return self.W_out1[REGISTER].norm()
@@ -170,13 +175,13 @@ class TwoBlockModel:
         d_out: int = 5,
         rank: int | None = None,
         phi: Activation = "gelu",
+        others_fire: float = 0.5,
         broken: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> TwoBlockModel:
         """A random model for which every condition holds, but for those that are broken on purpose.
 
-        u1 and u2 lie in a random plane, 60 to 120 degrees apart. Other tokens fire the register neuron by up to half
-        of what x_s does, and every other neuron is at work on them.
+        u1 and u2 lie in a random plane, 60 to 120 degrees apart. Every other neuron is at work on the other tokens.
 
         Args:
             n: patches, x_s among them.
@@ -185,6 +190,7 @@ class TwoBlockModel:
             d_out: outputs of the head.
             rank: of W_in2 and W_head at most; default half of d_model.
             phi: the nonlinearity of both MLPs.
+            others_fire: other tokens' pre-activations of the register neuron are 0 to this share of x_s's, below 1.
             broken: by condition (the keys of CONDITIONS), by how much, above 0:
                 the four kernels: relative residual |W^T u| / (sigma_max |u|), below 1, less if two are broken at once;
                 dominance: length of another row, which fires at x_s and grows with u2, over |u2|;
@@ -205,7 +211,7 @@ class TwoBlockModel:
         """
         broken = dict(broken or {})
         rank = max(1, d_model // 2) if rank is None else rank
-        _check_options(n, d_model, d_mlp, d_out, rank, broken)
+        _check_options(n, d_model, d_mlp, d_out, rank, others_fire, broken)
         draw = _Draw(seed)
         basis = torch.linalg.qr(draw.normal(d_model, d_model)).Q
         u1_hat, visible = basis[:, 0], basis[:, 2:]
@@ -221,7 +227,7 @@ class TwoBlockModel:
         W_out1 = torch.cat([v2[None], 0.5 * draw.normal(d_mlp - 1, d_model) / math.sqrt(d_mlp)])
         others = visible @ draw.normal(d_model - 2, n)
         writes = ACTIVATIONS[phi](others.T @ W_in1[:, 1:]) @ W_out1[1:]
-        fires = 0.5 * draw.uniform(n) * (0.0 if "query_key" in broken else 1.0)
+        fires = others_fire * draw.uniform(n) * (0.0 if "query_key" in broken else 1.0)
         if "alone" in broken:
             fires[-1] = 1 + broken["alone"]
         towards = torch.full((n,), -broken["query_key"]).double() if "query_key" in broken else 0.5 + draw.uniform(n)
@@ -304,7 +310,9 @@ def _turned(
     return W + S[0] * torch.outer(change, reads)
 
 
-def _check_options(n: int, d_model: int, d_mlp: int, d_out: int, rank: int, broken: dict[str, float]) -> None:
+def _check_options(
+    n: int, d_model: int, d_mlp: int, d_out: int, rank: int, others_fire: float, broken: dict[str, float]
+) -> None:
     least = {
         "n": (n, 2 if "alone" in broken else 1),
         "d_model": (d_model, 3),
@@ -315,6 +323,8 @@ def _check_options(n: int, d_model: int, d_mlp: int, d_out: int, rank: int, brok
     for name, (value, bound) in least.items():
         if value < bound:
             raise ConfigError(f"{name} must be at least {bound} here, got {value}.")
+    if not 0 <= others_fire < 1:
+        raise ConfigError(f"others_fire must be at least 0 and below 1, got {others_fire}.")
     for name, amount in broken.items():
         if name not in CONDITIONS:
             raise ConfigError(
