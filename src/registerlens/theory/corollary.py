@@ -1,18 +1,18 @@
 """Corollary 1 on the exact model: the register neuron against an explicit attention bias (k', v') = (a_s v2, a_s v2).
 
-With the neuron, token i's update is D_i = sum over j of p_ij x'_j. Without it, the stream is c = x' - a firing v2, and the
-bias adds one more key and value: D'_i = sum over j of p'_ij c_j + p'_i a_s v2, with softmax over the n + 2 keys. As
-x'_s = c_s + a_s v2,
+With the neuron, token i's update is D_i = sum over j of p_ij x'_j. Without it, the stream is c = x' - a firing v2, and
+the bias adds one more key and value: D'_i = sum over j of p'_ij c_j + p'_i a_s v2, with softmax over the n + 2 keys.
+As x'_s = c_s + a_s v2, and shares of attention sum to one,
 
-    D_i  = x'_s   + sum over j != s of p_ij (x'_j - x'_s),     so |D_i - x'_s|   <= m_i  max over j != s of |x'_j - x'_s|,
-    D'_i = a_s v2 + sum over j of p'_ij (c_j - a_s v2),        so |D'_i - a_s v2| <= m'_i max over j of |c_j - a_s v2|,
+    D_i  = x'_s   + sum over j != s of p_ij (x'_j - x'_s),   so |D_i - x'_s|    <= m_i  max over j of |x'_j - x'_s|,
+    D'_i = a_s v2 + sum over j of p'_ij (c_j - a_s v2),      so |D'_i - a_s v2| <= m'_i max over j of |c_j - a_s v2|,
 
-where m_i and m'_i bound the attention beside the sink and beside the pair (1 / (1 + exp(gap) / number of other keys)).
-So the difference D_i - D'_i tends to c_s, exactly: beta u1 if x_s is aligned and no other neuron writes there. It does not
-vanish, as the paper's "+ a_s v2" suggests; it is |x_s| / a of the update, and the MLP and the head do not see it.
+where m_i and m'_i bound the attention beside the sink and beside the pair: 1 / (1 + exp(gap) / number of other keys).
+So the difference D_i - D'_i tends to c_s, exactly: beta u1 if x_s is aligned and no other neuron writes there. It does
+not vanish, as the paper's "+ a_s v2" suggests; but it is |x_s| / a of the update, and neither MLP nor head sees it.
 
-The limit asks two things of a token: x'_i . v2 > 0, so that it attends to x_s, and c_i . v2 > 0, so that it attends to the
-pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not ask for.
+The limit asks two things of a token: x'_i . v2 > 0, so that it attends to x_s, and c_i . v2 > 0, so that it attends to
+the pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not ask for.
 """
 
 from __future__ import annotations
@@ -93,7 +93,11 @@ class CorollaryReport:
                 f"{self.from_limit_bound[-1][attends].max():.2g}, rounding {self.rounding[-1]:.1g})"
             )
         sink = self.setup["sink"]
-        own = "" if attends[sink] or not attends.any() else " x_s itself does not attend to the pair: that takes u1 . u2 > 0."
+        own = (
+            ""
+            if attends[sink] or not attends.any()
+            else " x_s itself does not attend to the pair: that takes u1 . u2 > 0."
+        )
         return (
             f"{in_words(self.conditions)} At activation {a:.3g}, {told}.{own} The outputs "
             f"{'agree' if self.equal else 'differ'}: by {self.output_difference[-1]:.2g} (bound "

@@ -1,19 +1,22 @@
 """The proposition beyond identity matrices: arbitrary W_Q, W_K, W_V, W_O, several heads, with or without pre-LayerNorm.
 
-Stream x'(a) = c + a g as in `two_block`; with LayerNorm every reader (attention, MLP, head) reads z = N(x'), without it
-z = x'. Head h has scores s_ij = z_i A z_j, A = W_Q W_K^T / sqrt(d_head), and adds sum over j of p_ij z_j V, V = W_V W_O.
+Stream x'(a) = c + a g as in `two_block`; with LayerNorm every reader (attention, MLP, head) reads z = N(x'), without
+it z = x'. Head h has scores s_ij = z_i A z_j with A = W_Q W_K^T / sqrt(d_head), and adds sum over j of p_ij z_j V with
+V = W_V W_O.
 
 1. The LayerNorm limit. With P the centring, N(y) = sqrt(d) w * Py / |Y| + b where Y = (Py, sqrt(d eps)) has one more
-   entry. For token j, let g_j be its growth; N(c_j + a g_j) tends to N_oo(g_j) = sqrt(d) w * Pg_j / |Pg_j| + b, provided
-   that Pg_j != 0 (LayerNorm does not see a multiple of the all-ones vector). For vectors Y, Z of a Hilbert space
-   |Y/|Y| - Z/|Z|| <= 2 |Y - Z| / (|Y| + |Z|) (Dunkl and Williams 1964). With Y = (P(c + a g), sqrt(d eps)), Z = (a Pg, 0):
+   entry. For token j, let g_j be its growth; N(c_j + a g_j) tends to N_oo(g_j) = sqrt(d) w * Pg_j / |Pg_j| + b, if
+   Pg_j != 0 (LayerNorm does not see a multiple of the all-ones vector). For vectors Y, Z of a Hilbert space
+   |Y/|Y| - Z/|Z|| <= 2 |Y - Z| / (|Y| + |Z|) (Dunkl and Williams 1964). With Y = (P(c + a g), sqrt(d eps)) and
+   Z = (a Pg, 0):
 
        |N(c + a g) - N_oo(g)| <= sqrt(d) max|w| 2 sqrt(|Pc|^2 + d eps) / (|Y| + a |Pg|) =: r_j(a) = O(1 / a).
 
    So the key of a token that the register neuron dominates tends to N_oo(v2) W_K, at the rate 1 / a.
 
-2. The sink. Scores therefore stay bounded, and every share of attention has a limit below 1: x_s is the favourite of query
-   i in head h, for all large a, if s_oo_is = N_oo,i A N_oo(v2) is above every other s_oo_ij, and is not if it is below one.
+2. The sink. Scores therefore stay bounded, and every share of attention has a limit below 1: x_s is the favourite of
+   query i in head h, for all large a, if s_oo_is = z_oo_i A N_oo(v2) is above every other s_oo_ij, and is not if it is
+   below one (z_oo_j: the limit of z_j, which is z_j itself for a token that does not grow).
    With |s_ij - s_oo_ij| <= r_i |A z_oo_j| + r_j |z_oo_i A| + r_i r_j sigma_max(A) =: e_ij, the log-odds of s move by at
    most e_is + max over j != s of e_ij, and a logistic function has slope at most 1/4: |p - p_oo| <= that sum / 4.
    A token that fires as weakly as one pleases has the same limit key: LayerNorm forgets by how much it fired.
@@ -27,8 +30,8 @@ z = x'. Head h has scores s_ij = z_i A z_j, A = W_Q W_K^T / sqrt(d_head), and ad
    whatever W_in2 and W_head read: u2 in the kernel of V is enough (without LayerNorm: and u1). Without LayerNorm the
    kernel may also be the readers': then R z_s V = 0, and the bound is that of `proposition`, summed over heads.
 
-4. The output with LayerNorm. N is sqrt(d) max|w| 2 / (|Y| + |Y'|)-Lipschitz between y and y' (the same inequality), at most
-   l(y) = 2 sqrt(d) max|w| / |Y|. So with |D| <= sum over heads, y = x + MLP(N x), y' the same for x + D:
+4. The output with LayerNorm. By the same inequality |N(y') - N(y)| <= l(y) |y' - y|, l(y) = 2 sqrt(d) max|w| / |Y|.
+   So with |D| at most the sum over heads, y = x + MLP(N(x)), and y' the same for x + D in x's place:
    |y' - y| <= |D| (1 + L sigma(W_in2) sigma(W_out2) l(x)) and |output' - output| <= sigma(W_head) l(y) |y' - y|.
    A kernel of the readers does not help here: D changes the length of x, and LayerNorm rescales all of it.
 """
@@ -53,8 +56,8 @@ class LayerNorm:
 
     Example:
         >>> norm = LayerNorm(w=torch.ones(4).double(), b=torch.zeros(4).double())
-        >>> norm.limit(torch.tensor([1.0, -1.0, 0.0, 0.0]).double()).tolist()
-        [1.4142135623730951, -1.4142135623730951, 0.0, 0.0]
+        >>> norm.limit(torch.tensor([1.0, -1.0, 1.0, -1.0]).double()).tolist()
+        [1.0, -1.0, 1.0, -1.0]
     """
 
     w: Float[Tensor, " d_model"]
@@ -65,7 +68,11 @@ class LayerNorm:
     """Added to the variance."""
 
     def __post_init__(self) -> None:
+        if self.w.shape != self.b.shape:
+            raise ShapeError(f"LayerNorm's w and b must be alike, got {list(self.w.shape)} and {list(self.b.shape)}.")
         for name, value in (("w", self.w), ("b", self.b)):
+            if value.dtype != torch.float64:
+                raise ConfigError(f"LayerNorm's {name} is {value.dtype}; the exact model is computed in torch.float64.")
             if not value.isfinite().all():
                 raise NonFiniteError(f"LayerNorm's {name} has NaN or infinite entries.")
         if not self.w.any():
@@ -186,7 +193,7 @@ class GeneralModel:
         seen_by_mlp: Float[Tensor, " activation"],
         seen_by_head: Float[Tensor, " activation"],
     ) -> Float[Tensor, " activation"]:
-        """The most by which the output moves for something added to [CLS], of which lengths are given (point 3 or 4)."""
+        """The most by which the output moves for something added to [CLS], given its lengths (points 3 and 4)."""
         base = self.base
         before = self.read(cls) @ base.W_in2
         if self.norm is None:
@@ -213,12 +220,12 @@ class GeneralModel:
 
         Args:
             base: the two-block model.
-            seeks: one number a head: what every query's match with the sink's key gets on top of chance. Without
-                LayerNorm this is all of it, times the query's inner product with v2, so that its sign decides.
+            seeks: one number a head: the inner product of a query with x_s's limit key, times the query's share of v2
+                (without LayerNorm) or of LayerNorm's b. Positive: the head seeks x_s, negative: it avoids it.
             d_head: width of a head.
-            norm: the LayerNorm. Its shift b is what the queries' seeking rests on.
-            value_kernel: whether values do not see the sink: the limit of z_s (without LayerNorm: u1 and u2) lies in the
-                kernel of W_V W_O.
+            norm: the LayerNorm.
+            value_kernel: whether values do not see the sink: the limit of z_s (without LayerNorm: u1 and u2) lies in
+                the kernel of W_V W_O.
             seed: equal seeds give equal models.
 
         Example:
@@ -238,17 +245,17 @@ class GeneralModel:
             key, anchor = norm.limit(base.v2), norm.b if norm.b.any() else torch.ones_like(norm.b)
             hidden = key[:, None]
         onto_hidden = hidden @ torch.linalg.pinv(hidden)
-        W_Q, W_K, W_V, W_O = [], [], [], []
+        made: dict[str, list[Tensor]] = {name: [] for name in ("W_Q", "W_K", "W_V", "W_O")}
         for strength in seeks:
             match = normal(d_head)
             match = match / match.norm()
             keys, queries, values = (normal(d_model, d_head) / d_model**0.5 for _ in range(3))
-            # key W_K = match, and queries read the anchor with this strength along match.
-            W_K.append(keys + torch.outer(key, match - key @ keys) / key.square().sum())
+            # Along match, keys hold the share of the sink's limit key alone, and queries that of the anchor: z_s W_K
+            # tends to match.
+            queries, keys = (W - torch.outer(W @ match, match) for W in (queries, keys))
+            made["W_K"].append(keys + torch.outer(key, match - key @ keys) / key.square().sum())
             along = torch.outer(anchor, match) * (strength / anchor.square().sum())
-            W_Q.append(queries - (queries @ match)[:, None] * match * (norm is None) + along)
-            W_V.append(values - onto_hidden @ values if value_kernel else values)
-            W_O.append(normal(d_head, d_model) / d_head**0.5)
-        stacked = {name: torch.stack(value) for name, value in zip(("W_Q", "W_K", "W_V", "W_O"), (W_Q, W_K, W_V, W_O))}
-        return cls(base=base, norm=norm, **stacked)
-
+            made["W_Q"].append(queries + along)
+            made["W_V"].append(values - onto_hidden @ values if value_kernel else values)
+            made["W_O"].append(normal(d_head, d_model) / d_head**0.5)
+        return cls(base=base, norm=norm, **{name: torch.stack(heads) for name, heads in made.items()})

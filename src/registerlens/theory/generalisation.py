@@ -26,7 +26,7 @@ from registerlens.theory.conditions import Condition, check_conditions
 from registerlens.theory.general import GeneralModel, LayerNorm
 from registerlens.theory.proposition import NO_OP, setup_of
 from registerlens.theory.records import load_record, save_record
-from registerlens.theory.two_block import CLS, TwoBlockModel
+from registerlens.theory.two_block import CLS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -100,15 +100,15 @@ class GeneralReport:
         else:
             sought = int((self.limit_gap[:, CLS] > 0).sum())
             limit = (
-                f" LayerNorm leaves x_s's key {self.key_distance[-1]:.2g} from its limit (bound {self.key_bound[-1]:.2g}), "
-                f"where x_s is [CLS]'s favourite in {sought} of {heads} heads, with at most "
+                f" LayerNorm leaves x_s's key {self.key_distance[-1]:.2g} from its limit (bound "
+                f"{self.key_bound[-1]:.2g}), where x_s is [CLS]'s favourite in {sought} of {heads} heads, with at most "
                 f"{self.limit_sink[:, CLS].max():.3g} of its attention."
             )
         return (
             f"At activation {a:.3g}, [CLS] gives x_s {cls.min():.3g} to {cls.max():.3g} of its attention in {heads} "
             f"heads.{limit} x_s brings [CLS] a vector of length {self.brought[-1]:.2g} (bound "
-            f"{self.brought_bound[-1]:.2g}); attention is {'a no-op' if self.no_op else 'no no-op'}: the output moves by "
-            f"{self.deviation[-1]:.2g} (bound {self.deviation_bound[-1]:.2g}) of {self.output_norm[-1]:.3g}."
+            f"{self.brought_bound[-1]:.2g}); attention is {'a no-op' if self.no_op else 'no no-op'}: the output moves "
+            f"by {self.deviation[-1]:.2g} (bound {self.deviation_bound[-1]:.2g}) of {self.output_norm[-1]:.3g}."
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -148,6 +148,7 @@ class GeneralReport:
 
         Example:
             >>> import tempfile
+            >>> from registerlens.theory.two_block import TwoBlockModel
             >>> report = verify_generalisation(GeneralModel.build(TwoBlockModel.build()))
             >>> GeneralReport.load(report.save(tempfile.mkdtemp())).limit_sink is None
             True
@@ -168,12 +169,13 @@ def verify_generalisation(model: GeneralModel, activations: Sequence[float] = AC
     Source: extends Jiang et al. 2025, Proposition 1; stated and proved in `registerlens.theory.general`.
 
     Example:
+        >>> from registerlens.theory.two_block import TwoBlockModel
         >>> base = TwoBlockModel.build(others_fire=0, broken={"u2_head": 0.5})
         >>> report = verify_generalisation(GeneralModel.build(base))  # values that do not see u1 and u2
         >>> report.no_op, report.within_bounds
         (True, True)
         >>> norm = LayerNorm(w=torch.ones(16).double(), b=torch.ones(16).double())
-        >>> report = verify_generalisation(GeneralModel.build(base, seeks=[6.0, -6.0], norm=norm))
+        >>> report = verify_generalisation(GeneralModel.build(base, seeks=[30.0, -30.0], norm=norm))
         >>> (report.limit_gap[:, 0] > 0).tolist(), report.within_bounds
         ([True, False], True)
     """

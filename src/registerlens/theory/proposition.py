@@ -1,14 +1,15 @@
 """Proposition 1 on the exact model: an attention sink that is a no-op, at every activation with its bounds.
 
-Write x' for the stream after block 1, a for the register activation, D for what attention adds to [CLS], p for the share
-of [CLS]'s attention that the sink s draws. Out of D = p x'_s + sum over j != s of p_j x'_j the rest of the model reads
-W_in2^T D and W_head^T D only. Let, for either matrix W,
+Write x' for the stream after block 1, a for the register activation, D for what attention adds to [CLS], p for the
+share of [CLS]'s attention that the sink s draws. Out of D = p x'_s + sum over j != s of p_j x'_j the rest of the model
+reads W_in2^T D and W_head^T D only. Let, for either matrix W,
 
     M_W   = max over j != s of |W^T x'_j|                        what ordinary tokens would bring in
     rho_W = |beta| |W^T u1| + |a_s| |W^T v2| + |W^T e_s|          kernel residuals; x'_s = beta u1 + a_s v2 + e_s
 
-where beta is x_s's coefficient along u1, a_s the register neuron's write at x_s (a, if x_s is aligned), and e_s all else:
-what other neurons write there, and what of x_s is not along u1. As p <= 1 and 1 - p <= m = 1 / (1 + exp(gap) / n),
+where beta is x_s's coefficient along u1, a_s the register neuron's write at x_s (a, if x_s is aligned), and e_s all
+else: what other neurons write there, and what of x_s is not along u1. As p <= 1 and 1 - p <= m with
+m = 1 / (1 + exp(gap) / n), where the gap is the smallest difference of the sink's score to another,
 
     |W^T D| <= p rho_W + (1 - p) M_W <= rho_W + m M_W =: B_W.
 
@@ -18,9 +19,9 @@ ReLU, GELU and its kin L does not depend on R). Hence
 
     deviation <= B_head + L sigma_max(W_out2 W_head) B_in.
 
-If all conditions hold, rho = 0 and M is fixed along v2's kernel, and the gap of every query grows at least linearly in a
-(q . (x'_s - x'_j) = (1 - firing_j) a q . v2 + O(1) for a query that does not fire, quadratic for one that does): both
-the attention elsewhere and the deviation fall as exp(-const a).
+If all conditions hold, rho = 0, M does not depend on a (what grows along v2 is in the kernels), and the gap of every
+query grows at least linearly in a: q . (x'_s - x'_j) = (1 - firing_j) a q . v2 + O(1) for a query that does not fire,
+and as a^2 for one that does. So the attention elsewhere and the deviation fall at least as fast as exp(-const a).
 """
 
 from __future__ import annotations

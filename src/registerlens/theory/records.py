@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from registerlens.files import read_json, read_tensors, whole_file, write_json
 from registerlens.theory.conditions import Condition
 
 Record = TypeVar("Record")
+"""A report: a dataclass with `setup`, `conditions` and arrays."""
 
 
 def save_record(record: Any, folder: str | Path, name: str, more: dict[str, Any]) -> Path:
@@ -30,7 +32,7 @@ def save_record(record: Any, folder: str | Path, name: str, more: dict[str, Any]
     return folder
 
 
-def load_record(kind: type[Record], folder: str | Path, name: str) -> Record:
+def load_record(kind: Callable[..., Record], folder: str | Path, name: str) -> Record:
     """Read what `save_record` wrote.
 
     Raises:

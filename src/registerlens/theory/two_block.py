@@ -1,9 +1,9 @@
-"""The paper's exact model of two blocks, as data: built from a seed so that every condition holds, or chosen ones do not.
+"""The paper's exact model of two blocks, as data: built from a seed so that every condition holds, or chosen ones fail.
 
-Block 1 is its MLP alone, block 2 attention and MLP; no norms, no biases, one head, W_Q = W_K = W_V = W_O = I; the output
-is a linear head on [CLS] (Jiang et al. 2025, section 6). `activation` below always means a = phi(|x_s| |u1|) |u2|: what
-the register neuron writes at a token of x_s's length that is aligned with u1. It grows because |u2| does, everything
-else staying as it is, so that the stream after block 1 is affine in it: x'(a) = rest + a (competing + firing v2).
+Block 1 is its MLP alone, block 2 attention and MLP; no norms, no biases, one head, W_Q = W_K = W_V = W_O = I; the
+output is a linear head on [CLS] (Jiang et al. 2025, section 6). `activation` below always means the length
+a = phi(|x_s| |u1|) |u2|: what the register neuron writes at a token of x_s's length that is aligned with u1. It grows
+because |u2| does, all else being the same, so that the stream after block 1 is affine in it: x'(a) = rest + a growth.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from registerlens.config import Activation
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError, close_matches
 from registerlens.model.parts import ACTIVATIONS
+from registerlens.theory.draw import Draw, turned_towards, with_products
 
 CLS = 0
 """The place of [CLS] among the tokens."""
@@ -212,102 +213,54 @@ class TwoBlockModel:
         broken = dict(broken or {})
         rank = max(1, d_model // 2) if rank is None else rank
         _check_options(n, d_model, d_mlp, d_out, rank, others_fire, broken)
-        draw = _Draw(seed)
+        draw, act = Draw(seed), ACTIVATIONS[phi]
         basis = torch.linalg.qr(draw.normal(d_model, d_model)).Q
-        u1_hat, visible = basis[:, 0], basis[:, 2:]
+        visible = basis[:, 2:]
         angle = math.radians(60) + math.radians(60) * draw.uniform()
-        v2 = angle.cos() * u1_hat + angle.sin() * basis[:, 1]
-        plane = torch.stack([u1_hat, v2])
-        u1 = u1_hat * (0.5 + draw.uniform())
+        plane = torch.stack([basis[:, 0], angle.cos() * basis[:, 0] + angle.sin() * basis[:, 1]])  # of u1 and v2
+        u1 = (0.5 + draw.uniform()) * plane[0]
         length = (1 + 2 * draw.uniform()) / u1.norm()  # of x_s: the pre-activation is 1 to 3
-        seen = _unit(visible @ draw.normal(d_model - 2))  # a direction that the MLP and the head both read
+        seen = visible @ draw.normal(d_model - 2)
+        seen = seen / seen.norm()  # a direction that the MLP and the head both read
 
         # Other neurons read what is visible, not the plane: they are silent at u1.
         W_in1 = torch.cat([u1[:, None], visible @ draw.normal(d_model - 2, d_mlp - 1) / math.sqrt(d_model)], 1)
-        W_out1 = torch.cat([v2[None], 0.5 * draw.normal(d_mlp - 1, d_model) / math.sqrt(d_mlp)])
-        others = visible @ draw.normal(d_model - 2, n)
-        writes = ACTIVATIONS[phi](others.T @ W_in1[:, 1:]) @ W_out1[1:]
+        W_out1 = torch.cat([plane[1:], 0.5 * draw.normal(d_mlp - 1, d_model) / math.sqrt(d_mlp)])
+        others = (visible @ draw.normal(d_model - 2, n)).T
+        writes = act(others @ W_in1[:, 1:]) @ W_out1[1:]
         fires = others_fire * draw.uniform(n) * (0.0 if "query_key" in broken else 1.0)
         if "alone" in broken:
             fires[-1] = 1 + broken["alone"]
-        towards = torch.full((n,), -broken["query_key"]).double() if "query_key" in broken else 0.5 + draw.uniform(n)
+        seeks = torch.full_like(fires, -broken["query_key"]) if "query_key" in broken else 0.5 + draw.uniform(n)
         # In the plane: x . u1 makes it fire, and q . v2, what other neurons write included, makes it seek v2.
-        targets = torch.stack([fires * length, towards - writes @ v2])
-        others = others.T + (_with_products(plane, targets)).T
-
-        sink = 1 + int(draw.uniform() * n)
+        others = others + with_products(plane, torch.stack([fires * length, seeks - writes @ plane[1]])).T
         cosine = 1 - broken.get("alignment", 0.0)
-        x_s = length * (cosine * u1_hat + math.sqrt(max(0.0, 1 - cosine**2)) * seen)
-        grows = torch.zeros(d_mlp, dtype=torch.bool)
-        grows[REGISTER] = True
+        x_s = length * (cosine * plane[0] + math.sqrt(max(0.0, 1 - cosine**2)) * seen)
+        sink = 1 + int(draw.uniform() * n)
+
+        grows = torch.arange(d_mlp) == REGISTER
         for neuron, name in enumerate([name for name in ("dominance", "silence") if name in broken], start=1):
-            # A second neuron that reads u1 as the register neuron does, so that both fire alike.
+            # Another neuron that reads u1 as the register neuron does, so that both fire alike.
             grows[neuron] = name == "dominance"
-            unit = torch.tensor(1.0) if grows[neuron] else length / ACTIVATIONS[phi](length * u1.norm())
+            unit = 1.0 if grows[neuron] else length / act(length * u1.norm())
             W_in1[:, neuron], W_out1[neuron] = u1, broken[name] * unit * seen
-        W_in2, W_head = (
-            _turned(
-                visible @ draw.normal(d_model - 2, rank) @ draw.normal(rank, width) / math.sqrt(d_model * rank),
-                plane,
-                [broken.get(f"{u}_{reader}", 0.0) for u in ("u1", "u2")],
-            )
-            for reader, width in (("mlp", d_mlp), ("head", d_out))
-        )
+
+        def low_rank(reader: str, width: int) -> Tensor:
+            W = visible @ draw.normal(d_model - 2, rank) @ draw.normal(rank, width) / math.sqrt(d_model * rank)
+            return turned_towards(W, plane, [broken.get(f"{u}_{reader}", 0.0) for u in ("u1", "u2")])
+
         return cls(
             tokens=torch.cat([others[:sink], x_s[None], others[sink:]]),
             sink=sink,
             W_in1=W_in1,
             W_out1=W_out1,
             grows=grows,
-            W_in2=W_in2,
+            W_in2=low_rank("mlp", d_mlp),
             W_out2=draw.normal(d_mlp, d_model) / math.sqrt(d_mlp),
-            W_head=W_head,
+            W_head=low_rank("head", d_out),
             phi=phi,
             seed=seed,
         )
-
-
-class _Draw:
-    """Seeded float64 numbers."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
-
-
-def _unit(x: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    return x / x.norm()
-
-
-def _with_products(
-    directions: Float[Tensor, "direction d_model"], products: Float[Tensor, "direction vector"]
-) -> Float[Tensor, "d_model vector"]:
-    """The shortest vectors whose inner products with these directions are those."""
-    return directions.T @ torch.linalg.solve(directions @ directions.T, products)
-
-
-def _turned(
-    W: Float[Tensor, "d_model width"], plane: Float[Tensor, "2 d_model"], residuals: list[float]
-) -> Float[Tensor, "d_model width"]:
-    """W, whose kernel contains the plane, with its top left singular vector turned towards the plane.
-
-    The singular values stay, so that the relative residuals |W^T u| / (sigma_max |u|) come out exactly as asked.
-    """
-    towards = _with_products(plane, torch.tensor(residuals, dtype=W.dtype)[:, None])[:, 0]
-    if not towards.norm() < 1:
-        raise ConfigError(
-            f"Kernel residuals {residuals} of u1 and u2 in one matrix are more than a direction can have. Lower them."
-        )
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    # The sign is free. This one excites neurons: what only silences them, they would hide again.
-    top, reads = (U[:, 0], Vh[0]) if Vh[0].sum() > 0 else (-U[:, 0], -Vh[0])
-    change = (1 - towards.norm() ** 2).sqrt() * top + towards - top
-    return W + S[0] * torch.outer(change, reads)
 
 
 def _check_options(
