@@ -13,6 +13,8 @@ from torch import Tensor
 from registerlens.config import Activation
 from registerlens.errors import ConfigError
 
+Activations = Sequence[int | float] | Float[np.ndarray, " activation"]
+"""Register activations as a caller gives them."""
 ACTIVATION_GRID: tuple[float, ...] = tuple(10.0 ** (i / 8) for i in range(33))
 """The register activations looked at by default: 1 to 10,000, eight a decade."""
 
@@ -72,7 +74,7 @@ def exceeds(measured: Float[np.ndarray, "*rest"], bound: Float[np.ndarray, "*res
     return measured > bound * (1 + SLACK) + np.finfo(float).tiny
 
 
-def rounding(*matrices: Float[Tensor, "row column"]) -> float:
+def rounding(*matrices: Float[Tensor, "_ _"]) -> float:
     """How far float64 can be off after a vector of length one went through these matrices in turn.
 
     A product with a matrix W adds at most (rows of W) eps |W|_F times the length that enters (Higham 2002, section
@@ -82,7 +84,7 @@ def rounding(*matrices: Float[Tensor, "row column"]) -> float:
     return 8 * sum(len(matrix) for matrix in matrices) * torch.finfo(torch.float64).eps * growth
 
 
-def checked_activations(activations: Sequence[float]) -> Float[np.ndarray, " activation"]:
+def checked_activations(activations: Activations) -> Float[np.ndarray, " activation"]:
     """The activations as an array.
 
     Raises:
@@ -92,7 +94,7 @@ def checked_activations(activations: Sequence[float]) -> Float[np.ndarray, " act
         >>> checked_activations([1, 10])
         array([ 1., 10.])
     """
-    values = np.asarray(activations, dtype=float)
+    values = np.array(activations, dtype=float)  # a copy, which the report keeps
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or not (values > 0).all():
         raise ConfigError(f"activations must be positive, finite numbers, at least one; got {activations!r}.")
     if (np.diff(values) <= 0).any():

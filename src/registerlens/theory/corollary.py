@@ -17,7 +17,6 @@ the pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from registerlens.theory.bounds import ACTIVATION_GRID, attention_beside, checked_activations, spectral
+from registerlens.theory.bounds import ACTIVATION_GRID, Activations, attention_beside, checked_activations, spectral
 from registerlens.theory.conditions import Condition, check_conditions, in_words
 from registerlens.theory.proposition import NO_OP, SINK, output_moves, setup_of
 from registerlens.theory.records import load_record, save_record
@@ -146,7 +145,7 @@ class CorollaryReport:
         return load_record(cls, folder, "corollary")
 
 
-def verify_corollary(model: TwoBlockModel, activations: Sequence[float] = ACTIVATION_GRID) -> CorollaryReport:
+def verify_corollary(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> CorollaryReport:
     """Replace the register neuron by an explicit key and value a_s v2, and compare every token's attention update.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from registerlens.theory.bounds import (
     ACTIVATION_GRID,
+    Activations,
     attention_beside,
     checked_activations,
     exceeds,
@@ -156,7 +156,7 @@ class GeneralReport:
         return load_record(cls, folder, "generalisation")
 
 
-def verify_generalisation(model: GeneralModel, activations: Sequence[float] = ACTIVATION_GRID) -> GeneralReport:
+def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVATION_GRID) -> GeneralReport:
     """Let the register activation grow in a model with any attention, with or without LayerNorm.
 
     Args:
@@ -170,7 +170,7 @@ def verify_generalisation(model: GeneralModel, activations: Sequence[float] = AC
 
     Example:
         >>> from registerlens.theory.two_block import TwoBlockModel
-        >>> base = TwoBlockModel.build(others_fire=0, broken={"u2_head": 0.5})
+        >>> base = TwoBlockModel.build(others_fire=0.0, broken={"u2_head": 0.5})
         >>> report = verify_generalisation(GeneralModel.build(base))  # values that do not see u1 and u2
         >>> report.no_op, report.within_bounds
         (True, True)

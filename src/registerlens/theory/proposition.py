@@ -26,7 +26,6 @@ and as a^2 for one that does. So the attention elsewhere and the deviation fall 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from registerlens.theory.bounds import (
     ACTIVATION_GRID,
+    Activations,
     attention_beside,
     checked_activations,
     exceeds,
@@ -164,7 +164,7 @@ class PropositionReport:
         return load_record(cls, folder, "proposition")
 
 
-def verify_proposition(model: TwoBlockModel, activations: Sequence[float] = ACTIVATION_GRID) -> PropositionReport:
+def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> PropositionReport:
     """Let the register activation grow, and compare sink and no-op with their closed-form bounds.
 
     The bounds hold whether or not the conditions do; only with all of them do they tend to zero. What fails with one
