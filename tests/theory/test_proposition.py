@@ -157,6 +157,15 @@ def test_a_token_that_fires_more_takes_the_sinks_place():
         assert verify_proposition(taken, GRID).sink
 
 
+@pytest.mark.parametrize("name", ["dominance", "silence"])
+def test_tokens_that_do_not_fire_seek_v2_beside_a_second_neuron_too(name):
+    for seed in range(15):
+        model = sized(seed, others_fire=0.0, broken={name: 0.5})
+        others = torch.arange(model.n + 1) != model.sink
+        assert (model.rest[others] @ model.v2).min() >= 0.5 - 1e-9
+        assert verify_proposition(model, GRID).broken == (name,), seed
+
+
 def test_several_broken_conditions_are_all_named():
     for broken in (
         {"u1_mlp": 0.3, "u2_mlp": 0.4},

@@ -167,8 +167,9 @@ class PropositionReport:
 def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> PropositionReport:
     """Let the register activation grow, and compare sink and no-op with their closed-form bounds.
 
-    The bounds hold whether or not the conditions do; only with all of them do they tend to zero. What fails with one
-    condition broken (`registerlens.theory.conditions.CONSEQUENCES`):
+    The bounds hold whether or not the conditions do; with all of them they tend to zero. The conditions are sufficient:
+    a neuron of block 2 that stays silent anyhow, say a dead ReLU, does not see what its weights read. What fails with
+    one condition broken (`registerlens.theory.conditions.CONSEQUENCES`):
 
     - u1 or u2 outside a kernel: x_s is a sink, but what it brings in is seen; with u2 the deviation grows like a;
     - no dominance: x_s tends to another direction than v2, and what the others write is seen;

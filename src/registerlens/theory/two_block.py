@@ -226,6 +226,13 @@ class TwoBlockModel:
         # Other neurons read what is visible, not the plane: they are silent at u1.
         W_in1 = torch.cat([u1[:, None], visible @ draw.normal(d_model - 2, d_mlp - 1) / math.sqrt(d_model)], 1)
         W_out1 = torch.cat([plane[1:], 0.5 * draw.normal(d_mlp - 1, d_model) / math.sqrt(d_mlp)])
+        grows = torch.arange(d_mlp) == REGISTER
+        for neuron, name in enumerate([name for name in ("dominance", "silence") if name in broken], start=1):
+            # Another neuron that reads u1 as the register neuron does, so that both fire alike.
+            grows[neuron] = name == "dominance"
+            unit = 1.0 if grows[neuron] else length / act(length * u1.norm())
+            W_in1[:, neuron], W_out1[neuron] = u1, broken[name] * unit * seen
+
         others = (visible @ draw.normal(d_model - 2, n)).T
         writes = act(others @ W_in1[:, 1:]) @ W_out1[1:]
         fires = others_fire * draw.uniform(n) * (0.0 if "query_key" in broken else 1.0)
@@ -237,13 +244,6 @@ class TwoBlockModel:
         cosine = 1 - broken.get("alignment", 0.0)
         x_s = length * (cosine * plane[0] + math.sqrt(max(0.0, 1 - cosine**2)) * seen)
         sink = 1 + int(draw.uniform() * n)
-
-        grows = torch.arange(d_mlp) == REGISTER
-        for neuron, name in enumerate([name for name in ("dominance", "silence") if name in broken], start=1):
-            # Another neuron that reads u1 as the register neuron does, so that both fire alike.
-            grows[neuron] = name == "dominance"
-            unit = 1.0 if grows[neuron] else length / act(length * u1.norm())
-            W_in1[:, neuron], W_out1[neuron] = u1, broken[name] * unit * seen
 
         def low_rank(reader: str, width: int) -> Tensor:
             W = visible @ draw.normal(d_model - 2, rank) @ draw.normal(rank, width) / math.sqrt(d_model * rank)
