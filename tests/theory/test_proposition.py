@@ -158,11 +158,11 @@ def test_a_token_that_fires_more_takes_the_sinks_place():
 
 
 @pytest.mark.parametrize("name", ["dominance", "silence"])
-def test_tokens_that_do_not_fire_seek_v2_beside_a_second_neuron_too(name):
-    for seed in range(15):
-        model = sized(seed, others_fire=0.0, broken={name: 0.5})
+def test_a_second_neuron_does_not_change_how_tokens_seek_v2(name):
+    for seed in range(8):
+        held, model = sized(seed, others_fire=0.0), sized(seed, others_fire=0.0, broken={name: 0.5})
         others = torch.arange(model.n + 1) != model.sink
-        assert (model.rest[others] @ model.v2).min() >= 0.5 - 1e-9
+        torch.testing.assert_close(model.rest[others] @ model.v2, held.rest[others] @ held.v2)
         assert verify_proposition(model, GRID).broken == (name,), seed
 
 
