@@ -212,6 +212,7 @@ def test_kernels_against_scipy(reader, weights):
     for seed in range(15):
         held = sized(seed)
         broken = sized(seed, broken={f"u1_{reader}": 0.3, f"u2_{reader}": 0.4})
+        assert float((getattr(broken, weights).T @ broken.v2).sum()) > 0  # it excites: ReLUs cannot hide it
         for model, expected in ((held, (0, 0)), (broken, (0.3, 0.4))):
             kernel = scipy.linalg.null_space(getattr(model, weights).numpy().T)
             assert kernel.shape[1] >= 1
