@@ -1,0 +1,69 @@
+"""Maps layer x head: what kinds of sinks a model has, and what editing or restricting attention changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from registerlens.analysis.sink_kinds import MECHANISMS, SinkKinds
+from registerlens.viz.theme import Mode, apply_theme
+
+_TITLES = {"nop": "NOP: switches the head off", "broadcast": "Broadcast: one message to all", "other": "Other sinks"}
+
+
+def sink_map(sinks: SinkKinds, threshold: float, mode: Mode = "light") -> go.Figure:
+    """Share of images in which a head has a sink, a panel for each kind.
+
+    Raises:
+        ConfigError: the sweep has no such threshold.
+
+    Source: Fesser et al. 2026 (2606.08105).
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> from registerlens.analysis.sink_kinds import classify_sinks
+        >>> found = classify_sinks(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
+        >>> [panel.name for panel in sink_map(found, 0.3).data]
+        ['nop', 'broadcast', 'other']
+    """
+    at = sinks.index(threshold)
+    details = np.stack([sinks.output_ratio[at], sinks.value_ratio[at], sinks.stable_rank[at], sinks.received], -1)
+    figure = make_subplots(
+        rows=1,
+        cols=len(MECHANISMS),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=[_TITLES[name] for name in MECHANISMS],
+    )
+    for column, (name, counts) in enumerate(zip(MECHANISMS, sinks.mechanisms[:, at], strict=True), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=counts / sinks.n_images,
+                customdata=details,
+                name=name,
+                coloraxis="coloraxis",
+                hovertemplate=(
+                    "block %{y}, head %{x}: %{z:.0%} of images<br>the sink draws %{customdata[3]:.2f} on average<br>"
+                    "it writes %{customdata[0]:.2f} x the others (values %{customdata[1]:.2f} x)<br>"
+                    "stable rank %{customdata[2]:.2f}<extra></extra>"
+                ),
+            ),
+            row=1,
+            col=column,
+        )
+    layers, heads = sinks.received.shape
+    figure.update_xaxes(title_text="head", tick0=0, dtick=max(1, heads // 6))
+    figure.update_yaxes(tick0=0, dtick=max(1, layers // 12), autorange="reversed")
+    figure.update_yaxes(title_text="block", row=1, col=1)
+    figure.update_layout(
+        height=420,
+        title=f"{sinks.model}: sinks that {sinks.queries:.0%} of queries pay at least {threshold:g}",
+        coloraxis={
+            "cmin": 0,
+            "cmax": 1,
+            "colorscale": "Viridis",
+            "colorbar": {"title": "share of images", "tickformat": ".0%"},
+        },
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
