@@ -6,10 +6,19 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from registerlens.analysis.sink_kinds import MECHANISMS, SinkKinds
+from registerlens.analysis.mechanism import SinkEffects
+from registerlens.analysis.sink_counts import MECHANISMS
+from registerlens.analysis.sink_kinds import SinkKinds
 from registerlens.viz.theme import Mode, apply_theme
 
 _TITLES = {"nop": "NOP: switches the head off", "broadcast": "Broadcast: one message to all", "other": "Other sinks"}
+_MEASURES = {
+    "head_output": "relative change of what the head writes",
+    "cls": "relative change of the final [CLS]",
+    "cls_cosine": "cosine of the final [CLS] to the unedited one",
+    "output": "relative change of the output",
+    "output_cosine": "cosine of the output to the unedited one",
+}
 
 
 def sink_map(sinks: SinkKinds, threshold: float, mode: Mode = "light") -> go.Figure:
@@ -65,5 +74,54 @@ def sink_map(sinks: SinkKinds, threshold: float, mode: Mode = "light") -> go.Fig
             "colorscale": "Viridis",
             "colorbar": {"title": "share of images", "tickformat": ".0%"},
         },
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+
+
+def effect_map(effects: SinkEffects, measure: str = "output", mode: Mode = "light") -> go.Figure:
+    """One measure of `SinkEffects`, a panel for each edit of the sink; blank where a head has no sink.
+
+    Raises:
+        ConfigError: there is no such measure.
+
+    Source: Fesser et al. 2026 (2606.08105).
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.analysis.mechanism import sink_no_op
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(4, 0).images
+        >>> found = sink_no_op(vit, images, queries=0.75, edits=["remove", "zero"])
+        >>> [panel.name for panel in effect_map(found).data]
+        ['remove', 'zero']
+    """
+    values = [effects.of(measure, edit) for edit in effects.edits]
+    figure = make_subplots(
+        rows=1,
+        cols=len(values),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[edit.replace("_", " ") for edit in effects.edits],
+    )
+    for column, (edit, one) in enumerate(zip(effects.edits, values, strict=True), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=one,
+                customdata=effects.events,
+                name=edit,
+                coloraxis="coloraxis",
+                hovertemplate="block %{y}, head %{x}: %{z:.3g}<br>%{customdata} images with a sink<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    layers, heads = effects.events.shape
+    figure.update_xaxes(title_text="head", tick0=0, dtick=max(1, heads // 4))
+    figure.update_yaxes(tick0=0, dtick=max(1, layers // 12), autorange="reversed")
+    figure.update_yaxes(title_text="block", row=1, col=1)
+    figure.update_layout(
+        height=420,
+        title=f"{effects.model}: {_MEASURES[measure]} when a head's sink is edited",
+        coloraxis={"colorscale": "Viridis", "colorbar": {"title": "cosine" if "cosine" in measure else "change"}},
     )
     return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
