@@ -6,10 +6,12 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from registerlens.analysis.faithfulness import Faithfulness
 from registerlens.analysis.mechanism import SinkEffects
 from registerlens.analysis.sink_counts import MECHANISMS
 from registerlens.analysis.sink_kinds import SinkKinds
-from registerlens.viz.theme import Mode, apply_theme
+from registerlens.theory.value_update import ValueUpdate
+from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode, apply_theme
 
 _TITLES = {"nop": "NOP: switches the head off", "broadcast": "Broadcast: one message to all", "other": "Other sinks"}
 _MEASURES = {
@@ -125,3 +127,76 @@ def effect_map(effects: SinkEffects, measure: str = "output", mode: Mode = "ligh
         coloraxis={"colorscale": "Viridis", "colorbar": {"title": "cosine" if "cosine" in measure else "change"}},
     )
     return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+
+
+def faithfulness_figure(found: Faithfulness, mode: Mode = "light") -> go.Figure:
+    """What is left of the [CLS] output, and of its last update, when [CLS] may look at some tokens only.
+
+    Source: Lappe and Giese 2025.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> from registerlens.analysis.faithfulness import faithfulness
+        >>> cfg = rl.ViTConfig(n_layers=2, d_model=32, n_heads=2, d_mlp=64, image_size=(32, 32), patch_size=(8, 8))
+        >>> found = faithfulness(rl.HookedViT(cfg), torch.rand(4, 3, 32, 32))
+        >>> [bars.name for bars in faithfulness_figure(found).data]
+        ['output, cosine', 'output, CKA', 'update, cosine', 'update, CKA']
+    """
+    labels = [
+        f"{name.replace('_', ' ')}<br>{share:.0%} of attention"
+        for name, share in zip(found.restrictions, found.attention, strict=True)
+    ]
+    bars = (
+        ("output, cosine", found.cosine, BLUE),
+        ("output, CKA", found.cka, SKY),
+        ("update, cosine", found.update_cosine, RED),
+        ("update, CKA", found.update_cka, ORANGE),
+    )
+    figure = go.Figure(
+        [
+            go.Bar(x=labels, y=values, name=name, marker={"color": colour}, hovertemplate="%{y:.3f}")
+            for name, values, colour in bars
+        ]
+    )
+    figure.update_yaxes(title_text="agreement with the unrestricted [CLS]")
+    figure.update_layout(
+        height=420, barmode="group", title=f"{found.model}: the last layer's [CLS] restricted to some tokens"
+    )
+    return apply_theme(figure, mode)
+
+
+def value_update_figure(found: ValueUpdate, mode: Mode = "light") -> go.Figure:
+    """Cosines of updates to the reference's, and the registers' share, condition by condition.
+
+    Source: Jiang et al. 2025, equation 19 and table 8.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> from registerlens.theory.value_update import value_update
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> found = value_update(vit, torch.rand(2, 3, 48, 48), neurons, registers=[1, 2])
+        >>> [curve.name for curve in value_update_figure(found).data]
+        ["registers' update, cosine", 'rest, cosine', 'attention output, cosine', 'attention to registers']
+    """
+    curves = (
+        ("registers' update, cosine", found.cosine, RED),
+        ("rest, cosine", found.rest_cosine, GREY),
+        ("attention output, cosine", found.output_cosine, BLUE),
+        ("attention to registers", found.attention, GREEN),
+    )
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=list(found.conditions),
+                y=values,
+                name=name,
+                mode="lines+markers",
+                line={"color": colour, "dash": "dot" if name.startswith("attention to") else "solid"},
+                hovertemplate="%{y:.3f}",
+            )
+            for name, values, colour in curves
+        ]
+    )
+    figure.update_yaxes(title_text="cosine to the reference; share of attention")
+    figure.update_layout(height=420, title=f"{found.model}: what registers write in block {found.layer}")
+    return apply_theme(figure, mode)
