@@ -40,7 +40,7 @@ _ARRAYS = ("n_images", "attention", "cosine", "update_cosine", "cka", "update_ck
 # CKA -----------------------------------------------------------------------------------------------------------------
 
 
-def linear_cka(x: Float[Tensor, "image feature"], y: Float[Tensor, "image other"]) -> float:
+def linear_cka(x: Float[Tensor, "image feature"], y: Float[Tensor, "_ other"]) -> float:
     """Linear centred kernel alignment of two representations of the same images: 1 if one is a rotation of the other.
 
     ||Yc^T Xc||_F^2 / (||Xc^T Xc||_F ||Yc^T Yc||_F), columns centred, in float64. With fewer images than features it is

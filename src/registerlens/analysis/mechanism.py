@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,7 +150,9 @@ class SinkEffects:
         """
         folder = Path(folder)
         described = read_json(folder / "sink_effects.json")
-        plain = {name: described[name] for name in ("model", "n_images", "n_reference", "threshold", "queries")}
+        plain: dict[str, Any] = {
+            name: described[name] for name in ("model", "n_images", "n_reference", "threshold", "queries")
+        }
         return cls(
             **plain,
             config=ViTConfig.from_dict(described["config"]),
@@ -299,42 +301,40 @@ def _measure(vit: HookedViT, batch: Tensor, probe: Probe, bank: Bank, edits: Seq
                 "other_image": bank.others(layer.index, head, images + sums.n_images),
                 "ordinary": ordinary_value(v, position, layout),
             }
-            rerun = _Rerun(head, probe.factors[layer.index][head])
             for at, edit in enumerate(edits):
                 value = replacing[edit]
                 if value is not None and not value.isfinite().all():
-                    continue
-                column = layer.key.column[images, head]
-                after = rerun.run(
-                    vit, layer, images, layout, partial(edit_sink, column=column, v_sink=v_sink, value=value)
-                )
-                found = [rerun.head_change, *_changes(vit, tokens[images], after, layout)]
-                sums.add(at, layer.index, head, found)
+                    continue  # no reference image has a sink here
+                change = partial(edit_sink, column=layer.key.column[images, head], v_sink=v_sink, value=value)
+                after, moved = _rerun(vit, layer, head, images, layout, change, probe.factors[layer.index][head])
+                sums.add(at, layer.index, head, [moved, *_changes(vit, tokens[images], after, layout)])
     sums.n_images += len(batch)
 
 
-class _Rerun:
-    """The model run once more from a layer on, with one head's sink edited on the way."""
+def _rerun(
+    vit: HookedViT,
+    layer: ProbedLayer,
+    head: int,
+    images: Int[Tensor, " event"],
+    layout: TokenLayout,
+    change: Callable[[Tensor], Tensor],
+    factor: Float[Tensor, "rank d_head"],
+) -> tuple[Float[Tensor, "event pos d_model"], Float[Tensor, " event"]]:
+    """Final tokens with one head's z changed, from its layer on; and how much what the head writes has changed."""
+    moved: list[Tensor] = []
 
-    def __init__(self, head: int, factor: Float[Tensor, "rank d_head"]) -> None:
-        self.head, self.factor = head, factor
+    def edit(z: Float[Tensor, "event query head d_head"], hook: Any) -> Tensor:
+        before = z[:, :, head]
+        after = change(before)
+        written = [x.to(factor.dtype) @ factor.mT for x in (before, after)]
+        moved.append((written[1] - written[0]).flatten(1).norm(dim=1) / written[0].flatten(1).norm(dim=1))
+        edited = z.clone()
+        edited[:, :, head] = after
+        return edited
 
-    def run(self, vit: HookedViT, layer: ProbedLayer, images: Tensor, layout: TokenLayout, edit: Any) -> Tensor:
-        """Final tokens; `head_change` is left behind."""
-
-        def change(z: Float[Tensor, "event query head d_head"], hook: Any) -> Tensor:
-            before = z[:, :, self.head]
-            after = edit(before)
-            norms = [
-                (x.to(self.factor.dtype) @ self.factor.mT).flatten(1).norm(dim=1) for x in (after - before, before)
-            ]
-            self.head_change = norms[0] / norms[1]
-            edited = z.clone()
-            edited[:, :, self.head] = after
-            return edited
-
-        with vit.hooks([(f"blocks.{layer.index}.attn.hook_z", change)]):
-            return vit(layer.resid[images], start_at_layer=layer.index, layout=layout, return_type="tokens")
+    with vit.hooks([(f"blocks.{layer.index}.attn.hook_z", edit)]):
+        tokens = vit(layer.resid[images], start_at_layer=layer.index, layout=layout, return_type="tokens")
+    return tokens, moved[0]
 
 
 def _changes(

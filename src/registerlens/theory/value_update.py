@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.files import read_json, whole_file, write_json
 from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -78,7 +79,7 @@ def split_update(
     stop = None if layer == vit.cfg.n_layers - 1 else layer + 1
     with vit.hooks(hooks):
         vit(resid, start_at_layer=layer, stop_at_layer=stop, layout=layout, return_type="tokens")
-    pattern, v, W_O = seen["pattern"], seen["v"], vit.get_submodule(name).W_O
+    pattern, v, W_O = seen["pattern"], seen["v"], cast(Block, vit.blocks[layer]).attn.W_O
     keys = torch.zeros(pattern.shape[-1], dtype=torch.bool, device=v.device)
     keys[registers] = True
 
