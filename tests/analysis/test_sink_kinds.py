@@ -109,10 +109,12 @@ def test_every_kind_of_place_is_told_apart():
     assert found.places[PLACES.index("attention_bias"), 0].sum() == 16
 
 
-@pytest.mark.parametrize("drawn, event", [(17, False), (18, True), (20, True)])
-def test_ninety_percent_of_the_queries_are_needed(drawn, event):
-    """18 of 20."""
-    pattern = torch.full((1, 1, 20, 20), 0.0)
+@pytest.mark.parametrize(
+    "n, drawn, event", [(20, 17, False), (20, 18, True), (20, 20, True), (13, 11, False), (13, 12, True)]
+)
+def test_ninety_percent_of_the_queries_are_needed(n, drawn, event):
+    """18 of 20; of 13, 11.7 are 12."""
+    pattern = torch.full((1, 1, n, n), 0.0)
     pattern[0, 0, :drawn, 7] = 0.6
     pattern[0, 0, :drawn, 8] = 0.4
     pattern[0, 0, drawn:, 3] = 1.0

@@ -157,7 +157,8 @@ class SinkEffects:
             **plain,
             config=ViTConfig.from_dict(described["config"]),
             edits=tuple(described["edits"]),
-            **load_file(folder / "sink_effects.safetensors"),
+            events=arrays["events"],
+            effects=arrays["effects"],
         )
 
 
