@@ -150,6 +150,7 @@ class SinkEffects:
         """
         folder = Path(folder)
         described = read_json(folder / "sink_effects.json")
+        arrays = load_file(folder / "sink_effects.safetensors")
         plain: dict[str, Any] = {
             name: described[name] for name in ("model", "n_images", "n_reference", "threshold", "queries")
         }
