@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caching, forward, loading, neurons, tracing
+from benchmarks import caching, forward, loading, neurons, sinks, tracing
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
 from registerlens.files import write_json
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "trace": tracing.run,
     "cache": caching.run,
     "neurons": neurons.run,
+    "sinks": sinks.run,
 }
 
 

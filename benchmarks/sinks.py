@@ -1,0 +1,68 @@
+"""`classify_sinks` against the plain forward pass, and its memory as the stream of images gets longer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+from benchmarks.harness import FULL, TINY, Row, Scale, Task, in_pairs, peak_memory
+from benchmarks.models import dinov2, pixels
+from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
+from registerlens.model.vit import HookedViT
+
+
+def run(scale: Scale, pairs: int) -> list[Row]:
+    """One row a size, one with every head's most attended key an event, and one of memory."""
+    vit = dinov2(scale)
+    rows = [_against_forward(vit, size, batch, pairs) for size, batch in scale.sizes]
+    rows.append(_against_forward(vit, *scale.sizes[0], pairs, everything=True))
+    few, many = (peak_memory(stream, tiny=scale.tiny, n_images=n) for n in scale.streamed)
+    rows.append(
+        Row(
+            benchmark="sinks",
+            what=f"classify_sinks, peak memory of the process, {scale.streamed[1]} streamed images",
+            peer=f"{scale.streamed[0]} streamed images",
+            ours=many["peak"],
+            theirs=few["peak"],
+            ratio=many["peak"] / few["peak"],
+            unit="MiB",
+            at_most=1.05,
+            missed_because="peaks vary by some 10% from run to run with how the heap happens to be filled",
+            details={"few": few, "many": many},
+        )
+    )
+    return rows
+
+
+def _against_forward(vit: HookedViT, size: int, batch: int, pairs: int, everything: bool = False) -> Row:
+    images = pixels(size, batch)
+    options = {"thresholds": [1e-6], "queries": 0.5} if everything else {}  # an event in every image and head
+    with contextlib.redirect_stderr(io.StringIO()):  # no progress bar beside our own table
+        times = in_pairs(lambda: classify_sinks(vit, [images], **options), lambda: vit(images), pairs)
+        found = classify_sinks(vit, [images], **options)
+    return times.row(
+        benchmark="sinks",
+        what=f"classify_sinks, {size} px, batch {batch}{', an event in every head' if everything else ''}",
+        peer="our plain forward",
+        at_most=None if everything else 1.5,
+        missed_because="the pattern of every layer is computed explicitly, and read once for the mean of its columns",
+        details={"events": int(found.events[-1].sum()), "of": batch * found.received.size},
+    )
+
+
+# In a process of its own: memory -------------------------------------------------------------------------------------
+
+
+def stream(tiny: bool, n_images: int) -> Task:
+    """Sinks of batches that are made on the fly."""
+    scale = TINY if tiny else FULL
+    vit = dinov2(scale)
+    size, batch = scale.sizes[0]
+
+    def task() -> SinkKinds:
+        found = classify_sinks(vit, (pixels(size, batch) for _ in range(n_images // batch)))
+        if found.n_images != n_images:
+            raise RuntimeError(f"{found.n_images} images went through, not {n_images}.")
+        return found
+
+    return task

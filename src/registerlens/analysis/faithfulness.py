@@ -1,0 +1,334 @@
+"""What the last [CLS] update is made of: its attention restricted to patches, registers or outliers, and the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from registerlens.analysis.detection import Outliers
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ConfigError, ImageError, ShapeError
+from registerlens.files import read_json, whole_file, write_json
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+RESTRICTIONS = {
+    "patches": "all patches",
+    "normal_patches": "patches that are no outliers",
+    "outliers": "outlier patches",
+    "trained_registers": "trained registers",
+    "test_time_registers": "test-time registers",
+    "cls": "[CLS] itself: what the residual stream alone gives",
+}
+"""Keys that the last layer's [CLS] may attend to; attention among them is renormalised."""
+_ARRAYS = ("n_images", "attention", "cosine", "update_cosine", "cka", "update_cka")
+
+
+# CKA -----------------------------------------------------------------------------------------------------------------
+
+
+def linear_cka(x: Float[Tensor, "image feature"], y: Float[Tensor, "_ other"]) -> float:
+    """Linear centred kernel alignment of two representations of the same images: 1 if one is a rotation of the other.
+
+    ||Yc^T Xc||_F^2 / (||Xc^T Xc||_F ||Yc^T Yc||_F), columns centred, in float64. With fewer images than features it is
+    biased upwards: unrelated representations score well above 0. NaN where one of them is constant.
+
+    Raises:
+        ShapeError: the numbers of images differ.
+
+    Source: Kornblith et al. 2019, equation 4 with a linear kernel.
+
+    Example:
+        >>> x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+        >>> round(linear_cka(x, 2 * x.flip(1) + 5), 6)
+        1.0
+    """
+    if len(x) != len(y):
+        raise ShapeError(f"CKA compares representations of the same images, got {len(x)} and {len(y)} of them.")
+    sums = CKASums()
+    sums.add(x, y)
+    return sums.result()
+
+
+class CKASums:
+    """Linear CKA of a stream of images: second moments, as large after a million images as after one."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._shift: tuple[Tensor, Tensor] | None = None
+        self._sum: Tensor | None = None
+        self._moments: Tensor | None = None
+
+    def add(self, x: Float[Tensor, "image feature"], y: Float[Tensor, "image other"]) -> None:
+        """Take in a batch."""
+        if not len(x):
+            return
+        x, y = x.double().cpu(), y.double().cpu()
+        if self._shift is None:  # near the mean, so that centring at the end loses no digits
+            self._shift = (x.mean(0), y.mean(0))
+        joined = torch.cat([x - self._shift[0], y - self._shift[1]], 1)
+        self.n += len(joined)
+        self._sum = joined.sum(0) + (0 if self._sum is None else self._sum)
+        self._moments = joined.T @ joined + (0 if self._moments is None else self._moments)
+
+    def result(self) -> float:
+        """CKA of all images so far; NaN for fewer than two."""
+        if self._shift is None or self._sum is None or self._moments is None or self.n < 2:
+            return float("nan")
+        covariance = self._moments - torch.outer(self._sum, self._sum) / self.n
+        d = len(self._shift[0])
+        own, other, cross = covariance[:d, :d].norm(), covariance[d:, d:].norm(), covariance[:d, d:].norm()
+        return float(cross.square() / (own * other))
+
+
+# The result ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Faithfulness:
+    """How much of the model's [CLS] output remains when the last layer's [CLS] may look at some tokens only."""
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    restrictions: tuple[str, ...]
+    """Which tokens it may look at; RESTRICTIONS explains them."""
+    n_images: Int[np.ndarray, " restriction"]
+    """Images that have such tokens: over those the numbers are taken."""
+    attention: Float[np.ndarray, " restriction"]
+    """Attention the unrestricted [CLS] pays these tokens (0 to 1, mean over heads), mean over images."""
+    cosine: Float[np.ndarray, " restriction"]
+    """Cosine of the [CLS] output (after the final norm) to the unrestricted one, mean over images."""
+    update_cosine: Float[np.ndarray, " restriction"]
+    """The same of what the last attention adds to [CLS], without the residual stream that both share."""
+    cka: Float[np.ndarray, " restriction"]
+    """Linear CKA of the [CLS] outputs over the images."""
+    update_cka: Float[np.ndarray, " restriction"]
+    """The same of the updates."""
+
+    def describe(self) -> str:
+        """The result in words, one line a restriction."""
+        lines = [f"{self.model}: [CLS] of the last layer restricted to some tokens, against all."]
+        for i, name in enumerate(self.restrictions):
+            lines.append(
+                f"{RESTRICTIONS[name]} ({self.n_images[i]} images, {self.attention[i]:.0%} of its attention): output "
+                f"cosine {self.cosine[i]:.3f}, CKA {self.cka[i]:.3f}; update cosine {self.update_cosine[i]:.3f}, CKA "
+                f"{self.update_cka[i]:.3f}."
+            )
+        if self.n_images.max() < self.config.d_model:
+            lines.append(f"With fewer images than the {self.config.d_model} dimensions, CKA is biased upwards.")
+        return "\n".join(lines)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a restriction."""
+        return pd.DataFrame({"restriction": self.restrictions} | {name: getattr(self, name) for name in _ARRAYS})
+
+    def plot(self) -> go.Figure:
+        """Cosine and CKA of output and update, restriction by restriction."""
+        from registerlens.viz.sinks import faithfulness_figure  # noqa: PLC0415  (viz stands on results)
+
+        return faithfulness_figure(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write faithfulness.json and faithfulness.safetensors; returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        with whole_file(folder / "faithfulness.safetensors") as temporary:
+            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, temporary)
+        described = {"version": __version__, "model": self.model, "config": self.config.to_dict()}
+        described |= {"restrictions": list(self.restrictions), "in_words": self.describe()}
+        write_json(folder / "faithfulness.json", described)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Faithfulness:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        described = read_json(folder / "faithfulness.json")
+        return cls(
+            model=described["model"],
+            config=ViTConfig.from_dict(described["config"]),
+            restrictions=tuple(described["restrictions"]),
+            **load_file(folder / "faithfulness.safetensors"),
+        )
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def faithfulness(
+    vit: HookedViT, images: Images, *, outliers: Outliers | None = None, batch_size: int = 16
+) -> Faithfulness:
+    """Restrict the last layer's [CLS] to some tokens, and compare the [CLS] output with the full one.
+
+    A clean map is not a faithful one: what the map shows may not be what the output rests on. If [CLS] gives the same
+    output from the registers alone as from all tokens, a map of its attention to patches explains little. The row "cls"
+    is the baseline: what is left when [CLS] sees no other token.
+
+    Test-time registers are restricted to where they are in force: call it inside `with vit.edit(register)`. The last
+    block runs once more for each restriction; nothing that grows with the number of images is kept.
+
+    Args:
+        vit: the model, edited or not; it must have a [CLS].
+        images: [image, channel, height, width], or an iterable of batches.
+        outliers: of exactly these images, in this order, from `rl.find_outliers`; adds two restrictions.
+        batch_size: images at once when a tensor is given.
+
+    Raises:
+        ConfigError: the model has no [CLS].
+        ImageError: there are no images.
+        ShapeError: `outliers` are of other images.
+
+    Source: Lappe and Giese 2025, for the test; Kornblith et al. 2019 for CKA.
+
+    Example:
+        >>> import registerlens as rl
+        >>> cfg = rl.ViTConfig(n_layers=2, d_model=32, n_heads=2, d_mlp=64, image_size=(32, 32), patch_size=(8, 8))
+        >>> faithfulness(rl.HookedViT(cfg), torch.rand(4, 3, 32, 32)).restrictions
+        ('patches', 'cls')
+    """
+    if not vit.cfg.class_token:
+        raise ConfigError(
+            f"{vit.source} has no [CLS], so that there is no [CLS] output to restrict. What its output rests on can be "
+            f"tested with rl.Ablate(rl.Tokens(layer, patches)), its sinks with sink_no_op(vit, images)."
+        )
+    sums: dict[str, _Sums] = {}
+    start = 0
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "restricting [CLS]", count(images), len):
+            layout = vit.layout(batch)
+            mask = None if outliers is None else _mask(outliers, layout, start, len(batch))
+            resid = vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers - 1)
+            full = _last(vit, resid, layout, None)
+            for name, allowed in _restrictions(layout, mask, resid.device).items():
+                there = allowed.expand(len(batch), -1).any(1)
+                one = sums.setdefault(name, _Sums())
+                if there.any():
+                    keys = allowed.expand(len(batch), -1)[there]
+                    one.add(full, _last(vit, resid[there], layout, keys), keys, there)
+            start += len(batch)
+    if not start:
+        raise ImageError("No image to restrict [CLS] on: the tensor or the iterable of batches is empty.")
+    if outliers is not None and len(outliers.mask) != start:
+        raise ShapeError(f"Outliers of {len(outliers.mask)} images for {start} images. Find them on the same images.")
+    arrays = {name: np.array([one.result()[name] for one in sums.values()]) for name in _ARRAYS}
+    return Faithfulness(model=vit.source, config=vit.cfg, restrictions=tuple(sums), **arrays)
+
+
+def _mask(outliers: Outliers, layout: TokenLayout, start: int, n: int) -> Bool[Tensor, "batch patch"]:
+    mask = outliers.mask[start : start + n]
+    if len(mask) != n or outliers.grid != layout.grid:
+        raise ShapeError(
+            f"The outliers are of {len(outliers.mask)} images of {outliers.grid[0]} x {outliers.grid[1]} patches; "
+            f"these are more, or have {layout.grid[0]} x {layout.grid[1]}. Find them on the same images."
+        )
+    return mask
+
+
+def _restrictions(
+    layout: TokenLayout, mask: Bool[Tensor, "batch patch"] | None, device: torch.device
+) -> dict[str, Bool[Tensor, "#batch pos"]]:
+    def tokens(where: slice | int, chosen: Tensor | bool = True) -> Tensor:
+        allowed = torch.zeros(1 if isinstance(chosen, bool) else len(chosen), layout.n_tokens, dtype=torch.bool)
+        allowed[:, where] = chosen
+        return allowed.to(device)
+
+    found = {"patches": tokens(layout.patches)}
+    if mask is not None:
+        found |= {"normal_patches": tokens(layout.patches, ~mask.cpu()), "outliers": tokens(layout.patches, mask.cpu())}
+    if layout.n_trained_registers:
+        found["trained_registers"] = tokens(layout.trained_registers)
+    if layout.n_test_time_registers:
+        found["test_time_registers"] = tokens(layout.test_time_registers)
+    return found | {"cls": tokens(layout.prefix.start)}
+
+
+@dataclass(frozen=True)
+class _Cls:
+    """[CLS] at the end of one pass through the last block."""
+
+    output: Float[Tensor, "batch d_model"]
+    update: Float[Tensor, "batch d_model"]
+    attention: Float[Tensor, "batch key"]
+
+
+def _last(
+    vit: HookedViT,
+    resid: Float[Tensor, "batch pos d_model"],
+    layout: TokenLayout,
+    keys: Bool[Tensor, "batch pos"] | None,
+) -> _Cls:
+    name, seen = f"blocks.{vit.cfg.n_layers - 1}", dict[str, Tensor]()
+
+    def restrict(scores: Float[Tensor, "batch head query key"], hook: Any) -> Tensor | None:
+        if keys is None:
+            return None
+        scores = scores.clone()
+        # An attention bias stands after all tokens, and is none of them.
+        allowed = F.pad(keys, (0, scores.shape[-1] - keys.shape[1]))
+        scores[:, :, layout.cls] = scores[:, :, layout.cls].masked_fill(~allowed[:, None], float("-inf"))
+        return scores
+
+    def attention(pattern: Tensor, hook: Any) -> None:
+        seen["attention"] = pattern[:, :, layout.cls].float().mean(1)
+
+    def update(written: Tensor, hook: Any) -> None:
+        seen["update"] = written[:, layout.cls].float()
+
+    hooks: list[Any] = [
+        (f"{name}.attn.hook_attn_scores", restrict),
+        (f"{name}.attn.hook_pattern", attention),
+        (f"{name}.hook_attn_out", update),
+    ]
+    with vit.hooks(hooks):
+        tokens = vit(resid, start_at_layer=vit.cfg.n_layers - 1, layout=layout, return_type="tokens")
+    return _Cls(tokens[:, layout.cls].float(), seen["update"], seen["attention"])
+
+
+class _Sums:
+    """One restriction over all images."""
+
+    def __init__(self) -> None:
+        self.n, self.attention, self.cosine, self.update_cosine = 0, 0.0, 0.0, 0.0
+        self.cka, self.update_cka = CKASums(), CKASums()
+
+    def add(self, full: _Cls, restricted: _Cls, keys: Bool[Tensor, "some pos"], there: Bool[Tensor, " batch"]) -> None:
+        output, update = full.output[there], full.update[there]
+        self.n += len(output)
+        self.attention += float((full.attention[there][:, : keys.shape[1]] * keys).sum())
+        self.cosine += float(F.cosine_similarity(restricted.output, output, dim=1).sum())
+        self.update_cosine += float(F.cosine_similarity(restricted.update, update, dim=1).sum())
+        self.cka.add(restricted.output, output)
+        self.update_cka.add(restricted.update, update)
+
+    def result(self) -> dict[str, float | int]:
+        def mean(total: float) -> float:
+            return total / self.n if self.n else float("nan")
+
+        return {
+            "n_images": self.n,
+            "attention": mean(self.attention),
+            "cosine": mean(self.cosine),
+            "update_cosine": mean(self.update_cosine),
+            "cka": self.cka.result(),
+            "update_cka": self.update_cka.result(),
+        }

@@ -1,0 +1,88 @@
+"""The sink of a head: its strongest key, what that key writes beside the others, and how alike a head's outputs are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from registerlens.model.block import Block
+from registerlens.model.parts import at_least_float32
+from registerlens.model.vit import HookedViT
+
+QUERIES = 0.9
+"""Share of the queries that must be drawn to a key for a sink event (Fesser et al. 2026)."""
+
+
+@dataclass(frozen=True)
+class StrongestKey:
+    """The key that draws the most attention, in each image and head."""
+
+    position: Int[Tensor, "batch head"]
+    """s = argmax over keys of the mean attention."""
+    received: Float[Tensor, "batch head"]
+    """Attention the average query pays it, 0 to 1."""
+    column: Float[Tensor, "batch head query"]
+    """Attention each query pays it."""
+    strength: Float[Tensor, "batch head"]
+    """The largest threshold at which it is a sink event: the wanted share of the queries pays it at least this."""
+
+
+def strongest_key(pattern: Float[Tensor, "batch head query key"], queries: float = QUERIES) -> StrongestKey:
+    """The favourite key of each image and head, and how strong a sink it is to this share of the queries; float32.
+
+    Source: Fesser et al. 2026 (2606.08105).
+
+    Example:
+        >>> pattern = torch.tensor([[[[0.9, 0.1], [0.6, 0.4]]]])
+        >>> found = strongest_key(pattern)
+        >>> found.position.item(), round(found.received.item(), 3), round(found.strength.item(), 3)
+        (0, 0.75, 0.6)
+    """
+    received, position = pattern.mean(2, dtype=torch.float32).max(-1)
+    n = pattern.shape[2]
+    column = pattern.gather(-1, position[..., None, None].expand(-1, -1, n, 1))[..., 0].float()
+    drawn = max(1, math.ceil(queries * n - 1e-9))  # the product may lie just above a whole number
+    return StrongestKey(position, received, column, column.kthvalue(n - drawn + 1).values)
+
+
+def output_factor(W_O: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head rank d_head"]:
+    """R of W_O^T = Q R: `R v` has the norms and angles of the output `v W_O`, in d_head numbers; float32 at least.
+
+    Example:
+        >>> W_O, v = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)), torch.ones(3)
+        >>> torch.allclose((output_factor(W_O)[0] @ v).norm(), (v @ W_O[0]).norm())
+        True
+    """
+    return torch.linalg.qr(W_O.to(at_least_float32(W_O.dtype)).mT, mode="r").R
+
+
+def output_factors(vit: HookedViT) -> list[Float[Tensor, "head rank d_head"]]:
+    """`output_factor` of every block, LayerScale included."""
+    return [output_factor(cast(Block, block).attn.W_O.detach()) for block in vit.blocks]
+
+
+def stable_rank(x: Float[Tensor, "*batch row column"]) -> Float[Tensor, "*batch"]:
+    """||X||_F^2 / sigma_1^2, by the small Gram matrix X^T X; NaN where X is zero.
+
+    Example:
+        >>> stable_rank(torch.diag(torch.tensor([2.0, 2.0, 1.0])))
+        tensor(2.2500)
+    """
+    values = torch.linalg.eigvalsh(x.mT @ x)
+    return values.clamp_min(0).sum(-1) / values[..., -1]
+
+
+def norm_over_others(norms: Float[Tensor, "event key"], position: Int[Tensor, " event"]) -> Float[Tensor, " event"]:
+    """The norm at a position over the mean of all others; NaN where all are zero, infinite where only the others are.
+
+    Example:
+        >>> norm_over_others(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([0]))
+        tensor([0.2500])
+    """
+    own = norms.gather(-1, position[:, None])[:, 0]
+    return own * (norms.shape[-1] - 1) / (norms.sum(-1) - own).clamp_min(0)

@@ -1,0 +1,272 @@
+"""What kind of sink it is: one that switches its head off (NOP), or one that sends every token the same (broadcast)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors.numpy import load_file, save_file
+
+from registerlens.analysis.sink_counts import (
+    GU_SINK,
+    MECHANISMS,
+    PER_EVENT,
+    PLACES,
+    SinkCounts,
+    SinkWatch,
+)
+from registerlens.analysis.sink_events import QUERIES, output_factors
+from registerlens.config import ViTConfig
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ConfigError
+from registerlens.files import read_json, whole_file, write_json
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
+"""Attention from which a query counts as drawn to the sink. Fesser et al. take 0.5; counts depend on it, so sweep."""
+_DESCRIPTIVE = ("model", "config", "n_images", "thresholds", "queries", "outlier_norm")
+
+
+# The result ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SinkKinds:
+    """How often each head has a sink, what the sink does, and which token it is.
+
+    An event is one image and head. Its numbers are means over the events that have them; NaN where none has (no event,
+    or a head that writes nothing).
+    """
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    n_images: int
+    """Images that went through."""
+    thresholds: tuple[float, ...]
+    """Attention that the queries must pay to the sink, largest first."""
+    queries: float
+    """Share of the queries that must pay it, 0 to 1."""
+    outlier_norm: float
+    """Norm entering a layer, over the image's median, above which a patch counts as an outlier; NaN when absent."""
+    mechanisms: Int[np.ndarray, "mechanism threshold layer head"]
+    """Images in which the head has a sink of this kind; mechanisms as in MECHANISMS."""
+    places: Int[np.ndarray, "place threshold layer head"]
+    """The same events by what stands at the sink; places as in PLACES."""
+    output_ratio: Float[np.ndarray, "threshold layer head"]
+    """||u_s|| over the mean ||u_j|| of the other keys, u = v W_O with LayerScale."""
+    value_ratio: Float[np.ndarray, "threshold layer head"]
+    """The same of the values v themselves."""
+    stable_rank: Float[np.ndarray, "threshold layer head"]
+    """||U||_F^2 / sigma_1^2 of the head's output U = A u over all queries; 1: every token receives one direction."""
+    drawn: Float[np.ndarray, "threshold layer head"]
+    """Share of the queries (0 to 1) that pay the most attended key at least the threshold, mean over images."""
+    received: Float[np.ndarray, "layer head"]
+    """Attention the average query pays to the most attended key (0 to 1), mean over images."""
+    excess: Float[np.ndarray, "layer head"]
+    """The same less 1 / (number of keys), what uniform attention would pay."""
+    gu_rate: Float[np.ndarray, "layer head"]
+    """Share of images in which that exceeds GU_SINK."""
+
+    @property
+    def events(self) -> Int[np.ndarray, "threshold layer head"]:
+        """Images in which the head has a sink."""
+        return self.mechanisms.sum(0)
+
+    @property
+    def sink_rate(self) -> float:
+        """Share of images, layers and heads with a sink in the sense of Gu et al. 2025."""
+        return float(self.gu_rate.mean())
+
+    def index(self, threshold: float) -> int:
+        """Which of the thresholds this is.
+
+        Raises:
+            ConfigError: the sweep has no such threshold.
+        """
+        if threshold not in self.thresholds:
+            raise ConfigError(f"No threshold {threshold} was swept; there are {list(self.thresholds)}.")
+        return self.thresholds.index(threshold)
+
+    def counts(self, threshold: float) -> dict[str, int]:
+        """Events of each mechanism over all images, layers and heads.
+
+        Raises:
+            ConfigError: the sweep has no such threshold.
+        """
+        totals = self.mechanisms[:, self.index(threshold)].sum((1, 2))
+        return dict(zip(MECHANISMS, map(int, totals), strict=True))
+
+    def mean(self, name: Literal["output_ratio", "value_ratio", "stable_rank"], threshold: float) -> float:
+        """Mean of a per-event number over all events at a threshold; NaN without any.
+
+        Raises:
+            ConfigError: the sweep has no such threshold.
+        """
+        at = self.index(threshold)
+        there = np.isfinite(getattr(self, name)[at])
+        values, weights = getattr(self, name)[at][there], self.events[at][there]
+        return float((values * weights).sum() / weights.sum()) if there.any() else float("nan")
+
+    def describe(self) -> str:
+        """The result in words, one sentence a threshold."""
+        heads = self.n_images * self.gu_rate.size
+        lines = [
+            f"Sinks of {self.model}, {self.n_images} images. In {self.sink_rate:.1%} of images and heads the average "
+            f"query pays one token more than {GU_SINK:g}. Counted below: tokens that {self.queries:.0%} of queries pay "
+            f"at least the threshold."
+        ]
+        for threshold in self.thresholds:
+            counts = self.counts(threshold)
+            total = sum(counts.values())
+            if not total:
+                most = self.drawn[self.index(threshold)].max()
+                lines.append(f"At {threshold:g}: no sink; the strongest head draws {most:.0%} of its queries.")
+                continue
+            places = self.places[:, self.index(threshold)].sum((1, 2))
+            kinds = ", ".join(f"{name} {n / total:.0%}" for name, n in counts.items())
+            stand = ", ".join(
+                f"{name.replace('_', ' ')} {n / total:.0%}" for name, n in zip(PLACES, places, strict=True) if n
+            )
+            lines.append(
+                f"At {threshold:g}: {total} sinks, {total / heads:.1%} of images and heads ({kinds}); they write "
+                f"{self.mean('output_ratio', threshold):.2f} x what the others do (values "
+                f"{self.mean('value_ratio', threshold):.2f} x), stable rank {self.mean('stable_rank', threshold):.2f}; "
+                f"at: {stand}."
+            )
+        return "\n".join(lines)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a threshold, layer and head."""
+        at, layer, head = (axis.ravel() for axis in np.indices(self.events.shape))
+        columns: dict[str, Any] = {"threshold": np.array(self.thresholds)[at], "layer": layer, "head": head}
+        columns["events"] = self.events.ravel()
+        columns |= {name: self.mechanisms[i].ravel() for i, name in enumerate(MECHANISMS)}
+        columns |= {name: getattr(self, name).ravel() for name in (*PER_EVENT, "drawn")}
+        columns |= {f"at_{name}": self.places[i].ravel() for i, name in enumerate(PLACES)}
+        columns |= {name: getattr(self, name)[layer, head] for name in ("received", "excess", "gu_rate")}
+        return pd.DataFrame(columns)
+
+    def plot(self, threshold: float | None = None) -> go.Figure:
+        """Maps layer x head of NOPs, broadcasts and other sinks; default: the threshold of Fesser et al., 0.5, or the
+        largest.
+
+        Raises:
+            ConfigError: the sweep has no such threshold.
+        """
+        from registerlens.viz.sinks import sink_map  # noqa: PLC0415  (viz stands on results)
+
+        return sink_map(self, self.thresholds[0] if threshold is None else threshold)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write sinks.json (model, thresholds, the result in words) and sinks.safetensors; returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        names = [item.name for item in fields(self) if item.name not in _DESCRIPTIVE]
+        with whole_file(folder / "sinks.safetensors") as temporary:
+            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in names}, temporary)
+        described = {
+            "version": __version__,
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "n_images": self.n_images,
+            "thresholds": list(self.thresholds),
+            "queries": self.queries,
+            "outlier_norm": None if math.isnan(self.outlier_norm) else self.outlier_norm,
+            "in_words": self.describe(),
+        }
+        write_json(folder / "sinks.json", described)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SinkKinds:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        described = read_json(folder / "sinks.json")
+        outlier_norm = described["outlier_norm"]
+        return cls(
+            model=described["model"],
+            config=ViTConfig.from_dict(described["config"]),
+            n_images=described["n_images"],
+            thresholds=tuple(described["thresholds"]),
+            queries=described["queries"],
+            outlier_norm=math.nan if outlier_norm is None else outlier_norm,
+            **load_file(folder / "sinks.safetensors"),
+        )
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def classify_sinks(
+    vit: HookedViT,
+    images: Images,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    queries: float = QUERIES,
+    batch_size: int = 16,
+) -> SinkKinds:
+    """Find the sinks of every image, layer and head, and tell NOPs from broadcasts, in one pass of flat memory.
+
+    In each image and head, s is the key that draws the most attention on average. It is a sink event at a threshold if
+    90% of all queries pay it at least that much. With u_j = v_j W_O (LayerScale included), its ratio is ||u_s|| over
+    the mean ||u_j|| of the other keys, and U = A u is what the head writes. A NOP has a ratio of at most NOP_RATIO
+    (0.2): its head is switched off. A broadcast has at least BROADCAST_RATIO (0.5) and a U of stable rank at most
+    BROADCAST_RANK (1.5): it sends every token the same. Everything else is "other".
+
+    The pattern of one layer exists at a time; singular values come from d_head-sized Gram matrices, for events only.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], split into batches here, or an iterable of batches.
+        thresholds: to sweep, each above 0 and at most 1.
+        queries: share of all queries, the sink's own among them, that must be drawn. Where several tokens share the
+            sink, or some tokens look elsewhere, the strict 90% finds nothing; `SinkKinds.drawn` shows how many do.
+        batch_size: images at once when a tensor is given.
+
+    Raises:
+        ConfigError: a threshold or `queries` is out of range.
+        ImageError: there are no images.
+        NonFiniteError: an attention is NaN.
+
+    Source: Fesser et al. 2026 (2606.08105); sink rate: Gu et al. 2025.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> found = classify_sinks(vit, synthetic_images(32, 0).images)
+        >>> found.events.shape
+        (4, 6, 1)
+    """
+    swept = tuple(sorted({float(threshold) for threshold in thresholds}, reverse=True))
+    if not swept or not 0 < swept[-1] <= swept[0] <= 1:
+        raise ConfigError(f"Thresholds are shares of a query's attention, above 0 and at most 1; got {thresholds}.")
+    if not 0 < queries <= 1:
+        raise ConfigError(f"queries is a share of all queries, above 0 and at most 1; got {queries}.")
+    sums = SinkCounts(vit.cfg, swept)
+    factors = output_factors(vit)
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "classifying sinks", count(images), len):
+            watch = SinkWatch(vit.layout(batch), factors, swept, queries)
+            with vit.hooks(watch.hooks()):
+                vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
+            sums.add(watch)
+    return SinkKinds(model=vit.source, config=vit.cfg, thresholds=swept, queries=float(queries), **sums.result())
