@@ -12,7 +12,7 @@ from helpers import randomise
 
 import registerlens as rl
 from registerlens.analysis.detection import Cutoff, detect, hook_of
-from registerlens.analysis.scores import SCORES, NeuronScores, _Watch, normal_patches, score_neurons
+from registerlens.analysis.scores import SCORES, NeuronScores, NeuronWatch, normal_patches, score_neurons
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 
@@ -201,7 +201,7 @@ def test_no_hidden_layer_is_ever_kept(monkeypatch):
             yield batch
             del batch
             assert sum(reference() is not None for reference in alive) <= 2
-            assert sum(type(thing) is _Watch for thing in gc.get_objects()) <= 1
+            assert sum(type(thing) is NeuronWatch for thing in gc.get_objects()) <= 1
 
     detection = detection_at(vit, noise(2), "1.mlp", 1.1)
     listened.clear()
@@ -209,7 +209,7 @@ def test_no_hidden_layer_is_ever_kept(monkeypatch):
     gc.disable()
     try:
         score_neurons(vit, batches(), detection, top_layer=2)
-        assert not [thing for thing in gc.get_objects() if type(thing) is _Watch]
+        assert not [thing for thing in gc.get_objects() if type(thing) is NeuronWatch]
     finally:
         gc.enable()
     assert listened == [False] * 15

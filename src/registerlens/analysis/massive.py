@@ -139,7 +139,7 @@ def massive_activations(vit: HookedViT, images: Images, *, batch_size: int = 16)
         >>> from registerlens.data.synthetic import synthetic_images
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> found = massive_activations(vit, synthetic_images(16, 0).images)
-        >>> found.places[int(found.ratio.argmax())], found.per_image.max()
+        >>> found.places[int(found.ratio.argmax())], float(found.per_image.max())
         ('5.mlp', 0.0)
     """
     sums = _Sums(vit)

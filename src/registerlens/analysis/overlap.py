@@ -81,7 +81,7 @@ class Overlap(Stored):
         return self.matched / self.matched[0, 0]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a pair: how many patches show each and both, Jaccard index, both conditional shares, matched share."""
+        """One row a pair: patches that show each and both, Jaccard index, conditional shares, matched share."""
         rows = []
         for i, j in combinations(range(len(self.observables)), 2):
             rows.append(

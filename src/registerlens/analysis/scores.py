@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -129,7 +129,7 @@ def score_neurons(
     with torch.inference_mode():
         for batch in track(batches, "scoring neurons", n_images, len):
             patches = vit.layout(batch).patches
-            watch = _Watch(vit, range(lowest_layer, top_layer + 1), detection)
+            watch = NeuronWatch(vit, range(lowest_layer, top_layer + 1), detection)
             with vit.hooks(watch.hooks):
                 vit(batch.to(vit.embed.W_pos.device), stop_at_layer=stop)
             norms = token_norms(watch.stream[0][:, patches])
@@ -142,10 +142,10 @@ def score_neurons(
     return sums.result()
 
 
-class _Watch:
+class NeuronWatch:
     """What one pass leaves behind: the stream where outliers show, and what the neurons' activations follow from."""
 
-    def __init__(self, vit: HookedViT, layers: range, detection: Detection) -> None:
+    def __init__(self, vit: HookedViT, layers: Sequence[int], detection: Detection) -> None:
         self.stream: list[Tensor] = []
         self._mlps = {layer: cast(Block, vit.blocks[layer]).mlp for layer in layers}
         # Where somebody edits the hidden layer, it is kept itself: computed again it would be unedited.

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
+from registerlens.analysis.linearise import block_map, compose
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.stored import Stored
@@ -25,7 +26,6 @@ from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from registerlens.model.block import Block
-from registerlens.model.mlp import MLP
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 N_SAMPLES = 16_384
 """Normal inputs to an MLP's fit. Between two seeds directions differ by about 1 degree (DINOv2-S), and more where the
 first two singular values are close."""
-_AT_ONCE = 1024
-"""Of these, how many go through the MLP together."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -249,67 +247,6 @@ def singular_defects(
         write_norm=norms.numpy(),
         **measured,
     )
-
-
-# The linear maps -----------------------------------------------------------------------------------------------------
-
-
-def block_map(block: Block, samples: Float[Tensor, "sample d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """E = C A of one block, float64, acting on columns; `samples` are one half of the pairs X, -X."""
-    attn, mlp = block.attn, block.mlp
-    through = torch.einsum("hie,heo->oi", attn.W_V.double().cpu(), attn.W_O.double().cpu())
-    identity = torch.eye(through.shape[0], dtype=torch.float64)
-    attention = identity + _after_norm(through, block.ln1.w)
-    return (identity + _after_norm(fit_mlp(mlp, samples), block.ln2.w)) @ attention
-
-
-def _after_norm(
-    linear: Float[Tensor, "d_model d_model"], weight: Float[Tensor, " d_model"]
-) -> Float[Tensor, "d_model d_model"]:
-    """The map after a LayerNorm's weight and centring: linear @ diag(weight) @ P."""
-    scaled = linear * weight.double().cpu()
-    return scaled - scaled.mean(1, keepdim=True)
-
-
-def fit_mlp(mlp: MLP, samples: Float[Tensor, "sample d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """W_out M: least squares of what the MLP writes on its input X, over the samples and their negatives."""
-    W_out = mlp.W_out
-    wide = torch.float32 if W_out.device.type == "mps" else torch.float64
-    size = samples.shape[1]
-    cross, gram = (torch.zeros(size, size, dtype=wide, device=W_out.device) for _ in range(2))
-    for part in samples.split(_AT_ONCE):
-        x = part.to(W_out)
-        odd = (_hidden(mlp, x) - _hidden(mlp, -x)) / 2  # what is even in X has no slope, and drops out
-        cross += (x.T @ (odd @ W_out)).to(wide)
-        gram += (x.T @ x).to(wide)
-    return torch.linalg.solve(gram.double().cpu(), cross.double().cpu()).T
-
-
-def _hidden(mlp: MLP, x: Float[Tensor, "sample d_model"]) -> Float[Tensor, "sample d_mlp"]:
-    return mlp.act(mlp.up(x))
-
-
-def compose(
-    maps: list[Float[Tensor, "d_model d_model"]],
-) -> tuple[Float[Tensor, "layer d_model"], Float[Tensor, "layer d_model"]]:
-    """First left singular vector, and relative singular values, of the product of the maps up to each.
-
-    Example:
-        >>> stretch = torch.diag(torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64))
-        >>> directions, values = compose([stretch, stretch])
-        >>> directions.tolist(), values[:, 1].tolist()
-        ([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]], [0.33..., 0.11...])
-    """
-    product = torch.eye(maps[0].shape[0], dtype=torch.float64)
-    directions, values = [], []
-    for step in maps:
-        product = step @ product
-        left, singular, _ = torch.linalg.svd(product)
-        product = product / singular[0]  # only the direction matters; the size might overflow
-        first = left[:, 0]
-        directions.append(first * first[first.abs().argmax()].sign())
-        values.append(singular / singular[0])
-    return torch.stack(directions), torch.stack(values)
 
 
 # Measured outliers ---------------------------------------------------------------------------------------------------
