@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -57,7 +58,10 @@ class NeuronUpdates(Stored):
     norm: Float[np.ndarray, "layer set"]
     """Norm of the summed update, mean over images."""
     cosine: Float[np.ndarray, "layer set"]
-    """Cosine of the updates of two images, mean over all pairs; NaN with one image."""
+    """Cosine of the updates of two images, mean over all pairs of images in which the set writes something; NaN where
+    there is no such pair. A set of which a single neuron fires has a constant direction too: look at the norm first."""
+    silent: Float[np.ndarray, "layer set"]
+    """Share of images in which a set writes nothing, 0 to 1."""
     norm_histogram: Int[np.ndarray, "layer group bin"]
     """Images by norm, register neurons and all random sets; bins as `neuron_evidence.signed_edges()`."""
     cosine_histogram: Int[np.ndarray, "layer group cosine_bin"]
@@ -77,8 +81,8 @@ class NeuronUpdates(Stored):
         columns: dict[str, object] = {"layer": self.layers, "n_neurons": sizes}
         for name, values in (("norm", self.norm), ("cosine", self.cosine)):
             columns[name] = values[:, 0]
-            columns[f"{name}_random"] = values[:, 1:].mean(1)
-            columns[f"{name}_random_largest"] = values[:, 1:].max(1)
+            columns[f"{name}_random"] = _over_sets(np.mean, values[:, 1:])
+            columns[f"{name}_random_largest"] = _over_sets(np.max, values[:, 1:])
             columns[f"{name}_p_value"] = self.p_value(values)
         return pd.DataFrame(columns)
 
@@ -170,6 +174,7 @@ def neuron_updates(
         layers=layers,
         norm=torch.stack([layer.norm / layer.n for layer in sums]).numpy(),
         cosine=torch.stack([layer.mean_cosine() for layer in sums]).numpy(),
+        silent=torch.stack([layer.silent / layer.n for layer in sums]).numpy(),
         norm_histogram=torch.stack([layer.norms for layer in sums]).numpy(),
         cosine_histogram=torch.stack([layer.cosines for layer in sums]).numpy(),
     )
@@ -206,13 +211,19 @@ class _LayerSums:
         chain = units if self.last is None else torch.cat([self.last, units])
         self.last = units[-1:].clone()
         similar = (chain[1:] * chain[:-1]).sum(-1)
+        writes = chain.square().sum(-1) > 0.5  # a unit vector, or 0 where the set writes nothing
+        both = writes[1:] & writes[:-1]
         bins = ((similar + 1) * (COSINE_BINS / 2)).long().clamp(0, COSINE_BINS - 1)
-        self.cosines[0] += torch.bincount(bins[:, 0], minlength=COSINE_BINS)
-        self.cosines[1] += torch.bincount(bins[:, 1:].flatten(), minlength=COSINE_BINS)
+        self.cosines[0] += torch.bincount(bins[:, 0][both[:, 0]], minlength=COSINE_BINS)
+        self.cosines[1] += torch.bincount(bins[:, 1:][both[:, 1:]], minlength=COSINE_BINS)
 
     def mean_cosine(self) -> Float[Tensor, " set"]:
         """Over all pairs of images: |sum of unit vectors|^2 counts each pair twice and each vector once."""
-        if self.n < 2:
-            return torch.full_like(self.norm, float("nan"))
-        own = self.n - self.silent  # an update of nothing has no direction: its cosine to any other counts as 0
-        return (self.directions.square().sum(-1) - own) / (self.n * (self.n - 1))
+        firing = self.n - self.silent
+        mean = (self.directions.square().sum(-1) - firing) / (firing * (firing - 1)).clamp_min(1)
+        return torch.where(firing > 1, mean, float("nan"))
+
+
+def _over_sets(statistic: Callable[..., np.ndarray], values: Float[np.ndarray, "layer set"]) -> list[float]:
+    """A statistic over the sets that have a value, layer by layer; NaN where none has."""
+    return [float(statistic(row[~np.isnan(row)])) if not np.isnan(row).all() else float("nan") for row in values]

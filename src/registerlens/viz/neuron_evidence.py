@@ -16,6 +16,8 @@ from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme
 
 _ROW = 250
 """Height of a row of panels in pixels."""
+_GAP = 85
+"""Room between two rows, for axis titles and headings, in pixels."""
 _DECADES = np.array([-1e4, -1e3, -100, -10, -1, 0, 1, 10, 100, 1e3, 1e4])
 _POOLED = 4
 """Bins of the results drawn as one bar."""
@@ -43,9 +45,7 @@ def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -
         titles += [f"Block {layer}: all neurons (skewness {found.skewness[0, i]:.1f} and {found.skewness[1, i]:.1f})"]
         titles += [f"Block {layer}: neurons listed, mean over images"]
     n = len(found.layers)
-    figure = make_subplots(
-        rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.36 / (n + 1)
-    )
+    figure = make_subplots(rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=_gap(n))
     mean, std = found.listed(found.mean), found.listed(found.std)
     for i, layer in enumerate(found.layers):
         mine = [j for j, (at, _) in enumerate(found.neurons.pairs) if at == layer]
@@ -106,7 +106,7 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
         rows=rows,
         cols=columns,
         horizontal_spacing=0.06,
-        vertical_spacing=0.36 / (rows + 1),
+        vertical_spacing=_gap(rows),
         subplot_titles=[f"block {layer}, neuron {n}" for layer, n in found.neurons.pairs[:shown]],
     )
     relative = found.relative
@@ -167,9 +167,7 @@ def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
     for i, layer in enumerate(found.layers):
         titles += [f"Block {layer}: norm of the summed update (mean {found.norm[i, 0]:.3g})"]
         titles += [f"Block {layer}: cosine between images (mean {found.cosine[i, 0]:.3f})"]
-    figure = make_subplots(
-        rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.36 / (n + 1)
-    )
+    figure = make_subplots(rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=_gap(n))
     middles = np.linspace(-1, 1, COSINE_BINS + 1)[:-1] + 1 / COSINE_BINS
     groups = (("register neurons", RED), (f"random sets ({found.norm.shape[1] - 1} draws)", BLUE))
     for i in range(n):
@@ -251,6 +249,10 @@ def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
     figure.update_layout(height=170 + n * (70 + 35 * len(rows)))
     figure = apply_theme(figure, mode).update_layout(hovermode="closest")
     return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+
+
+def _gap(rows: int) -> float:
+    return _GAP / (_ROW * rows)
 
 
 def _bars(counts: Float[np.ndarray, " bin"] | Int[np.ndarray, " bin"], colour: str) -> dict:

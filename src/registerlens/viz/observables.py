@@ -89,10 +89,11 @@ def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure
         ),
     )
     step = max(1, len(found.places) // 8)
-    ticks = list(found.places[::step])
+    ticks = found.places[::step]
+    short = [place.removesuffix(".mlp") for place in ticks]
     for column in (1, 2):
-        figure.update_xaxes(title_text="after", tickvals=ticks, row=1, col=column)
-        figure.update_yaxes(type="log", row=1, col=column)
+        figure.update_xaxes(title_text="after block", tickvals=ticks, ticktext=short, tickangle=0, row=1, col=column)
+        figure.update_yaxes(type="log", dtick=1, row=1, col=column)
     figure.update_xaxes(title_text="rank of the channel", row=1, col=3)
     figure.update_yaxes(title_text="magnitude (log)", row=1, col=1)
     figure.update_yaxes(title_text="no unit (log)", row=1, col=2)
@@ -192,7 +193,7 @@ def defects_figure(defects: SingularDefects, mode: Mode = "light") -> go.Figure:
             y=defects.random_angle,
             line={"color": GREY, "dash": "dash", "width": 1},
             annotation_text="one random direction in 20 is below",
-            annotation_position="bottom left",
+            annotation_position="bottom right",
             row=1,  # type: ignore[arg-type]
             col=1,  # type: ignore[arg-type]
         )
@@ -241,7 +242,6 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
         xanchor="right",
         yanchor="bottom",
         showarrow=False,
-        bgcolor="rgba(255,255,255,0.7)",
         font={"color": GREEN},
         text="one random direction in 20 is above",
     )
