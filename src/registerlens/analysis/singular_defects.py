@@ -219,6 +219,9 @@ def singular_defects(
     _check_finite(vit)
     if n_samples < 2 * d_model:
         raise ConfigError(f"n_samples must be at least 2 x d_model = {2 * d_model} for a fit, got {n_samples}.")
+    if images is not None:  # before the work begins
+        detection = detection or detect(vit, images, batch_size=batch_size)
+        require_outliers(detection, "Measuring the angle of outliers")
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)
     samples = torch.randn(n_samples // 2, d_model, generator=generator)
@@ -235,7 +238,7 @@ def singular_defects(
         "outlier_angle": np.full(len(blocks), np.nan),
         "normal_angle": np.full(len(blocks), np.nan),
     }
-    if images is not None:
+    if images is not None and detection is not None:
         measured = _measure(vit, images, directions, detection, batch_size)
     return SingularDefects(
         model=vit.source,
@@ -256,12 +259,10 @@ def _measure(
     vit: HookedViT,
     images: Images,
     directions: Float[Tensor, "layer d_model"],
-    detection: Detection | None,
+    detection: Detection,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Angles of outliers and of other patches to the directions, in one streaming pass (and one to find them)."""
-    detection = detection or detect(vit, images, batch_size=batch_size)
-    require_outliers(detection, "Measuring the angle of outliers")
+    """Angles of outliers and of other patches to the directions, in one streaming pass."""
     device = vit.embed.W_pos.device
     axes = directions.float().to(device)
     sums, counts, n_images = torch.zeros(2, len(axes), dtype=torch.float64), torch.zeros(2), 0
