@@ -265,11 +265,11 @@ def test_weights_made_by_hand_are_named_with_their_null():
 def test_the_null_is_uniform_for_random_neurons():
     """Random neurons as 'register neurons' of random models: the p-value is no smaller than it should be."""
     p = []
-    for seed in range(60):
+    for seed in range(24):
         vit = randomise(rl.HookedViT(CFG), seed)
         neurons = rl.RegisterNeurons.from_pairs([(0, 1), (0, 2), (2, 3)])
         p.append(output_weights(vit, neurons, draws=99, generator=seed).p_value)
-    assert 0.35 < np.mean(p) < 0.65 and (np.array(p) <= 0.1).mean() < 0.25
+    assert 0.3 < np.mean(p) < 0.7 and (np.array(p) <= 0.1).mean() < 0.3
 
 
 def test_scale_does_not_matter_for_what_is_relative():

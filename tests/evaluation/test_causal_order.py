@@ -45,7 +45,7 @@ def test_the_reader_is_driven_and_the_deaf_one_is_not(chain):
 def test_everything_equals_whole_caches_under_hooks(chain):
     vit, truth, neurons = chain
     neurons = rl.RegisterNeurons.from_pairs([(3, 2), *neurons.pairs, (0, 8)])
-    images = truth.calibration[:12]
+    images = truth.calibration[:6]
     detection = detect(vit, truth.calibration)
     found = causal_order(vit, images, neurons, detection=detection, batch_size=5)
     means = Ablate.fit(vit, neurons, images, "mean").reference.mean
@@ -73,7 +73,7 @@ def test_everything_equals_whole_caches_under_hooks(chain):
                 with torch.no_grad(), vit.hooks([(f"blocks.{layer}.mlp.hook_post", edit)]):
                     _, after = vit.run_with_cache(image[None], names_filter="blocks.*.mlp.hook_post")
                 edited[c, i] += [float(after[f"blocks.{a}.mlp.hook_post"][0, top, b]) for a, b in neurons.pairs]
-    assert found.n_with_outliers == n > 3
+    assert found.n_with_outliers == n > 1
     np.testing.assert_allclose(found.clean, clean / n, rtol=1e-4, atol=1e-5)
     later = np.array([[at > layer for at, _ in neurons.pairs] for layer in (0, 1, 2)])
     for c in range(2):

@@ -180,9 +180,11 @@ def kurtosis(x: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch"]:
         >>> kurtosis(torch.tensor([0.0, 0.0, 0.0, 4.0, -4.0, 0.0, 0.0, 0.0]))
         tensor(4.)
     """
-    centred = x.float() - x.float().mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
-    return (centred / variance.sqrt().clamp_min(1e-30)).pow(4).mean(-1)
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    squares = centred.square()
+    variance = squares.mean(-1, keepdim=True).clamp_min(1e-30)
+    return (squares / variance).square().mean(-1)
 
 
 class _Watch:

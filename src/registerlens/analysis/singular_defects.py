@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, detect, require_outliers
+from registerlens.analysis.detection import Detection, detect, layer_of, require_outliers
 from registerlens.analysis.linearise import block_map, compose
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import token_norms
@@ -159,13 +159,15 @@ class SingularDefects(Stored):
             f"After the last block the first singular direction is stretched {self.dominance[last]:.3g} x as much as "
             f"the second (1 would be arbitrary). Neurons that write most along their block's direction: {listed}."
         )
-        if not self.n_images:
+        if self.detection is None:
             return f"{told} Without images nothing says that outliers exist, or lie there."
-        close = int(self.outlier_angle.argmin())
+        first = max(layer_of(self.detection.onset or self.detection.sublayer), 0)
+        close = first + int(self.outlier_angle[first:].argmin())
         return (
-            f"{told} Measured outliers are nearest to it after block {close}: {self.outlier_angle[close]:.0f} degrees, "
-            f"other patches {self.normal_angle[close]:.0f}; after the last block {self.outlier_angle[last]:.0f} and "
-            f"{self.normal_angle[last]:.0f}. One random direction in 20 lies below {self.random_angle:.0f}."
+            f"{told} From their onset on, measured outliers are nearest to it after block {close}: "
+            f"{self.outlier_angle[close]:.0f} degrees, other patches {self.normal_angle[close]:.0f}; after the last "
+            f"block {self.outlier_angle[last]:.0f} and {self.normal_angle[last]:.0f}. One random direction in 20 lies "
+            f"below {self.random_angle:.0f}."
         )
 
     def plot(self) -> go.Figure:
@@ -190,6 +192,10 @@ def singular_defects(
     C_l = I + W_out M_l diag(w_ln2) P, LayerScale inside W_O and W_out, where M_l is the least-squares fit of the hidden
     units on X ~ N(0, I). The direction after block l is the first left singular vector of E_l ... E_0. Composed in
     float64. Edits in force do not count: only weights do.
+
+    What it cannot see: a neuron with a threshold that a normal input does not reach has no slope there, however much it
+    writes, so that the measured angle, not the prediction, is the evidence. The LayerNorms' division is left out, as
+    published: the same model with another scale of its stream has other directions.
 
     Args:
         vit: the model.
