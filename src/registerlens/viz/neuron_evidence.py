@@ -112,7 +112,7 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
     relative = found.relative
     edges = signed_edges()
     for j, (layer, _) in enumerate(found.neurons.pairs[:shown]):
-        place = {"row": j // columns + 1, "col": j % columns + 1}
+        row, col = j // columns + 1, j % columns + 1
         own = np.histogram(relative[j], edges)[0]
         others = found.others_histogram[found.layers.index(layer)]
         scaled = others * (own.sum() / max(others.sum(), 1))
@@ -121,7 +121,7 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
             (own, "register neuron", RED),
         ):
             bars = _bars(values, colour) | {"name": name, "legendgroup": name}
-            figure.add_trace(go.Bar(**bars, opacity=0.6, showlegend=j == 0), **place)
+            figure.add_trace(go.Bar(**bars, opacity=0.6, showlegend=j == 0), row=row, col=col)
         for rank, dimension in enumerate(np.argsort(-np.abs(relative[j]), kind="stable")[:2]):
             figure.add_annotation(
                 x=np.arcsinh(relative[j, dimension]),
@@ -130,10 +130,13 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
                 ax=0,
                 ay=-28 - 22 * rank,
                 arrowcolor=GREY,
-                **place,
+                row=row,
+                col=col,
             )
-        _signed_axis(figure, "x", np.stack([own, others > 0]), **place)
-        figure.update_yaxes(type="log", dtick=1, range=[-0.5, np.log10(max(own.max(), scaled.max())) + 0.5], **place)
+        _signed_axis(figure, "x", np.stack([own, others > 0]), row=row, col=col)
+        figure.update_yaxes(
+            type="log", dtick=1, range=[-0.5, np.log10(max(own.max(), scaled.max())) + 0.5], row=row, col=col
+        )
     figure.update_xaxes(title_text="relative weight", row=rows)
     figure.update_yaxes(title_text="dimensions (log)", col=1)
     left_out = f", the first {shown} of {len(found.neurons)} neurons" if shown < len(found.neurons) else ""
