@@ -37,7 +37,7 @@ def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -
         >>> from registerlens.data.synthetic import synthetic_images
         >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
         >>> found = activation_distributions(vit, synthetic_images(16, 0).images, neurons)
-        >>> [curve.name for curve in distributions_figure(found).data][:2]
+        >>> [curve.name for curve in distributions_figure(found).data][::2]
         ['top outlier', 'random normal patch']
     """
     titles = []
@@ -162,7 +162,7 @@ def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
         >>> from registerlens.data.synthetic import synthetic_images
         >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
         >>> found = neuron_updates(vit, synthetic_images(16, 0).images, neurons, draws=5)
-        >>> [bars.name for bars in updates_figure(found).data][:2]
+        >>> [bars.name for bars in updates_figure(found).data][::2]
         ['register neurons', 'random sets']
     """
     n = len(found.layers)
