@@ -29,7 +29,7 @@ class Sighting:
         places: sublayers after which patch norms will be.
     """
 
-    def __init__(self, vit: HookedViT, batch: Tensor, layers: range, places: Sequence[str]) -> None:
+    def __init__(self, vit: HookedViT, batch: Tensor, layers: Sequence[int], places: Sequence[str]) -> None:
         self._patches = patches = vit.layout(batch).patches
         self._mlps = {layer: cast(Block, vit.blocks[layer]).mlp for layer in layers}
         self._edited = {layer for layer, mlp in self._mlps.items() if mlp.watched}
@@ -77,7 +77,7 @@ class Sighting:
         self._norms.clear()
 
 
-def look(vit: HookedViT, batch: Tensor, layers: range, place: str, *, early_stop: bool = True) -> Sighting:
+def look(vit: HookedViT, batch: Tensor, layers: Sequence[int], place: str, *, early_stop: bool = True) -> Sighting:
     """Pass one batch through the model, with `early_stop` no further than to the last thing to be seen.
 
     Example:

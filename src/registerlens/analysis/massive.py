@@ -1,0 +1,251 @@
+"""Massive activations: single numbers of the residual stream that dwarf all others, and where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from registerlens.analysis.stored import Stored
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ImageError, NonFiniteError
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+ABSOLUTE, RELATIVE = 100.0, 1000.0
+"""An activation is massive above this magnitude, and above so many times the median one (Sun et al. 2024)."""
+KINDS = ("prefix", "trained_registers", "patches", "test_time_registers")
+"""Parts of a `TokenLayout`."""
+TOP = 3
+"""Channels that a table names."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MassiveActivations(Stored):
+    """Magnitudes of the residual stream at every place: as it enters block 0, and after each block."""
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    n_images: int
+    """Images that went through."""
+    places: tuple[str, ...]
+    """Names of the places: "embed", "0.mlp", "1.mlp", ..."""
+    largest: Float[np.ndarray, " place"]
+    """Largest magnitude of an image's stream, over tokens and channels; mean over images."""
+    median: Float[np.ndarray, " place"]
+    """Median magnitude of the same; mean over images."""
+    ratio: Float[np.ndarray, " place"]
+    """Largest over median in each image, mean over images. Free of thresholds and of the stream's scale."""
+    kurtosis: Float[np.ndarray, " place"]
+    """Kurtosis over the channels of an image's most peaked token, mean over images; 3 for a normal distribution,
+    about d_model where one channel is all. Free of thresholds and scale too."""
+    typical_kurtosis: Float[np.ndarray, " place"]
+    """The same of the average token."""
+    per_image: Float[np.ndarray, " place"]
+    """Massive activations (token and channel) in an image, mean over images."""
+    share_of_images: Float[np.ndarray, " place"]
+    """Share of images with at least one, 0 to 1."""
+    tokens: Float[np.ndarray, "place kind"]
+    """Tokens of each kind with at least one, mean over images; in the order of `KINDS`."""
+    channels: Int[np.ndarray, "place channel"]
+    """Images in which a channel has one."""
+    channel_largest: Float[np.ndarray, "place channel"]
+    """Largest magnitude of each channel over an image's tokens, mean over images."""
+
+    @property
+    def top_channels(self) -> Int[np.ndarray, "place rank"]:
+        """The three channels of largest magnitude at each place."""
+        return np.argsort(-self.channel_largest, axis=1, kind="stable")[:, :TOP]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a place: magnitudes, companions, counts, and the top three channels with their magnitudes."""
+        top = self.top_channels
+        frame = pd.DataFrame(
+            {
+                "place": self.places,
+                "largest": self.largest,
+                "median": self.median,
+                "ratio": self.ratio,
+                "kurtosis": self.kurtosis,
+                "typical_kurtosis": self.typical_kurtosis,
+                "massive_per_image": self.per_image,
+                "share_of_images": self.share_of_images,
+                **{f"massive_{kind}": self.tokens[:, i] for i, kind in enumerate(KINDS)},
+            }
+        )
+        for rank in range(top.shape[1]):
+            frame[f"channel_{rank + 1}"] = top[:, rank]
+            frame[f"channel_{rank + 1}_largest"] = np.take_along_axis(self.channel_largest, top, 1)[:, rank]
+        return frame
+
+    def describe(self) -> str:
+        """The result in words."""
+        at = int(self.ratio.argmax())
+        channels = ", ".join(map(str, self.top_channels[at]))
+        strongest = (
+            f"The largest magnitude is furthest from the others at {self.places[at]}: {self.largest[at]:.3g}, "
+            f"{self.ratio[at]:.3g} x the median; the most peaked token has kurtosis {self.kurtosis[at]:.3g} (average "
+            f"token {self.typical_kurtosis[at]:.3g}, normal distribution 3); top channels {channels}."
+        )
+        some = np.flatnonzero(self.share_of_images > 0)
+        if not len(some):
+            return f"No activation is massive (above {ABSOLUTE:g} and {RELATIVE:g} x the median) anywhere. {strongest}"
+        most = int(self.share_of_images.argmax())
+        carriers = [f"{n:.2f} {kind}" for kind, n in zip(KINDS, self.tokens[most], strict=True) if n]
+        return (
+            f"Massive activations (above {ABSOLUTE:g} and {RELATIVE:g} x the median) from {self.places[some[0]]} to "
+            f"{self.places[some[-1]]}; most often at {self.places[most]}, in {self.share_of_images[most]:.0%} of "
+            f"images, where they stand in {' and '.join(carriers)} token(s) an image. {strongest}"
+        )
+
+    def plot(self) -> go.Figure:
+        """Largest and median magnitude, kurtosis, and the top channels, place by place."""
+        from registerlens.viz.observables import massive_figure  # noqa: PLC0415  (viz stands on results)
+
+        return massive_figure(self)
+
+
+def massive_activations(vit: HookedViT, images: Images, *, batch_size: int = 16) -> MassiveActivations:
+    """Which activations of the residual stream are massive, at every place, in one pass of constant memory.
+
+    The definition has an absolute part (magnitude above 100), so that it depends on the stream's scale, which means
+    nothing in a pre-LayerNorm model; the companions `ratio` and `kurtosis` do not. All tokens count.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], or an iterable of batches.
+        batch_size: images at once when a tensor is given.
+
+    Raises:
+        ImageError: there are no images.
+        ShapeError: they do not fit the model.
+        NonFiniteError: the stream is NaN or infinite at a place, which is named.
+
+    Source: Sun et al. 2024 (massive activations): above 100, and about 1000 times the median magnitude.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> found = massive_activations(vit, synthetic_images(16, 0).images)
+        >>> found.places[int(found.ratio.argmax())], float(found.per_image.max())
+        ('5.mlp', 0.0)
+    """
+    sums = _Sums(vit)
+    places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"]
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "massive activations", count(images), len):
+            watch = _Watch(vit.layout(batch), sums.places)
+            with vit.hooks([(places, watch.take)]):
+                vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
+            sums.add(watch, len(batch))
+    return sums.result()
+
+
+def is_massive(
+    magnitudes: Float[Tensor, "batch pos channel"], median: Float[Tensor, " batch"]
+) -> Bool[Tensor, "batch pos channel"]:
+    """Sun et al.'s definition, given each image's median magnitude.
+
+    Example:
+        >>> is_massive(torch.tensor([[[99.0, 101.0, 5000.0]]]), torch.tensor([1.0]))
+        tensor([[[False, False,  True]]])
+    """
+    return magnitudes > (RELATIVE * median).clamp_min(ABSOLUTE)[:, None, None]
+
+
+def magnitudes_of(
+    resid: Float[Tensor, "batch pos channel"],
+) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, " batch"]]:
+    """Magnitudes in float32, and the median one of each image (the lower of the middle two)."""
+    magnitudes = resid.float().abs()
+    return magnitudes, magnitudes.flatten(1).median(-1).values
+
+
+def kurtosis(x: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch"]:
+    """Fourth central moment over the squared second, over the last axis; 0 where all values are equal.
+
+    Example:
+        >>> kurtosis(torch.tensor([0.0, 0.0, 0.0, 4.0, -4.0, 0.0, 0.0, 0.0]))
+        tensor(4.)
+    """
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    squares = centred.square()
+    variance = squares.mean(-1, keepdim=True).clamp_min(1e-30)
+    return (squares / variance).square().mean(-1)
+
+
+class _Watch:
+    """One batch's statistics at every place, each summed over its images at once."""
+
+    def __init__(self, layout: TokenLayout, places: tuple[str, ...]) -> None:
+        self.layout, self.places = layout, places
+        self.statistics: list[dict[str, Tensor]] = []
+
+    def take(self, resid: Tensor, hook: Any) -> None:
+        magnitudes, median = magnitudes_of(resid)
+        by_channel = magnitudes.amax(1)
+        largest = by_channel.amax(-1)
+        if not largest.isfinite().all():
+            raise NonFiniteError(
+                f"The residual stream is NaN or infinite at {self.places[len(self.statistics)]}. Check the images; if "
+                f"the model is in float16, use bfloat16 or float32."
+            )
+        massive = is_massive(magnitudes, median)
+        tokens = massive.any(-1)
+        peaked = kurtosis(resid)
+        found = {
+            "largest": largest,
+            "median": median,
+            "ratio": largest / median.clamp_min(1e-30),
+            "kurtosis": peaked.amax(1),
+            "typical_kurtosis": peaked.mean(1),
+            "per_image": massive.sum((1, 2)),
+            "share_of_images": tokens.any(1),
+            "tokens": torch.stack([tokens[:, getattr(self.layout, kind)].sum(1) for kind in KINDS], 1),
+            "channels": massive.any(1),
+            "channel_largest": by_channel,
+        }
+        # In float32 over one batch, float64 over all of them: a sum on the CPU is safe on every device.
+        self.statistics.append({name: values.float().sum(0).cpu() for name, values in found.items()})
+
+
+class _Sums:
+    """Running sums: as large after a million images as after one."""
+
+    def __init__(self, vit: HookedViT) -> None:
+        self.model, self.config = vit.source, vit.cfg
+        self.places = ("embed", *(f"{layer}.mlp" for layer in range(vit.cfg.n_layers)))
+        self.n_images = 0
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, watch: _Watch, n: int) -> None:
+        self.n_images += n
+        for name in watch.statistics[0]:
+            total = torch.stack([found[name] for found in watch.statistics]).double()
+            self.totals[name] = self.totals.get(name, 0) + total
+
+    def result(self) -> MassiveActivations:
+        if not self.n_images:
+            raise ImageError("No image to look for massive activations in: the tensor or the iterable is empty.")
+        means = {name: (total / self.n_images).numpy() for name, total in self.totals.items() if name != "channels"}
+        return MassiveActivations(
+            model=self.model,
+            config=self.config,
+            n_images=self.n_images,
+            places=self.places,
+            channels=self.totals["channels"].long().numpy(),
+            **means,
+        )

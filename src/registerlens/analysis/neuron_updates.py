@@ -1,0 +1,229 @@
+"""What register neurons write together: how large it is, and how constant its direction (figure 21)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from registerlens.analysis.detection import Detection
+from registerlens.analysis.neuron_evidence import N_BINS, count_signed
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.stored import Stored
+from registerlens.analysis.top_outliers import located, look, need_some, random_sets
+from registerlens.config import ViTConfig
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ConfigError
+from registerlens.model.block import Block
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+COSINE_BINS = 40
+"""Histograms of cosines have bins of 0.05 from -1 to 1."""
+DRAWS = 100
+"""Random sets a layer."""
+GROUPS = ("register neurons", "random sets")
+"""Whose histograms are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NeuronUpdates(Stored):
+    """Summed updates of sets of neurons at each image's top outlier; set 0 are the register neurons of the layer."""
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    neurons: RegisterNeurons
+    """The register neurons."""
+    detection: Detection
+    """Which patches are outliers."""
+    n_images: int
+    """Images that went through."""
+    n_with_outliers: int
+    """Of these, how many have an outlier and so count."""
+    layers: tuple[int, ...]
+    """Blocks of the neurons."""
+    norm: Float[np.ndarray, "layer set"]
+    """Norm of the summed update, mean over images."""
+    cosine: Float[np.ndarray, "layer set"]
+    """Cosine of the updates of two images, mean over all pairs of images in which the set writes something; NaN where
+    there is no such pair. A set of which a single neuron fires has a constant direction too: look at the norm first."""
+    silent: Float[np.ndarray, "layer set"]
+    """Share of images in which a set writes nothing, 0 to 1."""
+    norm_histogram: Int[np.ndarray, "layer group bin"]
+    """Images by norm, register neurons and all random sets; bins as `neuron_evidence.signed_edges()`."""
+    cosine_histogram: Int[np.ndarray, "layer group cosine_bin"]
+    """Pairs of successive images by cosine, in bins of 0.05 from -1 to 1."""
+
+    def percentile(self, values: Float[np.ndarray, "layer set"]) -> Float[np.ndarray, " layer"]:
+        """Percentage of random sets below the register neurons, in each layer."""
+        return 100 * (values[:, 1:] < values[:, :1]).mean(1)
+
+    def p_value(self, values: Float[np.ndarray, "layer set"]) -> Float[np.ndarray, " layer"]:
+        """Chance that a random set reaches the register neurons' value; at least 1 / (draws + 1)."""
+        return (1 + (values[:, 1:] >= values[:, :1]).sum(1)) / values.shape[1]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a layer: norm and cosine of the register neurons, of the random sets, and p-values."""
+        sizes = [len(listed) for listed in self.neurons.by_layer().values()]
+        columns: dict[str, object] = {"layer": self.layers, "n_neurons": sizes}
+        for name, values in (("norm", self.norm), ("cosine", self.cosine)):
+            columns[name] = values[:, 0]
+            columns[f"{name}_random"] = _over_sets(np.mean, values[:, 1:])
+            columns[f"{name}_random_largest"] = _over_sets(np.max, values[:, 1:])
+            columns[f"{name}_p_value"] = self.p_value(values)
+        return pd.DataFrame(columns)
+
+    def describe(self) -> str:
+        """The layers in words."""
+        told = [f"{self.n_with_outliers} of {self.n_images} images have an outlier."]
+        for row in self.to_dataframe().to_dict("records"):
+            told.append(
+                f"Block {row['layer']}: the {row['n_neurons']} neurons together write a norm of {row['norm']:.3g} "
+                f"(random sets {row['norm_random']:.3g}, p = {row['norm_p_value']:.2g}), with a cosine of "
+                f"{row['cosine']:.3f} between images (random sets {row['cosine_random']:.3f}, largest "
+                f"{row['cosine_random_largest']:.3f}, p = {row['cosine_p_value']:.2g})."
+            )
+        return " ".join(told)
+
+    def plot(self) -> go.Figure:
+        """Distributions of norms and of cosines, register neurons against random sets, layer by layer."""
+        from registerlens.viz.neuron_evidence import updates_figure  # noqa: PLC0415  (viz stands on results)
+
+        return updates_figure(self)
+
+
+def neuron_updates(
+    vit: HookedViT,
+    images: Images,
+    neurons: RegisterNeurons,
+    *,
+    draws: int = DRAWS,
+    detection: Detection | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> NeuronUpdates:
+    """What the register neurons of each layer write at the top outlier, against random sets of the same size.
+
+    The mean cosine over all pairs of images is exact, from the sum of the unit vectors; its histogram takes each image
+    with the one before it.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], or batches that can be iterated twice.
+        neurons: register neurons.
+        draws: random sets in each layer, at least one.
+        detection: which patches are outliers; default: found first, in another pass.
+        seed: of the random sets.
+        batch_size: images at once when a tensor is given.
+
+    Raises:
+        InterventionError: no neuron was given, the model does not have one of them, or a layer has too few others.
+        NoOutliersError: the model has no outliers on these images; it carries the evidence.
+        ConfigError: no random set was asked for.
+        ImageError: there are no images, or none has an outlier.
+        NonFiniteError: norms are NaN or infinite.
+
+    Source: Jiang et al. 2025, figure 21.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> neurons = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103), (1, 219)])
+        >>> found = neuron_updates(vit, synthetic_images(32, 0).images, neurons)
+        >>> bool(found.cosine[0, 0] > 0.95), found.p_value(found.norm).round(2).tolist()
+        (True, [0.01])
+    """
+    if draws < 1:
+        raise ConfigError(f"draws must be at least 1, got {draws}.")
+    detection = located(vit, images, neurons, detection, "Measuring updates at outliers", batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    sums = [
+        _LayerSums(vit, layer, listed, random_sets(listed, vit.cfg.d_mlp, draws, generator))
+        for layer, listed in neurons.by_layer().items()
+    ]
+    layers = tuple(layer.index for layer in sums)
+    n_images = 0
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "updates of neurons", count(images), len):
+            sight = look(vit, batch, layers, detection, generator)
+            n_images += len(batch)
+            for layer in sums if len(sight) else ():
+                layer.add(sight.activations(layer.index)[0])
+    need_some(n_images, sums[0].n)
+    return NeuronUpdates(
+        model=vit.source,
+        config=vit.cfg,
+        neurons=neurons,
+        detection=detection,
+        n_images=n_images,
+        n_with_outliers=sums[0].n,
+        layers=layers,
+        norm=torch.stack([layer.norm / layer.n for layer in sums]).numpy(),
+        cosine=torch.stack([layer.mean_cosine() for layer in sums]).numpy(),
+        silent=torch.stack([layer.silent / layer.n for layer in sums]).numpy(),
+        norm_histogram=torch.stack([layer.norms for layer in sums]).numpy(),
+        cosine_histogram=torch.stack([layer.cosines for layer in sums]).numpy(),
+    )
+
+
+class _LayerSums:
+    """Running sums of one layer: the register neurons are set 0, random sets follow."""
+
+    def __init__(self, vit: HookedViT, index: int, listed: tuple[int, ...], random: Int[Tensor, "draw neuron"]) -> None:
+        self.index, self.n = index, 0
+        W_out = cast(Block, vit.blocks[index]).mlp.W_out.detach().float()
+        self.sets = torch.cat([torch.tensor(listed)[None], random]).to(W_out.device)
+        self.writes = W_out[self.sets]  # set neuron d_model
+        n_sets, d_model = len(self.sets), W_out.shape[1]
+        self.norm = torch.zeros(n_sets, dtype=torch.float64)
+        self.directions = torch.zeros(n_sets, d_model, dtype=torch.float64)
+        self.silent = torch.zeros(n_sets, dtype=torch.float64)
+        self.norms = torch.zeros(2, N_BINS, dtype=torch.int64)
+        self.cosines = torch.zeros(2, COSINE_BINS, dtype=torch.int64)
+        self.last: Tensor | None = None
+
+    def add(self, activations: Float[Tensor, "image neuron"]) -> None:
+        """Take in the activations at the top outliers of a batch."""
+        active = activations[:, self.sets]
+        updates = einsum(active, self.writes, "image set n, set n d_model -> image set d_model").cpu()
+        norms = updates.norm(dim=-1)
+        units = F.normalize(updates.double(), dim=-1)
+        self.n += len(updates)
+        self.norm += norms.double().sum(0)
+        self.directions += units.sum(0)
+        self.silent += (norms == 0).double().sum(0)
+        self.norms[0] += count_signed(norms[:, :1].T)[0]
+        self.norms[1] += count_signed(norms[:, 1:].reshape(1, -1))[0]
+        chain = units if self.last is None else torch.cat([self.last, units])
+        self.last = units[-1:].clone()
+        similar = (chain[1:] * chain[:-1]).sum(-1)
+        writes = chain.square().sum(-1) > 0.5  # a unit vector, or 0 where the set writes nothing
+        both = writes[1:] & writes[:-1]
+        bins = ((similar + 1) * (COSINE_BINS / 2)).long().clamp(0, COSINE_BINS - 1)
+        self.cosines[0] += torch.bincount(bins[:, 0][both[:, 0]], minlength=COSINE_BINS)
+        self.cosines[1] += torch.bincount(bins[:, 1:][both[:, 1:]], minlength=COSINE_BINS)
+
+    def mean_cosine(self) -> Float[Tensor, " set"]:
+        """Over all pairs of images: |sum of unit vectors|^2 counts each pair twice and each vector once."""
+        firing = self.n - self.silent
+        mean = (self.directions.square().sum(-1) - firing) / (firing * (firing - 1)).clamp_min(1)
+        return torch.where(firing > 1, mean, float("nan"))
+
+
+def _over_sets(statistic: Callable[..., np.ndarray], values: Float[np.ndarray, "layer set"]) -> list[float]:
+    """A statistic over the sets that have a value, layer by layer; NaN where none has."""
+    return [float(statistic(row[~np.isnan(row)])) if not np.isnan(row).all() else float("nan") for row in values]

@@ -1,0 +1,240 @@
+"""Which register neurons drive which: edit those of one layer, watch those of later layers at the outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from registerlens.analysis.detection import Detection
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.sighting import Sighting
+from registerlens.analysis.stored import Stored
+from registerlens.analysis.top_outliers import Sight, located, look, need_some
+from registerlens.config import ViTConfig
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import InterventionError
+from registerlens.evaluation.controls import DRAWS, random_neurons
+from registerlens.interventions.ablation import Ablate
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+CONDITIONS = ("zero", "mean", "random, zero")
+"""How a layer's register neurons are edited: to zero, to their mean over images and patches; and, as a control, as many
+random neurons of the layer to zero (mean of three draws)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CausalOrder(Stored):
+    """Activations of register neurons at the top outlier, with those of an earlier layer edited."""
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    neurons: RegisterNeurons
+    """The register neurons."""
+    detection: Detection
+    """Which patches are outliers, in the clean run."""
+    n_images: int
+    """Images that went through."""
+    n_with_outliers: int
+    """Of these, how many have an outlier and so count."""
+    layers: tuple[int, ...]
+    """Blocks of the neurons."""
+    clean: Float[np.ndarray, " listed"]
+    """Activation of each neuron at the clean run's top outlier, mean over images."""
+    edited: Float[np.ndarray, "condition layer listed"]
+    """The same with the neurons of a layer edited, by `CONDITIONS`; NaN for neurons not in a later layer."""
+
+    @property
+    def change(self) -> Float[np.ndarray, "condition layer listed"]:
+        """Share of the clean activation that is lost (-1: all of it) or gained; NaN for neurons not in a later
+        layer."""
+        return (self.edited - self.clean) / np.abs(self.clean)
+
+    def between(self, condition: str = "zero") -> Float[np.ndarray, "layer layer"]:
+        """Change of a later layer's (column's) summed activations when a layer (row) is edited; NaN up to it."""
+        c = CONDITIONS.index(condition)
+        of_layer = np.array([layer for layer, _ in self.neurons.pairs])
+        columns = [of_layer == layer for layer in self.layers]
+        lost = np.stack([(self.edited[c] - self.clean)[:, own].sum(1) for own in columns], 1)
+        return lost / np.array([np.abs(self.clean[own]).sum() for own in columns])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a condition, edited layer and later neuron: clean and edited activation, and relative change."""
+        rows = []
+        change = self.change
+        for c, condition in enumerate(CONDITIONS):
+            for i, source in enumerate(self.layers):
+                for j, (layer, neuron) in enumerate(self.neurons.pairs):
+                    if layer > source:
+                        rows.append(
+                            {
+                                "condition": condition,
+                                "edited_layer": source,
+                                "layer": layer,
+                                "neuron": neuron,
+                                "clean": self.clean[j],
+                                "edited": self.edited[c, i, j],
+                                "change": change[c, i, j],
+                            }
+                        )
+        return pd.DataFrame(rows)
+
+    def describe(self) -> str:
+        """The order in words."""
+        told = [f"{self.n_with_outliers} of {self.n_images} images have an outlier."]
+        changes = {condition: self.between(condition) for condition in CONDITIONS}
+        for i, layer in enumerate(self.layers[:-1]):
+            effects = [
+                f"block {later} by {changes['zero'][i, i + 1 + j]:+.0%} (mean {changes['mean'][i, i + 1 + j]:+.0%}, "
+                f"random neurons {changes['random, zero'][i, i + 1 + j]:+.0%})"
+                for j, later in enumerate(self.layers[i + 1 :])
+            ]
+            told.append(f"Zeroing the register neurons of block {layer} changes those of {', '.join(effects)}.")
+        return " ".join(told)
+
+    def plot(self) -> go.Figure:
+        """Heat maps: edited layer against later neuron, for each kind of edit."""
+        from registerlens.viz.neuron_evidence import causal_figure  # noqa: PLC0415  (viz stands on results)
+
+        return causal_figure(self)
+
+
+def causal_order(
+    vit: HookedViT,
+    images: Images,
+    neurons: RegisterNeurons,
+    *,
+    detection: Detection | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> CausalOrder:
+    """Edit the register neurons of each layer in turn, and see what it does to those of later layers.
+
+    Zeroing leaves the range that later layers know, so that the mean edit and random neurons stand beside it. Each edit
+    starts from the clean stream before its block.
+
+    Args:
+        vit: the model; it may be edited already.
+        images: [image, channel, height, width], or batches that can be iterated several times.
+        neurons: register neurons of at least two layers.
+        detection: which patches are outliers; default: found first, in another pass.
+        seed: of the random neurons.
+        batch_size: images at once when a tensor is given.
+
+    Raises:
+        InterventionError: the neurons are of one layer, so that nothing comes later; no neuron was given, or the model
+            does not have one of them, or a layer has too few others for a control.
+        NoOutliersError: the model has no outliers on these images; it carries the evidence.
+        ImageError: there are no images, or none has an outlier.
+
+    Source: Jiang et al. 2025, section 3 (neurons before the onset drive those at it); Parodi et al. 2026 for controls.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images
+        >>> found = causal_order(vit, images, rl.RegisterNeurons.from_pairs([(1, 183), (1, 103), (2, 197)]))
+        >>> found.layers, found.edited.shape
+        ((1, 2), (3, 2, 3))
+    """
+    detection = located(vit, images, neurons, detection, "The causal order of register neurons", batch_size)
+    first, *later = neurons.by_layer()
+    if not later:
+        raise InterventionError(
+            f"All {len(neurons)} neurons are of block {first}, so that none comes later. Give neurons of several "
+            f"layers, for instance rl.find_register_neurons(vit, images, top_layer=...)."
+        )
+    layers = (first, *later)
+    edits = _edits(vit, images, neurons, layers[:-1], seed, batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.zeros(len(neurons), dtype=torch.float64)
+    edited = torch.full((len(CONDITIONS), len(layers), len(neurons)), float("nan"), dtype=torch.float64)
+    for i, layer in enumerate(layers[:-1]):
+        edited[:, i, [j for j, (at, _) in enumerate(neurons.pairs) if at > layer]] = 0
+    n_images = n = 0
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "causal order", count(images), len):
+            streams: dict[int, Tensor] = {}
+
+            def keep(resid: Tensor, hook: Any, streams: dict[int, Tensor] = streams) -> None:
+                streams[hook.layer()] = resid
+
+            with vit.hooks([([f"blocks.{layer}.hook_resid_pre" for layer in layers[:-1]], keep)]):
+                sight = look(vit, batch, layers, detection, generator)
+            n_images += len(batch)
+            n += len(sight)
+            if not len(sight):
+                continue
+            clean += _of(neurons, {layer: sight.activations(layer)[0] for layer in layers})
+            for c, condition in enumerate(CONDITIONS):
+                for i, layer in enumerate(layers[:-1]):
+                    for ablation in edits[condition, layer]:
+                        later = _later(vit, batch, streams[layer], layer, layers[i + 1 :], sight, detection, ablation)
+                        edited[c, i] += _of(neurons, later) / len(edits[condition, layer])
+    need_some(n_images, n)
+    return CausalOrder(
+        model=vit.source,
+        config=vit.cfg,
+        neurons=neurons,
+        detection=detection,
+        n_images=n_images,
+        n_with_outliers=n,
+        layers=layers,
+        clean=(clean / n).numpy(),
+        edited=(edited / n).numpy(),
+    )
+
+
+def _edits(
+    vit: HookedViT, images: Images, neurons: RegisterNeurons, layers: Sequence[int], seed: int, batch_size: int
+) -> dict[tuple[str, int], list[Ablate]]:
+    """The ablations of each condition and layer; means are fitted for all layers in one pass."""
+    fitted = Ablate.fit(vit, neurons, images, "mean", batch_size=batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    edits: dict[tuple[str, int], list[Ablate]] = {}
+    for layer in layers:
+        own = neurons.filter(layers=[layer])
+        edits["zero", layer] = [Ablate(own)]
+        edits["mean", layer] = [replace(fitted, target=own)]
+        drawn = [random_neurons(own, vit.cfg.d_mlp, generator) for _ in range(DRAWS)]
+        edits["random, zero", layer] = [Ablate(other) for other in drawn]
+    return edits
+
+
+def _later(
+    vit: HookedViT,
+    batch: Tensor,
+    stream: Float[Tensor, "batch pos d_model"],
+    first: int,
+    later: Sequence[int],
+    sight: Sight,
+    detection: Detection,
+    ablation: Ablate,
+) -> dict[int, Float[Tensor, "row neuron"]]:
+    """Activations of later layers at the clean top outliers, under an edit of the layer `first`."""
+    layout = vit.layout(batch)
+    with vit.edit(ablation):
+        seen = Sighting(vit, batch, later, [])
+        with vit.hooks(seen.hooks):
+            vit(stream, start_at_layer=first, stop_at_layer=max(later) + 1, layout=layout)
+        return {layer: seen.activations(layer, sight.images, sight.patches[0]) for layer in later}
+
+
+def _of(neurons: RegisterNeurons, activations: dict[int, Float[Tensor, "row neuron"]]) -> Float[Tensor, " listed"]:
+    """Sum over images for each listed neuron; 0 for those of a layer that was not watched."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return torch.stack(
+        [activations[layer][:, n].double().sum().cpu() if layer in activations else zero for layer, n in neurons.pairs]
+    )

@@ -1,0 +1,288 @@
+"""Evidence for register neurons: activations, updates, output weights, and which neurons drive which."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
+
+from registerlens.analysis.neuron_evidence import LIMIT, N_BINS, ActivationDistributions, signed_edges
+from registerlens.analysis.neuron_updates import COSINE_BINS, NeuronUpdates
+from registerlens.analysis.output_weights import OutputWeights
+from registerlens.analysis.top_outliers import PLACES
+from registerlens.evaluation.causal_order import CONDITIONS, CausalOrder
+from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme
+
+_ROW = 250
+"""Height of a row of panels in pixels."""
+_GAP = 85
+"""Room between two rows, for axis titles and headings, in pixels."""
+_DECADES = np.array([-1e4, -1e3, -100, -10, -1, 0, 1, 10, 100, 1e3, 1e4])
+_POOLED = 4
+"""Bins of the results drawn as one bar."""
+
+
+def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -> go.Figure:
+    """A row a layer: all its neurons at both tokens (figures 20 and 27), and the neurons listed one by one.
+
+    Activations are on an arsinh axis: linear near zero, logarithmic beyond. On the right, bars are one standard
+    deviation over images to both sides.
+
+    Source: Jiang et al. 2025, figures 20 and 27.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.analysis.neuron_evidence import activation_distributions
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> found = activation_distributions(vit, synthetic_images(16, 0).images, neurons)
+        >>> [curve.name for curve in distributions_figure(found).data][::2]
+        ['top outlier', 'random normal patch']
+    """
+    titles = []
+    for i, layer in enumerate(found.layers):
+        titles += [f"Block {layer}: all neurons (skewness {found.skewness[0, i]:.1f} and {found.skewness[1, i]:.1f})"]
+        titles += [f"Block {layer}: neurons listed, mean over images"]
+    n = len(found.layers)
+    figure = make_subplots(rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=_gap(n))
+    mean, std = found.listed(found.mean), found.listed(found.std)
+    for i, layer in enumerate(found.layers):
+        mine = [j for j, (at, _) in enumerate(found.neurons.pairs) if at == layer]
+        names = [str(found.neurons.pairs[j][1]) for j in mine]
+        for place, colour in enumerate((RED, BLUE)):
+            shared = {"name": PLACES[place], "legendgroup": PLACES[place]}
+            bars = _bars(found.histogram[place, i], colour) | shared
+            figure.add_trace(go.Bar(**bars, showlegend=i == 0, opacity=0.6), row=i + 1, col=1)
+            middle = mean[place, mine]
+            low, high = middle - std[place, mine], middle + std[place, mine]
+            dots = {
+                "x": names,
+                "y": np.arcsinh(middle),
+                "mode": "markers",
+                "marker": {"color": colour, "size": 7},
+                "error_y": {
+                    "type": "data",
+                    "array": np.arcsinh(high) - np.arcsinh(middle),
+                    "arrayminus": np.arcsinh(middle) - np.arcsinh(low),
+                    "thickness": 1,
+                },
+                "customdata": np.stack([middle, std[place, mine]], 1),
+                "hovertemplate": "%{x}: %{customdata[0]:.3g} ± %{customdata[1]:.2g}<extra></extra>",
+                **shared,
+            }
+            figure.add_trace(go.Scatter(**dots, showlegend=False), row=i + 1, col=2)
+        _signed_axis(figure, "x", found.histogram[:, i], row=i + 1, col=1)
+        _signed_axis(figure, "y", found.neuron_histogram[:, mine].reshape(-1, N_BINS), row=i + 1, col=2)
+        figure.update_yaxes(title_text="neurons x images (log)", type="log", dtick=1, row=i + 1, col=1)
+        figure.update_yaxes(title_text="activation", row=i + 1, col=2)
+        figure.update_xaxes(title_text="activation", row=i + 1, col=1)
+        figure.update_xaxes(title_text="neuron", type="category", row=i + 1, col=2)
+    figure.update_layout(
+        height=160 + _ROW * n, barmode="overlay", bargap=0, legend={"orientation": "h", "x": 0, "y": 1 + 0.22 / n}
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 100})
+
+
+def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
+    """A panel a neuron: its weights over the residual dimensions against the other neurons' (figure 25).
+
+    Weights are relative: divided by the root mean square of their neuron's row. The grey bars have the same area as the
+    red ones. The dimensions that the neurons share are named.
+
+    Source: Jiang et al. 2025, figure 25.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.analysis.output_weights import output_weights
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> [bars.name for bars in weights_figure(output_weights(vit, neurons, draws=10)).data]
+        ['other neurons of the layer', 'register neuron']
+    """
+    shown = min(len(found.neurons), 12)
+    columns = min(shown, 4)
+    rows = -(-shown // columns)
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        horizontal_spacing=0.06,
+        vertical_spacing=_gap(rows),
+        subplot_titles=[f"block {layer}, neuron {n}" for layer, n in found.neurons.pairs[:shown]],
+    )
+    relative = found.relative
+    edges = signed_edges()
+    for j, (layer, _) in enumerate(found.neurons.pairs[:shown]):
+        row, col = j // columns + 1, j % columns + 1
+        own = np.histogram(relative[j], edges)[0]
+        others = found.others_histogram[found.layers.index(layer)]
+        scaled = others * (own.sum() / max(others.sum(), 1))
+        for values, name, colour in (
+            (scaled, "other neurons of the layer", GREY),
+            (own, "register neuron", RED),
+        ):
+            bars = _bars(values, colour) | {"name": name, "legendgroup": name}
+            figure.add_trace(go.Bar(**bars, opacity=0.6, showlegend=j == 0), row=row, col=col)
+        for rank, dimension in enumerate(np.argsort(-np.abs(relative[j]), kind="stable")[:2]):
+            figure.add_annotation(
+                x=np.arcsinh(relative[j, dimension]),
+                y=0,
+                text=f"dim {dimension}",
+                ax=0,
+                ay=-28 - 22 * rank,
+                arrowcolor=GREY,
+                row=row,
+                col=col,
+            )
+        _signed_axis(figure, "x", np.stack([own, others > 0]), row=row, col=col)
+        figure.update_yaxes(
+            type="log", dtick=1, range=[-0.5, np.log10(max(own.max(), scaled.max())) + 0.5], row=row, col=col
+        )
+    figure.update_xaxes(title_text="relative weight", row=rows)
+    figure.update_yaxes(title_text="dimensions (log)", col=1)
+    left_out = f", the first {shown} of {len(found.neurons)} neurons" if shown < len(found.neurons) else ""
+    title = {"text": f"What register neurons write{left_out}", "font": {"size": 14}}
+    figure.update_layout(
+        title=title,
+        height=150 + _ROW * rows,
+        barmode="overlay",
+        bargap=0,
+        legend={"orientation": "h", "x": 0.4, "y": 1.0, "yref": "container", "yanchor": "top"},
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+
+
+def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
+    """A row a layer: norms of the summed update, and cosines between images, against random sets (figure 21).
+
+    Source: Jiang et al. 2025, figure 21.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.analysis.neuron_updates import neuron_updates
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> found = neuron_updates(vit, synthetic_images(16, 0).images, neurons, draws=5)
+        >>> [bars.name for bars in updates_figure(found).data][::2]
+        ['register neurons', 'random sets']
+    """
+    n = len(found.layers)
+    titles = []
+    for i, layer in enumerate(found.layers):
+        titles += [f"Block {layer}: norm of the summed update (mean {found.norm[i, 0]:.3g})"]
+        titles += [f"Block {layer}: cosine between images (mean {found.cosine[i, 0]:.3f})"]
+    figure = make_subplots(rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=_gap(n))
+    middles = np.linspace(-1, 1, COSINE_BINS + 1)[:-1] + 1 / COSINE_BINS
+    groups = (("register neurons", RED), (f"random sets ({found.norm.shape[1] - 1} draws)", BLUE))
+    for i in range(n):
+        for group, (name, colour) in enumerate(groups):
+            shared = {"name": name.partition(" (")[0], "legendgroup": name, "opacity": 0.6}
+            norms, cosines = _share(found.norm_histogram[i, group]), _share(found.cosine_histogram[i, group])
+            bars = _bars(norms, colour) | shared
+            figure.add_trace(go.Bar(**bars, showlegend=i == 0), row=i + 1, col=1)
+            figure.add_trace(
+                go.Bar(
+                    x=middles,
+                    y=np.where(cosines > 0, cosines, np.nan),
+                    width=2 / COSINE_BINS,
+                    marker={"color": colour, "line": {"width": 0}},
+                    hovertemplate="cosine %{x:.2f}: %{y:.1%}<extra></extra>",
+                    showlegend=False,
+                    **shared,
+                ),
+                row=i + 1,
+                col=2,
+            )
+        _signed_axis(figure, "x", found.norm_histogram[i], row=i + 1, col=1)
+        figure.update_xaxes(title_text="norm", row=i + 1, col=1)
+        figure.update_xaxes(title_text="cosine", range=[-1.05, 1.05], row=i + 1, col=2)
+    figure.update_yaxes(title_text="share of images", tickformat=".0%", col=1)
+    figure.update_yaxes(title_text="share of pairs", tickformat=".0%", col=2)
+    figure.update_layout(
+        height=160 + _ROW * n, barmode="overlay", bargap=0, legend={"orientation": "h", "x": 0, "y": 1 + 0.22 / n}
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 100})
+
+
+def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
+    """Change of later register neurons (columns) when those of a layer (rows) are edited; one panel a kind of edit.
+
+    Colours end at a loss and a gain of everything.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> from registerlens.evaluation.causal_order import causal_order
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(16, 0).images
+        >>> found = causal_order(vit, images, rl.RegisterNeurons.from_pairs([(1, 183), (2, 197)]))
+        >>> len(causal_figure(found).data)
+        3
+    """
+    order = sorted(
+        (j for j, (at, _) in enumerate(found.neurons.pairs) if at > found.layers[0]),
+        key=found.neurons.pairs.__getitem__,
+    )
+    names = ["{}: {}".format(*found.neurons.pairs[j]) for j in order]
+    rows = [f"block {layer}" for layer in found.layers[:-1]]
+    titles = [f"Register neurons to {name}" for name in CONDITIONS[:2]] + ["As many random neurons to zero"]
+    n = len(CONDITIONS)
+    figure = make_subplots(rows=n, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.1)
+    change = found.change[:, : len(rows), order]
+    for c in range(n):
+        text = [["" if np.isnan(v) else f"{v:+.0%}" for v in line] for line in change[c]]
+        figure.add_trace(
+            go.Heatmap(
+                z=change[c],
+                x=names,
+                y=rows,
+                zmin=-1,
+                zmax=1,
+                colorscale="RdBu",
+                showscale=c == 0,
+                colorbar={"tickformat": "+.0%", "title": "change"},
+                text=text,
+                texttemplate="%{text}" if len(names) <= 30 else None,
+                hovertemplate="edited %{y}, neuron %{x}: %{text}<extra></extra>",
+            ),
+            row=c + 1,
+            col=1,
+        )
+        figure.update_xaxes(type="category", row=c + 1, col=1)
+        figure.update_yaxes(title_text="edited", autorange="reversed", row=c + 1, col=1)
+    figure.update_xaxes(title_text="later register neuron (block: neuron)", row=n, col=1)
+    figure.update_layout(height=170 + n * (70 + 35 * len(rows)))
+    figure = apply_theme(figure, mode).update_layout(hovermode="closest")
+    return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+
+
+def _gap(rows: int) -> float:
+    return _GAP / (_ROW * rows)
+
+
+def _bars(counts: Float[np.ndarray, " bin"] | Int[np.ndarray, " bin"], colour: str) -> dict:
+    """Bars over the arsinh bins, several bins to a bar; empty ones left out, as a log axis has no zero."""
+    pooled = counts.reshape(-1, _POOLED).sum(1)
+    middles = np.linspace(-LIMIT, LIMIT, len(pooled) + 1)[:-1] + LIMIT / len(pooled)
+    some = pooled > 0
+    return {
+        "x": middles[some],
+        "y": pooled[some],
+        "width": 2 * LIMIT / len(pooled),
+        "customdata": np.sinh(middles[some]),
+        "marker": {"color": colour, "line": {"width": 0}},
+        "hovertemplate": "%{customdata:.3g}: %{y:.4g}<extra></extra>",
+    }
+
+
+def _share(counts: Int[np.ndarray, " bin"]) -> Float[np.ndarray, " bin"]:
+    return counts / max(int(counts.sum()), 1)
+
+
+def _signed_axis(figure: go.Figure, axis: str, counts: np.ndarray, *, row: int, col: int) -> None:
+    """An arsinh axis that shows every bin with a count, and decades as ticks."""
+    used = np.flatnonzero(counts.sum(0))
+    edges = np.linspace(-LIMIT, LIMIT, N_BINS + 1)
+    low, high = (edges[used[0]], edges[used[-1] + 1]) if len(used) else (-1.0, 1.0)
+    low, high = low - 0.15, high + 0.15
+    ticks = _DECADES[(np.arcsinh(_DECADES) >= low) & (np.arcsinh(_DECADES) <= high)]
+    update = figure.update_xaxes if axis == "x" else figure.update_yaxes
+    update(range=[low, high], tickvals=np.arcsinh(ticks), ticktext=[f"{t:g}" for t in ticks], row=row, col=col)
