@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caching, forward, neurons, tracing
+from benchmarks import caching, forward, kernels, neurons, tracing
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
 from registerlens.files import write_json
@@ -20,7 +20,13 @@ from registerlens.files import write_json
 _WIDTH = 140
 """Columns where the table goes to a file or a pipe."""
 
-BENCHMARKS = {"forward": forward.run, "trace": tracing.run, "cache": caching.run, "neurons": neurons.run}
+BENCHMARKS = {
+    "forward": forward.run,
+    "trace": tracing.run,
+    "cache": caching.run,
+    "neurons": neurons.run,
+    "kernels": kernels.run,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def in_process(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory tasks run here: starting six interpreters takes too long for a test."""
-    from benchmarks import caching, harness, neurons, tracing
+    from benchmarks import caching, harness, kernels, neurons, tracing
 
     def here(prepare: Any, **arguments: Any) -> dict[str, float]:
         return {key: value + 1 for key, value in harness._measure_peak(prepare, arguments).items()}
@@ -35,6 +35,7 @@ def in_process(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "peak_memory", here)
     monkeypatch.setattr(caching, "peak_memory", here)
     monkeypatch.setattr(neurons, "peak_memory", here)
+    monkeypatch.setattr(kernels, "peak_memory", here)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -50,7 +51,8 @@ def test_a_tiny_run_writes_a_complete_report(
     assert report["environment"]["threads"] == 1
     assert report["environment"]["versions"]["torch"]
     rows = report["rows"]
-    assert [row["benchmark"] for row in rows] == ["forward"] * 6 + ["trace"] * 4 + ["cache"] * 6 + ["neurons"] * 11
+    counts = {"forward": 6, "trace": 4, "cache": 6, "neurons": 11, "kernels": 4}
+    assert [row["benchmark"] for row in rows] == [name for name, n in counts.items() for _ in range(n)]
     for row in rows:
         assert row["reached"] in {True, False} if row["target"] else row["reached"] is None
         if row["unit"] == "s":

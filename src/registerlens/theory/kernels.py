@@ -32,12 +32,14 @@ from registerlens.theory.measurements import (
 from registerlens.theory.nulls import weights_of
 from registerlens.theory.observed import Observed, observe
 from registerlens.theory.readers import KERNELS, check_finite, closed_dimensions
-from registerlens.theory.verdicts import Finding, Verdict, effects, find, judge_rows, select
+from registerlens.theory.verdicts import Finding, Verdict, effects, find, select, with_verdicts
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _ORDER: tuple[Verdict, ...] = ("fails", "holds approximately", "holds")
+_SIDES = {"value": "the values", "ov": "values and output weights together"}
+_SUBJECTS = {"outlier": "the outlier tokens' direction", "u2": "u2"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,12 +111,15 @@ class KernelReport:
         It is one where attention to the token writes nothing (the value side: W_V, or W_V W_O), whatever the token
         itself shows to MLPs and head. Judged by the outlier tokens' direction where images gave it, else by u2.
         """
+        return self._value_side.verdict if self._value_side else None
+
+    @property
+    def _value_side(self) -> Finding | None:
+        """The condition on the value side that holds best."""
         for vector in ("outlier", "u2"):
-            verdicts: list[Verdict] = [
-                f.verdict for f in self.findings if f.vector == vector and f.condition in ("value", "ov")
-            ]
-            if verdicts:
-                return max(verdicts, key=_ORDER.index)
+            found = [f for f in self.findings if f.vector == vector and f.condition in _SIDES]
+            if found:
+                return max(found, key=lambda f: (_ORDER.index(f.verdict), -f.effect))
         return None
 
     def describe(self) -> str:
@@ -125,19 +130,18 @@ class KernelReport:
 
     def conclusion(self) -> str:
         """Are these neurons' sinks no-ops?"""
-        if self.no_op is None:
+        best = self._value_side
+        if best is None:
             return "As far as the weights can tell: nothing, for no later block's attention reads what they write."
-        by = "outlier" if any(found.vector == "outlier" for found in self.findings) else "u2"
-        faint = min((f for f in self.findings if f.vector == by and f.condition in ("value", "ov")), key=_effect)
-        which = "the outlier tokens' direction" if by == "outlier" else "u2"
         told = {
-            "holds": "yes: attention to such a token writes next to nothing but constants",
-            "holds approximately": "in part: such a token writes less than half of what a random direction would",
-            "fails": "no: attention to such a token writes something, unless what it writes is ignored downstream",
-        }[self.no_op]
+            "holds": "Yes: attention to such a token writes next to nothing but constants",
+            "holds approximately": "In part: such a token writes less than half of what a random direction would",
+            "fails": "No: attention to such a token writes something, unless what it writes is ignored downstream",
+        }[best.verdict]
         return (
-            f"Are sinks on these tokens no-ops, as far as weights can tell? {told[0].upper()}{told[1:]} ({which} is "
-            f"read at {faint.effect:.2g} of a random direction's strength by {_SIDE[faint.condition]})."
+            f"Are sinks on these tokens no-ops, as far as weights can tell? {told} "
+            f"({_SUBJECTS[best.vector]} is read at "
+            f"{best.effect:.2g} of a random direction's strength by {_SIDES[best.condition]})."
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -246,13 +250,6 @@ class KernelReport:
         )
 
 
-_SIDE = {"value": "the values", "ov": "values and output weights together"}
-
-
-def _effect(found: Finding) -> float:
-    return found.effect
-
-
 def check_kernels(
     vit: HookedViT,
     neurons: RegisterNeurons,
@@ -325,7 +322,7 @@ def check_kernels(
         model=vit.source,
         config=vit.cfg,
         neurons=neurons,
-        table=table.assign(verdict=judge_rows(table, n_tokens)),
+        table=with_verdicts(table, n_tokens),
         written=torch.stack(list(u2.values())).cpu().numpy(),
         usual=others.square().mean(0).sqrt().cpu().numpy(),
         n_tokens=n_tokens,

@@ -108,26 +108,25 @@ def select(table: pd.DataFrame, **columns: object) -> pd.DataFrame:
     return table.loc[chosen]
 
 
-def effects(table: pd.DataFrame) -> Float[np.ndarray, " row"]:
-    """What each row is judged by: the value, over a random direction's where the condition is about a kernel."""
-    value, random = table["value"].to_numpy(), table["random"].to_numpy()
-    return np.where(table["condition"].isin(KERNELS), value / random, value)
+def effects(rows: pd.DataFrame) -> Float[np.ndarray, " row"]:
+    """What rows are judged by: the value, over a random direction's where the condition is about a kernel."""
+    value, random = rows["value"].to_numpy(), rows["random"].to_numpy()
+    return np.where(rows["condition"].isin(KERNELS), value / random, value)
 
 
 def main_rows(table: pd.DataFrame) -> pd.DataFrame:
     """The rows on the quantities that conditions are judged by, with their effects."""
-    parts = [select(table, condition=condition, quantity=quantity) for condition, quantity in MAIN.items()]
-    rows = pd.concat(parts)
+    rows = pd.concat([select(table, condition=name, quantity=quantity) for name, quantity in MAIN.items()])
     return rows.assign(effect=effects(rows))
 
 
-def judge_rows(table: pd.DataFrame, n_tokens: int) -> list[str]:
-    """A verdict for every row that bears its condition's main quantity; empty for the others."""
-    columns = (table["condition"], table["quantity"], effects(table), table["random_p"], table["neurons_p"])
-    return [
-        judge(condition, effect, random_p, neurons_p, n_tokens) if quantity == MAIN[condition] else ""
-        for condition, quantity, effect, random_p, neurons_p in zip(*columns, strict=True)
-    ]
+def with_verdicts(table: pd.DataFrame, n_tokens: int) -> pd.DataFrame:
+    """The table with a verdict in every row that bears its condition's main quantity; empty in the others."""
+    rows = main_rows(table)
+    columns = zip(rows["condition"], rows["effect"], rows["random_p"], rows["neurons_p"], strict=True)
+    judged = [judge(name, effect, random_p, neurons_p, n_tokens) for name, effect, random_p, neurons_p in columns]
+    verdicts = pd.Series(judged, index=rows.index, dtype=object)
+    return table.assign(verdict=verdicts.reindex(table.index, fill_value=""))
 
 
 def find(table: pd.DataFrame, n_tokens: int) -> Iterator[Finding]:
