@@ -224,7 +224,7 @@ class KernelReport:
             >>> import tempfile, registerlens as rl
             >>> vit, neurons = rl.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(4, 7)])
             >>> report = check_kernels(vit, neurons)
-            >>> KernelReport.load(report.save(tempfile.mkdtemp())).findings == report.findings
+            >>> KernelReport.load(report.save(tempfile.mkdtemp())).describe() == report.describe()
             True
         """
         folder = Path(folder)
@@ -288,8 +288,8 @@ def check_kernels(
         >>> import registerlens as rl
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> report = check_kernels(vit, rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)]))
-        >>> report.finding("dominance").verdict
-        'holds'
+        >>> report.finding("value").verdict, report.finding("mlp").verdict
+        ('holds approximately', 'fails')
     """
     if not len(neurons):
         raise ConfigError("No neuron to check: the list is empty. See rl.find_register_neurons(vit, images).")
@@ -339,9 +339,7 @@ def _not_applicable(vit: HookedViT, first: int, observed: Observed | None, n_key
         last = f"block {first - 1} is the last: no block reads what its neurons write"
         reasons |= {name: last for name in (*KERNELS[:-1], "key")}
     elif not n_key_rows:
-        reasons["key"] = (
-            "queries have no constant part (no biases), so that weights alone do not say whom they seek; give images"
-        )
+        reasons["key"] = "without biases weights alone do not say what queries seek; give images"
     if vit.head.linear is None:
         reasons["head"] = "the model has no head or projection; it returns its tokens, which hides nothing"
     if observed is None:

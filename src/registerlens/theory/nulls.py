@@ -76,8 +76,9 @@ def random_units(n: int, dimensions: int, generator: torch.Generator) -> Float[T
     coefficients of a random direction in that matrix's singular vectors.
 
     Example:
-        >>> random_units(3, 5, torch.Generator().manual_seed(0)).norm(dim=1)
-        tensor([1., 1., 1.], dtype=torch.float64)
+        >>> units = random_units(3, 5, torch.Generator().manual_seed(0))
+        >>> units.shape, bool((units.norm(dim=1) - 1).abs().max() < 1e-12)
+        (torch.Size([3, 5]), True)
     """
     return F.normalize(torch.randn(n, dimensions, dtype=torch.float64, generator=generator), dim=1)
 

@@ -126,7 +126,7 @@ def with_verdicts(table: pd.DataFrame, n_tokens: int) -> pd.DataFrame:
     columns = zip(rows["condition"], rows["effect"], rows["random_p"], rows["neurons_p"], strict=True)
     judged = [judge(name, effect, random_p, neurons_p, n_tokens) for name, effect, random_p, neurons_p in columns]
     verdicts = pd.Series(judged, index=rows.index, dtype=object)
-    return table.assign(verdict=verdicts.reindex(table.index, fill_value=""))
+    return table.assign(verdict=verdicts.reindex(table.index, fill_value="").tolist())
 
 
 def find(table: pd.DataFrame, n_tokens: int) -> Iterator[Finding]:

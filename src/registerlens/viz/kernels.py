@@ -31,6 +31,7 @@ _CELL = 34
 _BETWEEN = 75
 """Height between panels."""
 _LINES = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, OLIVE, BROWN)
+_X_TITLE = "who reads it: block (✓ holds, ≈ holds approximately)"
 _NAMED = 3
 """Dimensions that get a label."""
 
@@ -87,7 +88,12 @@ def _stacked(panels: list[tuple[str, go.Heatmap, int]]) -> go.Figure:
         )
         figure.update_layout(
             {
-                f"xaxis{axis}": {"anchor": f"y{axis}", "type": "category", "showgrid": False},
+                f"xaxis{axis}": {
+                    "anchor": f"y{axis}",
+                    "type": "category",
+                    "showgrid": False,
+                    "title": {"text": _X_TITLE if heatmap is panels[-1][1] else None},
+                },
                 f"yaxis{axis}": {
                     "anchor": f"x{axis}",
                     "domain": (low, high),
@@ -97,13 +103,6 @@ def _stacked(panels: list[tuple[str, go.Heatmap, int]]) -> go.Figure:
             }
         )
     figure.update_layout(height=height + 60)
-    figure.update_layout(
-        {
-            f"xaxis{len(panels) if len(panels) > 1 else ''}": {
-                "title": {"text": "who reads it: block (✓ holds, ≈ holds approximately)"}
-            }
-        }
-    )
     return figure
 
 
