@@ -306,7 +306,7 @@ def check_kernels(
     n_key_rows = measure_keys(rows, vit, subjects, first, observed, generator)
     for subject in subjects:
         if subject.vector == "u2":
-            measure_size(rows, subject)
+            measure_size(rows, vit, subject, neurons)
             measure_concentration(rows, subject, generator)
         if observed is not None and observed.n_outliers and subject.vector != "outlier":
             measure_cosines(rows, vit, subject, observed, generator)
@@ -340,6 +340,8 @@ def _not_applicable(vit: HookedViT, first: int, observed: Observed | None, n_key
         reasons |= {name: last for name in (*KERNELS[:-1], "key")}
     elif not n_key_rows:
         reasons["key"] = "without biases weights alone do not say what queries seek; give images"
+    if vit.cfg.n_heads == 1:
+        reasons.setdefault("ov_head", "a single head is the sum over heads (ov)")
     if vit.head.linear is None:
         reasons["head"] = "the model has no head or projection; it returns its tokens, which hides nothing"
     if observed is None:

@@ -172,10 +172,12 @@ def measure_kernels(
 # What the vectors are by themselves ----------------------------------------------------------------------------------
 
 
-def measure_size(rows: Rows, subject: Subject) -> None:
-    """Dominance of u2 over the other rows of W_out."""
-    norms, others = subject.vectors.norm(dim=1).cpu(), subject.others.norm(dim=1).cpu()
-    if not len(others):
+def measure_size(rows: Rows, vit: HookedViT, subject: Subject, neurons: RegisterNeurons) -> None:
+    """Dominance of u2 over the other rows of W_out: over all of them, since their largest is asked for."""
+    norms, every = subject.vectors.norm(dim=1).cpu(), weights_of(vit, subject.layer)["u2"].norm(dim=1).cpu()
+    listed = set(neurons.by_layer()[subject.layer])
+    others = every[[n for n in range(len(every)) if n not in listed]]
+    if not others.any():
         return
     for quantity, unit in (("over_median", others.median()), ("over_largest", others.max())):
         found = stand(norms / unit, others / unit, "high")
