@@ -27,7 +27,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def in_process(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory tasks run here: starting six interpreters takes too long for a test."""
-    from benchmarks import caching, harness, neurons, sinks, tracing
+    from benchmarks import caching, harness, kernels, loading, neurons, sinks, tracing
 
     def here(prepare: Any, **arguments: Any) -> dict[str, float]:
         return {key: value + 1 for key, value in harness._measure_peak(prepare, arguments).items()}
@@ -35,7 +35,8 @@ def in_process(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "peak_memory", here)
     monkeypatch.setattr(caching, "peak_memory", here)
     monkeypatch.setattr(neurons, "peak_memory", here)
-    monkeypatch.setattr(sinks, "peak_memory", here)
+    for module in (sinks, kernels, loading):
+        monkeypatch.setattr(module, "peak_memory", here)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -51,7 +52,7 @@ def test_a_tiny_run_writes_a_complete_report(
     assert report["environment"]["threads"] == 1
     assert report["environment"]["versions"]["torch"]
     rows = report["rows"]
-    numbers = {"forward": 6, "trace": 4, "cache": 6, "neurons": 11, "sinks": 4}
+    numbers = {"loading": 2, "forward": 6, "trace": 4, "cache": 6, "neurons": 11, "sinks": 4, "kernels": 4}
     assert [row["benchmark"] for row in rows] == [name for name, n in numbers.items() for _ in range(n)]
     for row in rows:
         assert row["reached"] in {True, False} if row["target"] else row["reached"] is None

@@ -359,7 +359,7 @@ def test_half_precision_and_what_is_left_behind(batch):
 def test_only_the_blocks_before_the_place_are_run(monkeypatch, tiny, batch):
     ran = []
     for i, block in enumerate(tiny.blocks):
-        monkeypatch.setattr(block, "forward", lambda x, i=i, run=block.forward: ran.append(i) or run(x))
+        monkeypatch.setattr(block, "forward", lambda x, *rest, i=i, run=block.forward: ran.append(i) or run(x, *rest))
     assert patch_norms(tiny, batch.images[:2], "embed").shape == (2, 36)
     patch_norms(tiny, batch.images[:2], "2.attn")
     assert ran == [0, 0, 1, 2]

@@ -261,9 +261,11 @@ def test_planted_sinks_are_nops_where_values_have_no_bias():
     planted, truth = rl.plant_register_neurons(vit, layer=1)
     found = classify_sinks(planted, truth.calibration, thresholds=[0.3])
     assert {(layer, head) for layer, head in np.argwhere(found.events[0])} == set(truth.sink_heads)
-    assert found.counts(0.3)["nop"] == found.events.sum() > 20
+    at_outliers = found.places[PLACES.index("outlier_patch")].sum()
+    assert found.events.sum() >= at_outliers > 20
+    # A patch on which the neurons fire weakly can be a sink too, and keeps more of its own value.
+    assert found.counts(0.3)["nop"] >= at_outliers >= 0.95 * found.events.sum()
     assert found.mean("output_ratio", 0.3) < 0.1
-    assert found.places[PLACES.index("outlier_patch")].sum() == found.events.sum()
     assert found.outlier_norm > 3
     with torch.no_grad():
         for block in planted.blocks:

@@ -83,6 +83,11 @@ class MLP(nn.Module):
         return self.up.weight.T
 
     @property
+    def W_read(self) -> Float[Tensor, "d_model read"]:
+        """All that reads the stream: W_in, and in a gated MLP W_gate beside it."""
+        return self.W_in
+
+    @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
         """Input biases."""
         return self.up.bias
@@ -125,6 +130,11 @@ class GatedMLP(MLP):
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """Gate weights; column n opens neuron n."""
         return self.gate.weight.T
+
+    @property
+    def W_read(self) -> Float[Tensor, "d_model read"]:
+        """W_in and W_gate side by side."""
+        return torch.cat([self.W_in, self.W_gate], 1)
 
     @property
     def b_gate(self) -> Float[Tensor, " d_mlp"]:
