@@ -220,9 +220,8 @@ TIMM = {
     "timm RoPE reg1 gap": eva("vit_medium_patch16_rope_reg1_gap_256"),
     "timm axial RoPE": eva("vit_small_patch16_rope_224"),
     "timm mixed RoPE": eva("vit_small_patch16_rope_mixed_224"),
-    "timm mixed RoPE, columns first, and positions": eva(
-        "vit_small_patch16_rope_mixed_ape_224", rope_grid_indexing="xy"
-    ),
+    "timm mixed RoPE, rows first, and positions": eva("vit_small_patch16_rope_mixed_ape_224", rope_grid_indexing="ij"),
+    "timm Sapiens 2": eva("vit_base_patch16_sapiens2", num_classes=0, num_kv_heads=4, norm_layer=RMS, init_values=0.5),
     "timm RoPE with everything else": eva(
         "vit_small_patch16_rope_224",
         qkv_fused=False,

@@ -30,7 +30,7 @@ _VIT = Family(
     sites=SITES,
     refuse=refusals("Block", ("Attention",)),
     preprocess=Preprocess(resize=(224, 224), crop=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    note="supervised, AugReg, DeiT, DeiT-III, CLIP, SigLIP, DINO, DINOv2, registers with and without [CLS], AIMv2, BEiT-3",
+    note="supervised, AugReg, DeiT, DeiT-III, CLIP, SigLIP, DINO, DINOv2, AIMv2, BEiT-3, registers without [CLS] too",
 )
 _DISTILLED = replace(
     _VIT,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from registerlens.config import Preprocess, ViTConfig
@@ -45,8 +44,8 @@ def _odd_rope(source: Source) -> bool:
 
 
 def _frequencies(key: str) -> Weight:
-    """Learned frequencies [layer, head, 2, d_head / 2], row then column; timm's axis of the two comes first, and has the
-    column first where its grid does."""
+    """Learned frequencies [layer, head, 2, d_head / 2], row then column. In timm the axis of the two comes first, and
+    the column before the row where its grid has it so."""
 
     def turned(tensor: Any, cfg: ViTConfig) -> Tensor:
         return tensor.flip(0) if cfg.rope is not None and cfg.rope.x_first else tensor

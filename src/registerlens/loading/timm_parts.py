@@ -107,6 +107,11 @@ def attn_pool(over: Callable[[Source], str]) -> Reader:
     return reader
 
 
+def _n_registers(source: Source) -> int:
+    registers: Any = source.get("reg_token")
+    return 0 if registers is None else registers.shape[1]
+
+
 CONFIG: dict[str, Reader] = {
     "n_layers": lambda source: len(source.get("blocks")),
     "d_model": read("embed_dim"),
@@ -123,8 +128,8 @@ CONFIG: dict[str, Reader] = {
     "norm_eps": read("blocks.0.norm1.eps"),
     "patch_norm": has_weight("patch_embed.norm.weight"),
     "patch_bias": has_weight("patch_embed.proj.bias"),
-    "class_token": has_weight("cls_token"),
-    "n_trained_registers": lambda source: source.state["reg_token"].shape[1] if "reg_token" in source.state else 0,
+    "class_token": lambda source: source.get("cls_token") is not None,
+    "n_trained_registers": _n_registers,
     "positions": lambda source: "learned" if "pos_embed" in source.state else "none",
     "pos_interpolation": lambda source: "bicubic_antialias",
     "ln_pre": has_weight("norm_pre.weight"),
