@@ -21,7 +21,7 @@ def final_point(cfg: ViTConfig, kind: Literal["q", "k"]) -> str:
     """The hook point inside attention where queries or keys are as the scores take them: normalised and turned.
 
     Example:
-        >>> final_point(ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=8, patch_size=4), "k")
+        >>> final_point(ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=(8, 8), patch_size=(4, 4)), "k")
         'hook_k'
     """
     if cfg.rope is not None:
