@@ -10,6 +10,7 @@ import timm
 import torch
 import transformers
 from open_clip.model import resize_pos_embed
+from timm.layers import RmsNorm, SwiGLUPacked
 from torch import Tensor, nn
 
 NATIVE, OTHER = (32, 48), (56, 40)
@@ -165,6 +166,13 @@ def timmed(name: str = "vit_tiny_patch16_224", source_class: str = "VisionTransf
     return Case("timm", make, source_class)
 
 
+def eva(name: str, **options: Any) -> Case:
+    """A model of timm's class Eva."""
+    return timmed(name, "Eva", **options)
+
+
+RMS = partial(RmsNorm, eps=1e-2)
+
 TIMM = {
     "timm supervised": timmed(),
     "timm without qkv bias": timmed(qkv_bias=False),
@@ -182,6 +190,52 @@ TIMM = {
     "timm DINOv2 reg4": timmed("vit_small_patch14_reg4_dinov2", num_classes=0, reg_tokens=4, no_embed_class=True),
     "timm registers with positions": timmed(reg_tokens=4),
     "timm non-square patch": timmed(patch_size=(8, 4)),
+    "timm average pooling with fc_norm": timmed(global_pool="avg"),
+    "timm average pooling over prefix tokens too": timmed(global_pool="avg", pool_include_prefix=True),
+    "timm no positions": timmed(pos_embed="none"),
+    "timm no bias in sublayers": timmed(qkv_bias=False, proj_bias=False),
+    "timm RMSNorm, q/k norm": timmed("test_vit4", norm_layer=RMS, qk_norm=True),
+    "timm q/k norm and inner norms": timmed(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+    "timm attention pooling over all tokens": timmed(global_pool="map", pool_include_prefix=True, fc_norm=True),
+    "timm SwiGLU, packed": timmed(mlp_layer=SwiGLUPacked, scale_mlp_norm=True),
+    "timm DeiT-III": timmed("deit3_small_patch16_224", init_values=0.5),
+    "timm so150m reg4 gap": timmed("vit_so150m_patch16_reg4_gap_256"),
+    "timm so150m reg4 map": timmed("vit_so150m_patch16_reg4_map_256"),
+    "timm betwixt reg1 gap": timmed("vit_betwixt_patch16_reg1_gap_256", init_values=0.5),
+    "timm SigLIP": timmed("vit_base_patch16_siglip_224", num_classes=0),
+    "timm SigLIP so400m gap": timmed("vit_so400m_patch14_siglip_gap_224", num_classes=0, mlp_ratio=4),
+    "timm DINOv2 giant": timmed("vit_giant_patch14_dinov2", num_classes=0, init_values=0.5),
+    "timm AIMv2": timmed("aimv2_large_patch14_224", norm_layer=RMS, embed_norm_layer=RMS),
+    "timm BEiT-3": timmed("beit3_base_patch16_224"),
+    "timm RADIO": timmed("vit_base_patch16_radio_v3", num_classes=0),
+    "timm EVA": eva("eva_giant_patch14_224"),
+    "timm EVA-02 tiny": eva("eva02_tiny_patch14_224"),
+    "timm EVA-02 base": eva("eva02_base_patch14_224"),
+    "timm EVA-02 CLIP": eva("eva02_base_patch16_clip_224"),
+    "timm DINOv3": eva("vit_small_patch16_dinov3", num_classes=0, init_values=0.5),
+    "timm DINOv3 with SwiGLU and biases": eva("vit_small_plus_patch16_dinov3_qkvb", num_classes=0, init_values=0.5),
+    "timm Perception Encoder core": eva("vit_pe_core_tiny_patch16_384"),
+    "timm Perception Encoder spatial": eva("vit_pe_spatial_small_patch16_512", num_classes=0),
+    "timm Perception Encoder lang": eva("vit_pe_lang_large_patch14_448", num_classes=0, init_values=0.5),
+    "timm RoPE reg1 gap": eva("vit_medium_patch16_rope_reg1_gap_256"),
+    "timm axial RoPE": eva("vit_small_patch16_rope_224"),
+    "timm mixed RoPE": eva("vit_small_patch16_rope_mixed_224"),
+    "timm mixed RoPE, rows first, and positions": eva("vit_small_patch16_rope_mixed_ape_224", rope_grid_indexing="ij"),
+    "timm Sapiens 2": eva("vit_base_patch16_sapiens2", num_classes=0, num_kv_heads=4, norm_layer=RMS, init_values=0.5),
+    "timm RoPE with everything else": eva(
+        "vit_small_patch16_rope_224",
+        qkv_fused=False,
+        qk_norm=True,
+        scale_attn_inner=True,
+        init_values=0.5,
+        attn_only_layer_scale=True,
+        num_reg_tokens=2,
+        rope_type="dinov3",
+        rope_grid_offset=0.25,
+        rope_grid_indexing="xy",
+        rope_rotate_half=True,
+        rope_temperature=50.0,
+    ),
 }
 
 # open_clip -----------------------------------------------------------------------------------------------------------

@@ -195,6 +195,13 @@ def test_a_timm_safetensors_file(tmp_path):
         ("vit_tiny_patch16_224", {"num_classes": 7}),
         ("deit_tiny_distilled_patch16_224", {"num_classes": 7}),
         ("vit_small_patch14_reg4_dinov2", {"num_classes": 0, "reg_tokens": 4, "no_embed_class": True}),
+        ("vit_base_patch16_siglip_224", {"num_classes": 0}),
+        ("vit_giant_patch14_dinov2", {"num_classes": 7}),
+        ("aimv2_large_patch14_224", {"num_classes": 0}),
+        ("eva02_base_patch14_224", {"num_classes": 7}),
+        ("vit_small_patch16_dinov3", {"num_classes": 0}),
+        ("vit_pe_core_tiny_patch16_384", {"num_classes": 7}),
+        ("vit_small_patch16_rope_mixed_224", {"num_classes": 7}),
     ],
 )
 def test_a_folder_saved_by_timm(arch, options, safe, tmp_path):

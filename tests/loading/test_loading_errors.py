@@ -208,22 +208,6 @@ UNSUPPORTED = {
     "gated MLP": (lambda: transformers_model("Dinov2Model", **SIZES, use_swiglu_ffn=True), "SwiGLU"),
     "pooler": (lambda: transformers_model("ViTModel", **SIZES, pooler_act="relu"), "pooler nonlinearity"),
     "nonlinearity": (lambda: transformers_model("ViTModel", **SIZES, hidden_act="mish"), "nonlinearity 'mish'"),
-    "norm after pooling": (lambda: timm_model(global_pool="avg"), "fc_norm"),
-    "attention pooling": (lambda: timm_model(global_pool="map"), "attention pooling"),
-    "maximum pooling": (lambda: timm_model(global_pool="max", fc_norm=False), "global_pool='max'"),
-    "pooling with prefix": (
-        lambda: timm_model(global_pool="avg", fc_norm=False, pool_include_prefix=True),
-        "includes prefix tokens",
-    ),
-    "qk_norm": (lambda: timm_model(qk_norm=True), "qk_norm"),
-    "RMSNorm": (lambda: timm_model(norm_layer="rmsnorm"), "RMSNorm"),
-    "no positions": (lambda: timm_model(pos_embed="none"), "no learned position embedding"),
-    "no bias after attention": (lambda: timm_model(proj_bias=False), "proj_bias"),
-    "parallel blocks": (lambda: timm_model(block_fn=timm.models.vision_transformer.ParallelScalingBlock), "Block"),
-    "rotary": (
-        lambda: timm.create_model("eva02_tiny_patch14_224", embed_dim=32, depth=1, num_heads=2, img_size=28),
-        "rotary",
-    ),
     "distilled features": (
         lambda: timm.create_model("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}),
         "no classifier",
@@ -388,8 +372,8 @@ def test_preprocessing_that_cannot_be_reproduced_is_refused_unless_it_is_given()
 
 def test_a_description_that_lacks_something_is_an_error():
     module = TIMM["timm supervised"].make(NATIVE)
-    del module.num_reg_tokens
-    with pytest.raises(ConfigError, match="num_reg_tokens"):
+    del module.reg_token
+    with pytest.raises(ConfigError, match="reg_token"):
         HookedViT.from_module(module)
 
 

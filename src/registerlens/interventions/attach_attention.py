@@ -7,6 +7,7 @@ meet tensors of shape [batch, pos, head, d_head]; keys and values may come back 
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -63,19 +64,24 @@ def _edited_attention(
 
 
 class TimmAttention:
-    """timm's `Attention`, fused or not as the module is set."""
+    """timm's `Attention`, `AttentionRope` and `EvaAttention`, fused or not as the module is set."""
 
     def __init__(self, attention: nn.Module, apply: Apply) -> None:
         self.attention: Any = attention
         self.apply = apply
+        self.signature = inspect.signature(type(attention).forward)
 
-    def __call__(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
         """What the module's `forward` returns."""
         attention = self.attention
-        if is_causal:
+        given = self.signature.bind(attention, *arguments, **options).arguments
+        if given.get("is_causal", False):
             raise InterventionError("Attention cannot be edited where it is causal. Call the model without is_causal.")
-        q, k, v = _edited(attention.qkv(x), attention.num_heads, self.apply)
-        mask = _longer(attn_mask, k.shape[2])
+        qkv = rearrange(self._projected(given["x"]), "batch pos (three head d) -> three batch head pos d", three=3,
+                        head=attention.num_heads)  # fmt: skip
+        q, k = (self._turned(x, given.get("rope")) for x in (attention.q_norm(qkv[0]), attention.k_norm(qkv[1])))
+        q, k, v = (self._edited(kind, x) for kind, x in zip("qkv", (q, k, qkv[2]), strict=True))
+        mask = _longer(given.get("attn_mask"), k.shape[2])
         if attention.fused_attn:
             dropout = attention.attn_drop.p if attention.training else 0.0
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -84,7 +90,39 @@ class TimmAttention:
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
             z = attention.attn_drop(scores.softmax(-1)) @ v
-        return attention.proj_drop(attention.proj(self.apply("z", z.transpose(1, 2)).flatten(2)))
+        heads = attention.norm(z.transpose(1, 2).flatten(2)).unflatten(2, (attention.num_heads, -1))
+        return attention.proj_drop(attention.proj(self.apply("z", heads).flatten(2)))
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side, from one map or three."""
+        attention = self.attention
+        if attention.qkv is None:
+            return torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
+        if getattr(attention, "q_bias", None) is None:
+            return attention.qkv(x)
+        return attention.qkv(x) + torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+
+    def _turned(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        """Queries or keys [batch, head, pos, d_head] of patches turned by their positions, sines and cosines."""
+        if rope is None:
+            return x
+        from timm.layers.pos_embed_sincos import apply_rot_embed_cat  # noqa: PLC0415  (optional dependency)
+
+        still, patches = x.tensor_split([self.attention.num_prefix_tokens], 2)
+        return torch.cat([still, apply_rot_embed_cat(patches, rope, half=self.attention.rotate_half)], 2).type_as(x)
+
+    def _edited(self, kind: str, x: Tensor) -> Tensor:
+        return self.apply(kind, x.transpose(1, 2)).transpose(1, 2)
+
+
+def unturned(options: dict[str, Any], n: int) -> dict[str, Any]:
+    """A block's options where timm's `rope` [..., token, sines and cosines] leaves n appended tokens as they are."""
+    rope = options.get("rope")
+    if rope is None:
+        return options
+    still = rope.new_zeros(*rope.shape[:-2], n, rope.shape[-1])
+    still[..., rope.shape[-1] // 2 :] = 1
+    return options | {"rope": torch.cat([rope, still], -2)}
 
 
 class OpenClipAttention:

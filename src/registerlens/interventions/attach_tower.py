@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from registerlens.errors import InterventionError, UnsupportedArchitectureError
-from registerlens.interventions.attach_attention import STAND_INS
+from registerlens.interventions.attach_attention import STAND_INS, unturned
 from registerlens.interventions.base import TOKENS, Edit, Intervention, Plan, Scene, plan
 from registerlens.loading.registry import find_vision
 from registerlens.model.attention import final_point
@@ -226,7 +226,8 @@ class _Block:
         call = tower.call(self.layer, x)
         layout, tower.scene = call.scene.layout, call.scene
         n_registers = layout.n_test_time_registers
-        if n_registers and any(isinstance(value, Tensor) for value in (*arguments, *options.values())):
+        masks = (*arguments, *(value for name, value in options.items() if name != "rope"))
+        if n_registers and any(isinstance(value, Tensor) for value in masks):
             raise InterventionError("A mask says nothing of the appended tokens. Call the model without one.")
         _tag(x, call)
         full = x if call.extra is None else torch.cat([x, call.extra], 1)
@@ -239,6 +240,7 @@ class _Block:
             )
         full = tower.apply(f"blocks.{self.layer}.hook_resid_pre", full)
         _tag(full, call)
+        options = unturned(options, n_registers)
         out = tower.apply(f"blocks.{self.layer}.hook_resid_post", self.forward(full, *arguments, **options))
         extra = None
         if n_registers:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from registerlens.config import Activation, Preprocess, ViTConfig
 from registerlens.errors import ConfigError, UnsupportedArchitectureError, WeightsError, close_matches
@@ -82,6 +82,11 @@ def has_weight(key: str) -> Reader:
 def rows_of(key: str) -> Reader:
     """How many outputs a linear map has, or None if the model does not have it."""
     return lambda source: source.state[key].shape[0] if key in source.state else None
+
+
+def columns_of(key: str) -> Reader:
+    """How many inputs a linear map has."""
+    return lambda source: source.state[key].shape[1]
 
 
 def activation(path: str, names: Mapping[str, Activation], name_of: Callable[[Any], str] = str) -> Reader:
@@ -179,7 +184,11 @@ def build(family: Family, source: Source, name: str, preprocess: Preprocess | No
     cfg, state = describe(family, source, name)
     with torch.device("meta"):
         vit = HookedViT(cfg, preprocess or _usual_preprocess(family, cfg), source=name)
-    vit.load_state_dict(_map_weights(family, state, vit, name), strict=True, assign=True)
+    # A module says itself which weights it has; what a rule could do without must not get lost on the way.
+    module = source.described if isinstance(source.described, nn.Module) else None
+    expected = _canonical(family, {} if module is None else module.state_dict())
+    mapped, vit.source_keys = _map_weights(family, state, vit, name, expected)
+    vit.load_state_dict(mapped, strict=True, assign=True)
     # One device and one number type: some libraries keep norms in float32 beside half weights.
     return vit.to(vit.embed.patch.weight).eval()
 
@@ -223,9 +232,13 @@ def _canonical(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return canonical
 
 
-def _map_weights(family: Family, state: Mapping[str, Tensor], vit: HookedViT, name: str) -> dict[str, Tensor]:
+def _map_weights(
+    family: Family, state: Mapping[str, Tensor], vit: HookedViT, name: str, expected: Iterable[str]
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Our weights, and the keys of the rules that made them."""
     mapped: dict[str, Tensor] = {}
     used: set[str] = set()
+    stored: set[str] = set()
     problems: list[str] = []
     for target, wanted in vit.state_dict().items():
         layer = re.match(r"blocks\.(\d+)\.", target)
@@ -234,11 +247,13 @@ def _map_weights(family: Family, state: Mapping[str, Tensor], vit: HookedViT, na
         if weight is None:
             problems.append(f"the family has no rule for {target!r}")
             continue
+        weight = weight.among(lambda key, i=i: key.replace("{i}", i) in state)
         keys = [key.replace("{i}", i) for key in weight.keys]
         needed = [key for key, rule in zip(keys, weight.keys, strict=True) if rule not in weight.optional]
         missing = [key for key in needed if key not in state]
         problems += [f"missing: {key!r}.{close_matches(key, state, n=1)}" for key in missing]
         used.update(key for key in keys if key in state)
+        stored.update(rule for key, rule in zip(keys, weight.keys, strict=True) if key in state)
         if missing:
             continue
         tensors = [state.get(key) for key in keys]
@@ -254,13 +269,15 @@ def _map_weights(family: Family, state: Mapping[str, Tensor], vit: HookedViT, na
             )
     unexpected = [key for key in state if key not in used and not any(fnmatchcase(key, glob) for glob in family.ignore)]
     problems += [f"unexpected: {key!r}" for key in unexpected]
+    lost = [key for key in expected if key not in state and not any(repr(key) in problem for problem in problems)]
+    problems += [f"missing: {key!r}" for key in lost if not any(fnmatchcase(key, glob) for glob in family.ignore)]
     if problems:
         shown = "\n  ".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(
             f"{name}: the weights do not fit {family.library}'s {family.source_class} as configured:\n  {shown}\n"
             f"Check that the weights and the configuration belong to the same model."
         )
-    return mapped
+    return mapped, frozenset(stored)
 
 
 def _shapes(keys: Sequence[str], tensors: Sequence[Tensor | None]) -> str:
@@ -271,17 +288,21 @@ def _shapes(keys: Sequence[str], tensors: Sequence[Tensor | None]) -> str:
 def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
     """A HookedViT's weights under a family's names: the inverse of `build`, bit for bit.
 
-    What a family ignores when it reads (mask tokens, a text tower) is not in it.
+    What a family ignores when it reads (mask tokens, a text tower) is not in it. Where the family stores a weight in
+    several ways, it is written as it was read, or in the first way if it came from elsewhere.
 
     Raises:
         WeightsError: the family has no place for one of the weights, or reads several of its own as one.
     """
     found: dict[str, list[Piece]] = {}
+    known = {key for weight in family.weights.values() for rule in (weight, *weight.others) for key in rule.keys}
+    own = vit.source_keys <= known
     for target, tensor in vit.state_dict().items():
         layer = re.match(r"blocks\.(\d+)\.", target)
         weight = family.weights.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", target))
         if weight is None:
             raise WeightsError(f"{family.library}'s {family.source_class} has no place for {target!r} of {vit.source}.")
+        weight = weight.among(vit.source_keys.__contains__) if own and vit.source_keys else weight
         for piece in weight.undo(weight.keys, tensor, vit.cfg):
             key = piece.key.replace("{i}", layer.group(1) if layer else "")
             inside = not any(fnmatchcase(key, glob) for glob in family.unprefixed)

@@ -25,6 +25,7 @@ def save(vit: HookedViT, folder: Path) -> Path:
         "format": FORMAT,
         "format_version": 1,
         "source": vit.source,
+        "source_keys": sorted(vit.source_keys),
         "architecture": vit.cfg.to_dict(),
         "preprocess": vit.preprocess.to_dict(),
     }
@@ -47,6 +48,7 @@ def load(folder: Path, name: str | None = None) -> HookedViT:
     cfg = ViTConfig.from_dict(description["architecture"])
     with torch.device("meta"):
         vit = HookedViT(cfg, Preprocess.from_dict(description["preprocess"]), source=name or description["source"])
+    vit.source_keys = frozenset(description.get("source_keys", ()))
     state = read_weights(folder / "model.safetensors")
     try:
         vit.load_state_dict(state, strict=True, assign=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -37,12 +37,50 @@ class Weight:
     """From the keys and our tensor to the source's."""
     optional: frozenset[str] = frozenset()
     """Keys that a model may lack."""
+    others: tuple[Weight, ...] = ()
+    """How other models of the family store it."""
+
+    def among(self, stored: Callable[[str], bool]) -> Weight:
+        """This rule, or the first of the others whose keys the model has."""
+        return next((rule for rule in (self, *self.others) if rule._fits(stored)), self)
+
+    def _fits(self, stored: Callable[[str], bool]) -> bool:
+        found = {key for key in self.keys if stored(key)}
+        return found | self.optional >= set(self.keys) and (bool(found) or not self.keys)
+
+
+def alternatives(first: Weight, *others: Weight) -> Weight:
+    """The first rule whose keys the model has: for families that store a weight in several ways."""
+    return replace(first, others=others)
+
+
+def absent(width: Width) -> Weight:
+    """A bias the source does not have: zero, and written nowhere."""
+    return _implied(lambda cfg: torch.zeros(_width(width, cfg)))
+
+
+def ones() -> Weight:
+    """A LayerScale the source does not have, while it has the other sublayer's: one, and written nowhere."""
+    return _implied(lambda cfg: torch.ones(cfg.d_model))
+
+
+def _implied(value: Callable[[ViTConfig], Tensor]) -> Weight:
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        if not torch.equal(tensor, value(cfg).to(tensor)):
+            raise WeightsError("A weight that the source model does not have has been changed; there is no key for it.")
+        return []
+
+    return Weight((), lambda tensors, cfg: value(cfg), undo)
 
 
 def join(pieces: Sequence[Piece]) -> Tensor:
     """One source weight from its parts."""
     ordered = [piece.tensor for piece in sorted(pieces, key=lambda piece: piece.index)]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+
+
+def _width(width: Width, cfg: ViTConfig) -> int:
+    return {"d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "heads": cfg.n_heads * cfg.d_head}[width]
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -95,7 +133,8 @@ def qkv_biases(q: str | None, k: str | None, v: str | None) -> Weight:
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         given = dict(zip(named, tensors, strict=True))
         like = _given(tensors)
-        none = torch.zeros(cfg.n_heads * cfg.d_head, dtype=like[0].dtype if like else None)
+        width = cfg.n_heads * cfg.d_head
+        none = like[0].new_zeros(width) if like else torch.zeros(width)
         parts = [given.get(key) if key else None for key in (q, k, v)]
         return torch.cat([none if tensor is None else tensor for tensor in parts])
 
@@ -110,8 +149,7 @@ def bias(key: str, width: Width) -> Weight:
     """A bias that some models of the family lack; zero then, and left out when written back."""
 
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
-        widths = {"d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "heads": cfg.n_heads * cfg.d_head}
-        return torch.zeros(widths[width]) if tensors[0] is None else tensors[0]
+        return torch.zeros(_width(width, cfg)) if tensors[0] is None else tensors[0]
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         return [Piece(keys[0], tensor)] if tensor.any() else []

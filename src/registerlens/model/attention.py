@@ -21,7 +21,7 @@ def final_point(cfg: ViTConfig, kind: Literal["q", "k"]) -> str:
     """The hook point inside attention where queries or keys are as the scores take them: normalised and turned.
 
     Example:
-        >>> final_point(ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=8, patch_size=4), "k")
+        >>> final_point(ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=(8, 8), patch_size=(4, 4)), "k")
         'hook_k'
     """
     if cfg.rope is not None:
@@ -38,8 +38,8 @@ class HeadNorm(nn.Module):
         self.norm = NORMS[cfg.kind](d_head * self.together, cfg.eps)
         self.hook_normalized = HookPoint()  # [batch, pos, head, d_head]
 
-    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
-        """The normalised heads."""
+    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch key head d_head"]:
+        """The normalised heads; an edit at `hook_normalized` may add keys."""
         groups = rearrange(x, "batch pos (group head) d -> batch pos group (head d)", head=self.together)
         normalised = self.norm(groups)
         pattern = "batch pos group (head d) -> batch pos (group head) d"

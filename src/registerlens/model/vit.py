@@ -53,6 +53,7 @@ class HookedViT(HookedRootModule):
         self.cfg = cfg
         self.preprocess = preprocess or Preprocess(resize=cfg.image_size, fit="exact")
         self.source = source
+        self.source_keys: frozenset[str] = frozenset()  # which of a family's names its weights had, "{i}" for the layer
         self.n_test_time_registers = 0  # appended while `edit` is in force
         self.embed = Embedding(cfg)
         self.ln_pre = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps) if cfg.ln_pre else None
