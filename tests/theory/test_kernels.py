@@ -19,7 +19,7 @@ from registerlens.theory.readers import KERNELS
 from registerlens.theory.subspaces import EPSILONS, decompose, directions
 from registerlens.theory.verdicts import find, judge, select, with_verdicts
 
-linalg = pytest.importorskip("scipy.linalg")
+linalg = importlib.import_module("scipy.linalg")
 
 SMALL = rl.ViTConfig(
     n_layers=3, d_model=24, n_heads=3, d_mlp=40, image_size=(24, 32), patch_size=(8, 8), layer_scale=True, d_out=7
