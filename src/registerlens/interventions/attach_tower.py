@@ -56,7 +56,8 @@ class Tower:
         }
         self.places = re.compile(_PLACES.format(**{kind: re.escape(at) for kind, at in self.attention_points.items()}))
         sites = family.sites
-        self.stand_in = STAND_INS[family.library]
+        # The library whose code runs: open_clip's TimmModel holds timm's.
+        self.stand_in = STAND_INS[type(vision).__module__.partition(".")[0]]
         self.images = self._part(vision, sites.images)
         self.ln_pre = self._part(vision, sites.ln_pre) if sites.ln_pre and self.cfg.ln_pre else None
         self.blocks = [

@@ -244,6 +244,9 @@ def _map_weights(family: Family, state: Mapping[str, Tensor], vit: HookedViT, na
         tensors = [state.get(key) for key in keys]
         try:
             mapped[target] = weight.build(tensors, vit.cfg)
+        except WeightsError as error:
+            problems.append(str(error))
+            continue
         except RuntimeError as error:
             problems.append(f"wrong shape: {_shapes(keys, tensors)}: {error}")
             continue

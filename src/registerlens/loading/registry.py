@@ -178,7 +178,10 @@ def _from_module(
 
 
 def _family(module: nn.Module) -> Family | None:
-    return FAMILIES.get((_library(module), type(module).__name__))
+    name = type(module).__name__
+    if (_library(module), name) == ("open_clip", open_clip.WRAPPER):
+        name = open_clip.name_of_wrapper(module)
+    return FAMILIES.get((_library(module), name))
 
 
 def _source(module: nn.Module, state: dict[str, Tensor]) -> Source:
