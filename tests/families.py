@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import hub_models
 import open_clip
 import timm
 import torch
@@ -49,9 +50,7 @@ def run(case: Case, module: nn.Module, images: Tensor, at_native: bool) -> tuple
             output = main_output(call(pixel_values=images, **arguments))
         else:
             output = first(vision(images))
-        if (
-            not normalised or normalised[-1].shape != streams[-1].shape
-        ):  # transformers' CLIP normalises the pooled token only
+        if not normalised or normalised[-1].shape != streams[-1].shape:  # only the pooled token is
             normalised = [norm(streams[-1])]
     for handle in handles:
         handle.remove()
@@ -270,4 +269,22 @@ OPEN_CLIP = {
     "open_clip TimmModel, registers": towered(proj="linear", reg_tokens=4, no_embed_class=True, init_values=0.5),
 }
 
-CASES = TRANSFORMERS | TIMM | OPEN_CLIP
+# torch.hub -----------------------------------------------------------------------------------------------------------
+
+
+def hubbed(library: str, **options: Any) -> Case:
+    kinds = {"dino": hub_models.VisionTransformer, "dinov2": hub_models.DinoVisionTransformer}
+    source_class = kinds[library].__name__ + (" with SwiGLU" if options.get("gated") else "")
+    make = lambda size: kinds[library](size[0], **options)  # noqa: E731
+    return Case(library, make, source_class, SQUARE)
+
+
+TORCH_HUB = {
+    "DINO": hubbed("dino"),
+    "DINOv2": hubbed("dinov2"),
+    "DINOv2 with registers": hubbed("dinov2", registers=4),
+    "DINOv2 with SwiGLU and registers": hubbed("dinov2", registers=4, gated=True),
+    "DINOv2 with SwiGLU": hubbed("dinov2", gated=True),
+}
+
+CASES = TRANSFORMERS | TIMM | OPEN_CLIP | TORCH_HUB

@@ -68,7 +68,7 @@ def transpose(key: str) -> Weight:
 
 
 def part(key: str, index: int, of: int = 2, count: int = 1) -> Weight:
-    """`count` of `of` equal parts stacked along the source tensor's first axis, as the two halves of a gated MLP's map."""
+    """`count` of `of` equal parts stacked along the source's first axis, as the two halves of a gated MLP's map."""
     return Weight(
         (key,),
         lambda tensors, cfg: torch.cat(_given(tensors)[0].chunk(of)[index : index + count]),
