@@ -18,7 +18,9 @@ from registerlens.loading.keymap import Family
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Steps of a key that parallel training (`module`), torch.compile, FSDP and checkpointing put in."""
 
-_ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
+_ADAPTER = re.compile(
+    r"(^|\.)((lora|ia3|hada|lokr|oft|boft|vera)_\w+|modules_to_save)(\.|$)|\.base_layer\.(weight|bias)$"
+)
 _SECOND_CHOICE = re.compile(r"(?<![a-z])(ema|student|momentum)", re.IGNORECASE)
 """Copies that are left aside where there is another one: averages kept beside the weights, and a student whose teacher
 is there (DINO's own evaluations take the teacher)."""
@@ -30,7 +32,7 @@ def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         WeightsError: low-rank adapters are not merged into them, or two keys become one.
     """
-    refuse_adapters(tensors)
+    _refuse_adapters(tensors)
     plain: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = ".".join(step for step in key.split(".") if step not in WRAPPERS)
@@ -40,7 +42,7 @@ def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def refuse_adapters(keys: Mapping[str, Tensor]) -> None:
+def _refuse_adapters(keys: Mapping[str, Tensor]) -> None:
     """Raise unless the weights are free of low-rank adapters.
 
     Raises:

@@ -182,7 +182,7 @@ def wrapped(trunk: Family) -> tuple[Family, Family]:
         source_class=f"{WRAPPER} with {trunk.source_class}",
         example="open_clip:ViT-B-16-SigLIP/webli",
         described_at="trunk",
-        prefixes=("visual.", "trunk."),
+        prefixes=("visual.", "trunk.", *trunk.prefixes),
         written_prefix="trunk.",
         refuse=(*_REFUSED_HEADS, *trunk.refuse),
         preprocess=_VISUAL.preprocess,

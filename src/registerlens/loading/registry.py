@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import UnsupportedArchitectureError
 from registerlens.loading import diagnosis, huggingface, open_clip, timm, torch_hub
-from registerlens.loading.checkpoints import WRAPPERS, refuse_adapters, without_wrappers
+from registerlens.loading.checkpoints import WRAPPERS, without_wrappers
 from registerlens.loading.keymap import Family, Source, build, describe
 from registerlens.model.vit import HookedViT
 
@@ -69,7 +69,6 @@ def from_module(module: nn.Module, preprocess: Preprocess | None = None) -> Hook
         (2, 2)
     """
     module = vision_part(module)
-    refuse_adapters(module.state_dict())
     state = {key: tensor.detach().clone() for key, tensor in without_wrappers(module.state_dict()).items()}
     return hooked(module, state, f"{library_of(module)}'s {type(module).__name__}", preprocess)
 
