@@ -200,6 +200,18 @@ def test_a_torch_hub_checkpoint(case, saved, tmp_path):
     assert agrees(vit, module)
 
 
+@pytest.mark.parametrize("key", ["cls_token", "pos_embed", "blocks.0.mlp.fc2.weight", "blocks.1.norm2.bias"])
+def test_a_torch_hub_checkpoint_that_lacks_something(key, tmp_path):
+    state = CASES["DINOv2"].make(SQUARE).state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if name != key}, path := tmp_path / "pretrain.pth")
+    with pytest.raises(WeightsError, match=f"'{key}'"):
+        HookedViT.from_pretrained(path, family="DinoVisionTransformer", config={"num_heads": 4})
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flatten(1)
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match="no convolution"):
+        HookedViT.from_pretrained(path, family="DinoVisionTransformer", config={"num_heads": 4})
+
+
 def hub_names(module: nn.Module) -> dict[str, torch.Tensor]:
     """transformers' DINOv2 with registers under the names of DINOv2's own code, by hand."""
     theirs = module.state_dict()

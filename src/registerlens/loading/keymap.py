@@ -49,6 +49,18 @@ class Source:
                 return default
         return value
 
+    def weight(self, key: str) -> Tensor:
+        """A weight that the architecture is read from.
+
+        Raises:
+            WeightsError: it is missing.
+        """
+        if key not in self.state:
+            raise WeightsError(
+                f"The weights lack {key!r}, which tells the architecture.{close_matches(key, self.state)}"
+            )
+        return self.state[key]
+
 
 # Reading the architecture --------------------------------------------------------------------------------------------
 

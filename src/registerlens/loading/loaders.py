@@ -197,7 +197,7 @@ def _open_clip_tower(asked: Asked) -> nn.Module:
     config = _read_dict(asked.config, "model_cfg") | dict(asked.options)
     if lacking := {"embed_dim", "vision_cfg"} - set(config):
         raise ConfigError(f"A model configuration of open_clip has 'embed_dim' and 'vision_cfg'; lacking {lacking}.")
-    text = {"context_length": 2, "vocab_size": 2, "width": 2, "heads": 1, "layers": 1}
+    text = library.CLIPTextCfg(context_length=2, vocab_size=2, width=2, heads=1, layers=1)
     known = {key: config[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in config}
     with torch.device("meta"):
         return library.CLIP(**known, text_cfg=text)

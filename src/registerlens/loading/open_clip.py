@@ -38,7 +38,7 @@ def _attn_pool(source: Source) -> AttentionPoolConfig | None:
     """CoCa's pooler, of whose queries the first gives the image feature."""
     if not _attends(source):
         return None
-    n_queries, width = source.state["attn_pool.query"].shape
+    n_queries, width = source.weight("attn_pool.query").shape
     return AttentionPoolConfig(
         n_heads=source.get("attn_pool.attn.num_heads"),
         d_attn=width,
@@ -79,7 +79,7 @@ _VISUAL = Family(
     prefixes=("visual.",),
     config={
         "n_layers": lambda source: len(source.get("transformer.resblocks")),
-        "d_model": lambda source: source.state["class_embedding"].shape[0],
+        "d_model": lambda source: source.weight("class_embedding").shape[0],
         "n_heads": read("transformer.resblocks.0.attn.num_heads"),
         "d_mlp": rows_of("transformer.resblocks.0.mlp.c_fc.weight"),
         "image_size": read("image_size"),

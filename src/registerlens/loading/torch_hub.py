@@ -18,7 +18,7 @@ def _layers(source: Source) -> int:
 
 
 def _width(source: Source) -> int:
-    return source.state["cls_token"].shape[-1]
+    return source.weight("cls_token").shape[-1]
 
 
 def _heads(source: Source) -> int:
@@ -28,13 +28,17 @@ def _heads(source: Source) -> int:
 
 
 def _patch(source: Source) -> tuple[int, int]:
-    height, width = source.state["patch_embed.proj.weight"].shape[2:]
-    return height, width
+    shape = source.weight("patch_embed.proj.weight").shape
+    if len(shape) != 4:
+        raise WeightsError(
+            f"'patch_embed.proj.weight' {list(shape)} is no convolution [width, channel, height, width]."
+        )
+    return shape[2], shape[3]
 
 
 def _image_size(source: Source) -> tuple[int, int]:
     """Positions are those of a square image."""
-    side = round((source.state["pos_embed"].shape[1] - 1) ** 0.5)
+    side = round((source.weight("pos_embed").shape[-2] - 1) ** 0.5)
     height, width = _patch(source)
     return side * height, side * width
 
@@ -45,7 +49,7 @@ def _gated(source: Source) -> bool:
 
 def _hidden(source: Source) -> int:
     key = "blocks.0.mlp.w3.weight" if _gated(source) else "blocks.0.mlp.fc2.weight"
-    return source.state[key].shape[1]
+    return source.weight(key).shape[-1]
 
 
 def _block(prefix: str = "blocks.{i}.") -> dict[str, Weight]:
@@ -79,7 +83,7 @@ DINO = Family(
         "d_mlp": _hidden,
         "image_size": _image_size,
         "patch_size": _patch,
-        "n_channels": lambda source: source.state["patch_embed.proj.weight"].shape[1],
+        "n_channels": lambda source: source.weight("patch_embed.proj.weight").shape[1],
         "norm_eps": read("norm.eps", 1e-6),
         "pos_interpolation": fixed("bicubic_offset"),
         "qkv_bias": has_weight("blocks.0.attn.qkv.bias"),
