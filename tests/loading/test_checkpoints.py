@@ -132,6 +132,7 @@ def test_every_family_is_found_under_a_prefix_beside_other_weights(name):
     family = FAMILIES[case.library, case.source_class]
     whole = case.make(case.native).state_dict()
     decoy = {f"decoder.{i}.norm.weight": torch.zeros(3) for i in range(3)} | {"head.weight": torch.zeros(3)}
+    decoy[f"another.{family.weights['embed.patch.weight'].keys[0]}"] = torch.zeros(3)
     state, _ = select(family, decoy | {f"net.{key}": value for key, value in whole.items()}, "checkpoint")
     alone, outer = select(family, whole, "checkpoint")
     assert outer == "" and set(state) == set(alone)
