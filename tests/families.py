@@ -1,10 +1,11 @@
 """One small random model for every way a family of a source library is built, and how that library runs it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import hub_models
 import open_clip
 import timm
 import torch
@@ -50,7 +51,7 @@ def run(case: Case, module: nn.Module, images: Tensor, at_native: bool) -> tuple
             output = main_output(call(pixel_values=images, **arguments))
         else:
             output = first(vision(images))
-        if not normalised or normalised[-1].ndim == 2:  # transformers' CLIP normalises the pooled token only
+        if not normalised or normalised[-1].shape != streams[-1].shape:  # only the pooled token is
             normalised = [norm(streams[-1])]
     for handle in handles:
         handle.remove()
@@ -74,10 +75,12 @@ def vision_part(module: nn.Module) -> nn.Module:
 
 def parts(library: str, vision: nn.Module) -> tuple[list[nn.Module], nn.Module]:
     """The blocks and the final norm."""
-    if library == "timm":
+    vision = getattr(vision, "trunk", vision)  # open_clip's TimmModel
+    if hasattr(vision, "blocks"):
         return list(vision.blocks), vision.norm
     if library == "open_clip":
-        return list(vision.transformer.resblocks), vision.ln_post
+        after_pooling = vision.attn_pool is not None or vision.final_ln_after_pool
+        return list(vision.transformer.resblocks), nn.Identity() if after_pooling else vision.ln_post
     encoder = getattr(vision, "encoder", vision)
     norm = vision.post_layernorm if hasattr(vision, "post_layernorm") else vision.layernorm
     return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer), norm
@@ -255,8 +258,8 @@ def clip_model(size: tuple[int, int] | int, quick_gelu: bool = False, **vision: 
     return open_clip.CLIP(**TINY_CLIP | {"vision_cfg": vision, "quick_gelu": quick_gelu}).eval()
 
 
-def clipped(**options: Any) -> Case:
-    make = partial(clip_model, **options)
+def clipped(make: Callable[..., nn.Module] = clip_model, **options: Any) -> Case:
+    make = partial(make, **options)
 
     def resize(module: nn.Module, size: tuple[int, int]) -> nn.Module:
         """open_clip has no dynamic size: build for the other size, and let its own loader resample the positions."""
@@ -269,12 +272,73 @@ def clipped(**options: Any) -> Case:
     return Case("open_clip", make, "VisionTransformer", SQUARE, resize)
 
 
+_pooler = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5}
+"""CoCa's; open_clip's default of 256 queries is much for a test."""
+
+
+def coca_model(size: tuple[int, int] | int, embed_dim: int = 24, **vision: Any) -> nn.Module:
+    """A small CoCa of open_clip, whose tower returns its tokens too."""
+    vision = TINY_CLIP["vision_cfg"] | {"image_size": size, "output_tokens": True} | _pooler | vision
+    text = TINY_CLIP["text_cfg"] | {"embed_cls": True, "output_tokens": True}
+    multimodal = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 1}
+    return open_clip.CoCa(embed_dim, multimodal, text, vision).eval()
+
+
+def custom_text_model(size: tuple[int, int] | int, **vision: Any) -> nn.Module:
+    """A small open_clip model whose text tower is a module of its own."""
+    described = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": size} | vision}
+    return open_clip.CustomTextCLIP(**described).eval()
+
+
+def towered(trunk: str = "vit_tiny_patch16_224", *, proj: str | None = None, **options: Any) -> Case:
+    """open_clip's TimmModel around a small trunk, which it takes no options for."""
+
+    def make(size: tuple[int, int]) -> nn.Module:
+        tower = open_clip.timm_model.TimmModel("test_vit", embed_dim=24, pool="token", proj=proj)
+        arguments = {"num_classes": 0 if proj else 24, "img_size": size, "dynamic_img_size": True} | options
+        tower.trunk = timm.create_model(trunk, **TINY | arguments)
+        if proj == "linear":
+            tower.head.proj = nn.Linear(32, 24, bias=False)
+        return tower.eval()
+
+    source_class = "TimmModel with VisionTransformer" + (" and projection" if proj == "linear" else "")
+    return Case("open_clip", make, source_class)
+
+
 OPEN_CLIP = {
     "open_clip OpenAI quick_gelu": clipped(quick_gelu=True),
     "open_clip LAION GELU": clipped(),
     "open_clip LayerScale": clipped(ls_init_value=0.5),
     "open_clip average pooling": clipped(pool_type="avg"),
     "open_clip without ln_pre": clipped(no_ln_pre=True),
+    "open_clip norm after pooling": clipped(final_ln_after_pool=True),
+    "open_clip norm after average pooling": clipped(final_ln_after_pool=True, pool_type="avg"),
+    "open_clip sines and cosines": replace(clipped(pos_embed_type="sin_cos_2d"), other=(56, 56)),
+    "open_clip CoCa": clipped(coca_model),
+    "open_clip attentional pooling, equal widths": clipped(coca_model, embed_dim=32),
+    "open_clip text tower of its own": clipped(custom_text_model),
+    "open_clip TimmModel": towered(),
+    "open_clip TimmModel without head, average pooling": towered(proj="none", global_pool="avg", fc_norm=False),
+    "open_clip TimmModel, projection": towered(proj="linear"),
+    "open_clip TimmModel, registers": towered(proj="linear", reg_tokens=4, no_embed_class=True, init_values=0.5),
 }
 
-CASES = TRANSFORMERS | TIMM | OPEN_CLIP
+# torch.hub -----------------------------------------------------------------------------------------------------------
+
+
+def hubbed(library: str, **options: Any) -> Case:
+    kinds = {"dino": hub_models.VisionTransformer, "dinov2": hub_models.DinoVisionTransformer}
+    source_class = kinds[library].__name__ + (" with SwiGLU" if options.get("gated") else "")
+    make = lambda size: kinds[library](size[0], **options)  # noqa: E731
+    return Case(library, make, source_class, SQUARE)
+
+
+TORCH_HUB = {
+    "DINO": hubbed("dino"),
+    "DINOv2": hubbed("dinov2"),
+    "DINOv2 with registers": hubbed("dinov2", registers=4),
+    "DINOv2 with SwiGLU and registers": hubbed("dinov2", registers=4, gated=True),
+    "DINOv2 with SwiGLU": hubbed("dinov2", gated=True),
+}
+
+CASES = TRANSFORMERS | TIMM | OPEN_CLIP | TORCH_HUB

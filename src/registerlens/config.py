@@ -65,9 +65,9 @@ class ViTConfig:
     """Trained register tokens between the prefix and the patches."""
     positions: Literal["learned", "sincos", "none"] = "learned"
     """What is added to the tokens: learned positions, sines and cosines of row and column (AIMv2), or nothing."""
-    pos_interpolation: Literal["bicubic", "bicubic_antialias", "bilinear_antialias"] = "bicubic"
-    """How learned positions are resampled for another image size: transformers' way, timm's and open_clip's, or
-    SigLIP 2's."""
+    pos_interpolation: Literal["bicubic", "bicubic_antialias", "bicubic_offset", "bilinear_antialias"] = "bicubic"
+    """How learned positions are resampled for another image size: transformers' way, timm's and open_clip's, that of
+    DINO's own code (a tenth of a patch is added to the size, but not to what comes out), or SigLIP 2's."""
     n_unplaced: int = 0
     """How many of the last prefix and register tokens get no position from the source model (zero rows here)."""
     rope: RopeConfig | None = None

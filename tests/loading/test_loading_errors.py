@@ -7,6 +7,7 @@ import time
 
 import httpx
 import huggingface_hub
+import open_clip
 import pytest
 import timm
 import torch
@@ -212,8 +213,22 @@ UNSUPPORTED = {
         lambda: timm.create_model("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}),
         "no classifier",
     ),
-    "attentional pooling": (lambda: clip_model(SQUARE, attentional_pool=True, attn_pooler_heads=4), "attentional"),
-    "norm after pooling in open_clip": (lambda: clip_model(SQUARE, final_ln_after_pool=True), "final_ln_after_pool"),
+    "two attentional poolers": (
+        lambda: clip_model(SQUARE, attentional_pool="cascade", attn_pooler_heads=4),
+        "parallel' or 'cascade'",
+    ),
+    "average over queries": (
+        lambda: clip_model(SQUARE, attentional_pool=True, attn_pooler_heads=4, pool_type="avg"),
+        "average over the attentional pooler's queries",
+    ),
+    "MLP after a timm trunk": (
+        lambda: open_clip.timm_model.TimmModel("test_vit", embed_dim=24, pool="token", proj="mlp"),
+        "timm_proj='mlp'",
+    ),
+    "another timm trunk": (
+        lambda: open_clip.timm_model.TimmModel("test_resnet", embed_dim=24, pool="avg"),
+        "convolutional",
+    ),
     "custom block": (lambda: clip_model(SQUARE, qk_norm=True, block_type="custom"), "custom residual blocks"),
     "no pooling": (lambda: clip_model(SQUARE, pool_type="none"), "pool_type='none'"),
     "ResNet tower": (

@@ -1,4 +1,4 @@
-"""Attention of transformers, timm and open_clip, run so that queries, keys, values and heads can be edited.
+"""Attention of the source libraries, run so that queries, keys, values and heads can be edited.
 
 Each class stands in for the `forward` of one attention module, and uses that module's own weights and dropout. Edits
 meet tensors of shape [batch, pos, head, d_head]; keys and values may come back longer than queries.
@@ -10,6 +10,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,10 +147,33 @@ class OpenClipAttention:
         return attention.out_proj(self.apply("z", z.transpose(1, 2)).flatten(2)), None
 
 
+class DinoAttention:
+    """Attention of DINO's and DINOv2's own code, without xformers; DINO's returns its maps too."""
+
+    def __init__(self, attention: nn.Module, apply: Apply, returns_maps: bool) -> None:
+        self.attention: Any = attention
+        self.apply = apply
+        self.returns_maps = returns_maps
+
+    def __call__(self, x: Tensor, attn_bias: Any = None) -> Tensor | tuple[Tensor, Tensor]:
+        """What the module's `forward` returns."""
+        attention = self.attention
+        if attn_bias is not None:
+            raise InterventionError("Attention over several images side by side cannot be edited. Give one batch.")
+        q, k, v = _edited(attention.qkv(x), attention.num_heads, self.apply)
+        dropout = getattr(attention.attn_drop, "p", attention.attn_drop)  # a module, or in later versions a number
+        pattern = F.dropout((q * attention.scale @ k.mT).softmax(-1), dropout, attention.training)
+        z = self.apply("z", (pattern @ v).transpose(1, 2))
+        out = attention.proj_drop(attention.proj(z.flatten(2)))
+        return (out, pattern) if self.returns_maps else out
+
+
 STAND_INS: dict[str, Callable[[nn.Module, Apply], Callable[..., Any]]] = {
     "transformers": TransformersAttention,
     "timm": TimmAttention,
     "open_clip": OpenClipAttention,
+    "dino": partial(DinoAttention, returns_maps=True),
+    "dinov2": partial(DinoAttention, returns_maps=False),
 }
 """Library -> from an attention module and its edits to what stands in for its `forward`."""
 

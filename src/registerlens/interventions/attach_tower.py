@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from registerlens.errors import InterventionError, UnsupportedArchitectureError
 from registerlens.interventions.attach_attention import STAND_INS, unturned
 from registerlens.interventions.base import TOKENS, Edit, Intervention, Plan, Scene, plan
-from registerlens.loading.registry import find_vision
+from registerlens.loading.registry import find_vision, library_of
 from registerlens.model.attention import final_point
 
 _PLACES = r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|mlp\.hook_post|attn\.(?:{q}|{k}|hook_v|hook_z))"
@@ -56,7 +56,8 @@ class Tower:
         }
         self.places = re.compile(_PLACES.format(**{kind: re.escape(at) for kind, at in self.attention_points.items()}))
         sites = family.sites
-        self.stand_in = STAND_INS[family.library]
+        # The library whose code runs: open_clip's TimmModel holds timm's.
+        self.stand_in = STAND_INS[library_of(vision)]
         self.images = self._part(vision, sites.images)
         self.ln_pre = self._part(vision, sites.ln_pre) if sites.ln_pre and self.cfg.ln_pre else None
         self.blocks = [

@@ -18,7 +18,7 @@ from registerlens.interventions.base import Intervention
 from registerlens.interventions.files import load_intervention, save_intervention
 from registerlens.loading import huggingface
 from registerlens.loading.files import folder_fetch, hub_fetch, network
-from registerlens.loading.registry import source_of
+from registerlens.loading.pretrained import source_of
 
 _LOADER = '''"""{model} with {kind} in place, made by RegisterLens {version}.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +17,9 @@ from torch import Tensor
 
 from registerlens.errors import ModelNotFoundError, WeightsError
 from registerlens.files import read_json
+
+_HARMLESS = (argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath)
+"""What training scripts keep beside the weights, and what holds values only."""
 
 Fetch = Callable[[str], Path | None]
 
@@ -29,23 +35,52 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, truncated, or holds anything but tensors.
     """
+    state = _read(path)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"'{path}' is not a state dict of tensors. Save module.state_dict() as .safetensors.")
+    return dict(state)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor in a file that training saved, under the path that leads to it, as "state_dict.blocks.0.weight".
+
+    Optimizer states, which are tensors too, stand under theirs; everything else is passed over.
+
+    Raises:
+        WeightsError: the file is missing, truncated, has no tensors, or could run code.
+    """
+    tensors = dict(_tensors(_read(path)))
+    if not tensors:
+        raise WeightsError(f"'{path}' is not a state dict of tensors. Save module.state_dict() as .safetensors.")
+    return tensors
+
+
+def _tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor) and path:
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors(value, f"{path}.{key}" if path else str(key))
+
+
+def _read(path: Path) -> Any:
+    """What is in a file, without running any code."""
     if not path.is_file():
-        raise WeightsError(f"There is no weight file at '{path}'.")
+        raise WeightsError(
+            f"There is no weight file at '{path}'{': it is a folder' if path.is_dir() else ''}. "
+            f"Give the path of a .safetensors or torch file."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(_HARMLESS)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise WeightsError(f"'{path}' could not be read; it may be truncated: {error}") from error
     except Exception as error:  # torch raises pickle.UnpicklingError for anything that could run code
         raise WeightsError(
             f"'{path}' holds more than tensors, and loading it could run code. Save its state_dict as .safetensors."
         ) from error
-    if isinstance(state, Mapping):
-        state = state.get("state_dict", state)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"'{path}' is not a state dict of tensors. Save module.state_dict() as .safetensors.")
-    return dict(state)
 
 
 def read_checkpoint(fetch: Fetch) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import isqrt
 from typing import Any
 
 import torch
@@ -47,6 +48,18 @@ class Source:
                     )
                 return default
         return value
+
+    def weight(self, key: str) -> Tensor:
+        """A weight that the architecture is read from.
+
+        Raises:
+            WeightsError: it is missing.
+        """
+        if key not in self.state:
+            raise WeightsError(
+                f"The weights lack {key!r}, which tells the architecture.{close_matches(key, self.state)}"
+            )
+        return self.state[key]
 
 
 # Reading the architecture --------------------------------------------------------------------------------------------
@@ -135,7 +148,7 @@ class Family:
     """A class of a source library, as data."""
 
     library: str
-    """transformers, timm or open_clip."""
+    """transformers, timm, open_clip, or DINO's and DINOv2's own code (dino, dinov2)."""
     source_class: str
     """The class's name in that library."""
     example: str
@@ -259,13 +272,16 @@ def _map_weights(
         tensors = [state.get(key) for key in keys]
         try:
             mapped[target] = weight.build(tensors, vit.cfg)
+        except WeightsError as error:
+            problems.append(str(error))
+            continue
         except RuntimeError as error:
             problems.append(f"wrong shape: {_shapes(keys, tensors)}: {error}")
             continue
         if mapped[target].shape != wanted.shape:
             problems.append(
                 f"wrong shape: {_shapes(keys, tensors)} gives {list(mapped[target].shape)}, "
-                f"the architecture expects {list(wanted.shape)}"
+                f"the architecture expects {list(wanted.shape)}{_grids(target, mapped[target], vit.cfg)}"
             )
     unexpected = [key for key in state if key not in used and not any(fnmatchcase(key, glob) for glob in family.ignore)]
     problems += [f"unexpected: {key!r}" for key in unexpected]
@@ -278,6 +294,17 @@ def _map_weights(
             f"Check that the weights and the configuration belong to the same model."
         )
     return mapped, frozenset(stored)
+
+
+def _grids(target: str, given: Tensor, cfg: ViTConfig) -> str:
+    """What to do about positions of another image size, which is how most checkpoints differ."""
+    side = isqrt(max(0, len(given) - cfg.layout().patches.start))
+    if target != "embed.W_pos" or side**2 + cfg.layout().patches.start != len(given):
+        return ""
+    return (
+        f" (positions of {side} x {side} patches, where {cfg.grid[0]} x {cfg.grid[1]} are configured: give the image "
+        f"size it was trained at)"
+    )
 
 
 def _shapes(keys: Sequence[str], tensors: Sequence[Tensor | None]) -> str:

@@ -1,15 +1,18 @@
-"""open_clip's VisionTransformer as data, and how its preprocessing is read."""
+"""open_clip's towers as data: its VisionTransformer, and timm's models as TimmModel wraps them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from registerlens.config import Activation, Preprocess
+from registerlens.config import Activation, Preprocess, ViTConfig
+from registerlens.config_parts import AttentionPoolConfig
 from registerlens.errors import UnsupportedArchitectureError
 from registerlens.loading.huggingface import CLIP_STATISTICS
 from registerlens.loading.keymap import Family, Refusal, Sites, Source, activation, fixed, has_weight, read, rows_of
+from registerlens.loading.timm import FAMILIES as TIMM_FAMILIES
 from registerlens.loading.timm_parts import name_of_activation, present
-from registerlens.loading.weights import positions, take, tokens, transpose
+from registerlens.loading.weights import concat, either, part, positions, take, tokens, transpose
 
 ACTIVATION_NAMES: dict[str, Activation] = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
@@ -20,6 +23,55 @@ def _width_out(source: Source) -> int | None:
     return source.state["proj"].shape[1] if "proj" in source.state else None
 
 
+_attends = present("attn_pool")
+
+
+def _norm_after_pooling(source: Source) -> bool:
+    return _attends(source) or bool(source.get("final_ln_after_pool", False))
+
+
+def _pooling(source: Source) -> tuple[str, ...]:
+    return ("attention",) if _attends(source) else _POOLING[source.get("pool_type")]
+
+
+def _attn_pool(source: Source) -> AttentionPoolConfig | None:
+    """CoCa's pooler, of whose queries the first gives the image feature."""
+    if not _attends(source):
+        return None
+    n_queries, width = source.weight("attn_pool.query").shape
+    return AttentionPoolConfig(
+        n_heads=source.get("attn_pool.attn.num_heads"),
+        d_attn=width,
+        n_queries=n_queries,
+        norm_inputs=True,
+        over="all",
+    )
+
+
+def _packed(cfg: ViTConfig) -> bool:
+    """Whether torch keeps the pooler's query, key and value weights as one: where its two widths are equal."""
+    return cfg.attn_pool is not None and cfg.attn_pool.d_attn == cfg.d_model
+
+
+_POOLER = "attn_pool.attn"
+_POOLER_WEIGHTS = {
+    "head.attn.queries": take("attn_pool.query"),
+    "head.attn.ln_q.w": take("attn_pool.ln_q.weight"),
+    "head.attn.ln_q.b": take("attn_pool.ln_q.bias"),
+    "head.attn.ln_k.w": take("attn_pool.ln_k.weight"),
+    "head.attn.ln_k.b": take("attn_pool.ln_k.bias"),
+    "head.attn.q.weight": either(_packed, part(f"{_POOLER}.in_proj_weight", 0, of=3), take(f"{_POOLER}.q_proj_weight")),
+    "head.attn.q.bias": part(f"{_POOLER}.in_proj_bias", 0, of=3),
+    "head.attn.kv.weight": either(
+        _packed,
+        part(f"{_POOLER}.in_proj_weight", 1, of=3, count=2),
+        concat(f"{_POOLER}.k_proj_weight", f"{_POOLER}.v_proj_weight"),
+    ),
+    "head.attn.kv.bias": part(f"{_POOLER}.in_proj_bias", 1, of=3, count=2),
+    "head.attn.out.weight": take(f"{_POOLER}.out_proj.weight"),
+    "head.attn.out.bias": take(f"{_POOLER}.out_proj.bias"),
+}
+
 _VISUAL = Family(
     library="open_clip",
     source_class="VisionTransformer",
@@ -27,7 +79,7 @@ _VISUAL = Family(
     prefixes=("visual.",),
     config={
         "n_layers": lambda source: len(source.get("transformer.resblocks")),
-        "d_model": lambda source: source.state["class_embedding"].shape[0],
+        "d_model": lambda source: source.weight("class_embedding").shape[0],
         "n_heads": read("transformer.resblocks.0.attn.num_heads"),
         "d_mlp": rows_of("transformer.resblocks.0.mlp.c_fc.weight"),
         "image_size": read("image_size"),
@@ -40,7 +92,10 @@ _VISUAL = Family(
         "ln_pre": has_weight("ln_pre.weight"),
         "qkv_bias": has_weight("transformer.resblocks.0.attn.in_proj_bias"),
         "layer_scale": has_weight("transformer.resblocks.0.ls_1.gamma"),
-        "pooling": lambda source: _POOLING[source.get("pool_type")],
+        "final_norm": lambda source: not _norm_after_pooling(source),
+        "pool_norm": _norm_after_pooling,
+        "pooling": _pooling,
+        "attn_pool": _attn_pool,
         "d_out": _width_out,
         "head_bias": fixed(False),
     },
@@ -66,8 +121,11 @@ _VISUAL = Family(
         "blocks.{i}.mlp.out.gamma": take("transformer.resblocks.{i}.ls_2.gamma"),
         "ln_final.w": take("ln_post.weight"),
         "ln_final.b": take("ln_post.bias"),
+        "head.ln.w": take("ln_post.weight"),
+        "head.ln.b": take("ln_post.bias"),
         "head.linear.weight": transpose("proj"),
-    },
+    }
+    | _POOLER_WEIGHTS,
     sites=Sites(
         images="conv1",
         ln_pre="ln_pre",
@@ -77,8 +135,11 @@ _VISUAL = Family(
         mlp_out="mlp.c_proj",
     ),
     refuse=(
-        Refusal("attentional pooling", present("attn_pool")),
-        Refusal("a norm after pooling (final_ln_after_pool)", read("final_ln_after_pool", False)),
+        Refusal("two attentional poolers (attentional_pool='parallel' or 'cascade')", present("attn_pool_contrastive")),
+        Refusal(
+            "an average over the attentional pooler's queries (pool_type='avg')",
+            lambda source: _attends(source) and source.get("pool_type") != "tok",
+        ),
         Refusal("no pooling (pool_type='none')", lambda source: source.get("pool_type") not in _POOLING),
         Refusal(
             "custom residual blocks (qk_norm, scaled cosine attention, scaled heads)",
@@ -86,10 +147,63 @@ _VISUAL = Family(
         ),
     ),
     preprocess=Preprocess(resize=(224, 224), crop=(224, 224), **CLIP_STATISTICS),
-    note="OpenAI's (quick_gelu) and LAION's (GELU) vision towers",
+    note="OpenAI's (quick_gelu) and LAION's (GELU) vision towers, CoCa's with its pooler",
 )
 
-FAMILIES = (_VISUAL,)
+# TimmModel -----------------------------------------------------------------------------------------------------------
+
+WRAPPER = "TimmModel"
+_REFUSED_HEADS = (
+    Refusal("an MLP projection (timm_proj='mlp')", lambda source: "head.mlp.fc1.weight" in source.state),
+    Refusal(
+        "pooling after the trunk (timm_pool='abs_attn' or 'rot_attn')",
+        lambda source: any(key.startswith("head.pool.") for key in source.state),
+    ),
+)
+
+
+def name_of_wrapper(module: Any) -> str:
+    """The family of a TimmModel: its trunk's class, and whether a projection follows the trunk.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> name_of_wrapper(SimpleNamespace(trunk=object(), head=[]))
+        'TimmModel with object'
+    """
+    projected = hasattr(module.head, "proj")
+    return f"{WRAPPER} with {type(module.trunk).__name__}{' and projection' if projected else ''}"
+
+
+def wrapped(trunk: Family) -> tuple[Family, Family]:
+    """The families of a TimmModel around a timm family: as it is, and with open_clip's projection after it."""
+    plain = replace(
+        trunk,
+        library="open_clip",
+        source_class=f"{WRAPPER} with {trunk.source_class}",
+        example="open_clip:ViT-B-16-SigLIP/webli",
+        described_at="trunk",
+        prefixes=("visual.", "trunk.", *trunk.prefixes),
+        written_prefix="trunk.",
+        refuse=(*_REFUSED_HEADS, *trunk.refuse),
+        preprocess=_VISUAL.preprocess,
+        note="its output is the trunk's",
+    )
+    projected = replace(
+        plain,
+        source_class=f"{plain.source_class} and projection",
+        unprefixed=("head.proj.*",),
+        config=plain.config | {"d_out": rows_of("head.proj.weight"), "head_bias": has_weight("head.proj.bias")},
+        weights=plain.weights
+        | {"head.linear.weight": take("head.proj.weight"), "head.linear.bias": take("head.proj.bias")},
+        note="timm_proj='linear'",
+    )
+    return plain, projected
+
+
+# A distilled DeiT averages its two heads, which a projection after it would not see.
+_TRUNKS = [family for family in TIMM_FAMILIES if "distillation_token" not in family.config]
+
+FAMILIES = (_VISUAL, *(family for trunk in _TRUNKS for family in wrapped(trunk)))
 
 WEIGHT_FILES = (
     "open_clip_model.safetensors",

@@ -105,13 +105,31 @@ def transpose(key: str) -> Weight:
     )
 
 
-def part(key: str, index: int, of: int = 2) -> Weight:
-    """One of `of` equal parts stacked along the source tensor's first axis, as the two halves of a gated MLP's map."""
+def part(key: str, index: int, of: int = 2, count: int = 1) -> Weight:
+    """`count` of `of` equal parts stacked along the source's first axis, as the two halves of a gated MLP's map."""
     return Weight(
         (key,),
-        lambda tensors, cfg: _given(tensors)[0].chunk(of)[index].contiguous(),
+        lambda tensors, cfg: torch.cat(_given(tensors)[0].chunk(of)[index : index + count]),
         lambda keys, tensor, cfg: [Piece(keys[0], tensor, index)],
     )
+
+
+def either(when: Callable[[ViTConfig], bool], first: Weight, second: Weight) -> Weight:
+    """The first rule where the architecture says so, else the second: for weights that are stored in two ways."""
+
+    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+        n = len(first.keys)
+        rule, own = (first, tensors[:n]) if when(cfg) else (second, tensors[n:])
+        for key, tensor in zip(rule.keys, own, strict=True):
+            if tensor is None and key not in rule.optional:
+                raise WeightsError(f"missing: {key!r}.")
+        return rule.build(own, cfg)
+
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> Sequence[Piece]:
+        n = len(first.keys)
+        return first.undo(keys[:n], tensor, cfg) if when(cfg) else second.undo(keys[n:], tensor, cfg)
+
+    return Weight(first.keys + second.keys, build, undo, frozenset(first.keys + second.keys))
 
 
 def concat(*keys: str) -> Weight:

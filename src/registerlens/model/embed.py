@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -42,8 +44,8 @@ class Embedding(nn.Module):
         layout = cfg.layout()
         self.grid = cfg.grid
         self.fixed = _FIXED.get(cfg.positions)
-        self.resampling, _, antialias = cfg.pos_interpolation.partition("_")
-        self.antialias = bool(antialias)
+        self.resampling, _, how = cfg.pos_interpolation.partition("_")
+        self.antialias, self.offset = how == "antialias", 0.1 if how == "offset" else 0.0
         self.patch = nn.Conv2d(
             cfg.n_channels, cfg.d_model, kernel_size=cfg.patch_size, stride=cfg.patch_size, bias=cfg.patch_bias
         )
@@ -71,7 +73,7 @@ class Embedding(nn.Module):
             return self.W_pos
         prefix, patches = self.W_pos[: layout.patches.start], self.W_pos[layout.patches.start :]
         native = rearrange(patches.float(), "(h w) d_model -> 1 d_model h w", h=self.grid[0])
-        resampled = F.interpolate(
-            native, size=layout.grid, mode=self.resampling, align_corners=False, antialias=self.antialias
-        )
+        factors = [(side + self.offset) / own for side, own in zip(layout.grid, self.grid, strict=True)]
+        target: dict[str, Any] = {"scale_factor": factors} if self.offset else {"size": layout.grid}
+        resampled = F.interpolate(native, **target, mode=self.resampling, align_corners=False, antialias=self.antialias)
         return torch.cat([prefix, rearrange(resampled, "1 d_model h w -> (h w) d_model").to(patches.dtype)])
