@@ -52,6 +52,18 @@ class TransformersAttention:
         return type(self.attention).forward(self, *arguments, **options)
 
 
+def with_still_tokens(options: dict[str, Any], n: int) -> dict[str, Any]:
+    """A transformers block's options with n more tokens last that are not turned: their cosines 1, their sines 0.
+
+    The library counts the rows [pos, d_head] of cosines from the end of the sequence.
+    """
+    pair = options.get("position_embeddings")
+    if not n or pair is None:
+        return options
+    longer = tuple(F.pad(rows, (0, 0, 0, n), value=value) for rows, value in zip(pair, (1.0, 0.0), strict=True))
+    return options | {"position_embeddings": longer}
+
+
 def _edited_attention(
     stand_in: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:

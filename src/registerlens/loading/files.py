@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from registerlens.errors import ModelNotFoundError, WeightsError
 from registerlens.files import read_json
 
 Fetch = Callable[[str], Path | None]
+Wanted = Callable[[str], bool]
 
 LOCAL_ALTERNATIVES = (
     "Without a network these work: 'registerlens:tiny' (embedded), a folder written by save_pretrained (transformers, "
@@ -23,8 +24,12 @@ LOCAL_ALTERNATIVES = (
 )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, wanted: Wanted | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file read with `weights_only=True`.
+
+    Args:
+        path: the file.
+        wanted: which keys to read; default: all. Of a .safetensors file nothing else is read.
 
     Raises:
         WeightsError: the file is missing, truncated, or holds anything but tensors.
@@ -33,7 +38,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"There is no weight file at '{path}'.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            if wanted is None:
+                return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118  (no mapping)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise WeightsError(f"'{path}' could not be read; it may be truncated: {error}") from error
@@ -45,11 +53,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = state.get("state_dict", state)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"'{path}' is not a state dict of tensors. Save module.state_dict() as .safetensors.")
-    return dict(state)
+    return {key: tensor for key, tensor in state.items() if wanted is None or wanted(key)}
 
 
-def read_checkpoint(fetch: Fetch) -> dict[str, Tensor]:
+def read_checkpoint(fetch: Fetch, wanted: Wanted | None = None) -> dict[str, Tensor]:
     """The weights of a transformers checkpoint: one file, or shards listed in an index.
+
+    Args:
+        fetch: file name -> its path, or None.
+        wanted: which keys to read; default: all. Shards without any are neither opened nor downloaded.
 
     Raises:
         WeightsError: none of the usual files is there, or one cannot be read.
@@ -63,12 +75,13 @@ def read_checkpoint(fetch: Fetch) -> dict[str, Tensor]:
         if (path := fetch(name)) is None:
             continue
         if not name.endswith(".index.json"):
-            return read_weights(path)
+            return read_weights(path, wanted)
         state: dict[str, Tensor] = {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
+        places = read_json(path).get("weight_map", {})
+        for shard in sorted({shard for key, shard in places.items() if wanted is None or wanted(key)}):
             if (part := fetch(shard)) is None:
                 raise WeightsError(f"'{path}' lists the shard {shard!r}, which is not there.")
-            state |= read_weights(part)
+            state |= read_weights(part, wanted)
         return state
     raise WeightsError(
         "The checkpoint has a configuration but no weights (model.safetensors or pytorch_model.bin). "

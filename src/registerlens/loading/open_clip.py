@@ -6,7 +6,7 @@ from typing import Any
 
 from registerlens.config import Activation, Preprocess
 from registerlens.errors import UnsupportedArchitectureError
-from registerlens.loading.huggingface import CLIP_STATISTICS
+from registerlens.loading.hf_rules import CLIP_STATISTICS
 from registerlens.loading.keymap import Family, Refusal, Sites, Source, activation, fixed, has_weight, read, rows_of
 from registerlens.loading.timm import name_of_activation, present
 from registerlens.loading.weights import positions, take, tokens, transpose

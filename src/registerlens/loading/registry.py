@@ -141,7 +141,8 @@ def from_module(module: nn.Module, preprocess: Preprocess | None = None) -> Hook
     """A hooked copy of a transformers, timm or open_clip ViT; later changes to the module do not reach it.
 
     Args:
-        module: an instance of a class listed by `registerlens models`; for a CLIP model, its vision part is taken.
+        module: an instance of a class listed by `registerlens models`, or any model that holds exactly one, as LLaVA;
+            of CLIP and other models of images and texts, the vision part is taken.
         preprocess: what `load_images` shall do; default: what the module says, else its family's usual steps.
 
     Raises:
@@ -155,9 +156,13 @@ def from_module(module: nn.Module, preprocess: Preprocess | None = None) -> Hook
         >>> rl.HookedViT.from_module(transformers.Dinov2Model(config)).cfg.grid
         (2, 2)
     """
+    name = f"{_library(module)}'s {type(module).__name__}"
     module = _vision_part(module)
+    if _family(module) is None:
+        module, family = _only_tower(module)
+        name = f"{family.library}'s {family.source_class} in {name}"
     state = {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
-    return _from_module(module, state, f"{_library(module)}'s {type(module).__name__}", preprocess)
+    return _from_module(module, state, name, preprocess)
 
 
 def _library(module: nn.Module) -> str:
@@ -198,11 +203,20 @@ def find_vision(module: nn.Module) -> tuple[nn.Module, Family, ViTConfig]:
         module: it, or any model that holds exactly one (CLIP, LLaVA, a classifier, a wrapper).
 
     Returns:
-        the module that the family's `sites` start from, the family, and the architecture.
+        the module that the family's `sites` start from, the family as it is for this architecture, and that.
 
     Raises:
         UnsupportedArchitectureError: the module holds none of a supported family, or several.
     """
+    part, family = _only_tower(module)
+    cfg, _ = describe(family, _source(part, part.state_dict()), f"{family.library}'s {family.source_class}")
+    for prefix in family.prefixes:
+        part = getattr(part, prefix.removesuffix("."), part)
+    return part, family.of(cfg), cfg
+
+
+def _only_tower(module: nn.Module) -> tuple[nn.Module, Family]:
+    """The one instance of a supported class in a module, and its family."""
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, part in module.named_modules():
         family = _family(part)
@@ -214,11 +228,8 @@ def find_vision(module: nn.Module) -> tuple[nn.Module, Family, ViTConfig]:
         raise UnsupportedArchitectureError(
             f"{type(module).__name__} holds several vision transformers: {sorted(found)}. Take one of them."
         )
-    [(part, family)] = found.values()
-    cfg, _ = describe(family, _source(part, part.state_dict()), f"{family.library}'s {family.source_class}")
-    for prefix in family.prefixes:
-        part = getattr(part, prefix.removesuffix("."), part)
-    return part, family, cfg
+    [tower] = found.values()
+    return tower
 
 
 _MODULE_PREPROCESS: dict[str, Callable[[Any], Preprocess | None]] = {
@@ -260,12 +271,18 @@ def _load_transformers(target: str, weights: Path | None, revision: str | None =
     folder = Path(target)
     fetch: Fetch = folder_fetch(folder) if folder.is_dir() else hub_fetch(target, revision)
     class_name, config = huggingface.read_config(fetch)
+    found, prefixes = f"{target!r} (transformers' {class_name})", ()
+    if ("transformers", class_name) not in FAMILIES and (tower := huggingface.find_tower(config)) is not None:
+        class_name, config, prefixes = tower
+        found = f"The vision tower {class_name} of {found}"
     family = FAMILIES.get(("transformers", class_name))
     if family is None:
-        found = f"{target!r} (transformers' {class_name})"
-        raise UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_config(config)))
+        raise UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_config(config, class_name)))
     preprocess = huggingface.read_preprocess(fetch, family)
-    return build(family, Source(config, read_checkpoint(fetch)), target, preprocess)
+    state = read_checkpoint(fetch, (lambda key: key.startswith(prefixes)) if prefixes else None)
+    for prefix in prefixes:
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return build(family, Source(config, state), target, preprocess)
 
 
 def _load_timm(target: str, weights: Path | None, **options: Any) -> HookedViT:
