@@ -1,7 +1,7 @@
 """One small random model for every way a family of a source library is built, and how that library runs it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -306,7 +306,9 @@ TIMM = {
     "timm tanh GELU": timmed(act_layer="gelu_tanh"),
     "timm without final norm": timmed(final_norm=False),
     "timm DeiT": timmed("deit_tiny_patch16_224"),
-    "timm DeiT distilled": timmed("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
+    "timm DeiT distilled": replace(
+        timmed("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"), exports=False
+    ),
     "timm CLIP": timmed("vit_base_patch16_clip_224"),
     "timm CLIP quick_gelu": timmed("vit_base_patch16_clip_quickgelu_224"),
     "timm DINO": timmed("vit_small_patch16_224", num_classes=0),

@@ -38,8 +38,8 @@ class HeadNorm(nn.Module):
         self.norm = NORMS[cfg.kind](d_head * self.together, cfg.eps)
         self.hook_normalized = HookPoint()  # [batch, pos, head, d_head]
 
-    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
-        """The normalised heads."""
+    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch key head d_head"]:
+        """The normalised heads; a hook may append keys."""
         groups = rearrange(x, "batch pos (group head) d -> batch pos group (head d)", head=self.together)
         normalised = self.norm(groups)
         pattern = "batch pos group (head d) -> batch pos (group head) d"
