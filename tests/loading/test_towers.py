@@ -123,7 +123,7 @@ def test_a_tower_of_another_kind_is_named(tmp_path):
     config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT | {"model_type": "llama"})
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedArchitectureError, match="vision tower PixtralVisionModel of .*packed"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"vision tower PixtralVisionModel of .*packed"):
         HookedViT.from_pretrained(tmp_path)
     with pytest.raises(UnsupportedArchitectureError, match="packed"):
         HookedViT.from_module(transformers.LlavaForConditionalGeneration(config))

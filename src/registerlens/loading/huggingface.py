@@ -99,6 +99,7 @@ def read_preprocess(fetch: Fetch, family: Family) -> Preprocess | None:
         raw = read_json(path).get("image_processor", {})
     else:
         return None
+    raw = {name: value for name, value in raw.items() if value is not None}  # null is as if it were not there
     usual = family.preprocess
     resampling = raw.get("resample")
     if not raw.get("do_resize", True) or resampling not in (None, *_RESAMPLING):
@@ -127,6 +128,7 @@ def _target(size: Any, usual: Preprocess, path: Path) -> tuple[tuple[int, int], 
         return usual.resize, usual.fit
     if isinstance(size, int):
         return (size, size), usual.fit
+    size = {side: value for side, value in size.items() if value is not None}
     if set(size) == {"shortest_edge"}:
         return (size["shortest_edge"],) * 2, "cover"
     if set(size) == {"height", "width"}:
