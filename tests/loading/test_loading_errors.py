@@ -433,3 +433,9 @@ def test_a_model_without_prefix_tokens_is_on_one_device():
     options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
     module = timm.models.VisionTransformer(class_token=False, global_pool="avg", fc_norm=False, **options)
     assert {tensor.device.type for tensor in HookedViT.from_module(module.to("meta")).state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "SiglipVisionModel", "Aimv2VisionModel", "Siglip2VisionModel"])
+def test_what_the_source_lacks_is_made_where_the_source_is(name):
+    module = TRANSFORMERS[name].make(SQUARE).to("meta")
+    assert {tensor.device.type for tensor in HookedViT.from_module(module).state_dict().values()} == {"meta"}

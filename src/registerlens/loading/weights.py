@@ -120,7 +120,8 @@ def qkv_biases(q: str | None, k: str | None, v: str | None) -> Weight:
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         given = dict(zip(named, tensors, strict=True))
         like = _given(tensors)
-        none = torch.zeros(cfg.n_heads * cfg.d_head, dtype=like[0].dtype if like else None)
+        width = cfg.n_heads * cfg.d_head
+        none = like[0].new_zeros(width) if like else torch.zeros(width)
         parts = [given.get(key) if key else None for key in (q, k, v)]
         return torch.cat([none if tensor is None else tensor for tensor in parts])
 
