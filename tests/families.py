@@ -222,7 +222,7 @@ TRANSFORMERS = {
     "SiglipVisionModel without head": hugging(
         "SiglipVisionModel", vision_use_head=False, hidden_act="gelu", case={"pooled": _mean}
     ),
-    "SiglipModel": hugging("SiglipModel", **_whole),
+    "SiglipModel": hugging("SiglipModel", hidden_act="gelu", **_whole),
     "SiglipForImageClassification": hugging("SiglipForImageClassification", **LABELS),
     "Siglip2VisionModel": hugging("Siglip2VisionModel", **_siglip2),
     "Siglip2Model": hugging("Siglip2Model", **_siglip2),
