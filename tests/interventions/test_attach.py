@@ -26,6 +26,7 @@ from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Edit, Intervention, Scene
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
 from registerlens.loading import FAMILIES
+from registerlens.model.attention import final_point
 
 TOLERANCE = 1e-5
 NEURONS = RegisterNeurons.from_pairs([(0, 3), (0, 40), (2, 7)])
@@ -196,6 +197,39 @@ def test_hidden_states_and_attention_maps_of_transformers(name, captured_before)
             assert relative(result.hidden_states[layer + 1], stream[:, :n]) <= TOLERANCE
             assert result.hidden_states[layer + 1].is_contiguous()
             assert relative(result.attentions[layer], pattern[..., :n, :n]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "InternVLVisionModel, [CLS], q/k norm, RMSNorm"])
+@pytest.mark.parametrize("kind", "qk")
+def test_queries_and_keys_are_met_as_the_scores_take_them(name, kind):
+    """Normalised and turned, with the appended token, which has no position."""
+    module, _, vit = made(name)
+    images, seen = images_for(vit), []
+    point = f"blocks.1.attn.{final_point(vit.cfg, kind)}"
+
+    def see(x, scene):
+        seen.append(x.detach().clone())
+        return -x
+
+    with torch.no_grad(), attach(module, REGISTER, At(point, see)):
+        output = output_of(module, images)
+    with torch.no_grad(), vit.edit(REGISTER, At(point, see)):
+        expected = vit(images)
+    assert relative(*seen) <= TOLERANCE and relative(output, expected) <= TOLERANCE
+
+
+def test_patches_that_come_shuffled_or_padded_are_refused():
+    module, _, _ = made("ViTMAEModel")
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(InterventionError, match="shuffles the patches"), attach(module, REGISTER):
+        module(images)
+    with pytest.raises(InterventionError, match="shuffles the patches"), attach(module, REGISTER):
+        module(images, noise=torch.arange(16.0).flip(0).expand(2, -1))
+    module, _, _ = made("Siglip2VisionModel")
+    patches, mask = torch.randn(2, 16, 192), torch.ones(2, 16, dtype=torch.int32)
+    for grids in ([[3, 4], [3, 4]], [[2, 8], [4, 4]]):
+        with pytest.raises(InterventionError, match="images of one size without padding"), attach(module, REGISTER):
+            module(patches, pixel_attention_mask=mask, spatial_shapes=torch.tensor(grids))
 
 
 def test_the_model_keeps_its_kind_of_attention(monkeypatch):

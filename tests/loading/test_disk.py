@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from families import NATIVE, OPEN_CLIP, SQUARE, TIMM, TINY_CLIP, TRANSFORMERS, Case, clip_model, run
 from helpers import randomise, relative
 from PIL import Image
@@ -77,6 +78,41 @@ def test_an_image_processor_means_what_transformers_makes_of_it(settings, nested
     step = step / min(processor.image_std) if processor.do_normalize else step
     assert mine.shape == theirs.shape
     assert (mine - theirs).abs().max() <= 2.001 / 255 * step
+
+
+PROCESSORS = {
+    "SiglipVisionModel": ("SiglipImageProcessor", {"size": {"height": 40, "width": 48}}),
+    "ViTMAEModel": ("ViTImageProcessor", {"size": {"height": 32, "width": 32}, "resample": 3}),
+    "DINOv3ViTModel": ("DINOv3ViTImageProcessor", {"size": {"height": 40, "width": 48}}),
+    "IJepaModel": ("ViTImageProcessor", {"size": {"height": 32, "width": 32}}),
+    "Aimv2VisionModel": ("CLIPImageProcessor", {"size": {"shortest_edge": 32}, "crop_size": 32}),
+    "InternVLVisionModel, mean": (
+        "GotOcr2ImageProcessor",
+        {"size": {"height": 32, "width": 32}, "min_patches": 1, "max_patches": 1},
+    ),
+}
+
+
+NULL = ("do_center_crop", "do_rescale", "do_normalize", "rescale_factor", "image_mean", "resample")
+USUAL = ("SiglipVisionModel", "DINOv3ViTModel", "IJepaModel", "Aimv2VisionModel")
+"""Families whose usual steps are also the processor's own where a file does not say them."""
+
+
+@pytest.mark.parametrize(
+    ("name", "all_said"), [(name, True) for name in PROCESSORS] + [(name, False) for name in USUAL]
+)
+def test_the_image_processors_of_the_families(name, all_said, tmp_path):
+    """As saved; and with everything left out but the size, which then must be the family's usual steps."""
+    class_name, settings = PROCESSORS[name]
+    processor = getattr(transformers, class_name)(**settings)
+    TRANSFORMERS[name].make(SQUARE).save_pretrained(tmp_path)
+    written = json.loads(processor.to_json_string()) if all_said else settings | dict.fromkeys(NULL)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    photograph = Image.open(shipped_photographs()[0]).convert("RGB")
+    theirs = processor(photograph, return_tensors="pt")["pixel_values"]
+    mine = load_images(photograph, HookedViT.from_pretrained(tmp_path))
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).abs().max() <= 2.001 / 255 / min(processor.image_std)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,15 @@ def transformers_model(class_name: str, **options) -> nn.Module:
     return model_class(model_class.config_class(**options))
 
 
+def qwen2_vl() -> nn.Module:
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 24, "vocab_size": 50}
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16}
+    return transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    )
+
+
 def timm_model(**options) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **TINY | {"depth": 1, "img_size": 32} | options)
 
@@ -206,7 +215,23 @@ UNSUPPORTED = {
         "windowed attention",
     ),
     "text": (lambda: transformers_model("BertModel", **SIZES, vocab_size=20_000), "text"),
-    "gated MLP": (lambda: transformers_model("Dinov2Model", **SIZES, use_swiglu_ffn=True), "SwiGLU"),
+    "ConvNeXt": (
+        lambda: transformers_model("ConvNextModel", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
+        "convolutional backbone",
+    ),
+    "DINOv3 ConvNeXt": (
+        lambda: transformers_model("DINOv3ConvNextModel", hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]),
+        "convolutional backbone",
+    ),
+    "relative positions": (lambda: transformers_model("BeitModel", **SIZES, image_size=32), "relative position"),
+    "Qwen2-VL": (lambda: qwen2_vl(), "patches in space and time"),
+    "MLCD": (lambda: transformers_model("MLCDVisionModel", **SIZES, image_size=32, patch_size=8), "rotary position"),
+    "Pixio": (lambda: transformers_model("PixioModel", **SIZES, image_size=32), r"several \[CLS\]"),
+    "I-JEPA's pooler": (
+        lambda: transformers.IJepaModel(transformers.IJepaConfig(**SIZES), add_pooling_layer=True),
+        "pooler over its first patch",
+    ),
+    "text tower": (lambda: transformers_model("SiglipTextModel", **SIZES, vocab_size=20_000), "text"),
     "pooler": (lambda: transformers_model("ViTModel", **SIZES, pooler_act="relu"), "pooler nonlinearity"),
     "nonlinearity": (lambda: transformers_model("ViTModel", **SIZES, hidden_act="mish"), "nonlinearity 'mish'"),
     "distilled features": (
@@ -407,3 +432,9 @@ def test_a_model_without_prefix_tokens_is_on_one_device():
     options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
     module = timm.models.VisionTransformer(class_token=False, global_pool="avg", fc_norm=False, **options)
     assert {tensor.device.type for tensor in HookedViT.from_module(module.to("meta")).state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "SiglipVisionModel", "Aimv2VisionModel", "Siglip2VisionModel"])
+def test_what_the_source_lacks_is_made_where_the_source_is(name):
+    module = TRANSFORMERS[name].make(SQUARE).to("meta")
+    assert {tensor.device.type for tensor in HookedViT.from_module(module).state_dict().values()} == {"meta"}

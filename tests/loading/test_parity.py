@@ -41,7 +41,19 @@ def test_parity(name, record_property):
     record_property("largest relative error", worst)
 
 
-@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model", "Dinov2WithRegistersModel", "CLIPVisionModel"])
+ODD_SIZES = (
+    "ViTModel",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+    "CLIPVisionModel",
+    "SiglipVisionModel",
+    "DINOv3ViTModel",
+    "InternVLVisionModel, mean",
+    "Aimv2VisionModel, native sizes",
+)
+
+
+@pytest.mark.parametrize("name", ODD_SIZES)
 @pytest.mark.parametrize("size", [(45, 59), (64, 16), (32, 36)], ids=str)
 def test_parity_where_patches_do_not_fill_the_image_or_are_as_many_as_at_the_native_size(name, size):
     case = CASES[name]

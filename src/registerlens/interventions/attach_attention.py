@@ -54,6 +54,23 @@ class TransformersAttention:
         return type(self.attention).forward(self, *arguments, **options)
 
 
+def with_still_tokens(options: dict[str, Any], n: int) -> dict[str, Any]:
+    """A block's options with n more tokens last that are not turned: their cosines 1, their sines 0.
+
+    The libraries count rows from the end of the sequence. transformers has `position_embeddings`, a pair of cosines and
+    sines [pos, d_head]; timm has `rope` [..., pos, 2 d_head], sines and cosines side by side.
+    """
+    pair, joint = options.get("position_embeddings"), options.get("rope")
+    if n and pair is not None:
+        longer = tuple(F.pad(rows, (0, 0, 0, n), value=value) for rows, value in zip(pair, (1.0, 0.0), strict=True))
+        options = options | {"position_embeddings": longer}
+    if n and joint is not None:
+        sines, cosines = joint.chunk(2, -1)
+        longer = [F.pad(rows, (0, 0, 0, n), value=value) for rows, value in ((sines, 0.0), (cosines, 1.0))]
+        options = options | {"rope": torch.cat(longer, -1)}
+    return options
+
+
 def _edited_attention(
     stand_in: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -114,16 +131,6 @@ class TimmAttention:
 
     def _edited(self, kind: str, x: Tensor) -> Tensor:
         return self.apply(kind, x.transpose(1, 2)).transpose(1, 2)
-
-
-def unturned(options: dict[str, Any], n: int) -> dict[str, Any]:
-    """A block's options where timm's `rope` [..., token, sines and cosines] leaves n appended tokens as they are."""
-    rope = options.get("rope")
-    if rope is None:
-        return options
-    still = rope.new_zeros(*rope.shape[:-2], n, rope.shape[-1])
-    still[..., rope.shape[-1] // 2 :] = 1
-    return options | {"rope": torch.cat([rope, still], -2)}
 
 
 class OpenClipAttention:

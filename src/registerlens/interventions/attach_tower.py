@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from registerlens.errors import InterventionError, UnsupportedArchitectureError
-from registerlens.interventions.attach_attention import STAND_INS, unturned
+from registerlens.interventions.attach_attention import STAND_INS, with_still_tokens
 from registerlens.interventions.base import TOKENS, Edit, Intervention, Plan, Scene, plan
 from registerlens.loading.registry import find_vision, library_of
 from registerlens.model.attention import final_point
@@ -58,6 +58,7 @@ class Tower:
         sites = family.sites
         # The library whose code runs: open_clip's TimmModel holds timm's.
         self.stand_in = STAND_INS[library_of(vision)]
+        self.read_images = sites.read_images
         self.images = self._part(vision, sites.images)
         self.ln_pre = self._part(vision, sites.ln_pre) if sites.ln_pre and self.cfg.ln_pre else None
         self.blocks = [
@@ -211,9 +212,9 @@ class _Images:
     def __init__(self, tower: Tower, forward: Any) -> None:
         self.tower, self.forward = tower, forward
 
-    def __call__(self, images: Tensor, *arguments: Any, **options: Any) -> Any:
-        self.tower.start(images)
-        return self.forward(images, *arguments, **options)
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.tower.start(self.tower.read_images(self.tower.cfg, *arguments, **options))
+        return self.forward(*arguments, **options)
 
 
 class _Block:
@@ -241,7 +242,7 @@ class _Block:
             )
         full = tower.apply(f"blocks.{self.layer}.hook_resid_pre", full)
         _tag(full, call)
-        options = unturned(options, n_registers)
+        options = with_still_tokens(options, n_registers)
         out = tower.apply(f"blocks.{self.layer}.hook_resid_post", self.forward(full, *arguments, **options))
         extra = None
         if n_registers:

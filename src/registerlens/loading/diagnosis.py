@@ -4,6 +4,24 @@ from __future__ import annotations
 
 from torch import nn
 
+REFUSED: dict[str, str] = {
+    "Qwen2VL": "a tower of patches in space and time whose neighbours are merged at the end",
+    "Qwen2_5_VL": "windowed attention in a tower of patches in space and time",
+    "Qwen3VL": "a tower of patches in space and time that feeds several layers of the text model",
+    "MLCD": "a learned rotary position for [CLS]",
+    "Pixio": "several [CLS] tokens, whose mean is the output",
+    "Swin": "windowed attention",
+    "DINOv3ConvNext": "a convolutional backbone",
+    "ConvNext": "a convolutional backbone",
+    "Beit": "relative position biases",
+    "Data2VecVision": "relative position biases",
+    "Idefics2": "positions by each image's fractional coordinates",
+    "Idefics3": "positions by each image's fractional coordinates",
+    "SmolVLM": "positions by each image's fractional coordinates",
+    "Pixtral": "rotary positions for images of mixed sizes packed into one sequence",
+}
+"""Beginnings of transformers' class names -> why those models cannot be loaded."""
+
 # Class-name fragments, most telling first.
 _PARTS = (
     (("swin", "window"), "windowed attention"),
@@ -28,6 +46,9 @@ _CONFIG_PARTS = (
 
 def parts_of_module(module: nn.Module) -> str:
     """What in a module keeps it from being a plain ViT, as a phrase; empty if nothing tells."""
+    known = next((reason for part in module.modules() if (reason := _known(type(part).__name__))), "")
+    if known:
+        return known
     names = [type(part).__name__.lower() for part in module.modules()]
     found = [
         phrase for fragments, phrase in _PARTS if any(fragment in name for name in names for fragment in fragments)
@@ -40,11 +61,16 @@ def parts_of_module(module: nn.Module) -> str:
     return ", ".join(found)
 
 
-def parts_of_config(config: object) -> str:
-    """The same from a transformers config object."""
-    return next((phrase for name, phrase in _CONFIG_PARTS if getattr(config, name, None)), "")
+def _known(class_name: str) -> str:
+    return next((reason for start, reason in REFUSED.items() if class_name.startswith(start)), "")
+
+
+def parts_of_config(config: object, class_name: str = "") -> str:
+    """The same from a transformers config object and the name of its class."""
+    return _known(class_name) or next((phrase for name, phrase in _CONFIG_PARTS if getattr(config, name, None)), "")
 
 
 def refusal(found: str, parts: str) -> str:
-    """The message: what was found, and which part is in the way."""
-    return f"{found} is not a model RegisterLens can load.{f' It has {parts}.' if parts else ''}"
+    """The message: what was found, which part is in the way, and what to do."""
+    reason = f" It has {parts}." if parts else ""
+    return f"{found} is not a model RegisterLens can load.{reason} Take a model that is, or holds, a plain ViT."

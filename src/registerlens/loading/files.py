@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ _HARMLESS = (argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath)
 """What training scripts keep beside the weights, and what holds values only."""
 
 Fetch = Callable[[str], Path | None]
+Wanted = Callable[[str], bool]
 
 LOCAL_ALTERNATIVES = (
     "Without a network these work: 'registerlens:tiny' (embedded), a folder written by save_pretrained (transformers, "
@@ -29,16 +30,20 @@ LOCAL_ALTERNATIVES = (
 )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, wanted: Wanted | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file read with `weights_only=True`.
+
+    Args:
+        path: the file.
+        wanted: which keys to read; default: all. Of a .safetensors file nothing else is read.
 
     Raises:
         WeightsError: the file is missing, truncated, or holds anything but tensors.
     """
-    state = _read(path)
+    state = _read(path, wanted)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"'{path}' is not a state dict of tensors. Save module.state_dict() as .safetensors.")
-    return dict(state)
+    return {key: tensor for key, tensor in state.items() if wanted is None or wanted(key)}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -63,8 +68,8 @@ def _tensors(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{path}.{key}" if path else str(key))
 
 
-def _read(path: Path) -> Any:
-    """What is in a file, without running any code."""
+def _read(path: Path, wanted: Wanted | None = None) -> Any:
+    """What is in a file, without running any code; of a .safetensors file, the wanted keys alone."""
     if not path.is_file():
         raise WeightsError(
             f"There is no weight file at '{path}'{': it is a folder' if path.is_dir() else ''}. "
@@ -72,7 +77,10 @@ def _read(path: Path) -> Any:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            if wanted is None:
+                return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118  (no mapping)
         with torch.serialization.safe_globals(list(_HARMLESS)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -83,8 +91,12 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def read_checkpoint(fetch: Fetch) -> dict[str, Tensor]:
+def read_checkpoint(fetch: Fetch, wanted: Wanted | None = None) -> dict[str, Tensor]:
     """The weights of a transformers checkpoint: one file, or shards listed in an index.
+
+    Args:
+        fetch: file name -> its path, or None.
+        wanted: which keys to read; default: all. Shards without any are neither opened nor downloaded.
 
     Raises:
         WeightsError: none of the usual files is there, or one cannot be read.
@@ -98,12 +110,13 @@ def read_checkpoint(fetch: Fetch) -> dict[str, Tensor]:
         if (path := fetch(name)) is None:
             continue
         if not name.endswith(".index.json"):
-            return read_weights(path)
+            return read_weights(path, wanted)
         state: dict[str, Tensor] = {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
+        places = read_json(path).get("weight_map", {})
+        for shard in sorted({shard for key, shard in places.items() if wanted is None or wanted(key)}):
             if (part := fetch(shard)) is None:
                 raise WeightsError(f"'{path}' lists the shard {shard!r}, which is not there.")
-            state |= read_weights(part)
+            state |= read_weights(part, wanted)
         return state
     raise WeightsError(
         "The checkpoint has a configuration but no weights (model.safetensors or pytorch_model.bin). "

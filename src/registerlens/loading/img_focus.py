@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from registerlens.errors import MissingExtraError, ModelNotFoundError
-from registerlens.loading.huggingface import DINOV2
+from registerlens.loading.hf_dino import DINOV2
 from registerlens.loading.keymap import Source, build
 from registerlens.model.vit import HookedViT
 

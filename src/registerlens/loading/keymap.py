@@ -125,12 +125,17 @@ class Refusal:
     present: Reader
 
 
+def first_argument(cfg: ViTConfig, images: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """The images, for most modules that read them."""
+    return images
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sites:
     """Where the source's modules stand, as dotted paths, for edits inside it; prefixes are dropped as for weights."""
 
     images: str
-    """The module whose first argument are the images."""
+    """The module that is called with the images."""
     ln_pre: str | None = None
     """The LayerNorm before block 0, in families that can have one."""
     blocks: str
@@ -141,6 +146,10 @@ class Sites:
     """The attention module; how its queries, keys and values are reached depends on the library."""
     mlp_out: str
     """The MLP's second linear map, which reads the neurons (`mlp.hook_post`)."""
+    gated_mlp_out: str = ""
+    """The same where the MLP is gated, if it has another name then."""
+    read_images: Callable[..., Tensor] = first_argument
+    """From the architecture and that module's arguments to the images [batch, channel, height, width]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +166,8 @@ class Family:
     """ViTConfig field -> where the source says it."""
     weights: dict[str, Weight]
     """Our weight ("{i}" is the layer) -> how it is made. Entries the architecture does not need are not used."""
+    gated_weights: dict[str, Weight] = field(default_factory=dict)
+    """Entries that replace those where the MLP is gated, in families that have both."""
     sites: Sites
     """Where its modules stand."""
     preprocess: Preprocess
@@ -171,6 +182,8 @@ class Family:
     """Globs of keys that stand outside that prefix, as classifiers do."""
     renames: tuple[tuple[str, str], ...] = ()
     """Regular expressions that bring older key names to the present ones."""
+    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """The same for weights that older checkpoints stack along their first axis: what the equal parts are called."""
     ignore: tuple[str, ...] = ()
     """Globs of source keys that do not belong to the vision transformer's forward pass."""
     refuse: tuple[Refusal, ...] = ()
@@ -179,6 +192,13 @@ class Family:
     """Path of the part of the config that describes the vision tower."""
     note: str = field(default="")
     """A remark for the table of families."""
+
+    def of(self, cfg: ViTConfig) -> Family:
+        """The family as it is for models of this architecture."""
+        if not cfg.gated_mlp:
+            return self
+        sites = replace(self.sites, mlp_out=self.sites.gated_mlp_out or self.sites.mlp_out)
+        return replace(self, weights=self.weights | self.gated_weights, sites=sites)
 
 
 def build(family: Family, source: Source, name: str, preprocess: Preprocess | None = None) -> HookedViT:
@@ -199,8 +219,8 @@ def build(family: Family, source: Source, name: str, preprocess: Preprocess | No
         vit = HookedViT(cfg, preprocess or _usual_preprocess(family, cfg), source=name)
     # A module says itself which weights it has; what a rule could do without must not get lost on the way.
     module = source.described if isinstance(source.described, nn.Module) else None
-    expected = _canonical(family, {} if module is None else module.state_dict())
-    mapped, vit.source_keys = _map_weights(family, state, vit, name, expected)
+    expected = canonical(family, {} if module is None else module.state_dict())
+    mapped, vit.source_keys = _map_weights(family.of(cfg), state, vit, name, expected)
     vit.load_state_dict(mapped, strict=True, assign=True)
     # One device and one number type: some libraries keep norms in float32 beside half weights.
     return vit.to(vit.embed.patch.weight).eval()
@@ -213,7 +233,7 @@ def describe(family: Family, source: Source, name: str) -> tuple[ViTConfig, Mapp
         UnsupportedArchitectureError: the model has a part we cannot represent.
     """
     described = source.get(family.described_at) if family.described_at else source.described
-    source = Source(described, _canonical(family, source.state))
+    source = Source(described, canonical(family, source.state))
     for refusal in family.refuse:
         if refusal.present(source):
             raise UnsupportedArchitectureError(f"{name}: {family.source_class} with {refusal.part} is not supported.")
@@ -233,16 +253,22 @@ def _usual_preprocess(family: Family, cfg: ViTConfig) -> Preprocess:
     return family.preprocess.at(cfg.image_size) if family.at_native_size else family.preprocess
 
 
-def _canonical(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    canonical = {}
+def canonical(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the family's present names, without its prefixes."""
+    named: dict[str, Tensor] = {}
     for original, tensor in state.items():
         key = original
         for prefix in family.prefixes:
             key = key.removeprefix(prefix)
         for pattern, replacement in family.renames:
             key = re.sub(pattern, replacement, key)
-        canonical[key] = tensor
-    return canonical
+        pattern, parts = next((split for split in family.splits if re.search(split[0], key)), ("", ()))
+        if parts and len(tensor) % len(parts) == 0:
+            chunks = (chunk.contiguous() for chunk in tensor.chunk(len(parts)))
+            named |= {re.sub(pattern, part, key): chunk for part, chunk in zip(parts, chunks, strict=True)}
+        else:
+            named[key] = tensor
+    return named
 
 
 def _map_weights(
@@ -321,6 +347,7 @@ def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
     Raises:
         WeightsError: the family has no place for one of the weights, or reads several of its own as one.
     """
+    family = family.of(vit.cfg)
     found: dict[str, list[Piece]] = {}
     known = {key for weight in family.weights.values() for rule in (weight, *weight.others) for key in rule.keys}
     own = vit.source_keys <= known

@@ -49,12 +49,18 @@ def _load_transformers(target: str, asked: Asked) -> HookedViT:
         return _transformers_file(target, asked.weights, asked)
     fetch = _fetch(target, asked.revision)
     class_name, config = huggingface.read_config(fetch)
+    found, prefixes = f"{target!r} (transformers' {class_name})", ()
+    if ("transformers", class_name) not in FAMILIES and (tower := huggingface.find_tower(config)) is not None:
+        class_name, config, prefixes = tower
+        found = f"The vision tower {class_name} of {found}"
     family = FAMILIES.get(("transformers", class_name))
     if family is None:
-        found = f"{target!r} (transformers' {class_name})"
-        raise UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_config(config)))
+        raise UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_config(config, class_name)))
     preprocess = huggingface.read_preprocess(fetch, family)
-    return build(family, Source(config, without_wrappers(read_checkpoint(fetch))), target, preprocess)
+    state = read_checkpoint(fetch, (lambda key: key.startswith(prefixes)) if prefixes else None)
+    for prefix in prefixes:
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return build(family, Source(config, without_wrappers(state)), target, preprocess)
 
 
 def _fetch(target: str, revision: str | None = None) -> Fetch:

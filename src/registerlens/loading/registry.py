@@ -53,8 +53,9 @@ def from_module(module: nn.Module, preprocess: Preprocess | None = None) -> Hook
     """A hooked copy of a transformers, timm or open_clip ViT; later changes to the module do not reach it.
 
     Args:
-        module: an instance of a class listed by `registerlens models`; for a CLIP model, its vision part is taken, and
-            what torch.compile or parallel training wrapped around it is taken off.
+        module: an instance of a class listed by `registerlens models`, or any model that holds exactly one, as LLaVA;
+            of CLIP and other models of images and texts, the vision part is taken. What torch.compile or parallel
+            training wrapped around it is taken off.
         preprocess: what `load_images` shall do; default: what the module says, else its family's usual steps.
 
     Raises:
@@ -68,9 +69,13 @@ def from_module(module: nn.Module, preprocess: Preprocess | None = None) -> Hook
         >>> rl.HookedViT.from_module(transformers.Dinov2Model(config)).cfg.grid
         (2, 2)
     """
+    name = f"{library_of(module)}'s {type(module).__name__}"
     module = vision_part(module)
+    if _family(module) is None:
+        module, family = _only_tower(module)
+        name = f"{family.library}'s {family.source_class} in {name}"
     state = {key: tensor.detach().clone() for key, tensor in without_wrappers(module.state_dict()).items()}
-    return hooked(module, state, f"{library_of(module)}'s {type(module).__name__}", preprocess)
+    return hooked(module, state, name, preprocess)
 
 
 _LIBRARIES = {"vision_transformer": "dino"}
@@ -140,11 +145,20 @@ def find_vision(module: nn.Module) -> tuple[nn.Module, Family, ViTConfig]:
         module: it, or any model that holds exactly one (CLIP, LLaVA, a classifier, a wrapper).
 
     Returns:
-        the module that the family's `sites` start from, the family, and the architecture.
+        the module that the family's `sites` start from, the family as it is for this architecture, and that.
 
     Raises:
         UnsupportedArchitectureError: the module holds none of a supported family, or several.
     """
+    part, family = _only_tower(module)
+    cfg, _ = describe(family, _source(part, part.state_dict()), f"{family.library}'s {family.source_class}")
+    for prefix in family.prefixes:
+        part = getattr(part, prefix.removesuffix("."), part)
+    return part, family.of(cfg), cfg
+
+
+def _only_tower(module: nn.Module) -> tuple[nn.Module, Family]:
+    """The one instance of a supported class in a module, and its family."""
     found: dict[str, tuple[nn.Module, Family]] = {}
     for name, part in module.named_modules():
         family = _family(part)
@@ -156,11 +170,8 @@ def find_vision(module: nn.Module) -> tuple[nn.Module, Family, ViTConfig]:
         raise UnsupportedArchitectureError(
             f"{type(module).__name__} holds several vision transformers: {sorted(found)}. Take one of them."
         )
-    [(part, family)] = found.values()
-    cfg, _ = describe(family, _source(part, part.state_dict()), f"{family.library}'s {family.source_class}")
-    for prefix in family.prefixes:
-        part = getattr(part, prefix.removesuffix("."), part)
-    return part, family, cfg
+    [tower] = found.values()
+    return tower
 
 
 def to_state_dict(vit: HookedViT, family: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from registerlens.config import ViTConfig
@@ -106,7 +107,8 @@ def transpose(key: str) -> Weight:
 
 
 def part(key: str, index: int, of: int = 2, count: int = 1) -> Weight:
-    """`count` of `of` equal parts stacked along the source's first axis, as the two halves of a gated MLP's map."""
+    """`count` of the `of` equal parts stacked along the source tensor's first axis, as the two halves of a gated MLP's
+    map, or keys and values of a joint projection."""
     return Weight(
         (key,),
         lambda tensors, cfg: torch.cat(_given(tensors)[0].chunk(of)[index : index + count]),
@@ -130,6 +132,29 @@ def either(when: Callable[[ViTConfig], bool], first: Weight, second: Weight) -> 
         return first.undo(keys[:n], tensor, cfg) if when(cfg) else second.undo(keys[n:], tensor, cfg)
 
     return Weight(first.keys + second.keys, build, undo, frozenset(first.keys + second.keys))
+
+
+def rows(key: str) -> Weight:
+    """Vectors [row, d] that the source keeps as [1, row, d]."""
+    return Weight(
+        (key,),
+        lambda tensors, cfg: _given(tensors)[0].flatten(0, -2),
+        lambda keys, tensor, cfg: [Piece(keys[0], tensor[None])],
+    )
+
+
+def patch_rows(key: str) -> Weight:
+    """A patch embedding [d_model, channel, row, column] that the source has as a linear map of patches laid out as
+    [row, column, channel]."""
+
+    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+        height, width = cfg.patch_size
+        return rearrange(_given(tensors)[0], "d (h w c) -> d c h w", h=height, w=width).contiguous()
+
+    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        return [Piece(keys[0], rearrange(tensor, "d c h w -> d (h w c)").contiguous())]
+
+    return Weight((key,), build, undo)
 
 
 def concat(*keys: str) -> Weight:
@@ -176,11 +201,16 @@ def bias(key: str, width: Width) -> Weight:
 
 
 def tokens(
-    cls: str | None = None, distillation: str | None = None, registers: str | None = None, flat: bool = False
+    cls: str | None = None,
+    distillation: str | None = None,
+    registers: str | None = None,
+    flat: bool = False,
+    empty: bool = False,
 ) -> Weight:
     """Token embeddings in sequence order; a key the model lacks contributes no row.
 
-    In the source they are [1, token, d_model], or [d_model] if `flat` (one token).
+    In the source they are [1, token, d_model], or [d_model] if `flat` (one token). With `empty`, a model without
+    registers has a tensor of none.
     """
     named = tuple(key for key in (cls, distillation, registers) if key is not None)
 
@@ -190,9 +220,9 @@ def tokens(
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         counts = [int(cfg.class_token), int(cfg.distillation_token), cfg.n_trained_registers]
-        rows = zip((cls, distillation, registers), tensor.split(counts), strict=True)
-        shape = (cfg.d_model,) if flat else (1, -1, cfg.d_model)
-        return [Piece(key, part.reshape(shape)) for key, part in rows if key is not None and len(part)]
+        named_rows = zip((cls, distillation, registers), tensor.split(counts), strict=True)
+        written = [(key, part) for key, part in named_rows if key is not None and (len(part) or empty)]
+        return [Piece(key, part.reshape(cfg.d_model) if flat else part[None]) for key, part in written]
 
     return Weight(named, build, undo, frozenset(named))
 

@@ -1,0 +1,159 @@
+"""DINOv2, with registers too, and DINOv3 in transformers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from registerlens.config import Preprocess
+from registerlens.config_parts import RopeConfig
+from registerlens.loading.hf_rules import (
+    ATTENTION,
+    CLASSIFIER,
+    CLASSIFIER_CONFIG,
+    COMMON,
+    FC,
+    IMAGENET,
+    OLD_ATTENTION,
+    PATCH,
+    block,
+    norms,
+    square,
+)
+from registerlens.loading.keymap import Family, Reader, Sites, Source, fixed, read
+from registerlens.loading.weights import bias, qkv_biases, take, tokens
+
+_NORMS = norms("norm1", "norm2") | {
+    "attn.out.gamma": "layer_scale1.lambda1",
+    "mlp.out.gamma": "layer_scale2.lambda1",
+}
+
+
+def _chosen(flag: str, yes: Reader, no: Reader) -> Reader:
+    """One of two readers, as a flag of the configuration says."""
+    return lambda source: (yes if source.get(flag, False) else no)(source)
+
+
+def _hidden(source: Source) -> int:
+    return int(source.get("hidden_size") * source.get("mlp_ratio"))
+
+
+def _gated_hidden(source: Source) -> int:
+    """Two thirds as many, rounded up to a multiple of 8."""
+    return (int(_hidden(source) * 2 / 3) + 7) // 8 * 8
+
+
+_AT = "encoder.layer.{i}"
+_GATED = {
+    f"blocks.{{i}}.mlp.{ours}.{kind}": take(f"{_AT}.mlp.{theirs}.{kind}")
+    for ours, theirs in {"gate": "gate_proj", "up": "up_proj", "out": "down_proj"}.items()
+    for kind in ("weight", "bias")
+}
+_EMPTY_REGISTERS = {
+    "embed.prefix": tokens("embeddings.cls_token", registers="embeddings.register_tokens", empty=True),
+}
+
+# DINOv2 --------------------------------------------------------------------------------------------------------------
+
+DINOV2 = Family(
+    library="transformers",
+    source_class="Dinov2Model",
+    example="facebook/dinov2-large",
+    prefixes=("dinov2.",),
+    config=COMMON
+    | {
+        "d_mlp": _chosen("use_swiglu_ffn", _gated_hidden, _hidden),
+        "gated_mlp": read("use_swiglu_ffn", False),
+        "act_fn": _chosen("use_swiglu_ffn", fixed("silu"), COMMON["act_fn"]),
+        "qkv_bias": read("qkv_bias"),
+        "layer_scale": fixed(True),
+    },
+    weights=PATCH | block(_AT, _NORMS, ATTENTION, FC),
+    gated_weights=_GATED,
+    renames=(*OLD_ATTENTION, (r"\.mlp\.weights_out\.", ".mlp.down_proj.")),
+    splits=((r"\.mlp\.weights_in\.", (".mlp.gate_proj.", ".mlp.up_proj.")),),
+    sites=Sites(
+        images="embeddings",
+        blocks="encoder.layer",
+        norm="norm1",
+        attention="attention",
+        mlp_out="mlp.fc2",
+        gated_mlp_out="mlp.down_proj",
+    ),
+    ignore=("embeddings.mask_token",),
+    preprocess=Preprocess(resize=(256, 256), crop=(224, 224), arithmetic="transformers", **IMAGENET),
+    at_native_size=False,
+)
+_DINOV2_CLASSIFIER = replace(
+    DINOV2,
+    source_class="Dinov2ForImageClassification",
+    example="facebook/dinov2-base-imagenet1k-1-layer",
+    config=DINOV2.config | CLASSIFIER_CONFIG | {"pooling": fixed(("cls", "mean"))},
+    weights=DINOV2.weights | CLASSIFIER,
+    written_prefix="dinov2.",
+    unprefixed=("classifier.*",),
+)
+_REGISTERS: dict[str, Reader] = {
+    "n_trained_registers": read("num_register_tokens"),
+    "pos_interpolation": fixed("bicubic_antialias"),
+}
+_DINOV2_REGISTERS = replace(
+    DINOV2,
+    source_class="Dinov2WithRegistersModel",
+    example="facebook/dinov2-with-registers-large",
+    prefixes=("dinov2_with_registers.",),
+    config=DINOV2.config | _REGISTERS,
+    weights=DINOV2.weights | _EMPTY_REGISTERS,
+)
+_DINOV2_REGISTERS_CLASSIFIER = replace(
+    _DINOV2_CLASSIFIER,
+    source_class="Dinov2WithRegistersForImageClassification",
+    example="facebook/dinov2-with-registers-base-imagenet1k-1-layer",
+    prefixes=("dinov2_with_registers.",),
+    config=_DINOV2_CLASSIFIER.config | _REGISTERS,
+    weights=_DINOV2_CLASSIFIER.weights | _EMPTY_REGISTERS,
+    written_prefix="dinov2_with_registers.",
+)
+
+# DINOv3 --------------------------------------------------------------------------------------------------------------
+
+_V3 = "model.layer.{i}"
+_DINOV3 = Family(
+    library="transformers",
+    source_class="DINOv3ViTModel",
+    example="facebook/dinov3-vitb16-pretrain-lvd1689m",
+    config=COMMON
+    | {
+        "d_mlp": read("intermediate_size"),
+        "gated_mlp": read("use_gated_mlp"),
+        "qkv_bias": lambda source: any(source.get(f"{name}_bias") for name in ("query", "key", "value")),
+        "layer_scale": fixed(True),
+        "n_trained_registers": read("num_register_tokens"),
+        "positions": fixed("none"),
+        "rope": lambda source: RopeConfig(theta=float(source.get("rope_theta"))),
+    },
+    weights={
+        "embed.patch.weight": take("embeddings.patch_embeddings.weight"),
+        "embed.patch.bias": take("embeddings.patch_embeddings.bias"),
+        "ln_final.w": take("norm.weight"),
+        "ln_final.b": take("norm.bias"),
+    }
+    | _EMPTY_REGISTERS
+    | block(_V3, _NORMS, ATTENTION, ("mlp.up_proj", "mlp.down_proj"))
+    | {
+        "blocks.{i}.attn.qkv.bias": qkv_biases(*(f"{_V3}.{name}.bias" for name in ATTENTION[:3])),
+        "blocks.{i}.attn.out.bias": bias(f"{_V3}.attention.o_proj.bias", "d_model"),
+        "blocks.{i}.mlp.gate.weight": take(f"{_V3}.mlp.gate_proj.weight"),
+        "blocks.{i}.mlp.gate.bias": bias(f"{_V3}.mlp.gate_proj.bias", "d_mlp"),
+        "blocks.{i}.mlp.up.bias": bias(f"{_V3}.mlp.up_proj.bias", "d_mlp"),
+        "blocks.{i}.mlp.out.bias": bias(f"{_V3}.mlp.down_proj.bias", "d_model"),
+    },
+    renames=((r"^layer\.", "model.layer."),),
+    sites=Sites(
+        images="embeddings", blocks="model.layer", norm="norm1", attention="attention", mlp_out="mlp.down_proj"
+    ),
+    ignore=("embeddings.mask_token",),
+    preprocess=square(224, fit="exact", interpolation="bilinear", **IMAGENET),
+    note="the normalised [CLS]",
+)
+
+FAMILIES = (DINOV2, _DINOV2_CLASSIFIER, _DINOV2_REGISTERS, _DINOV2_REGISTERS_CLASSIFIER, _DINOV3)

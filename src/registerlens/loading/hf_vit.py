@@ -1,0 +1,181 @@
+"""ViT and its closest relatives in transformers: DeiT, MSN, I-JEPA, and the encoder of MAE."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from registerlens.config import ViTConfig
+from registerlens.errors import InterventionError
+from registerlens.loading.hf_rules import (
+    ATTENTION,
+    CLASSIFIER,
+    CLASSIFIER_CONFIG,
+    COMMON,
+    FC,
+    HALF,
+    IMAGENET,
+    OLD_VIT,
+    PATCH,
+    block,
+    norms,
+    square,
+)
+from registerlens.loading.keymap import Family, Refusal, Sites, fixed, read, rows_of
+from registerlens.loading.weights import averaged, take
+
+_SITES = Sites(images="embeddings", blocks="layers", norm="layernorm_before", attention="attention", mlp_out="mlp.fc2")
+_CONFIG = COMMON | {"d_mlp": read("intermediate_size"), "qkv_bias": read("qkv_bias")}
+_WEIGHTS = PATCH | block("layers.{i}", norms("layernorm_before", "layernorm_after"), ATTENTION, FC)
+_AS_CLASSIFIER: dict[str, Any] = {"written_prefix": "vit.", "unprefixed": ("classifier.*",), "note": ""}
+
+_VIT = Family(
+    library="transformers",
+    source_class="ViTModel",
+    example="google/vit-base-patch16-224-in21k",
+    prefixes=("vit.",),
+    config=_CONFIG
+    | {
+        "d_out": rows_of("pooler.dense.weight"),
+        "head_act": lambda source: "tanh" if "pooler.dense.weight" in source.state else None,
+    },
+    weights=_WEIGHTS
+    | {"head.linear.weight": take("pooler.dense.weight"), "head.linear.bias": take("pooler.dense.bias")},
+    renames=OLD_VIT,
+    sites=_SITES,
+    ignore=("embeddings.mask_token",),
+    refuse=(
+        Refusal(
+            "a pooler nonlinearity other than tanh",
+            lambda source: "pooler.dense.weight" in source.state and source.get("pooler_act", "tanh") != "tanh",
+        ),
+    ),
+    preprocess=square(224, fit="exact", interpolation="bilinear", **HALF),
+    note="the pooler's output if the checkpoint has one, else the normalised [CLS]",
+)
+_VIT_CLASSIFIER = replace(
+    _VIT,
+    source_class="ViTForImageClassification",
+    example="google/vit-base-patch16-224",
+    config=_CONFIG | CLASSIFIER_CONFIG,
+    weights=_WEIGHTS | CLASSIFIER,
+    ignore=(*_VIT.ignore, "pooler.*"),
+    refuse=(),
+    **_AS_CLASSIFIER,
+)
+
+# DeiT ----------------------------------------------------------------------------------------------------------------
+
+_DEIT = replace(
+    _VIT,
+    source_class="DeiTModel",
+    example="facebook/deit-base-distilled-patch16-224",
+    prefixes=("deit.",),
+    config=_VIT.config | {"distillation_token": fixed(True)},
+    preprocess=square(224, **IMAGENET),
+)
+_DEIT_CLASSIFIER = replace(
+    _VIT_CLASSIFIER,
+    source_class="DeiTForImageClassification",
+    example="facebook/deit-base-distilled-patch16-224",
+    prefixes=("deit.",),
+    config=_VIT_CLASSIFIER.config | {"distillation_token": fixed(True)},
+    preprocess=_DEIT.preprocess,
+    written_prefix="deit.",
+)
+_DEIT_TEACHER = replace(
+    _DEIT_CLASSIFIER,
+    source_class="DeiTForImageClassificationWithTeacher",
+    config=_DEIT_CLASSIFIER.config
+    | {"d_out": rows_of("cls_classifier.weight"), "pooling": fixed(("cls", "distillation"))},
+    weights=_WEIGHTS
+    | {
+        "head.linear.weight": averaged("cls_classifier.weight", "distillation_classifier.weight"),
+        "head.linear.bias": averaged("cls_classifier.bias", "distillation_classifier.bias"),
+    },
+    note="the average of both heads",
+)
+
+# MSN and I-JEPA ------------------------------------------------------------------------------------------------------
+
+_MSN = replace(
+    _VIT,
+    source_class="ViTMSNModel",
+    example="facebook/vit-msn-small",
+    config=_CONFIG,
+    weights=_WEIGHTS,
+    refuse=(),
+    preprocess=square(224, fit="exact", interpolation="bicubic", **IMAGENET),
+    note="the normalised [CLS]",
+)
+_MSN_CLASSIFIER = replace(
+    _MSN,
+    source_class="ViTMSNForImageClassification",
+    config=_CONFIG | CLASSIFIER_CONFIG,
+    weights=_WEIGHTS | CLASSIFIER,
+    **_AS_CLASSIFIER,
+)
+_NO_CLS = {"class_token": fixed(False), "pooling": fixed(("mean",))}
+_IJEPA = replace(
+    _MSN,
+    source_class="IJepaModel",
+    example="facebook/ijepa_vith14_1k",
+    prefixes=("ijepa.",),
+    config=_CONFIG | _NO_CLS,
+    refuse=(Refusal("a pooler over its first patch", lambda source: "pooler.dense.weight" in source.state),),
+    preprocess=square(224, fit="exact", interpolation="bilinear", **HALF),
+    note="the mean over normalised patches; the library returns the tokens only",
+)
+_IJEPA_CLASSIFIER = replace(
+    _IJEPA,
+    source_class="IJepaForImageClassification",
+    config=_CONFIG | _NO_CLS | CLASSIFIER_CONFIG,
+    weights=_WEIGHTS | CLASSIFIER,
+    **_AS_CLASSIFIER | {"written_prefix": "ijepa."},
+)
+
+# MAE -----------------------------------------------------------------------------------------------------------------
+
+
+def _in_order(cfg: ViTConfig, images: Tensor, noise: Tensor | None = None, **options: Any) -> Tensor:
+    """The images, where MAE does not shuffle their patches.
+
+    Raises:
+        InterventionError: it does.
+    """
+    if noise is None or not bool(torch.all(noise[:, 1:] > noise[:, :-1])):
+        raise InterventionError(
+            "This MAE encoder shuffles the patches by random noise, so that edits could not tell them apart. Call it "
+            "with noise=torch.arange(n_patches).expand(batch, -1) and mask_ratio=0 in its configuration, or use "
+            "HookedViT."
+        )
+    return images
+
+
+_MAE = replace(
+    _MSN,
+    source_class="ViTMAEModel",
+    example="facebook/vit-mae-base",
+    sites=replace(_SITES, read_images=_in_order),
+    note="the normalised [CLS] of the encoder on all patches, in order",
+)
+_MAE_PRETRAINING = replace(
+    _MAE, source_class="ViTMAEForPreTraining", ignore=(*_MAE.ignore, "decoder.*"), written_prefix="vit."
+)
+
+FAMILIES = (
+    _VIT,
+    _VIT_CLASSIFIER,
+    _DEIT,
+    _DEIT_CLASSIFIER,
+    _DEIT_TEACHER,
+    _MSN,
+    _MSN_CLASSIFIER,
+    _IJEPA,
+    _IJEPA_CLASSIFIER,
+    _MAE,
+    _MAE_PRETRAINING,
+)

@@ -1,0 +1,46 @@
+"""Weights written back under their source library's names: bit for bit, and nothing lost that the model uses."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+from families import CASES
+from helpers import randomise
+
+from registerlens import HookedViT
+from registerlens.errors import WeightsError
+from registerlens.loading import FAMILIES
+from registerlens.loading.keymap import canonical, export
+
+
+def source_of(case):
+    """The module whose weights a family reads: all of it, or open_clip's tower."""
+    module = randomise(case.make(case.native))
+    return getattr(module, "visual", module) if case.library == "open_clip" else module
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.exports])
+def test_export_is_the_source_bit_for_bit(name):
+    case = CASES[name]
+    module, family = source_of(case), FAMILIES[case.library, case.source_class]
+    source = module.state_dict()
+    written = export(family, HookedViT.from_module(module))
+    assert set(written) <= set(source)
+    for key, tensor in written.items():
+        assert tensor.dtype == source[key].dtype and torch.equal(tensor, source[key]), key
+    lost = canonical(family, {key: tensor for key, tensor in source.items() if key not in written})
+    assert [key for key in lost if not any(fnmatchcase(key, glob) for glob in family.ignore)] == []
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.exports])
+def test_weights_that_became_one_are_not_written_back(name):
+    case = CASES[name]
+    vit = HookedViT.from_module(source_of(case))
+    with pytest.raises(WeightsError, match="cannot be told apart"):
+        export(FAMILIES[case.library, case.source_class], vit)
+
+
+def test_a_model_of_another_family_has_no_place():
+    vit = HookedViT.from_module(source_of(CASES["DINOv3ViTModel, gated MLP, no registers"]))
+    with pytest.raises(WeightsError, match=r"no place for 'blocks\.0\.attn\.out\.gamma'"):
+        export(FAMILIES["transformers", "ViTModel"], vit)
