@@ -424,18 +424,25 @@ def custom_text_model(size: tuple[int, int] | int, **vision: Any) -> nn.Module:
     return open_clip.CustomTextCLIP(**described).eval()
 
 
-def towered(trunk: str = "vit_tiny_patch16_224", *, proj: str | None = None, **options: Any) -> Case:
-    """open_clip's TimmModel around a small trunk, which it takes no options for."""
+def towered(
+    trunk: str = "vit_tiny_patch16_224",
+    inner: str = "VisionTransformer",
+    *,
+    pool: str = "token",
+    proj: str | None = None,
+    **options: Any,
+) -> Case:
+    """open_clip's TimmModel around a small trunk of timm's class `inner`, which it takes no options for."""
 
     def make(size: tuple[int, int]) -> nn.Module:
-        tower = open_clip.timm_model.TimmModel("test_vit", embed_dim=24, pool="token", proj=proj)
+        tower = open_clip.timm_model.TimmModel("test_vit", embed_dim=24, pool=pool, proj=proj)
         arguments = {"num_classes": 0 if proj else 24, "img_size": size, "dynamic_img_size": True} | options
         tower.trunk = timm.create_model(trunk, **TINY | arguments)
         if proj == "linear":
             tower.head.proj = nn.Linear(32, 24, bias=False)
         return tower.eval()
 
-    source_class = "TimmModel with VisionTransformer" + (" and projection" if proj == "linear" else "")
+    source_class = f"TimmModel with {inner}" + (" and projection" if proj == "linear" else "")
     return Case("open_clip", make, source_class)
 
 
@@ -454,6 +461,9 @@ OPEN_CLIP = {
     "open_clip TimmModel": towered(),
     "open_clip TimmModel without head, average pooling": towered(proj="none", global_pool="avg", fc_norm=False),
     "open_clip TimmModel, projection": towered(proj="linear"),
+    "open_clip SigLIP": towered("vit_base_patch16_siglip_224", proj="none"),
+    "open_clip EVA-02 CLIP": towered("eva02_base_patch16_clip_224", "Eva"),
+    "open_clip EVA-02 CLIP, projection": towered("eva02_base_patch16_clip_224", "Eva", proj="linear"),
     "open_clip TimmModel, registers": towered(proj="linear", reg_tokens=4, no_embed_class=True, init_values=0.5),
 }
 

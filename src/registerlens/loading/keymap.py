@@ -311,8 +311,14 @@ def _map_weights(
             )
     unexpected = [key for key in state if key not in used and not any(fnmatchcase(key, glob) for glob in family.ignore)]
     problems += [f"unexpected: {key!r}" for key in unexpected]
+    # Whether there is a head, the weights say: backbones are saved without the one their architecture has by default.
+    head = {key for target, rule in family.weights.items() if target.startswith("head.linear.") for key in rule.keys}
     lost = [key for key in expected if key not in state and not any(repr(key) in problem for problem in problems)]
-    problems += [f"missing: {key!r}" for key in lost if not any(fnmatchcase(key, glob) for glob in family.ignore)]
+    problems += [
+        f"missing: {key!r}"
+        for key in lost
+        if not (key in head and vit.head.linear is None) and not any(fnmatchcase(key, glob) for glob in family.ignore)
+    ]
     if problems:
         shown = "\n  ".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(
