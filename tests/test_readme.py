@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from readme import with_families
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -21,3 +23,7 @@ def test_make_commands_exist():
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     for target in set(re.findall(r"`?make (\w+)", README)):
         assert f"\n{target}:" in makefile, target
+
+
+def test_the_list_of_families_is_the_registrys():
+    assert with_families(README) == README, "run: make readme"

@@ -53,10 +53,17 @@ def demo(
 
 
 @app.command()
-def models(debug: Debug = False) -> None:
+def models(
+    markdown: Annotated[bool, typer.Option(help="As Markdown, with what is refused and why.")] = False,
+    debug: Debug = False,
+) -> None:
     """List the supported families and how to name models."""
     from registerlens.loading import supported_families  # noqa: PLC0415
+    from registerlens.loading.listing import families_markdown  # noqa: PLC0415
 
+    if markdown:
+        typer.echo(families_markdown())
+        return
     typer.echo("library      class                                     a name to try")
     for line in supported_families():
         typer.echo(line)

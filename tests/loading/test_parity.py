@@ -4,11 +4,10 @@ import pytest
 import torch
 from families import CASES, run
 from helpers import randomise, relative
+from parity import TOLERANCE, errors_at, loaded
 
 from registerlens import HookedViT
 from registerlens.loading import FAMILIES
-
-TOLERANCE = 1e-5
 
 
 def test_every_family_has_a_parity_case():
@@ -19,26 +18,11 @@ def test_every_family_has_a_parity_case():
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name, record_property):
     case = CASES[name]
-    module = randomise(case.make(case.native))
-    vit = HookedViT.from_module(module)
-    worst = 0.0
+    module, vit = loaded(case)
     for size in filter(None, (case.native, case.other)):
-        images = torch.randn(3, vit.cfg.n_channels, *size, generator=torch.Generator().manual_seed(1))
-        resized = module if size == case.native else case.resize(module, size)
-        streams, tokens, output = run(case, resized, images, at_native=size == case.native)
-        with torch.no_grad():
-            got, cache = vit.run_with_cache(images, names_filter="blocks.*.hook_resid_*")
-            got_tokens = vit(images, return_type="tokens")
-            singles = torch.cat([vit(image[None]) for image in images])
-        assert len(streams) == vit.cfg.n_layers + 1
-        pairs = {f"blocks.{i}.hook_resid_pre": stream for i, stream in enumerate(streams[:-1])}
-        pairs |= {f"blocks.{i}.hook_resid_post": stream for i, stream in enumerate(streams[1:])}
-        errors = {hook: relative(cache[hook], stream) for hook, stream in pairs.items()}
-        errors |= {"tokens": relative(got_tokens, tokens), "output": relative(got, output)}
-        errors |= {"singles": relative(singles, output)}
+        errors = errors_at(case, module, vit, size)
         assert all(error <= TOLERANCE for error in errors.values()), (size, errors)
-        worst = max(worst, *errors.values())
-    record_property("largest relative error", worst)
+        record_property(f"largest relative error at {size}", max(errors.values()))
 
 
 ODD_SIZES = (

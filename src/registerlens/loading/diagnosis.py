@@ -25,10 +25,7 @@ REFUSED: dict[str, str] = {
 # Class-name fragments, most telling first.
 _PARTS = (
     (("swin", "window"), "windowed attention"),
-    (("rotary", "rope"), "rotary position embeddings"),
     (("relativeposition", "relpos"), "relative position biases"),
-    (("swiglu", "glumlp"), "a gated MLP"),
-    (("attentionpool", "attentionalpool", "multiheadattentionpooling"), "an attention-pooling head"),
     (("batchnorm", "frozenbatchnorm"), "BatchNorm layers"),
     (("lstm", "gru", "mamba"), "recurrent layers"),
 )
@@ -36,9 +33,6 @@ _PARTS = (
 _CONFIG_PARTS = (
     ("window_size", "windowed attention"),
     ("vocab_size", "a text vocabulary: it is a text model"),
-    ("rope_theta", "rotary position embeddings"),
-    ("rope_parameters", "rotary position embeddings"),
-    ("use_swiglu_ffn", "a gated MLP"),
     ("depths", "several stages of different resolution"),
     ("num_channels", "an architecture that is no plain ViT"),
 )

@@ -174,13 +174,19 @@ def name_of_wrapper(module: Any) -> str:
     return f"{WRAPPER} with {type(module.trunk).__name__}{' and projection' if projected else ''}"
 
 
+_EXAMPLES = {
+    "VisionTransformer": "open_clip:ViT-B-16-SigLIP/webli",
+    "Eva": "open_clip:EVA02-B-16/merged2b_s8b_b131k",
+}
+
+
 def wrapped(trunk: Family) -> tuple[Family, Family]:
     """The families of a TimmModel around a timm family: as it is, and with open_clip's projection after it."""
     plain = replace(
         trunk,
         library="open_clip",
         source_class=f"{WRAPPER} with {trunk.source_class}",
-        example="open_clip:ViT-B-16-SigLIP/webli",
+        example=_EXAMPLES[trunk.source_class],
         described_at="trunk",
         prefixes=("visual.", "trunk.", *trunk.prefixes),
         written_prefix="trunk.",
