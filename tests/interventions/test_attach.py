@@ -90,6 +90,21 @@ def worth(output):
 
 # Parity --------------------------------------------------------------------------------------------------------------
 
+ALL_EDITS = (
+    "ViTModel",
+    "CLIPVisionModel",
+    "Dinov2WithRegistersModel",
+    "DINOv3ViTModel",
+    "SiglipVisionModel",
+    "InternVLVisionModel, mean",
+    "timm supervised",
+    "timm CLIP",
+    "timm DINOv2 reg4",
+    "timm EVA-02 base",
+    "open_clip LAION GELU",
+    "open_clip CoCa",
+)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_edits_equal_those_of_hooked_vit(name):
@@ -110,8 +125,10 @@ def test_edits_equal_those_of_hooked_vit(name):
         at_native = size == case.native
         resized = module if at_native else case.resize(module, size)
         before = run(case, resized, images, at_native)
-        # At another size only positions are new: the edits that add tokens and keys meet them.
-        for kind in edits if at_native else ("register", "attention bias"):
+        # Every family at every kind of place; all edits in one family of each way to be built. At another size only
+        # positions are new, which appended tokens meet.
+        places = ("register", "attention bias", "head") if name not in ALL_EDITS else tuple(edits)
+        for kind in places if at_native else ("register",):
             edit = edits[kind]
             with attach(resized, edit):
                 streams, tokens, output = run(case, resized, images, at_native)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomise
+from scipy import linalg
 from test_planted import CFG, backbone
 
 import registerlens as rl
@@ -18,8 +19,6 @@ from registerlens.theory.observed import observe
 from registerlens.theory.readers import KERNELS
 from registerlens.theory.subspaces import EPSILONS, decompose, directions
 from registerlens.theory.verdicts import find, judge, select, with_verdicts
-
-linalg = importlib.import_module("scipy.linalg")
 
 SMALL = rl.ViTConfig(
     n_layers=3, d_model=24, n_heads=3, d_mlp=40, image_size=(24, 32), patch_size=(8, 8), layer_scale=True, d_out=7
