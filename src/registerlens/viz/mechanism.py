@@ -32,9 +32,9 @@ from registerlens.theory.value_update import ValueUpdate, value_update
 
 EXPLAINED = 64
 """Images that the commands take for this, at most."""
-FEW = 16
+FEW = 8
 """Images for what runs the model many times; a third of them, or half if there are fewer, only give values."""
-HEADS = 8
+HEADS = 4
 """Heads whose sink is edited, at most: those that have one most often."""
 THRESHOLD = 0.3
 """Attention that makes a sink."""
@@ -54,7 +54,7 @@ class Mechanism:
     n_images: int
     """Images that all but the few-image results rest on."""
     n_few: int
-    """Images for sink edits, faithfulness and updates of registers."""
+    """Images for sink edits and updates of registers."""
     kernels: KernelReport | RegisterLensError
     """The conditions of Proposition 1."""
     published_sinks: SinkKinds | RegisterLensError
@@ -135,7 +135,7 @@ def study_mechanism(
         updates=_or_reason(lambda: neuron_updates(vit, images, chosen(), **at)),  # type: ignore[arg-type]
         weights=_or_reason(lambda: output_weights(vit, chosen())),
         order=_or_reason(lambda: causal_order(vit, images, chosen(), **at)),  # type: ignore[arg-type]
-        faithfulness=_or_reason(lambda: _faithfulness(vit, few, detection)),
+        faithfulness=_or_reason(lambda: _faithfulness(vit, images, detection, batch_size)),
     )
 
 
@@ -170,11 +170,9 @@ def _effects(
     return sink_no_op(vit, few[n:], reference=few[:n], heads=often, threshold=THRESHOLD, queries=HALF)
 
 
-def _faithfulness(
-    vit: HookedViT, few: Float[Tensor, "image channel height width"], detection: Detection
-) -> Faithfulness:
+def _faithfulness(vit: HookedViT, images: Images, detection: Detection, batch_size: int) -> Faithfulness:
     """With outliers where there are some."""
     if not (vit.cfg.class_token and detection.evidence.present):
-        return faithfulness(vit, few)
-    found = find_outliers(vit, few, layer=detection.sublayer)  # at the same place; the cut-off is these images' own
-    return faithfulness(vit, few, outliers=found if found.mask.any() else None)
+        return faithfulness(vit, images, batch_size=batch_size)
+    outliers = find_outliers(vit, images, layer=detection.sublayer, batch_size=batch_size)
+    return faithfulness(vit, images, outliers=outliers, batch_size=batch_size)

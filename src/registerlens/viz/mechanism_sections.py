@@ -59,8 +59,8 @@ def kernels_section(found: Mechanism) -> str:
     head = (
         '<h2 id="kernels">Kernel conditions</h2><p>Proposition 1 of Jiang et al. makes a sink on a register neuron\'s '
         "token a no-op where what the neuron reads (u1) and writes (u2) lies in the kernel of all that follows. No "
-        "real weight matrix has an exact kernel, so that every number stands beside random directions and other neurons of "
-        "the same block.</p>"
+        "real weight matrix has an exact kernel, so that every number stands beside random directions and other "
+        "neurons of the same block.</p>"
     )
     report = found.kernels
     if isinstance(report, RegisterLensError):
@@ -93,7 +93,7 @@ def sinks_section(found: Mechanism) -> str:
             found.value_update,
         ),
         _part(
-            f"Faithfulness, {found.n_few} images",
+            f"Faithfulness, {found.n_images} images",
             "The last block's [CLS] may look at some tokens only. A map of attention to patches explains an output as "
             "far as the patches alone give it.",
             found.faithfulness,

@@ -50,8 +50,8 @@ KERNEL_UNITS = dict.fromkeys(KERNELS, "relative residual") | {
 """In what each kernel condition is measured."""
 KERNEL_NOTE = (
     "Numbers, nulls and one-sided p-values are medians over neurons and later blocks; as a key, the weakest block's "
-    "best head counts. Relative residual: ||M'u|| / (sigma_max ||u||), 0 in an exact kernel; beside it, how strongly u is "
-    "read as a multiple of a random direction."
+    "best head counts. Relative residual: ||M'u|| / (sigma_max ||u||), 0 in an exact kernel; beside it, how strongly u "
+    "is read as a multiple of a random direction."
 )
 
 
