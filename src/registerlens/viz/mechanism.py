@@ -164,7 +164,7 @@ def _effects(
     if len(few) < 2:
         raise ImageError("Editing a sink takes values from other images, and there is only one.")
     events = sinks.events[sinks.index(THRESHOLD)]
-    heads = [place for place in product(*map(range, events.shape)) if events[place]]
+    heads = [(layer, head) for layer, head in product(*map(range, events.shape)) if events[layer, head]]
     often = sorted(heads, key=lambda place: -events[place])[:HEADS]
     n = len(few) // (3 if len(few) >= 6 else 2)
     return sink_no_op(vit, few[n:], reference=few[:n], heads=often, threshold=THRESHOLD, queries=HALF)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import plotly.graph_objects as go
 
@@ -24,6 +24,7 @@ _EDIT_WORDS = {
 }
 
 
+@runtime_checkable
 class Told(Protocol):
     """What every result can do."""
 
@@ -144,17 +145,19 @@ def evidence_section(found: Mechanism) -> str:
 
 
 def _kernel_table(report: KernelReport) -> str:
-    frame = kernel_table(report)
-    rows = [
-        [f"{html.escape(str(cell))}" for cell in (row["condition"], row["number"], row["unit"])]
-        + [html.escape(str(row[name])) for name in ("random", "neurons", "verdict")]
-        for row in frame.to_dict("records")
-    ]
-    headers = ("condition", "number", "measured in", "random directions", "other neurons", "verdict")
-    marked = [i for i, verdict in enumerate(frame["verdict"]) if verdict != "fails"]
+    frame, rows = kernel_table(report).map(html.escape), []
+    for row in frame.to_dict("records"):
+        number, _, multiple = row["number"].partition(" (")
+        notes = (f"{multiple.removesuffix(')')}, " if multiple else "") + row["unit"]
+        nulls = (row[null].partition(" (") for null in ("random", "neurons"))
+        cells = [(number, notes), *((value, p.removesuffix(")")) for value, _, p in nulls)]
+        small = [f"{cell}<small>{note}</small>" if note else cell for cell, note in cells]
+        rows.append([row["condition"], *small, row["verdict"]])
+    headers = ("condition", "number", "random directions", "other neurons", "verdict")
+    marked = [i for i, verdict in enumerate(frame["verdict"]) if verdict == "holds"]
     notes = [f"Not applicable, {name}: {reason}." for name, reason in report.not_applicable.items()]
     notes += report.notes
-    note = f"{KERNEL_NOTE} Marked: what holds, at least approximately. {' '.join(notes)}"
+    note = f"{KERNEL_NOTE} Marked: what holds. {' '.join(notes)}"
     return f"{table(headers, rows, marked)}<p><small>{html.escape(note)}</small></p>"
 
 
