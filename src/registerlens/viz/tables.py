@@ -76,7 +76,7 @@ def kernel_table(report: KernelReport) -> pd.DataFrame:
         >>> import registerlens as rl
         >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
         >>> frame = kernel_table(rl.check_kernels(vit, neurons))
-        >>> frame.loc[2, ["condition", "unit", "verdict"]].tolist()
+        >>> frame.loc[4, ["condition", "unit", "verdict"]].tolist()
         ['u1 (what the neurons read) in the kernel of later MLPs (W_in), blocks 2 to 5', 'relative residual', 'fails']
     """
     main, rows = main_rows(report.table), []
