@@ -129,6 +129,7 @@ def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path):
     for page in pages:
         text = page.path.read_text()
         assert f"Outlier tokens: {page.trace.verdict}" in text and page.label in text
+        assert all(f'id="{section}"' in text for section in ("kernels", "sinks", "observables", "evidence"))
     tiny, plain, planted = pages
     assert tiny.study.worked and planted.study.worked and plain.study is None
     assert {layer for layer, _ in planted.study.neurons.pairs} == {demo.PLANTED_LAYER}
@@ -136,7 +137,9 @@ def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path):
     assert tiny.study.evaluation.mean("accuracy", "clean") > 0.99
     assert f"evaluated on {demo.EVALUATED} others" in tiny.path.read_text()
     assert f"evaluated on the {len(shipped_photographs())} whole photographs" in planted.path.read_text()
-    assert "There is nothing to look for" in plain.path.read_text()
+    text = plain.path.read_text()
+    assert "There is nothing to look for" in text and "Kernel conditions: not asked" in text
+    assert "Sinks as no-ops, by the weights: yes" in planted.path.read_text()  # planted with a violation of 0
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,25 @@ def test_report_has_the_neurons_and_the_register(run, tmp_path):
     assert text.count('<div class="maps"') == 3 * 2 and "over 8 images" in text
 
 
+def test_report_explains_on_the_first_images_or_not_at_all(run, tmp_path):
+    texts = []
+    for n in (8, 0):
+        assert run("report", "tiny", "--out", tmp_path / "p.html", "--evaluated", 8, "--explained", n)[0] == 0
+        texts.append((tmp_path / "p.html").read_text())
+    assert (
+        'id="kernels"' in texts[0] and "Sinks found, 8 images" in texts[0] and "outlier tokens in 8 images" in texts[0]
+    )
+    assert 'id="kernels"' not in texts[1] and "Sinks found" not in texts[1]
+
+
 def test_report_without_outliers_says_that_there_is_nothing_to_look_for(run, tmp_path):
     code, out, _ = run("report", "plain", "--out", tmp_path / "p.html")
     assert code == 0 and "Outlier tokens: absent" in out
-    assert "There is nothing to look for" in (tmp_path / "p.html").read_text()
+    text = (tmp_path / "p.html").read_text()
+    assert "There is nothing to look for" in text
+    assert (
+        "Kernel conditions: not asked" in text and "Singular defects" in text and "Without images nothing says" in text
+    )
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

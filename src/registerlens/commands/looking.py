@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from registerlens.data.images import ImageStream
     from registerlens.errors import NoOutliersError
     from registerlens.model.vit import HookedViT
+    from registerlens.viz.mechanism import Mechanism
     from registerlens.viz.study import RegisterStudy
 
 MAPS = 4
@@ -68,12 +69,20 @@ def report(
     evaluated: Annotated[
         int, typer.Option("--evaluated", min=1, help="On how many images a test-time register is evaluated, at most")
     ] = 64,
+    explained: Annotated[
+        int,
+        typer.Option(
+            "--explained",
+            min=0,
+            help="On how many images kernels, sinks and neurons are examined, at most; 0: not at all",
+        ),
+    ] = 64,
     size: Size = None,
     batch_size: BatchSize = 16,
     device: Device = "cpu",
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page about MODEL on IMAGES: outliers, register neurons, a test-time register."""
+    """Write one self-contained HTML page about MODEL on IMAGES: outliers, register neurons, a register, mechanism."""
     if out.is_dir():
         raise typer.BadParameter(f"{out} is a folder; name the HTML file.", param_hint="--out")
     make_folder(out.parent)
@@ -86,10 +95,11 @@ def report(
         found = trace(vit, stream)
         names, pixels, display = shown_images(vit, stream, shown, size)
         study = None if found.verdict == "absent" else _study(vit, stream, evaluated, size)
+        mechanism = _mechanism(vit, stream, study, explained, size) if explained else None
     print_trace(found, layers=False)
     if study is not None:
         print_words(describe(study))
-    write_report(out, vit, pixels, display, found, names=names, title=vit.source, study=study)
+    write_report(out, vit, pixels, display, found, names=names, title=vit.source, study=study, mechanism=mechanism)
     typer.echo(f"Wrote {out}")
 
 
@@ -106,6 +116,18 @@ def _study(vit: HookedViT, stream: ImageStream, evaluated: int, size: int | None
         f"not independent of the search."
     )
     return study_registers(vit, stream, ImageStream(first, vit, batch_size=stream.batch_size, size=size), samples)
+
+
+def _mechanism(
+    vit: HookedViT, stream: ImageStream, study: RegisterStudy | NoOutliersError | None, explained: int, size: int | None
+) -> Mechanism:
+    """On the first images."""
+    from registerlens.data.images import ImageStream  # noqa: PLC0415
+    from registerlens.viz.mechanism import study_mechanism  # noqa: PLC0415
+    from registerlens.viz.study import RegisterStudy  # noqa: PLC0415
+
+    first = ImageStream(list(stream.loaded)[:explained], vit, batch_size=stream.batch_size, size=size)
+    return study_mechanism(vit, first, study.neurons if isinstance(study, RegisterStudy) else study)
 
 
 def neurons(

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from registerlens.analysis.neurons import RegisterNeurons
     from registerlens.analysis.trace import Trace
     from registerlens.evaluation.effects import Evaluation
+    from registerlens.theory.kernels import KernelReport
 
 LISTED = 50
 """Most neurons that are printed."""
@@ -95,6 +96,30 @@ def print_neurons(neurons: RegisterNeurons) -> None:
     _console().print(table)
     if len(neurons) > LISTED:
         print_words(f"... and {len(neurons) - LISTED} more.")
+
+
+def print_kernels(report: KernelReport) -> None:
+    """What the conditions amount to, a table of them with numbers, nulls and verdicts, and what could not be asked."""
+    from rich.text import Text  # noqa: PLC0415
+
+    from registerlens.viz.tables import KERNEL_NOTE, kernel_table  # noqa: PLC0415
+
+    print_words(report.conclusion(), style="bold")
+    images = f"{report.n_images} images" if report.n_images else "weights only"
+    table = _table(f"{report.model}, {len(report.neurons)} neurons, {images}", KERNEL_NOTE)
+    for header in ("condition", "number", "random\ndirections", "other\nneurons", "verdict"):
+        table.add_column(header, justify="left", vertical="top")
+    colours = {"holds": "green", "holds approximately": "yellow", "fails": "red"}
+    for row in kernel_table(report).to_dict("records"):
+        number = f"{row['number']}\n{row['unit']}"
+        nulls = (row[null].replace(" (", "\n(") for null in ("random", "neurons"))
+        verdict = Text(row["verdict"], style=colours[row["verdict"]])
+        table.add_row(*map(Text, (row["condition"], number, *nulls)), verdict)
+    _console().print(table)
+    for name, reason in report.not_applicable.items():
+        print_words(f"Not applicable, {name}: {reason}.")
+    for note in report.notes:
+        print_words(f"Note: {note}")
 
 
 def print_evaluation(done: Evaluation, samples: str) -> None:

@@ -28,14 +28,20 @@ def load(
     """The model, and a stream of the images named."""
     from registerlens.config import Preprocess  # noqa: PLC0415
     from registerlens.data.images import ImageStream  # noqa: PLC0415
-    from registerlens.loading import from_pretrained  # noqa: PLC0415
 
-    _check_device(device)
-    vit = from_pretrained(model, device=device)
+    vit = load_model(model, device)
     # Files of all folders and globs among the arguments, in the order given.
     nothing = Preprocess(resize=(1, 1))
     names = [name for image in images for name in ImageStream(image, nothing).names]
     return vit, ImageStream(names, vit, batch_size=batch_size, size=size)
+
+
+def load_model(model: str, device: str) -> HookedViT:
+    """The model alone."""
+    from registerlens.loading import from_pretrained  # noqa: PLC0415
+
+    _check_device(device)
+    return from_pretrained(model, device=device)
 
 
 @contextmanager

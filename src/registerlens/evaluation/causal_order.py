@@ -58,9 +58,10 @@ class CausalOrder(Stored):
 
     @property
     def change(self) -> Float[np.ndarray, "condition layer listed"]:
-        """Share of the clean activation that is lost (-1: all of it) or gained; NaN for neurons not in a later
-        layer."""
-        return (self.edited - self.clean) / np.abs(self.clean)
+        """Share of the clean activation that is lost (-1: all of it) or gained; NaN for neurons not in a later layer,
+        and for those silent in the clean run."""
+        lost = self.edited - self.clean
+        return np.divide(lost, np.abs(self.clean), out=np.full_like(lost, np.nan), where=self.clean != 0)
 
     def between(self, condition: str = "zero") -> Float[np.ndarray, "layer layer"]:
         """Change of a later layer's (column's) summed activations when a layer (row) is edited; NaN up to it."""

@@ -28,6 +28,8 @@ _TITLES = {
 _MARKS = {"holds": "✓", "holds approximately": "≈", "fails": ""}
 _CELL = 34
 """Height of a cell in pixels."""
+_WEIGHTS = 360
+"""Height of the figure of weights, without axis title and legend."""
 _BETWEEN = 75
 """Height between panels."""
 _LINES = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, OLIVE, BROWN)
@@ -235,10 +237,13 @@ def weight_figure(report: KernelReport, mode: Mode = "light") -> go.Figure:
             yshift=10 if largest > 0 else -10,
             font={"color": ink(mode)},
         )
-    figure.update_xaxes(title_text="dimension of the residual stream")
-    figure.update_yaxes(title_text="weight in W_out (LayerScale folded in)")
-    figure.update_layout(height=420, legend={"orientation": "h", "x": 0, "y": -0.25})
-    return apply_theme(figure, mode).update_layout(hovermode="closest")
+    figure.update_xaxes(title_text="dimension of the residual stream (LayerScale folded into the weights)")
+    figure.update_yaxes(title_text="weight in W_out")
+    legend = 22 * -(-(1 + len(report.neurons)) // 4)  # four names a row
+    figure.update_layout(
+        height=_WEIGHTS + 60 + legend, legend={"orientation": "h", "x": 0, "y": -60 / (_WEIGHTS - 60), "yanchor": "top"}
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"b": 60 + legend})
 
 
 def top_dimensions(report: KernelReport) -> list[int]:

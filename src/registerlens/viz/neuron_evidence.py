@@ -12,13 +12,16 @@ from registerlens.analysis.neuron_updates import COSINE_BINS, NeuronUpdates
 from registerlens.analysis.output_weights import OutputWeights
 from registerlens.analysis.top_outliers import PLACES
 from registerlens.evaluation.causal_order import CONDITIONS, CausalOrder
-from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme
+from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme, paper
 
 _ROW = 250
 """Height of a row of panels in pixels."""
 _GAP = 85
 """Room between two rows, for axis titles and headings, in pixels."""
 _DECADES = np.array([-1e4, -1e3, -100, -10, -1, 0, 1, 10, 100, 1e3, 1e4])
+_THIRDS = np.array([-300, -30, -3, 3, 30, 300])
+_NARROW = 6.0
+"""Width of an arsinh axis up to which it has ticks between the decades."""
 _POOLED = 4
 """Bins of the results drawn as one bar."""
 
@@ -130,6 +133,8 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
                 ax=0,
                 ay=-28 - 22 * rank,
                 arrowcolor=GREY,
+                bgcolor=paper(mode),
+                opacity=0.85,
                 row=row,
                 col=col,
             )
@@ -169,7 +174,8 @@ def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
     titles = []
     for i, layer in enumerate(found.layers):
         titles += [f"Block {layer}: norm of the summed update (mean {found.norm[i, 0]:.3g})"]
-        titles += [f"Block {layer}: cosine between images (mean {found.cosine[i, 0]:.3f})"]
+        mean = "no pair writes" if np.isnan(found.cosine[i, 0]) else f"mean {found.cosine[i, 0]:.3f}"
+        titles += [f"Block {layer}: cosine between images ({mean})"]
     figure = make_subplots(rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=_gap(n))
     middles = np.linspace(-1, 1, COSINE_BINS + 1)[:-1] + 1 / COSINE_BINS
     groups = (("register neurons", RED), (f"random sets ({found.norm.shape[1] - 1} draws)", BLUE))
@@ -196,7 +202,7 @@ def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
         figure.update_xaxes(title_text="norm", row=i + 1, col=1)
         figure.update_xaxes(title_text="cosine", range=[-1.05, 1.05], row=i + 1, col=2)
     figure.update_yaxes(title_text="share of images", tickformat=".0%", col=1)
-    figure.update_yaxes(title_text="share of pairs", tickformat=".0%", col=2)
+    figure.update_yaxes(title_text="share of pairs", tickformat=".0%", range=[0, 1.05], col=2)
     figure.update_layout(
         height=160 + _ROW * n, barmode="overlay", bargap=0, legend={"orientation": "h", "x": 0, "y": 1 + 0.22 / n}
     )
@@ -283,6 +289,7 @@ def _signed_axis(figure: go.Figure, axis: str, counts: np.ndarray, *, row: int, 
     edges = np.linspace(-LIMIT, LIMIT, N_BINS + 1)
     low, high = (edges[used[0]], edges[used[-1] + 1]) if len(used) else (-1.0, 1.0)
     low, high = low - 0.15, high + 0.15
-    ticks = _DECADES[(np.arcsinh(_DECADES) >= low) & (np.arcsinh(_DECADES) <= high)]
+    known = np.sort(np.concatenate([_DECADES, _THIRDS])) if high - low < _NARROW else _DECADES
+    ticks = known[(np.arcsinh(known) >= low) & (np.arcsinh(known) <= high)]
     update = figure.update_xaxes if axis == "x" else figure.update_yaxes
     update(range=[low, high], tickvals=np.arcsinh(ticks), ticktext=[f"{t:g}" for t in ticks], row=row, col=col)

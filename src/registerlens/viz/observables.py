@@ -88,7 +88,7 @@ def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure
             f"channel {channel}: {found.channel_largest[at, channel]:.3g}" for channel in found.top_channels[at]
         ),
     )
-    step = max(1, len(found.places) // 8)
+    step = -(-len(found.places) // 8)  # eight ticks at most, or they touch
     ticks = found.places[::step]
     short = [place.removesuffix(".mlp") for place in ticks]
     for column in (1, 2):
@@ -172,12 +172,15 @@ def defects_figure(defects: SingularDefects, mode: Mode = "light") -> go.Figure:
     """
     layers = np.arange(len(defects.directions))
     measured = defects.n_images > 0
-    left = "Angle of patches to the singular direction" if measured else "First singular value over the second"
+    left = "First singular value over the second"
+    if measured:
+        left = "Angle of patches to the singular direction<br>(dashed: one random direction in 20 is below)"
+    right = "|cos| of what each neuron writes to the direction<br>(dashed: one random direction in 20 is above)"
     figure = make_subplots(
         rows=1,
         cols=2,
         horizontal_spacing=0.1,
-        subplot_titles=(left, "|cos| of what each neuron writes to the direction"),
+        subplot_titles=(left, right),
     )
     curves = (
         (("outliers", defects.outlier_angle, RED, "solid"), ("other patches", defects.normal_angle, BLUE, "solid"))
@@ -189,14 +192,8 @@ def defects_figure(defects: SingularDefects, mode: Mode = "light") -> go.Figure:
         shown = {"name": name, "mode": "lines+markers", "line": line, "hovertemplate": "%{y:.3g}"}
         figure.add_trace(go.Scatter(x=layers, y=y, showlegend=measured, **shown), row=1, col=1)
     if measured:
-        figure.add_hline(
-            y=defects.random_angle,
-            line={"color": GREY, "dash": "dash", "width": 1},
-            annotation_text="one random direction in 20 is below",
-            annotation_position="bottom right",
-            row=1,  # type: ignore[arg-type]
-            col=1,  # type: ignore[arg-type]
-        )
+        line = {"color": GREY, "dash": "dash", "width": 1}
+        figure.add_hline(y=defects.random_angle, line=line, row=1, col=1)  # type: ignore[arg-type]
     _alignments(figure, defects)
     step = max(1, len(layers) // 12)
     figure.update_xaxes(title_text="block", tick0=0, dtick=step)
@@ -205,8 +202,8 @@ def defects_figure(defects: SingularDefects, mode: Mode = "light") -> go.Figure:
     else:
         figure.update_yaxes(title_text="ratio (1: arbitrary)", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="|cos| (0 to 1)", range=[0, 1.05], row=1, col=2)
-    figure.update_layout(height=430, legend={"orientation": "h", "x": 0, "y": -0.2})
-    return apply_theme(figure, mode).update_layout(hovermode="closest")
+    figure.update_layout(height=450, legend={"orientation": "h", "x": 0, "y": -0.2})
+    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 80})
 
 
 def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
@@ -221,9 +218,9 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
     for name, layer, neuron, colour, size in shown:
         figure.add_trace(
             go.Scattergl(
-                x=layer + strip[neuron],
+                x=(layer + strip[neuron]).astype(np.float32),
                 y=defects.alignment[layer, neuron],
-                customdata=np.stack([layer, neuron], 1),
+                customdata=np.stack([layer, neuron], 1).astype(np.int32),  # half the page
                 name=name,
                 mode="markers",
                 marker={"color": colour, "size": size, "opacity": 0.5 if size < 5 else 1.0},
@@ -234,14 +231,3 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
         )
     limit = float(np.cos(np.radians(defects.random_angle)))
     figure.add_hline(y=limit, line={"color": GREEN, "dash": "dash", "width": 1}, row=1, col=2)  # type: ignore[arg-type]
-    figure.add_annotation(
-        x=1,
-        y=limit,
-        xref="x2 domain",
-        yref="y2",
-        xanchor="right",
-        yanchor="bottom",
-        showarrow=False,
-        font={"color": GREEN},
-        text="one random direction in 20 is above",
-    )

@@ -29,6 +29,7 @@ td small { display: block; color: #57606a; font-size: 11px; font-weight: 400; wh
 .maps { display: grid; gap: .5rem .8rem; align-items: start; margin: 1rem 0 1.6rem; }
 .maps figure { margin: 0; } .maps img { width: 100%; display: block; border-radius: 3px; }
 .maps .map { image-rendering: pixelated; } figcaption { font-size: 12px; line-height: 1.35; color: #57606a; }
+.reason { color: #57606a; font-style: italic; } details li { margin: .4rem 0; }
 .bar { height: 8px; width: 100px; vertical-align: middle; }
 footer { color: #57606a; font-size: 13px; border-top: 1px solid #e3e6ea; margin-top: 2rem; padding-top: .6rem; }
 """

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the answers in words, norms and sinks per layer, neurons, a register, maps, numbers."""
+"""One self-contained HTML page: answers in words, norms and sinks, neurons, a register, mechanism, maps, numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
 from registerlens.errors import NoOutliersError
 from registerlens.model.vit import HookedViT
-from registerlens.viz import sections
+from registerlens.viz import mechanism_sections, sections
+from registerlens.viz.mechanism import Mechanism
 from registerlens.viz.page import write_page
 from registerlens.viz.study import RegisterStudy
 
@@ -50,6 +51,7 @@ def write_report(
     title: str,
     note: str = "",
     study: RegisterStudy | NoOutliersError | None = None,
+    mechanism: Mechanism | None = None,
 ) -> Path:
     """Write the page, whole or not at all; it opens from disk without a network.
 
@@ -63,6 +65,8 @@ def write_report(
         title, note: heading, and a sentence that says what kind of model this is.
         study: the register neurons and what a test-time register does, from `study_registers`; they get sections of
             their own. Without outliers the page says that there is nothing to look for, whatever is given.
+        mechanism: kernel conditions, kinds of sinks and evidence for the neurons, from `study_mechanism`; sections of
+            their own.
 
     Returns:
         the path.
@@ -79,6 +83,7 @@ def write_report(
     display = _seen(display, vit, images)
     body = [
         sections.answers(trace, study),
+        "" if mechanism is None else mechanism_sections.mechanism_answer(mechanism),
         sections.trace_section(trace),
         sections.images_section(trace, maps, display, names),
     ]
@@ -87,6 +92,8 @@ def write_report(
     elif isinstance(study, RegisterStudy):
         few = images[:FEW], display[:FEW], names[:FEW]
         body += [_neurons(vit, study.neurons, trace, *few), _register(vit, study, *few)]
+    if mechanism is not None:
+        body += mechanism_sections.mechanism_sections(mechanism)
     body.append(sections.numbers_section(trace))
     heads = f"{vit.cfg.n_heads} head{'s' if vit.cfg.n_heads > 1 else ''}"
     facts = [trace.model, f"{trace.n_images} images", f"{vit.cfg.n_layers} blocks", heads, f"width {vit.cfg.d_model}"]

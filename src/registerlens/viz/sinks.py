@@ -126,7 +126,8 @@ def effect_map(effects: SinkEffects, measure: str = "output", mode: Mode = "ligh
         title=f"{effects.model}: {_MEASURES[measure]} when a head's sink is edited",
         coloraxis={"colorscale": "Viridis", "colorbar": {"title": "cosine" if "cosine" in measure else "change"}},
     )
-    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+    figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+    return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
 
 
 def faithfulness_figure(found: Faithfulness, mode: Mode = "light") -> go.Figure:
@@ -197,6 +198,6 @@ def value_update_figure(found: ValueUpdate, mode: Mode = "light") -> go.Figure:
             for name, values, colour in curves
         ]
     )
-    figure.update_yaxes(title_text="cosine to the reference; share of attention")
+    figure.update_yaxes(title_text="cosine; share of attention")
     figure.update_layout(height=420, title=f"{found.model}: what registers write in block {found.layer}")
     return apply_theme(figure, mode)

@@ -1,4 +1,4 @@
-"""What the tables of pages and commands say: register neurons with their scores, conditions with their metrics."""
+"""What the tables of pages and commands say: neurons with their scores, conditions with their metrics or verdicts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import pandas as pd
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.evaluation.effects import Evaluation
+from registerlens.theory.kernels import KernelReport
+from registerlens.theory.readers import KERNELS
+from registerlens.theory.verdicts import main_rows, select
+from registerlens.theory.wording import title
 
 SCORE_WORDS = {
     "mean": "mean activation at outliers",
@@ -36,6 +40,20 @@ COLUMN_NOTE = (
     "bias; mean over heads and the blocks after the onset. Cosines: of the final tokens to those of the clean run."
 )
 
+KERNEL_UNITS = dict.fromkeys(KERNELS, "relative residual") | {
+    "key": "nats over an ordinary key",
+    "dominance": "x the largest other row",
+    "concentration": "share in 3 dimensions",
+    "alignment": "cosine",
+    "agreement": "cosine",
+}
+"""In what each kernel condition is measured."""
+KERNEL_NOTE = (
+    "Numbers, nulls and one-sided p-values are medians over neurons and later blocks; as a key, the weakest block's "
+    "best head counts. Relative residual: ||M'u|| / (sigma_max ||u||), 0 in an exact kernel; beside it, how strongly u "
+    "is read as a multiple of a random direction."
+)
+
 
 def neuron_table(neurons: RegisterNeurons) -> pd.DataFrame:
     """One row a register neuron: layer, neuron, and all four scores where a search found them, else the one known.
@@ -49,6 +67,34 @@ def neuron_table(neurons: RegisterNeurons) -> pd.DataFrame:
         return frame.dropna(axis="columns", how="all")
     scores = neurons.search.to_dataframe().drop(columns="chosen")
     return frame.drop(columns="score").merge(scores, on=["layer", "neuron"], how="left")
+
+
+def kernel_table(report: KernelReport) -> pd.DataFrame:
+    """One row a kernel condition: in words, its unit, its number, both nulls with p-values, the verdict, as text.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> frame = kernel_table(rl.check_kernels(vit, neurons))
+        >>> frame.loc[4, ["condition", "unit", "verdict"]].tolist()
+        ['u1 (what the neurons read) in the kernel of later MLPs (W_in), blocks 2 to 5', 'relative residual', 'fails']
+    """
+    main, rows = main_rows(report.table), []
+    for found in report.findings:
+        mine = select(main, condition=found.condition, vector=found.vector)
+        number = brief(found.value)
+        if found.condition in KERNELS:
+            number += f" ({brief(found.effect)} x random)"
+        row = {
+            "condition": title(found.condition, found.vector, mine),
+            "unit": KERNEL_UNITS[found.condition],
+            "number": number,
+        }
+        for null, p in (("random", found.random_p), ("neurons", found.neurons_p)):
+            median = float(np.median(mine[null].to_numpy()))
+            row[null] = "-" if np.isnan(median) else f"{brief(median)} (p = {p:.2g})"
+        rows.append(row | {"verdict": found.verdict})
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,16 @@ def ink(mode: Mode = "light") -> str:
     return _INK[mode][0]
 
 
+def paper(mode: Mode = "light") -> str:
+    """The colour of the ground.
+
+    Example:
+        >>> paper("dark")
+        '#15181c'
+    """
+    return _INK[mode][1]
+
+
 def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     """The same figure in the common look, light or dark.
 

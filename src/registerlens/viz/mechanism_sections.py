@@ -1,0 +1,191 @@
+"""The sections of a report on theory and mechanism, each a pure function from results, or their reasons, to HTML."""
+
+from __future__ import annotations
+
+import html
+from typing import Any, Protocol, runtime_checkable
+
+import plotly.graph_objects as go
+
+from registerlens.analysis.sink_edits import EDITS
+from registerlens.analysis.sink_kinds import SinkKinds
+from registerlens.errors import RegisterLensError
+from registerlens.theory.kernels import KernelReport
+from registerlens.viz.mechanism import HALF, HEADS, THRESHOLD, Mechanism
+from registerlens.viz.page import answer, plotted, table
+from registerlens.viz.tables import KERNEL_NOTE, kernel_table
+
+_EDIT_WORDS = {
+    "remove": "its column taken out, the rest renormalised",
+    "zero": "its value set to zero",
+    "mean": "to the mean value of other tokens",
+    "other_image": "to the sink's value in another image",
+    "ordinary": "to the value of an ordinary patch",
+}
+
+
+@runtime_checkable
+class Told(Protocol):
+    """What every result can do."""
+
+    def describe(self) -> str:
+        """The result in words."""
+        ...
+
+    def plot(self) -> go.Figure:
+        """The result as a picture."""
+        ...
+
+
+def mechanism_answer(found: Mechanism) -> str:
+    """A box for the top of the page: are the sinks no-ops?"""
+    more = '<a href="#kernels">More</a>'
+    if isinstance(found.kernels, RegisterLensError):
+        return answer("calm", "Kernel conditions: not asked", f"{html.escape(str(found.kernels))} {more}")
+    head = {"holds": "yes", "holds approximately": "in part", "fails": "no", None: "nothing reads them"}
+    words = f"{html.escape(found.kernels.conclusion())} {more}"
+    return answer("calm", f"Sinks as no-ops, by the weights: {head[found.kernels.no_op]}", words)
+
+
+def mechanism_sections(found: Mechanism) -> list[str]:
+    """All of them, in the order of the page."""
+    return [kernels_section(found), sinks_section(found), observables_section(found), evidence_section(found)]
+
+
+# Sections ------------------------------------------------------------------------------------------------------------
+
+
+def kernels_section(found: Mechanism) -> str:
+    """The conditions of Proposition 1: conclusion, table, heat map, weights, and every sentence."""
+    head = (
+        '<h2 id="kernels">Kernel conditions</h2><p>Proposition 1 of Jiang et al. makes a sink on a register neuron\'s '
+        "token a no-op where what the neuron reads (u1) and writes (u2) lies in the kernel of all that follows. No "
+        "real weight matrix has an exact kernel, so that every number stands beside random directions and other "
+        "neurons of the same block.</p>"
+    )
+    report = found.kernels
+    if isinstance(report, RegisterLensError):
+        return head + _reason(report)
+    sentences = "".join(f"<li>{html.escape(line)}</li>" for line in report.describe().splitlines()[:-1])
+    return (
+        f"{head}<p><strong>{html.escape(report.conclusion())}</strong></p>{_kernel_table(report)}"
+        f"<h3>Who reads it, block by block</h3>{plotted(report.plot())}"
+        f"<h3>What the neurons write</h3>{plotted(report.plot_weights())}"
+        f"<details><summary>Every condition in a sentence</summary><ul>{sentences}</ul></details>"
+    )
+
+
+def sinks_section(found: Mechanism) -> str:
+    """What kind of sink: kinds, causal edits, updates of one register and of several, what the last [CLS] rests on."""
+    parts = [
+        '<h2 id="sinks">What kind of sink?</h2><p>A NOP switches its head off: its value is next to nothing. A '
+        "broadcast sends every token the same message. Kinds: Fesser et al. 2026.</p>",
+        _kinds(found),
+        _part(
+            f"Sinks edited, {found.n_few} images",
+            f"Attention stays as it is, and one head's sink is changed at a time, in the {HEADS} heads at most that "
+            f"have one most often: {'; '.join(f'{name}: {_EDIT_WORDS[name]}' for name in EDITS)}. A no-op can be set "
+            f"to zero without effect. A third of the images (at most half) only gives the values.",
+            found.effects,
+        ),
+        _part(
+            f"One register and several, {found.n_few} images",
+            "What attention brings from test-time registers, against one of them (equation 19, table 8).",
+            found.value_update,
+        ),
+        _part(
+            f"Faithfulness, {found.n_images} images",
+            "The last block's [CLS] may look at some tokens only. A map of attention to patches explains an output as "
+            "far as the patches alone give it.",
+            found.faithfulness,
+        ),
+    ]
+    return "".join(parts)
+
+
+def observables_section(found: Mechanism) -> str:
+    """Massive activations, their overlap with outliers and sinks, and the direction that the weights predict."""
+    parts = [
+        f'<h2 id="observables">Massive activations, overlap, singular defects</h2><p>On {found.n_images} images.</p>',
+        _part("Massive activations", "All tokens of the stream count, [CLS] and registers too.", found.massive),
+        _part(
+            "Do the observables pick the same patches?",
+            "By cut-offs of their own, and matched: in an image with k norm outliers, the first k patches by each.",
+            found.overlap,
+        ),
+        _part(
+            "Singular defects",
+            "The direction that the blocks up to each one stretch most, from the weights alone (Wang et al. 2024).",
+            found.defects,
+        ),
+    ]
+    return "".join(parts)
+
+
+def evidence_section(found: Mechanism) -> str:
+    """Activations, summed updates, output weights and causal order of the neurons; a shared reason is said once."""
+    parts: list[tuple[str, str, Any]] = [
+        (
+            "Activations",
+            "At the top outlier of each image and at a random normal patch of it (figures 20 and 27).",
+            found.distributions,
+        ),
+        ("Summed updates", "Against random sets of as many neurons of the same block (figure 21).", found.updates),
+        ("Output weights", "Over the dimensions of the residual stream (figure 25).", found.weights),
+        ("Causal order", "Neurons of one block edited: what becomes of those of later blocks?", found.order),
+    ]
+    head = f'<h2 id="evidence">Evidence for the neurons</h2><p>On {found.n_images} images.</p>'
+    reasons = {str(result) for _, _, result in parts if isinstance(result, RegisterLensError)}
+    if len(reasons) == 1 and all(isinstance(result, RegisterLensError) for _, _, result in parts):
+        return head + _reason(parts[0][2])
+    return head + "".join(_part(*part) for part in parts)
+
+
+# Their parts ---------------------------------------------------------------------------------------------------------
+
+
+def _kernel_table(report: KernelReport) -> str:
+    frame, rows = kernel_table(report).map(html.escape), []
+    for row in frame.to_dict("records"):
+        number, _, multiple = row["number"].partition(" (")
+        notes = (f"{multiple.removesuffix(')')}, " if multiple else "") + row["unit"]
+        nulls = (row[null].partition(" (") for null in ("random", "neurons"))
+        cells = [(number, notes), *((value, p.removesuffix(")")) for value, _, p in nulls)]
+        small = [f"{cell}<small>{note}</small>" if note else cell for cell, note in cells]
+        rows.append([row["condition"], *small, row["verdict"]])
+    headers = ("condition", "number", "random directions", "other neurons", "verdict")
+    marked = [i for i, verdict in enumerate(frame["verdict"]) if verdict == "holds"]
+    notes = [f"Not applicable, {name}: {reason}." for name, reason in report.not_applicable.items()]
+    notes += report.notes
+    note = f"{KERNEL_NOTE} Marked: what holds. {' '.join(notes)}"
+    return f"{table(headers, rows, marked)}<p><small>{html.escape(note)}</small></p>"
+
+
+def _kinds(found: Mechanism) -> str:
+    """By the published criterion in words; by the softer one in words and as a map."""
+    heading, published, half = f"Sinks found, {found.n_images} images", found.published_sinks, found.sinks
+    if isinstance(half, RegisterLensError) or isinstance(published, RegisterLensError):
+        return _part(heading, "", half)
+    softer = (
+        f"Where several outliers share the sink, few queries look at any one of them. So once more, for tokens that "
+        f"{HALF:.0%} of the queries pay at least the threshold:"
+    )
+    return (
+        f"<h3>{heading}</h3>{_words(published)}<p>{softer}</p>{_words(half)}{plotted(half.plot(threshold=THRESHOLD))}"
+    )
+
+
+def _part(heading: str, note: str, result: Told | SinkKinds | RegisterLensError) -> str:
+    """A heading, what is asked, and the result in words and as a picture, or why there is none."""
+    head = f"<h3>{heading}</h3>" + (f"<p>{html.escape(note)}</p>" if note else "")
+    if isinstance(result, RegisterLensError):
+        return head + _reason(result)
+    return f"{head}{_words(result)}{plotted(result.plot())}"
+
+
+def _words(result: Told | SinkKinds) -> str:
+    return f"<p>{'<br>'.join(html.escape(line) for line in result.describe().splitlines())}</p>"
+
+
+def _reason(error: RegisterLensError) -> str:
+    return f'<p class="reason">Not shown: {html.escape(str(error))}</p>'
