@@ -29,6 +29,8 @@ from registerlens.viz.study import RegisterStudy, study_registers
 PLANTED_LAYER = 5
 SEARCHED, EVALUATED = 256, 64
 """Synthetic images for the tiny ViT: so many are searched, so many others are evaluated on."""
+EXPLAINED = 8
+"""Photographs on which the mechanism is studied, which takes many passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,8 @@ def _photographs(
     found: Trace,
     study: RegisterStudy | NoOutliersError | None = None,
 ) -> DemoPage:
-    display, mechanism = to_display(images, vit.preprocess), study_mechanism(vit, images, _neurons(study))
+    display = to_display(images, vit.preprocess)
+    mechanism = study_mechanism(vit, images[:EXPLAINED], _neurons(study))
     about = {"title": vit.source, "note": label}
     write_report(path, vit, images, display, found, names=names, study=study, mechanism=mechanism, **about)
     return DemoPage(label=label, path=path, trace=found, study=study)
