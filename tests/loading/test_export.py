@@ -1,14 +1,16 @@
 """Weights written back under their source library's names: bit for bit, and nothing lost that the model uses."""
 
 from fnmatch import fnmatchcase
+from functools import partial
 
 import pytest
+import timm
 import torch
 from families import CASES
-from helpers import randomise
+from helpers import randomise, relative
 
 from registerlens import HookedViT
-from registerlens.errors import WeightsError
+from registerlens.errors import ModelNotFoundError, WeightsError
 from registerlens.loading import FAMILIES
 from registerlens.loading.keymap import canonical, export
 
@@ -44,3 +46,28 @@ def test_a_model_of_another_family_has_no_place():
     vit = HookedViT.from_module(source_of(CASES["DINOv3ViTModel, gated MLP, no registers"]))
     with pytest.raises(WeightsError, match=r"no place for 'blocks\.0\.attn\.out\.gamma'"):
         export(FAMILIES["transformers", "ViTModel"], vit)
+
+
+def test_a_model_moves_from_one_library_to_another():
+    """DINOv2 of transformers written under timm's names is timm's model with the same output."""
+    vit = HookedViT.from_module(randomise(CASES["Dinov2Model"].make((32, 32))))
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 3}
+    norm = partial(torch.nn.LayerNorm, eps=vit.cfg.norm_eps)
+    target = timm.create_model("vit_small_patch14_dinov2", init_values=1.0, num_classes=0, norm_layer=norm, **options)
+    target.load_state_dict(vit.to_state_dict("timm:VisionTransformer"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert relative(target.eval()(images), vit(images)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("VisionTransformer", "Several libraries have a VisionTransformer"),
+        ("Dinov2Modle", "Did you mean 'Dinov2Model'"),
+    ],
+)
+def test_a_family_must_be_named_well(name, words):
+    vit = HookedViT.from_module(CASES["Dinov2Model"].make((32, 32)))
+    with pytest.raises(ModelNotFoundError, match=words):
+        vit.to_state_dict(name)

@@ -12,7 +12,7 @@ from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError, c
 from registerlens.files import read_json
 from registerlens.loading import native, torch_hub
 from registerlens.loading.loaders import LOADERS, TAKES_FILES, TAKES_OPTIONS, Asked
-from registerlens.loading.registry import FAMILIES, listing_families
+from registerlens.loading.registry import listing_families, named_family
 from registerlens.model.vit import HookedViT
 
 
@@ -126,19 +126,8 @@ def _family_of(family: str, source: str | None) -> tuple[str, str]:
         return source, family
     if family in torch_hub.PUBLISHED:
         return torch_hub.PUBLISHED[family].family.library, family
-    found = [library for library, class_name in FAMILIES if class_name == family]
-    if len(found) == 1:
-        return found[0], family
-    if found:
-        raise ModelNotFoundError(
-            f"Several libraries have a {family}: give family= one of {[f'{library}:{family}' for library in found]}."
-        )
-    known = [*torch_hub.PUBLISHED, *(class_name for _, class_name in FAMILIES)]
-    raise ModelNotFoundError(
-        f"There is no family {family!r}.{close_matches(family, known)} Give a class listed by `registerlens models`, "
-        f"'timm:NAME' or 'open_clip:NAME' with the library's name of an architecture, or one of "
-        f"{[*torch_hub.PUBLISHED]}."
-    )
+    found = named_family(family)
+    return found.library, found.source_class
 
 
 def source_of(name: str | Path, source: str | None = None) -> tuple[str, str]:

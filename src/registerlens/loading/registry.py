@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from registerlens.config import Preprocess, ViTConfig
-from registerlens.errors import UnsupportedArchitectureError, close_matches
+from registerlens.errors import ModelNotFoundError, UnsupportedArchitectureError, close_matches
 from registerlens.loading import diagnosis, huggingface, open_clip, timm, torch_hub
 from registerlens.loading.checkpoints import WRAPPERS, without_wrappers
 from registerlens.loading.keymap import Family, Source, build, describe, export
@@ -179,14 +179,14 @@ def to_state_dict(vit: HookedViT, family: str) -> dict[str, Tensor]:
 
     Args:
         vit: the model; its architecture must be one that the class can have.
-        family: "transformers:Dinov2Model", or the class alone where only one library has it.
+        family: "transformers:Dinov2Model", or the class alone where only one library has it; see `named_family`.
 
     Returns:
         source key -> tensor. Keys that the class has but does not use for images (mask tokens, a text tower) are not
         in it: load with `strict=False` where it has such keys.
 
     Raises:
-        UnsupportedArchitectureError: there is no such family.
+        ModelNotFoundError: there is no such family.
         WeightsError: the class has no place for one of the weights, or reads several of its own as one.
 
     Example:
@@ -202,19 +202,27 @@ def to_state_dict(vit: HookedViT, family: str) -> dict[str, Tensor]:
 
 
 def named_family(name: str) -> Family:
-    """The family of a class, as "timm:VisionTransformer", or by the class alone where only one library has it.
+    """A family by its class, as "timm:VisionTransformer" or, where only one library has it, "Dinov2Model"; or by
+    torch.hub's name of a DINO model.
 
     Raises:
-        UnsupportedArchitectureError: there is none, or several libraries have one.
+        ModelNotFoundError: no family has this name, or several have.
     """
-    known = {f"{library}:{class_name}": family for (library, class_name), family in FAMILIES.items()}
-    found = [family for key, family in known.items() if name in (key, key.partition(":")[2])]
-    if len(found) != 1:
-        several = f" Which one: {[f'{family.library}:{name}' for family in found]}?" if found else ""
-        raise UnsupportedArchitectureError(
-            f"There is no one family {name!r}.{several}{close_matches(name, known)} `registerlens models` lists them."
+    if name in torch_hub.PUBLISHED:
+        return torch_hub.PUBLISHED[name].family
+    found = [family for key, family in FAMILIES.items() if name in (key[1], ":".join(key))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelNotFoundError(
+            f"Several libraries have a {name}: give family= one of {[f'{family.library}:{name}' for family in found]}."
         )
-    return found[0]
+    known = [*torch_hub.PUBLISHED, *(class_name for _, class_name in FAMILIES)]
+    raise ModelNotFoundError(
+        f"There is no family {name!r}.{close_matches(name, known)} Give a class listed by `registerlens models`, "
+        f"'timm:NAME' or 'open_clip:NAME' with the library's name of an architecture, or one of "
+        f"{[*torch_hub.PUBLISHED]}."
+    )
 
 
 _MODULE_PREPROCESS: dict[str, Callable[[Any], Preprocess | None]] = {
