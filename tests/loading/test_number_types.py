@@ -36,7 +36,7 @@ def test_a_checkpoint_in_bfloat16_stays_so_and_agrees_with_its_source(name):
     assert relative(got.float(), exact) <= 2 * relative(output.float(), exact) + 0.01  # no worse than the source
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_module_on_the_meta_device_gives_an_architecture_without_weights(name):
     case = CASES[name]
     module = case.make(case.native)
