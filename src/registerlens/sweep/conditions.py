@@ -1,0 +1,84 @@
+"""A condition: one edit of one model on one set of images, with a content hash and a readable label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from registerlens.errors import ConfigError, InterventionError
+from registerlens.interventions.base import TOKENS, Host, Intervention, plan
+from registerlens.sweep.content import content_hash
+
+CLEAN = "clean"
+"""Label of the unedited model."""
+Factor = str | int | float | bool | None
+"""One setting of a condition, as it stands in a column of the result."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Condition:
+    """One row of an experiment's plan. Without interventions it is the clean run.
+
+    Example:
+        >>> import registerlens as rl
+        >>> condition = Condition(interventions=(rl.Ablate(rl.Heads([(2, 0)])),), factors={"layer": 2, "head": 0})
+        >>> condition.label, len(condition.key)
+        ('layer=2 head=0', 16)
+    """
+
+    interventions: tuple[Intervention, ...] = ()
+    """Applied together, in this order."""
+    factors: dict[str, Factor] = field(default_factory=dict)
+    """What distinguishes it from its neighbours: columns of the result."""
+    model: str = "model"
+    """Which of the sweep's models."""
+    images: str = "images"
+    """Which of the sweep's image sets."""
+    control_of: str = ""
+    """Key of the condition for which it is a matched control; empty for others."""
+
+    def __post_init__(self) -> None:
+        wrong = [one for one in self.interventions if not isinstance(one, Intervention)]
+        if wrong:
+            raise ConfigError(
+                f"A condition takes interventions such as rl.Ablate(neurons), got {type(wrong[0]).__name__}."
+            )
+
+    @cached_property
+    def key(self) -> str:
+        """Content hash of everything that decides the result."""
+        parts = (self.interventions, self.factors, self.model, self.images, self.control_of)
+        return content_hash(list(parts))
+
+    @property
+    def label(self) -> str:
+        """The factors in words; "clean" for the unedited model."""
+        if not self.interventions:
+            return CLEAN
+        told = [f"{name}={value}" for name, value in self.factors.items()]
+        return " ".join(told) or " + ".join(type(one).__name__ for one in self.interventions)
+
+    @property
+    def n_registers(self) -> int:
+        """Test-time registers it appends."""
+        return sum(one.n_registers for one in self.interventions)
+
+    def first_layer(self, host: Host) -> int:
+        """The first block whose output it can change: a run may start from the clean residual stream before it.
+
+        0 where the sequence itself is edited (test-time registers); the number of blocks for the clean run.
+
+        Raises:
+            InterventionError: it does not fit the model.
+        """
+        points = [edit.point for _, edit in plan(host, self.interventions).edits]
+        return min(map(_layer_of, points), default=host.cfg.n_layers)
+
+
+def _layer_of(point: str) -> int:
+    if point == TOKENS:
+        return 0
+    kind, _, rest = point.partition(".")
+    if kind != "blocks":
+        raise InterventionError(f"A sweep cannot tell before which block '{point}' is edited.")
+    return int(rest.partition(".")[0])
