@@ -9,8 +9,15 @@ import torch
 from helpers import randomise
 
 import registerlens as rl
+from registerlens.analysis import sink_events
 from registerlens.analysis.sink_counts import MECHANISMS, PLACES
-from registerlens.analysis.sink_events import norm_over_others, output_factor, stable_rank, strongest_key
+from registerlens.analysis.sink_events import (
+    norm_over_others,
+    output_factor,
+    stable_rank,
+    strongest_key,
+    strongest_key_of,
+)
 from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError
@@ -123,6 +130,22 @@ def test_ninety_percent_of_the_queries_are_needed(n, drawn, event):
     assert (found.strength.item() >= 0.5) is event
     assert found.strength.item() == pytest.approx(0.6 if event else 0.0)
     assert strongest_key(pattern, 0.5).strength.item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("limit", [1, 2 * 3 * 11 * 4, 10**9])
+@pytest.mark.parametrize("extra", [0, 2])
+def test_the_strongest_key_without_a_pattern(monkeypatch, limit, extra):
+    """Pieces of any size; with keys that an attention bias added."""
+    monkeypatch.setattr(sink_events, "_SCORES_AT_ONCE", limit)
+    torch.manual_seed(extra)
+    q, k = 2 * torch.randn(2, 11, 3, 8), 2 * torch.randn(2, 11 + extra, 3, 8)
+    expected = strongest_key(torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()).div(8**0.5).softmax(-1), 0.5)
+    found = strongest_key_of(q, k, 0.5)
+    assert torch.equal(found.position, expected.position)
+    for name in ("received", "column", "strength"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name).float(), atol=1e-5), name
+    huge = strongest_key_of(1000 * q, k, 0.5)  # scores of 10^4: their exponentials are not finite, their step is 1e-3
+    assert torch.allclose(huge.received, huge.column.mean(-1), atol=1e-3)
 
 
 def naive(vit, images, thresholds, queries=0.9):

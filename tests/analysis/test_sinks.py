@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from families import CASES
+from helpers import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from registerlens import HookedViT, classify_sinks
 from registerlens.analysis import sinks
-from registerlens.analysis.sinks import received_attention
+from registerlens.analysis.sinks import attention_hooks, received_attention
 from registerlens.config import TokenLayout
 
 
@@ -96,3 +99,22 @@ def test_batches_are_independent():
         q, k = random_qk(3, layout.n_tokens, 2, 4)
         singles = torch.cat([received_attention(q[i : i + 1], k[i : i + 1], layout) for i in range(3)])
         assert torch.allclose(received_attention(q, k, layout), singles, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Dinov2Model", "DINOv3ViTModel", "timm EVA-02 tiny", "timm RMSNorm, q/k norm"])
+def test_attention_is_that_of_the_pattern_whatever_happens_to_queries_and_keys(name):
+    """Rotated by their positions, or normalised: what is read must be what the scores take."""
+    case = CASES[name]
+    vit = HookedViT.from_module(randomise(case.make(case.native)))
+    images, layers = torch.randn(2, 3, *case.native), range(vit.cfg.n_layers)
+    seen = {}
+    with torch.no_grad():
+        _, cache = vit.run_with_cache(images, names_filter="blocks.*.attn.hook_pattern")
+        with vit.hooks(attention_hooks(vit, vit.layout(images), layers, seen.__setitem__)):
+            vit(images)
+    for layer in layers:
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+        drawn = pattern.mean(2) if vit.layout(images).cls is None else pattern[:, :, vit.layout(images).cls]
+        assert torch.allclose(seen[layer], drawn, atol=1e-6), layer
+    received = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"].mean(2).amax(-1).mean(0) for i in layers])
+    assert torch.allclose(torch.from_numpy(classify_sinks(vit, images).received).float(), received, atol=1e-6)

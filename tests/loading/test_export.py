@@ -34,6 +34,19 @@ def test_export_is_the_source_bit_for_bit(name):
     assert [key for key in lost if not any(fnmatchcase(key, glob) for glob in family.ignore)] == []
 
 
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "timm EVA", "timm EVA-02 base", "timm DINOv3"])
+def test_biases_of_zero_are_written_where_the_source_has_them(name):
+    """What an untrained model's biases are; leaving them out would make a strict load fail."""
+    case = CASES[name]
+    module, family = source_of(case), FAMILIES[case.library, case.source_class]
+    expected = set(export(family, HookedViT.from_module(module)))
+    with torch.no_grad():
+        for key, tensor in module.named_parameters():
+            if key.endswith("bias"):
+                tensor.zero_()
+    assert set(export(family, HookedViT.from_module(module))) == expected
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.exports])
 def test_weights_that_became_one_are_not_written_back(name):
     case = CASES[name]

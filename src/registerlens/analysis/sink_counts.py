@@ -11,9 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.outliers import N_BINS, RatioHistogram, bin_edges, count_bins, medians, token_norms
-from registerlens.analysis.sink_events import StrongestKey, norm_over_others, stable_rank, strongest_key
+from registerlens.analysis.sink_events import (
+    StrongestKey,
+    norm_over_others,
+    stable_rank,
+    strongest_key,
+    strongest_key_of,
+)
+from registerlens.analysis.sinks import pattern_hooks
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import ImageError, NonFiniteError
+from registerlens.model.vit import HookedViT
 
 NOP_RATIO = 0.2
 """A sink whose output is at most this share of the others' mean is a NOP."""
@@ -56,7 +64,7 @@ class Events:
 
 
 class SinkWatch:
-    """One batch, layer by layer: a hook on v, pattern and z each, and nothing kept of a layer but its events."""
+    """One batch, layer by layer: hooks on q, k, v and z, and nothing kept of a layer but its events."""
 
     def __init__(self, layout: TokenLayout, factors: list[Tensor], swept: tuple[float, ...], queries: float) -> None:
         self.layout, self.factors, self.swept, self.queries = layout, factors, swept, queries
@@ -68,12 +76,12 @@ class SinkWatch:
         self._values: Tensor | None = None
         self._key: StrongestKey | None = None
 
-    def hooks(self) -> list[Any]:
+    def hooks(self, vit: HookedViT) -> list[Any]:
         """To be put in force around one forward pass."""
         return [
             ("blocks.*.hook_resid_pre", self._norm),
             ("blocks.*.attn.hook_v", self._value),
-            ("blocks.*.attn.hook_pattern", self._pattern),
+            *pattern_hooks(vit, range(vit.cfg.n_layers), self._pair, self._pattern),
             ("blocks.*.attn.hook_z", self._output),
         ]
 
@@ -83,14 +91,19 @@ class SinkWatch:
     def _value(self, v: Tensor, hook: Any) -> None:
         self._values = v
 
-    def _pattern(self, pattern: Tensor, hook: Any) -> None:
-        self._key = strongest_key(pattern, self.queries)
-        self.n_keys = pattern.shape[-1]
-        self.received.append(self._key.received)
-        self.drawn.append(torch.stack([(self._key.column >= threshold).float().mean(-1) for threshold in self.swept]))
-        if not self._key.received.isfinite().all():
+    def _pair(self, layer: int, q: Tensor, k: Tensor) -> None:
+        self._take(layer, strongest_key_of(q, k, self.queries), k.shape[1])
+
+    def _pattern(self, layer: int, pattern: Tensor) -> None:
+        self._take(layer, strongest_key(pattern, self.queries), pattern.shape[-1])
+
+    def _take(self, layer: int, key: StrongestKey, n_keys: int) -> None:
+        self._key, self.n_keys = key, n_keys
+        self.received.append(key.received)
+        self.drawn.append(torch.stack([(key.column >= threshold).float().mean(-1) for threshold in self.swept]))
+        if not key.received.isfinite().all():
             raise NonFiniteError(
-                f"The attention of block {hook.layer()} is NaN. Check the images; if the model is in float16, use "
+                f"The attention of block {layer} is NaN. Check the images; if the model is in float16, use "
                 f"bfloat16 or float32."
             )
 

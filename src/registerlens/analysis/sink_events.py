@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from registerlens.model.block import Block
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 
+_SCORES_AT_ONCE = 2**20
+"""Scores of a chunk of queries: few enough for the processor's cache, enough for a matrix product to be worth it."""
 QUERIES = 0.9
 """Share of the queries that must be drawn to a key for a sink event (Fesser et al. 2026)."""
 
@@ -44,8 +47,43 @@ def strongest_key(pattern: Float[Tensor, "batch head query key"], queries: float
         (0, 0.75, 0.6)
     """
     received, position = pattern.mean(2, dtype=torch.float32).max(-1)
-    n = pattern.shape[2]
-    column = pattern.gather(-1, position[..., None, None].expand(-1, -1, n, 1))[..., 0].float()
+    where = position[..., None, None].expand(-1, -1, pattern.shape[2], 1)
+    return _strongest(position, received, pattern.gather(-1, where)[..., 0].float(), queries)
+
+
+def strongest_key_of(
+    q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key head d_head"], queries: float = QUERIES
+) -> StrongestKey:
+    """`strongest_key` of the pattern these queries and keys make, which is never held: a few queries at a time.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 5, 3, 8, generator=torch.Generator().manual_seed(0))
+        >>> pattern = torch.einsum("bqhd,bkhd->bhqk", q, k).div(8**0.5).softmax(-1)
+        >>> torch.allclose(strongest_key_of(q, k).column, strongest_key(pattern).column)
+        True
+    """
+    scaled = rearrange(q * q.shape[-1] ** -0.5, "batch query head d_head -> batch head query d_head")
+    keys = rearrange(k, "batch key head d_head -> batch head d_head key").contiguous()
+    batch, head, n, _ = scaled.shape
+    received = torch.zeros(batch, head, keys.shape[-1], dtype=torch.float32, device=q.device)
+    log_mass = torch.empty(batch, head, n, dtype=torch.float32, device=q.device)
+    step = max(1, _SCORES_AT_ONCE // (batch * head * keys.shape[-1]))
+    for start in range(0, n, step):
+        some = slice(start, start + step)
+        scores = (scaled[:, :, some] @ keys).float()
+        highest = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(highest).exp_()
+        mass = weights.sum(-1, keepdim=True)
+        received += (mass.reciprocal().mT @ weights)[:, :, 0]
+        log_mass[:, :, some] = (highest + mass.log())[..., 0]
+    average, position = (received / n).max(-1)
+    key = keys.gather(-1, position[..., None, None].expand(-1, -1, keys.shape[2], 1))
+    column = ((scaled @ key)[..., 0].float() - log_mass).exp()
+    return _strongest(position, average, column, queries)
+
+
+def _strongest(position: Tensor, received: Tensor, column: Tensor, queries: float) -> StrongestKey:
+    n = column.shape[-1]
     drawn = max(1, math.ceil(queries * n - 1e-9))  # the product may lie just above a whole number
     return StrongestKey(position, received, column, column.kthvalue(n - drawn + 1).values)
 

@@ -231,7 +231,8 @@ def classify_sinks(
     (0.2): its head is switched off. A broadcast has at least BROADCAST_RATIO (0.5) and a U of stable rank at most
     BROADCAST_RANK (1.5): it sends every token the same. Everything else is "other".
 
-    The pattern of one layer exists at a time; singular values come from d_head-sized Gram matrices, for events only.
+    No pattern is ever held, only the scores of a few queries; singular values come from d_head-sized Gram matrices, for
+    events only.
 
     Args:
         vit: the model, edited or not.
@@ -266,7 +267,7 @@ def classify_sinks(
     with torch.inference_mode():
         for batch in track(in_batches(images, batch_size), "classifying sinks", count(images), len):
             watch = SinkWatch(vit.layout(batch), factors, swept, queries)
-            with vit.hooks(watch.hooks()):
+            with vit.hooks(watch.hooks(vit)):
                 vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
             sums.add(watch)
     return SinkKinds(model=vit.source, config=vit.cfg, thresholds=swept, queries=float(queries), **sums.result())

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.config import TokenLayout
+from registerlens.model.attention import final_point
 from registerlens.model.block import Block
 from registerlens.model.parts import listening
 from registerlens.model.vit import HookedViT
@@ -24,8 +25,8 @@ def received_attention(
     """Attention paid to each key: by [CLS] where there is one, else the mean over all queries; float32.
 
     Args:
-        q: queries after `hook_q`; only the [CLS] row is read where there is one.
-        k: keys after `hook_k`; there may be more of them than queries, where an attention bias adds some.
+        q: queries as the scores take them (`final_point`); only the [CLS] row is read where there is one.
+        k: keys, likewise; there may be more of them than queries, where an attention bias adds some.
         layout: where [CLS] is.
 
     Returns:
@@ -75,23 +76,61 @@ def attention_hooks(vit: HookedViT, layout: TokenLayout, layers: Iterable[int], 
         >>> seen[3].shape
         torch.Size([1, 1, 36])
     """
+
+    def from_pair(layer: int, q: Tensor, k: Tensor) -> None:
+        receive(layer, received_attention(q, k, layout))
+
+    def from_pattern(layer: int, pattern: Tensor) -> None:
+        drawn = pattern.mean(2) if layout.cls is None else pattern[:, :, layout.cls]
+        receive(layer, drawn.float())
+
+    return pattern_hooks(vit, layers, from_pair, from_pattern)
+
+
+def pattern_hooks(
+    vit: HookedViT,
+    layers: Iterable[int],
+    from_pair: Callable[[int, Tensor, Tensor], None],
+    from_pattern: Callable[[int, Tensor], None],
+) -> list[Any]:
+    """Hooks that hand over what a layer's pattern is made of, or the pattern itself where it is edited already.
+
+    So nobody who only counts makes the model hold its patterns.
+
+    Args:
+        vit: the model, its edits in place.
+        layers: blocks to watch.
+        from_pair: takes a block's index, its queries and its keys [batch, pos, head, d_head], normalised and turned.
+        from_pattern: takes a block's index and its pattern [batch, head, query, key].
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(1, 3, 48, 48)
+        >>> hooks = pattern_hooks(vit, [3], lambda layer, q, k: print(layer, *q.shape), lambda layer, pattern: None)
+        >>> with torch.no_grad(), vit.hooks(hooks):
+        ...     out = vit(images)
+        3 1 36 1 64
+    """
     queries: dict[int, Tensor] = {}
+    q_point, k_point = (final_point(vit.cfg, kind) for kind in ("q", "k"))
+
+    def layer_of(hook: Any) -> int:
+        return int(hook.name.split(".")[1])
 
     def keep_query(q: Tensor, hook: Any) -> None:
-        queries[hook.layer()] = q
+        queries[layer_of(hook)] = q
 
-    def from_key(k: Tensor, hook: Any) -> None:
-        receive(hook.layer(), received_attention(queries.pop(hook.layer()), k, layout))
+    def with_key(k: Tensor, hook: Any) -> None:
+        from_pair(layer_of(hook), queries.pop(layer_of(hook)), k)
 
-    def from_pattern(pattern: Tensor, hook: Any) -> None:
-        drawn = pattern.mean(2) if layout.cls is None else pattern[:, :, layout.cls]
-        receive(hook.layer(), drawn.float())
+    def with_pattern(pattern: Tensor, hook: Any) -> None:
+        from_pattern(layer_of(hook), pattern)
 
     hooks: list[Any] = []
     for layer in layers:
         attn, name = cast(Block, vit.blocks[layer]).attn, f"blocks.{layer}.attn"
         if listening(attn.hook_attn_scores, attn.hook_pattern):
-            hooks.append((f"{name}.hook_pattern", from_pattern))
+            hooks.append((f"{name}.hook_pattern", with_pattern))
         else:
-            hooks += [(f"{name}.hook_q", keep_query), (f"{name}.hook_k", from_key)]
+            hooks += [(f"{name}.{q_point}", keep_query), (f"{name}.{k_point}", with_key)]
     return hooks

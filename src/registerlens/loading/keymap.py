@@ -364,6 +364,8 @@ def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
             raise WeightsError(f"{family.library}'s {family.source_class} has no place for {target!r} of {vit.source}.")
         weight = weight.among(vit.source_keys.__contains__) if own and vit.source_keys else weight
         for piece in weight.undo(weight.keys, tensor, vit.cfg):
+            if piece.may_lack and not (own and piece.key in vit.source_keys) and not piece.tensor.any():
+                continue
             key = piece.key.replace("{i}", layer.group(1) if layer else "")
             inside = not any(fnmatchcase(key, glob) for glob in family.unprefixed)
             found.setdefault(family.written_prefix * inside + key, []).append(piece)

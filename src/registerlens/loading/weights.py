@@ -25,6 +25,8 @@ class Piece:
     tensor: Tensor
     index: int = 0
     """Which part."""
+    may_lack: bool = False
+    """Whether it is left out where it is zero throughout and the weights that were read had none."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def concat(*keys: str) -> Weight:
 def qkv_biases(q: str | None, k: str | None, v: str | None) -> Weight:
     """Biases of queries, keys and values, each zero where the source has none (None, or a key the model lacks).
 
-    Written back, a part that is zero throughout is left out.
+    Written back, a part that is zero throughout is left out, unless the weights that were read had it.
     """
     named = tuple(key for key in (q, k, v) if key is not None)
 
@@ -183,19 +185,19 @@ def qkv_biases(q: str | None, k: str | None, v: str | None) -> Weight:
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         pairs = zip((q, k, v), tensor.chunk(3), strict=True)
-        return [Piece(key, chunk) for key, chunk in pairs if key is not None and chunk.any()]
+        return [Piece(key, chunk, may_lack=True) for key, chunk in pairs if key is not None]
 
     return Weight(named, build, undo, frozenset(named))
 
 
 def bias(key: str, width: Width) -> Weight:
-    """A bias that some models of the family lack; zero then, and left out when written back."""
+    """A bias that some models of the family lack; zero then, and written back as `qkv_biases` is."""
 
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         return torch.zeros(_width(width, cfg)) if tensors[0] is None else tensors[0]
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
-        return [Piece(keys[0], tensor)] if tensor.any() else []
+        return [Piece(keys[0], tensor, may_lack=True)]
 
     return Weight((key,), build, undo, frozenset((key,)))
 
