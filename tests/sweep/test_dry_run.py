@@ -28,7 +28,7 @@ def test_counts_by_hand():
     assert (plan.n_conditions, run.n_groups, plan.n_tasks, plan.n_rows, plan.n_metrics) == (8, 3, 9, 80, 3)
     assert run.forwards == 3 + 3 * 1 + 2 * 3 / 4 + 2 * 1 / 4 + 0
     assert plan.seconds == pytest.approx(8 * 10 * run.clean_seconds) and run.clean_seconds > 0
-    assert plan.share == pytest.approx(8 / 8)
+    assert plan.share == pytest.approx(8 / 8) and plan.batch_size == 4
     table = plan.to_dataframe()
     assert table["conditions"].tolist() == [3, 2, 2, 1]
     clean = run.n_groups * run.n_images * run.clean_seconds
@@ -51,6 +51,7 @@ def test_the_sizes_are_those_of_a_table():
     real = pa.Table.from_pylist(rows, schema)
     for metric in METRICS:
         real = real.append_column(metric.name, pa.array(torch.rand(len(real)).double().numpy()))
+    assert plan.batch_size == 12  # there are no more
     assert plan.raw_bytes == pytest.approx(real.nbytes, rel=0.01)
     large = plan_sweep(VIT, torch.zeros(256, 3, 24, 32), grid(ablate_head, layer=range(4), head=range(3)), METRICS)
     assert 3 * 3 < large.stored_row_bytes < large.raw_row_bytes  # no less than the bits of random float32 numbers

@@ -178,6 +178,10 @@ def test_every_model_is_fitted_with_its_own_activations():
         same_reference(one.interventions[0].fitted.reference, alone.reference)
     with pytest.raises(ConfigError, match=r"about the model 'S'; there are \['model'\]"):
         fit_conditions(VIT, conditions, IMAGES)
+    with pytest.raises(ConfigError, match=r"images for \['S'\], but none for the model 'B'"):
+        fit_conditions({"S": VIT, "B": other}, conditions, {"S": IMAGES})
+    with pytest.raises(ImageError, match="An iterator of reference images lasts for one model"):
+        fit_conditions({"S": VIT, "B": other}, conditions, iter([IMAGES]))
 
 
 def test_a_grid_takes_the_classes_by_name():

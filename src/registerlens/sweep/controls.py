@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.batches import Images
-from registerlens.errors import ConfigError, InterventionError
+from registerlens.errors import ConfigError, ImageError, InterventionError
 from registerlens.evaluation.controls import DRAWS, Activity, neuron_activity, neurons_of, with_neurons
 from registerlens.interventions.base import Intervention
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.axes import matched_sets, random_sets
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.content import content_hash
-from registerlens.sweep.grid import Conditions, by_name
+from registerlens.sweep.grid import Conditions, by_name, each_of
 
 Kind = Literal["random", "matched"]
 CONTROL = "control"
@@ -130,9 +130,9 @@ def _activities(
     for one in wanting:
         for neurons in filter(None, map(_about, one.interventions)):
             layers.setdefault(one.model, set()).update(neurons.check(models[one.model].cfg).by_layer())
+    seen = each_of(layers, images)
+    if len(seen) > 1 and isinstance(images, Iterator):
+        raise ImageError("An iterator of images lasts for one model; give a tensor or a list of batches.")
     return {
-        name: neuron_activity(
-            models[name], images[name] if isinstance(images, Mapping) else images, sorted(listed), batch_size
-        )
-        for name, listed in layers.items()
+        name: neuron_activity(models[name], seen[name], sorted(listed), batch_size) for name, listed in layers.items()
     }

@@ -209,8 +209,15 @@ def plan_sweep(
     runs = tuple(_run(place, models, sources, mine, batch_size) for place, mine in groups.items())
     (_, first_images), first_groups = next(iter(groups.items()))
     n_metrics = USUAL_METRICS if metrics is None else len(metrics)
-    raw, stored = _row_bytes(first_groups[0], _first_shard(sources[first_images]).names, n_metrics)
-    return SweepPlan(runs=runs, n_metrics=n_metrics, batch_size=batch_size, raw_row_bytes=raw, stored_row_bytes=stored)
+    first_shard = _first_shard(sources[first_images])
+    raw, stored = _row_bytes(first_groups[0], first_shard.names, n_metrics)
+    return SweepPlan(
+        runs=runs,
+        n_metrics=n_metrics,
+        batch_size=min(batch_size, len(first_shard.names)),
+        raw_row_bytes=raw,
+        stored_row_bytes=stored,
+    )
 
 
 def _run(

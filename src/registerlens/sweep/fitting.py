@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from registerlens.data.batches import Images
@@ -16,7 +15,7 @@ from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.targets import Part, parts_of
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.grid import Conditions, by_name
+from registerlens.sweep.grid import Conditions, by_name, each_of
 from registerlens.sweep.planned import Planned, PlannedAblation, PlannedBias
 
 
@@ -104,7 +103,7 @@ def fit_conditions(
         ShapeError: the images differ in size where a mode needs one.
 
     Example:
-        >>> import registerlens as rl
+        >>> import torch, registerlens as rl
         >>> from registerlens.sweep.grid import grid
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> conditions = grid(rl.Ablate, target=[rl.Heads([(2, 0)]), rl.Heads([(4, 0)])], mode=["zero", "mean"])
@@ -114,14 +113,17 @@ def fit_conditions(
     """
     conditions = tuple(conditions)
     models = by_name(vit)
-    fitted: dict[str, dict[Planned, Planned]] = {}
-    for name in dict.fromkeys(condition.model for condition in conditions):
-        if name not in models:
-            raise ConfigError(f"A condition is about the model {name!r}; there are {list(models)}.")
-        waiting = unfitted(condition for condition in conditions if condition.model == name)
-        seen = images[name] if isinstance(images, Mapping) else images
-        fitted[name] = fit_planned(models[name], waiting, seen, batch_size)
-    return Conditions(tuple(bind(condition, fitted[condition.model]) for condition in conditions))
+    waiting = {
+        name: unfitted(condition for condition in conditions if condition.model == name)
+        for name in dict.fromkeys(condition.model for condition in conditions)
+    }
+    if unknown := [name for name in waiting if name not in models]:
+        raise ConfigError(f"A condition is about the model {unknown[0]!r}; there are {list(models)}.")
+    seen = each_of((name for name, planned in waiting.items() if planned), images)
+    if len(seen) > 1 and isinstance(images, Iterator):
+        raise ImageError("An iterator of reference images lasts for one model; give a tensor or a list of batches.")
+    fitted = {name: fit_planned(models[name], waiting[name], mine, batch_size) for name, mine in seen.items()}
+    return Conditions(tuple(bind(condition, fitted.get(condition.model, {})) for condition in conditions))
 
 
 def bind(condition: Condition, fitted: Mapping[Planned, Planned]) -> Condition:
@@ -131,6 +133,8 @@ def bind(condition: Condition, fitted: Mapping[Planned, Planned]) -> Condition:
         >>> bind(Condition(factors={"layer": 1}), {}).factors
         {'layer': 1}
     """
+    if not any(isinstance(one, Planned) and one.fitted is None for one in condition.interventions):
+        return condition
     edits = tuple(fitted.get(one, one) if isinstance(one, Planned) else one for one in condition.interventions)
     return replace(condition, interventions=edits)
 
@@ -150,7 +154,8 @@ def _fit_together(
         fitters[sample] = Fitter(_union(mine), sample is not None, sample or 0)
     fit_references(vit, list(fitters.values()), images, batch_size)
     whole = {sample: fitter.result() for sample, fitter in fitters.items()}
-    return [_cut_out(whole[sample], fitters[sample].parts, own) for own, sample in zip(parts, samples, strict=True)]
+    places = {sample: _places(fitter.parts) for sample, fitter in fitters.items()}
+    return [_cut_out(whole[sample], places[sample], own) for own, sample in zip(parts, samples, strict=True)]
 
 
 def _union(parts: Iterable[Part]) -> list[Part]:
@@ -163,25 +168,24 @@ def _union(parts: Iterable[Part]) -> list[Part]:
     return [Part(point, None if known is None else tuple(sorted(known))) for point, known in chosen.items()]
 
 
-def _cut_out(whole: Reference, union: Sequence[Part], own: Sequence[Part]) -> Reference:
-    """The features of some parts, in their order, out of a reference for a union of parts."""
-    index = {part.point: part.index for part in union}
+def _places(parts: Iterable[Part]) -> dict[str, dict[int, int]]:
+    """Where each neuron or head stands among those of its hook point; nothing for points that are read whole."""
+    return {part.point: {feature: i for i, feature in enumerate(part.index or ())} for part in parts}
 
-    def cut(point: str, wanted: tuple[int, ...] | None, tensor: Tensor) -> Tensor:
-        every = index[point]
-        if wanted is None or every is None:
+
+def _cut_out(whole: Reference, places: Mapping[str, Mapping[int, int]], own: Sequence[Part]) -> Reference:
+    """The features of some parts, in their order, out of a reference for a union of parts."""
+
+    def cut(part: Part, tensor: Tensor) -> Tensor:
+        place = places[part.point]
+        if part.index is None:
             return tensor
-        width = tensor.shape[-1] // len(every)  # 1 for neurons, d_head for heads
-        place = {feature: i for i, feature in enumerate(every)}
-        columns = [place[feature] * width + i for feature in wanted for i in range(width)]
-        return tensor[..., torch.tensor(columns)].clone()
+        width = tensor.shape[-1] // len(place)  # 1 for neurons, d_head for heads
+        columns = [place[feature] * width + i for feature in part.index for i in range(width)]
+        return tensor[..., columns].clone()
 
     tensors: dict[str, dict[str, Tensor]] = {
-        kind: {
-            part.point: cut(part.point, part.index, getattr(whole, kind)[part.point])
-            for part in own
-            if part.point in getattr(whole, kind)
-        }
-        for kind in ("mean", "std", "bank")
+        kind: {part.point: cut(part, every[part.point]) for part in own if part.point in every}
+        for kind, every in (("mean", whole.mean), ("std", whole.std), ("bank", whole.bank))
     }
     return Reference(**tensors, n_images=whole.n_images)

@@ -278,6 +278,22 @@ def by_name(models: Thing | Mapping[str, Thing]) -> Mapping[str, Thing]:
     return models if isinstance(models, Mapping) else {"model": models}
 
 
+def each_of(names: Iterable[str], given: Any) -> dict[str, Any]:
+    """What belongs to each model: its own where a mapping is given, the same thing for all otherwise.
+
+    Raises:
+        ConfigError: the mapping lacks a model.
+
+    Example:
+        >>> each_of(["S", "B"], 3), each_of(["S"], {"S": 4, "B": 5})
+        ({'S': 3, 'B': 3}, {'S': 4})
+    """
+    names = list(names)
+    if isinstance(given, Mapping) and (missing := [name for name in names if name not in given]):
+        raise ConfigError(f"There are images for {list(given)}, but none for the model {missing[0]!r}.")
+    return {name: given[name] if isinstance(given, Mapping) else given for name in names}
+
+
 def _condition(item: Any) -> Condition:
     if isinstance(item, Condition):
         return item
