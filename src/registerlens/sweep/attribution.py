@@ -77,7 +77,7 @@ class EdgeAttribution(Stored):
     def describe(self) -> str:
         """The result in words."""
         table = self.to_dataframe()
-        top = table.reindex(table["effect"].abs().sort_values(ascending=False, kind="stable").index)[:5]
+        top = table.iloc[np.argsort(-np.abs(table["effect"].to_numpy()), kind="stable")[:5]]
         told = zip(*(top[name] for name in ("layer", "neuron", "head_layer", "head", "effect")), strict=True)
         named = ", ".join(
             f"{layer}:{neuron} -> {at}.{head} ({effect:+.3g})" for layer, neuron, at, head, effect in told

@@ -87,10 +87,10 @@ def rank_correlation(a: Float[np.ndarray, " item"], b: Float[np.ndarray, " item"
     """
     both = np.isfinite(a) & np.isfinite(b)
     n = int(both.sum())
-    ranks = [pd.Series(values[both]).rank().to_numpy() for values in (a, b)]
-    if n < 2 or min(np.ptp(rank) for rank in ranks) == 0:
+    ranks = np.stack([pd.Series(values[both]).rank().to_numpy() for values in (a, b)])
+    if n < 2 or np.ptp(ranks, axis=1).min() == 0:
         return RankCorrelation(rho=math.nan, low=math.nan, high=math.nan, n=n)
-    rho = float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1))
+    rho = float(np.clip(np.corrcoef(ranks)[0, 1], -1, 1))
     if n < 4:
         return RankCorrelation(rho=rho, low=math.nan, high=math.nan, n=n)
     z = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))

@@ -58,7 +58,7 @@ def edges_figure(found: EdgeAttribution, mode: Mode = "light") -> go.Figure:
     heads = [f"{layer}.{head}" for layer in found.layers for head in range(n_heads)]
     neurons = [f"{layer}: {neuron}" for layer, neuron in found.neurons.pairs]
     z = found.effects.reshape(len(neurons), -1)
-    asked = np.isfinite(z).any(0)
+    asked = np.atleast_1d(np.isfinite(z).any(0))
     largest = float(np.nanmax(np.abs(z)))
     figure = go.Figure(
         go.Heatmap(
