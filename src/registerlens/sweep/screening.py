@@ -269,7 +269,7 @@ def screen_neurons(
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images
         >>> found = screen_neurons(vit, images, "largest_norm@1.mlp", exact=4, sample=4)
         >>> found.neurons(3).by_layer()
-        {1: (103, 183, 219)}
+        {1: (183, 103, 219)}
     """
     chosen = _layers(vit.cfg, layers)
     _check_options(mode, method, steps, exact, sample, stack)
