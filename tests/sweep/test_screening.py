@@ -225,6 +225,22 @@ def test_distances_to_the_clean_run_are_refused_by_first_order(measure, dtype):
         screen_neurons(build(dtype=dtype), pixels(3, dtype=dtype), measure, **QUICK)
 
 
+def test_cls_has_a_slope_after_a_norm_without_weights_of_its_own():
+    """There [CLS] has a constant norm, and a projection on itself would be a cosine."""
+    vit, images = build(6), pixels(3)
+    with torch.no_grad():
+        vit.ln_final.w.fill_(1.0)
+        vit.ln_final.b.fill_(0.0)
+    found = screen_neurons(vit, images, "cls", exact=0, sample=80)
+    assert found.on_sample.low > 0.7
+
+    def on_itself(edited, clean):
+        return (edited.tokens[:, 0] * clean.tokens[:, 0]).sum(1)
+
+    with pytest.raises(ConfigError, match="gradient vanishes"):
+        screen_neurons(vit, images, on_itself, **QUICK)
+
+
 # Exact effects -------------------------------------------------------------------------------------------------------
 
 
@@ -292,10 +308,12 @@ def test_inside_an_edit_the_edited_model_is_screened():
     with vit.edit(rl.Ablate(gone), register):
         found = screen_neurons(vit, images, "cls", exact=3, sample=80)
         with torch.no_grad():
-            cls = vit(images, return_type="tokens")[:, 0]
+            tokens = vit(images, return_type="tokens")
+            cls, patches = tokens[:, 0], tokens[:, vit.layout(images).patches]
             with vit.edit(rl.Ablate(rl.RegisterNeurons.from_pairs([(2, 3)]))):
                 edited = vit(images, return_type="tokens")[:, 0]
-    change = ((edited - cls) * torch.nn.functional.normalize(cls, dim=1)).sum(1).mean().item()
+    direction = torch.nn.functional.normalize(cls - patches.mean(1), dim=1)
+    change = ((edited - cls) * direction).sum(1).mean().item()
     table = found.checked_dataframe().set_index(["layer", "neuron"])
     assert table.loc[(2, 3), "exact"] == pytest.approx(change, rel=1e-3)
     assert plain.effects[1, 4] != 0 == found.effects[1, 4] and table.loc[(1, 4), "exact"] == 0

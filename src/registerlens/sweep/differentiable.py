@@ -2,7 +2,8 @@
 
 First order sees what changes in proportion to a small edit. Every distance to the clean run (KL divergence, cosine,
 squared distance) has its extremum at the clean run, so that its gradient there is zero and says nothing; a projection
-on the clean direction is the linear thing to ask instead.
+on a fixed direction is the linear thing to ask instead. The direction must not be the token's own: after a LayerNorm a
+token has (but for the weights) a constant norm, so that its projection on itself is a cosine again.
 """
 
 from __future__ import annotations
@@ -89,10 +90,10 @@ def class_logit() -> Metric:
 
 
 def cls_projection() -> Metric:
-    """[CLS] after the final norm, projected on its direction in the clean run.
+    """How far [CLS] stands out from the patches: its projection, after the final norm, on a direction of the clean run.
 
-    Of a change of [CLS] it sees the part along the old direction; the cosine and the distance to the clean [CLS] have
-    no slope at the clean run.
+    The direction goes from the mean patch to [CLS]. Of a change of [CLS] it sees the part along it; the cosine and the
+    distance to the clean [CLS], and its projection on itself, have no slope at the clean run.
 
     Example:
         >>> cls_projection().name
@@ -102,10 +103,11 @@ def cls_projection() -> Metric:
     def measure(edited: View, clean: View) -> Float[Tensor, " batch"]:
         if edited.layout.cls is None:
             raise ConfigError("Metric 'cls' needs a [CLS] token, and this model has none. Use 'largest_norm'.")
-        direction = F.normalize(clean.tokens[:, clean.layout.cls].float(), dim=-1)
+        own, patches = clean.tokens[:, clean.layout.cls].float(), clean.tokens[:, clean.layout.patches].float()
+        direction = F.normalize(own - patches.mean(1), dim=-1)
         return (edited.tokens[:, edited.layout.cls].float() * direction).sum(-1)
 
-    return Metric(name="cls", measure=measure, words="[CLS] projected on its clean direction")
+    return Metric(name="cls", measure=measure, words="[CLS] along its clean difference from the mean patch")
 
 
 NAMED: dict[str, Callable[[], Metric]] = {

@@ -153,24 +153,20 @@ class Screening(Stored):
         """How well the screened effects agree with exact ones, in words."""
         if not len(self.checked):
             return "Nothing was ablated to check this: raise exact= and sample=."
-        told = [
-            f"{rho} on {what}"
-            for what, mask, rho in (
-                ("random neurons", self.is_sample, self.on_sample),
-                ("the candidates", self.is_candidate, self.on_candidates),
-            )
-            if mask.any()
-        ]
-        words = [f"Spearman's rank correlation with exact ablation: {'; '.join(told)}."]
-        sampled = self.on_sample if self.is_sample.any() else self.on_candidates
-        if sampled.rho < POOR:
+        groups = (
+            ("random neurons", self.is_sample, self.on_sample),
+            ("the candidates", self.is_candidate, self.on_candidates),
+        )
+        known = [(what, rho) for what, mask, rho in groups if mask.any()]
+        told = "; ".join(f"{rho} on {what}" for what, rho in known)
+        words = [f"Spearman's rank correlation with exact ablation: {told}."]
+        if poor := [what for what, rho in known if rho.rho < POOR]:
             instead = {
                 "first_order": "compare method='integrated_gradients', or ablate more neurons exactly (exact=)",
                 "integrated_gradients": "ablate more neurons exactly (exact=)",
             }
-            words.append(
-                f"{METHODS[self.method].capitalize()} is poor here (rho = {sampled.rho:.2f}): {instead[self.method]}."
-            )
+            method = METHODS[self.method].capitalize()
+            words.append(f"{method} is poor here, on {' and '.join(poor)}: {instead[self.method]}.")
         if self.n_missed:
             words.append(f"{self.n_missed} of the random neurons have a larger effect than half the candidates.")
         return " ".join(words)
