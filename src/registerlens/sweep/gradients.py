@@ -1,0 +1,149 @@
+"""What ablating each neuron alone would do to a metric, read off gradients instead of one run a neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from registerlens.errors import ConfigError
+from registerlens.model.parts import at_least_float32
+from registerlens.model.vit import HookedViT
+from registerlens.sweep.metrics import View
+from registerlens.sweep.stations import Replacement, Station, mapped
+
+Effects = dict[int, Float[Tensor, "batch neuron"]]
+"""Of each neuron of a layer on each image, float32; a layer that the metric does not depend on is left out."""
+
+STATIONARY = 1e-3
+"""A first-order effect of a whole layer below this share of the true one: the metric's gradient vanishes."""
+
+
+@contextmanager
+def frozen_weights(vit: HookedViT) -> Iterator[None]:
+    """No gradient for any weight inside the block, so that nothing is kept for one."""
+    learning = [parameter for parameter in vit.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def first_order(station: Station, layers: Sequence[int], replacement: Replacement) -> tuple[Tensor, Effects]:
+    """One forward and one backward pass for the neurons of all layers.
+
+    Args:
+        station: the batch before the first of them.
+        layers: whose neurons.
+        replacement: what they would become.
+
+    Returns:
+        the metric [batch] of the clean run, and effect_n = sum over tokens of (replacement - activation) times the
+        metric's derivative by the activation.
+
+    Raises:
+        ConfigError: the metric cannot be differentiated.
+        ShapeError: it does not give one number an image.
+
+    Source: Molchanov et al. 2017 (1611.06440), equation 7; Nanda 2023 (attribution patching).
+    """
+    effects: Effects = {}
+    leaves: list[Tensor] = []
+
+    def watch(post: Tensor, hook: Any) -> Tensor:
+        if not leaves:
+            post = post.detach().requires_grad_()
+            leaves.append(post)
+        change = replacement.at(hook.layer(), station.layout, post) - post.detach()
+        post.register_hook(partial(receive, hook.layer(), change))
+        return post
+
+    def receive(layer: int, change: Tensor, gradient: Tensor) -> None:
+        wide = at_least_float32(change.dtype)
+        effects[layer] = (change.to(wide) * gradient.to(wide)).sum(1).float()
+
+    with torch.enable_grad():
+        edited = station.go_on([([f"blocks.{layer}.mlp.hook_post" for layer in layers], watch)])
+        values = station.value(edited, mapped(edited, Tensor.detach))
+        if _descend(values, leaves[0]) is None:
+            raise not_differentiable(station.metric.name, station.layer)
+    return values.detach(), effects
+
+
+def integrated_gradients(
+    station: Station, clean: View, replacement: Replacement, steps: int
+) -> Float[Tensor, "batch neuron"] | None:
+    """The effect of ablating the whole of the station's layer, shared out among its neurons.
+
+    The gradient is averaged (Gauss-Legendre) while all neurons of the layer go from their activations to their
+    replacements together: effect_n = sum over tokens of (replacement - activation) times that average. Over the neurons
+    the effects add up to that of ablating the layer as a whole. None where the metric does not depend on the layer.
+
+    Source: Sundararajan et al. 2017 (1703.01365), equation 1 and proposition 1; Dhamdhere et al. 2019 (1805.12233).
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    total = None
+    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        met: list[Tensor] = []
+
+        def move(post: Tensor, hook: Any, share: float = float(node), met: list[Tensor] = met) -> Tensor:
+            change = replacement.at(hook.layer(), station.layout, post) - post.detach()
+            met += [(post.detach() + share * change).requires_grad_(), change]
+            return met[0]
+
+        with torch.enable_grad():
+            edited = station.go_on([(f"blocks.{station.layer}.mlp.hook_post", move)])
+            gradient = _descend(station.value(edited, clean), met[0])
+        if gradient is None:
+            return None
+        wide = at_least_float32(gradient.dtype)
+        effect = float(weight) * (met[1].to(wide) * gradient.to(wide)).sum(1).float()
+        total = effect if total is None else total + effect
+    return total
+
+
+def check_slope(station: Station, effects: Effects, replacement: Replacement) -> None:
+    """Make sure that the gradient says anything at all about the station's layer; costs two runs of the batch.
+
+    Raises:
+        ConfigError: ablating the layer changes the metric, and the gradient knows nothing of it.
+    """
+
+    def ablate(post: Tensor, hook: Any) -> Tensor:
+        return replacement.at(hook.layer(), station.layout, post).expand_as(post).clone()
+
+    with torch.no_grad():
+        clean = station.go_on()
+        edited = station.go_on([(f"blocks.{station.layer}.mlp.hook_post", ablate)])
+        true = station.value(edited, clean) - station.value(clean, clean)
+    predicted = effects[station.layer].sum(1)[: len(true)]
+    if predicted.abs().nanmean() < STATIONARY * true.abs().nanmean():
+        raise ConfigError(
+            f"First order cannot see metric '{station.metric.name}': its gradient vanishes at the clean run, as that "
+            f"of every distance, cosine or KL divergence to the clean run does. Use method='integrated_gradients', or "
+            f"a metric with a slope there, such as 'cls' (a projection)."
+        )
+
+
+def not_differentiable(metric: str, layer: int) -> ConfigError:
+    """What to say where no gradient comes back."""
+    return ConfigError(
+        f"Metric '{metric}' has no gradient by the neurons from block {layer} on: it is not differentiable (it counts, "
+        f"compares, detaches or leaves torch), or looks at earlier layers only."
+    )
+
+
+def _descend(values: Float[Tensor, " batch"], leaf: Tensor) -> Tensor | None:
+    """The derivative by the leaf, None where there is no way to it; an image without a value takes no part."""
+    if not values.requires_grad:
+        return None
+    return torch.autograd.grad(values[values.isfinite()].sum(), [leaf], allow_unused=True)[0]
