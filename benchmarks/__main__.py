@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caching, forward, kernels, loading, neurons, sinks, tracing
+from benchmarks import caching, forward, kernels, loading, neurons, sinks, sweeps, tracing
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
 from registerlens.files import write_json
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "neurons": neurons.run,
     "sinks": sinks.run,
     "kernels": kernels.run,
+    "sweeps": sweeps.run,
 }
 
 
