@@ -51,7 +51,7 @@ def ablation(layer: int, neuron: int) -> Condition:
 def naive_loop(
     vit: rl.HookedViT, images: Tensor, conditions: Sequence[Condition], metrics: Sequence[Metric]
 ) -> Callable[[], Tensor]:
-    """Every condition in its own `vit.edit`, from the images, beside a clean run made once: [metric, condition, image]."""
+    """Every condition in its own `vit.edit`, from the images, beside one clean run: [metric, condition, image]."""
     watched, layout = Watched.by(metrics), vit.layout(images)
 
     def look() -> View:
@@ -68,7 +68,12 @@ def naive_loop(
 
 
 def swept(
-    vit: rl.HookedViT, images: Tensor, conditions: Sequence[Condition], metrics: Sequence[Metric], batch: int, stack: int
+    vit: rl.HookedViT,
+    images: Tensor,
+    conditions: Sequence[Condition],
+    metrics: Sequence[Metric],
+    batch: int,
+    stack: int,
 ) -> Callable[[], pa.Table]:
     """The same with the runner."""
     shard = Shard(names=tuple(map(str, range(len(images)))), images=images)
@@ -86,7 +91,10 @@ def _against_naive(
     at_most: float,
 ) -> Row:
     stack = find_stack(vit, len(images), size)
-    ours, theirs = swept(vit, images, conditions, metrics, len(images), stack), naive_loop(vit, images, conditions, metrics)
+    ours, theirs = (
+        swept(vit, images, conditions, metrics, len(images), stack),
+        naive_loop(vit, images, conditions, metrics),
+    )
     difference = _check_same(ours(), theirs(), metrics)
     return in_pairs(ours, theirs, pairs, warm_up=0).row(
         benchmark="sweeps",
@@ -107,7 +115,7 @@ def _stacking(
     at_least: float | None = None,
 ) -> Row:
     images, stack = pixels(size, 1), find_stack(vit, 1, size)
-    ours, theirs = (swept(vit, images, conditions, metrics, 1, at_once) for at_once in (stack, 1))
+    ours, theirs = (swept(vit, images, conditions, metrics, at_once) for at_once in (stack, 1))
     return in_pairs(ours, theirs, pairs).row(
         invert=True,
         benchmark="sweeps",

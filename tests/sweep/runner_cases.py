@@ -1,8 +1,7 @@
-"""Small models, edits of every kind for them, and the loop that a notebook would have: every condition from the images."""
+"""Small models, edits of every kind for them, and a notebook's loop, which runs every condition from the images."""
 
 import functools
 from dataclasses import replace
-
 
 import torch
 from helpers import randomise
@@ -42,7 +41,9 @@ def model(name):
     if name == "planted":
         torch.manual_seed(0)
         size = {"image_size": (32, 32), "patch_size": (4, 4)}
-        vit = randomise(rl.HookedViT(rl.ViTConfig(**SIZE | {"d_mlp": 32, "d_model": 32, "n_heads": 4} | size, d_out=5)), std=0.1)
+        vit = randomise(
+            rl.HookedViT(rl.ViTConfig(**SIZE | {"d_mlp": 32, "d_model": 32, "n_heads": 4} | size, d_out=5)), std=0.1
+        )
         vit, truth = rl.plant_register_neurons(vit, layer=1, n=2)
         return vit.eval(), detect(vit, truth.calibration)
     vit = randomise(rl.HookedViT(CFGS[name]), 3)
@@ -194,5 +195,3 @@ def values_of(table, conditions, metrics, n):
     """[condition, metric, image] of a part."""
     columns = [torch.tensor(table[one.name].to_numpy()).view(len(conditions), n) for one in metrics]
     return torch.stack(columns, 1)
-
-

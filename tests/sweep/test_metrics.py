@@ -120,7 +120,12 @@ def test_a_model_has_the_metrics_that_make_sense_for_it():
     without = rl.HookedViT(rl.ViTConfig(**{**vit.cfg.to_dict(), "d_out": None}))
     absent = detect(without, shard_of("planted", 8, (32, 32)).images)
     assert not absent.evidence.present
-    assert [one.name for one in default_metrics(without, absent)] == ["largest_norm", "cos_cls", "cos_patches", "cos_output"]
+    assert [one.name for one in default_metrics(without, absent)] == [
+        "largest_norm",
+        "cos_cls",
+        "cos_patches",
+        "cos_output",
+    ]
     insisted = detect(without, shard_of("planted", 8, (32, 32)).images, threshold=3.0)
     assert "outliers" in [one.name for one in default_metrics(without, insisted)]
 
@@ -167,7 +172,12 @@ def test_predictions_of_groups_and_patches_one_by_one():
                     same.append(float(p.argmax() == q.argmax()))
                     loss.append(-math.log(q[label]))
                     right.append(float(q.argmax() == label))
-        got = [divergence(now, then, labels), agreement(now, then, labels), cross_entropy(now, labels), accuracy(now, labels)]
+        got = [
+            divergence(now, then, labels),
+            agreement(now, then, labels),
+            cross_entropy(now, labels),
+            accuracy(now, labels),
+        ]
         want = [np.mean(values) if values else math.nan for values in (kl, same, loss, right)]
         assert np.allclose([x[i] for x in got], want, atol=1e-5, equal_nan=True)
     assert torch.allclose(divergence(now, then)[0], divergence(now[:1], then[:1])[0])
@@ -193,7 +203,12 @@ def test_a_plain_function_becomes_a_metric():
         return (edited.norms["3.mlp"] - clean.norms["3.mlp"])[:, layout.patches].abs().amax(1)
 
     made = metric(shift, norms=["3.mlp"], attention=range(2))
-    assert (made.name, made.words, made.norms, made.attention) == ("shift", "How far patches moved.", ("3.mlp",), (0, 1))
+    assert (made.name, made.words, made.norms, made.attention) == (
+        "shift",
+        "How far patches moved.",
+        ("3.mlp",),
+        (0, 1),
+    )
     assert number(made, view([9.0, 1.0, 2.0, 3.0, 4.0]), view([0.0, 1.0, 2.0, 3.0, 9.0])) == 5
     assert metric(shift, name="other", words="x").name == "other"
 
@@ -226,7 +241,10 @@ def test_metrics_that_cannot_be_are_refused():
     refused("Two metrics are named 'x'", one, one)
     for taken in ("", "image"):
         refused("a name of its own", Metric(name=taken, measure=one.measure))
-    refused(r"'x' looks at the norms of '4.mlp'.*blocks 0 to 3.*Did you mean", Metric(name="x", measure=one.measure, norms=("4.mlp",)))
+    refused(
+        r"'x' looks at the norms of '4.mlp'.*blocks 0 to 3.*Did you mean",
+        Metric(name="x", measure=one.measure, norms=("4.mlp",)),
+    )
     refused(r"'x' looks at the attention of layers \[4\]", Metric(name="x", measure=one.measure, attention=(0, 4)))
     refused(r"attention of layers \[-1\]", Metric(name="x", measure=one.measure, attention=(-1,)))
     check_metrics(metrics_of("planted"), cfg)

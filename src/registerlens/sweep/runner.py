@@ -22,8 +22,8 @@ from registerlens.errors import ConfigError, OutOfMemoryError, ShapeError
 from registerlens.interventions.base import TOKENS, Plan, Scene, plan, stacked_hooks
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.stacking import out_of_memory_in
 from registerlens.sweep.metrics import COLUMNS, Metric, View, check_metrics, measured
+from registerlens.sweep.stacking import out_of_memory_in
 from registerlens.sweep.views import Watched, repeated, run_clean, run_from
 
 

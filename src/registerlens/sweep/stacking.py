@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,11 +69,9 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    free = [_number(Path("/proc/meminfo"), "MemAvailable:") * 1024]
     limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    free.append(limit - used)
-    known = [amount for amount in free if amount == amount]
-    return min(known, default=UNKNOWN)
+    free = (_number(Path("/proc/meminfo"), "MemAvailable:") * 1024, limit - used)
+    return min((amount for amount in free if not math.isnan(amount)), default=UNKNOWN)
 
 
 def _number(file: Path, after: str = "") -> float:
@@ -80,7 +79,7 @@ def _number(file: Path, after: str = "") -> float:
     try:
         return float(file.read_text().partition(after)[2].split()[0] if after else file.read_text())
     except (OSError, ValueError, IndexError):
-        return float("nan")
+        return math.nan
 
 
 def out_of_memory_in(work: Callable[[], None]) -> str | None:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -103,7 +102,10 @@ def run_from(
 
     with ExitStack() as stack:
         stack.enter_context(vit.hooks(edits))  # first, so that what is watched is edited
-        watching = [*((name, keep) for name in places), *attention_hooks(vit, layout, mine.attention, attention.__setitem__)]
+        watching = [
+            *((name, keep) for name in places),
+            *attention_hooks(vit, layout, mine.attention, attention.__setitem__),
+        ]
         stack.enter_context(vit.hooks(watching))
         options: dict[str, Any] = {} if layer is None else {"start_at_layer": layer, "layout": layout}
         tokens = vit(x, return_type="tokens", **options)
@@ -121,7 +123,8 @@ def repeated(view: View, times: int) -> View:
     """The same batch several times over.
 
     Example:
-        >>> view = View(layout=TokenLayout(grid=(2, 2), n_prefix=1), tokens=torch.rand(2, 5, 4), output=torch.rand(2, 4))
+        >>> layout = TokenLayout(grid=(2, 2), n_prefix=1)
+        >>> view = View(layout=layout, tokens=torch.rand(2, 5, 4), output=torch.rand(2, 4))
         >>> repeated(view, 3).tokens.shape
         torch.Size([6, 5, 4])
     """
