@@ -72,12 +72,12 @@ def swept(
     images: Tensor,
     conditions: Sequence[Condition],
     metrics: Sequence[Metric],
-    batch: int,
     stack: int,
 ) -> Callable[[], pa.Table]:
     """The same with the runner."""
-    shard = Shard(names=tuple(map(str, range(len(images)))), images=images)
-    return lambda: run_task(vit, shard, conditions, metrics, index=0, batch_size=batch, stack=stack)
+    n = len(images)
+    shard = Shard(names=tuple(map(str, range(n))), images=images)
+    return lambda: run_task(vit, shard, conditions, metrics, index=0, batch_size=n, stack=stack)
 
 
 def _against_naive(
@@ -92,7 +92,7 @@ def _against_naive(
 ) -> Row:
     stack = find_stack(vit, len(images), size)
     ours, theirs = (
-        swept(vit, images, conditions, metrics, len(images), stack),
+        swept(vit, images, conditions, metrics, stack),
         naive_loop(vit, images, conditions, metrics),
     )
     difference = _check_same(ours(), theirs(), metrics)

@@ -88,7 +88,7 @@ def cross_entropy(output: Float[Tensor, "batch *out"], labels: Int[Tensor, "..."
 
 
 def _log_probabilities(
-    output: Float[Tensor, "batch *out"], labels: Int[Tensor, "batch ..."] | None
+    output: Float[Tensor, "batch *out"], labels: Int[Tensor, "..."] | None
 ) -> Float[Tensor, "batch prediction class"]:
     groups = 1
     if labels is not None:
@@ -103,15 +103,11 @@ def _log_probabilities(
     return output.float().unflatten(-1, (groups, -1)).log_softmax(-1).flatten(1, -2)
 
 
-def _flat(
-    labels: Int[Tensor, "batch ..."], like: Float[Tensor, "batch prediction class"]
-) -> Int[Tensor, "batch prediction"]:
+def _flat(labels: Int[Tensor, "..."], like: Float[Tensor, "batch prediction class"]) -> Int[Tensor, "batch prediction"]:
     return labels.to(like.device).reshape(like.shape[:-1])
 
 
-def _mean(
-    values: Float[Tensor, "batch prediction"], labels: Int[Tensor, "batch ..."] | None
-) -> Float[Tensor, " batch"]:
+def _mean(values: Float[Tensor, "batch prediction"], labels: Int[Tensor, "..."] | None) -> Float[Tensor, " batch"]:
     """Over an image's predictions; with labels, over those that have one."""
     if labels is None:
         return values.mean(1)

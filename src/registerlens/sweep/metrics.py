@@ -184,7 +184,7 @@ def default_metrics(vit: HookedViT, detection: Detection | None = None, *, label
         >>> import registerlens as rl
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> [one.name for one in default_metrics(vit)]
-        ['largest_norm', 'cos_patches']
+        ['largest_norm', 'cos_patches', 'kl', 'agreement']
     """
     cfg = vit.cfg
     place = f"{cfg.n_layers - 1}.mlp" if detection is None else detection.sublayer

@@ -67,7 +67,7 @@ def run_task(
         >>> shard = Shard(names=("a", "b"), images=torch.rand(2, 3, 48, 48))
         >>> heads = [Condition(interventions=(rl.Ablate(rl.Heads([(layer, 0)])),)) for layer in (1, 4)]
         >>> run_task(vit, shard, heads, default_metrics(vit), index=0, batch_size=2, stack=4).shape
-        (4, 5)
+        (4, 7)
     """
     if batch_size < 1 or stack < 1:
         raise ConfigError(f"batch_size and stack must be at least 1, got {batch_size} and {stack}.")

@@ -57,7 +57,7 @@ def run_clean(
     """The run that nothing edits, and the residual stream before some of its blocks.
 
     Example:
-        >>> import registerlens as rl
+        >>> import torch, registerlens as rl
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
         >>> view, resid = run_clean(vit, images, None, Watched((), ()), [4])
         >>> bool((vit(resid[4], start_at_layer=4) == view.output).all())
@@ -123,6 +123,7 @@ def repeated(view: View, times: int) -> View:
     """The same batch several times over.
 
     Example:
+        >>> import torch
         >>> layout = TokenLayout(grid=(2, 2), n_prefix=1)
         >>> view = View(layout=layout, tokens=torch.rand(2, 5, 4), output=torch.rand(2, 4))
         >>> repeated(view, 3).tokens.shape
