@@ -61,6 +61,7 @@ def test_a_tiny_run_writes_a_complete_report(
         "sinks": 4,
         "kernels": 4,
         "screening": 5,
+        "sweeps": 4,
     }
     assert [row["benchmark"] for row in rows] == [name for name, n in numbers.items() for _ in range(n)]
     for row in rows:

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from families import CASES
 from helpers import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registerlens import HookedViT, classify_sinks
+import registerlens as rl
 from registerlens.analysis import sinks
-from registerlens.analysis.sinks import attention_hooks, received_attention
+from registerlens.analysis.sinks import received_attention
 from registerlens.config import TokenLayout
+from registerlens.config_parts import QKNormConfig, RopeConfig
 
 
 def naive(q, k, layout):
@@ -101,20 +101,21 @@ def test_batches_are_independent():
         assert torch.allclose(received_attention(q, k, layout), singles, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["Dinov2Model", "DINOv3ViTModel", "timm EVA-02 tiny", "timm RMSNorm, q/k norm"])
-def test_attention_is_that_of_the_pattern_whatever_happens_to_queries_and_keys(name):
-    """Rotated by their positions, or normalised: what is read must be what the scores take."""
-    case = CASES[name]
-    vit = HookedViT.from_module(randomise(case.make(case.native)))
-    images, layers = torch.randn(2, 3, *case.native), range(vit.cfg.n_layers)
-    seen = {}
+@pytest.mark.parametrize("rope", [None, RopeConfig()])
+@pytest.mark.parametrize("qk_norm", [None, QKNormConfig()])
+@pytest.mark.parametrize("class_token", [True, False])
+def test_hooks_see_queries_and_keys_normalised_and_turned_as_the_scores_do(rope, qk_norm, class_token):
+    size = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_mlp": 20, "image_size": (24, 32), "patch_size": (8, 8)}
+    options = {"class_token": class_token, "pooling": (), "rope": rope, "qk_norm": qk_norm}
+    vit = randomise(rl.HookedViT(rl.ViTConfig(**size, **options)))
+    images, seen = torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(0)), {}
+    with torch.no_grad(), vit.hooks(sinks.attention_hooks(vit, vit.layout(images), [0, 1], seen.__setitem__)):
+        vit(images)
     with torch.no_grad():
         _, cache = vit.run_with_cache(images, names_filter="blocks.*.attn.hook_pattern")
-        with vit.hooks(attention_hooks(vit, vit.layout(images), layers, seen.__setitem__)):
-            vit(images)
-    for layer in layers:
+    for layer, drawn in seen.items():
         pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
-        drawn = pattern.mean(2) if vit.layout(images).cls is None else pattern[:, :, vit.layout(images).cls]
-        assert torch.allclose(seen[layer], drawn, atol=1e-6), layer
-    received = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"].mean(2).amax(-1).mean(0) for i in layers])
-    assert torch.allclose(torch.from_numpy(classify_sinks(vit, images).received).float(), received, atol=1e-6)
+        expected = pattern[:, :, 0] if class_token else pattern.mean(2)
+        assert torch.allclose(drawn, expected, atol=1e-5)
+    strongest = torch.stack([pattern.mean(2).amax(-1).mean(0) for pattern in cache.values()])
+    assert torch.allclose(torch.from_numpy(rl.classify_sinks(vit, images).received).float(), strongest, atol=1e-5)
