@@ -37,7 +37,10 @@ def planted(seed=0):
 @pytest.fixture(scope="module")
 def result():
     conditions, values = planted()
-    words = [Metric(name="norm", measure=lambda edited, clean: edited.tokens[:, 0, 0], words="largest patch norm"), "kl"]
+    words = [
+        Metric(name="norm", measure=lambda edited, clean: edited.tokens[:, 0, 0], words="largest patch norm"),
+        "kl",
+    ]
     return result_of(conditions, values, words, [Skipped("b.png", "truncated")])
 
 
@@ -67,9 +70,7 @@ def test_means_differences_and_controls_against_scipy(result):
     assert found["n_images"] == N and found["n_controls"] == 2
     beside = norm[4:].mean(0)
     cases = {"mean": norm[1], "difference": norm[1] - norm[0], "vs_controls": norm[1] - beside}
-    ends = {"mean": ("low", "high")} | {
-        name: (f"{name}_low", f"{name}_high") for name in ("difference", "vs_controls")
-    }
+    ends = {"mean": ("low", "high")} | {name: (f"{name}_low", f"{name}_high") for name in ("difference", "vs_controls")}
     for name, one in cases.items():
         assert found[name] == pytest.approx(one.mean())
         theirs = stats.bootstrap((one,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0))
@@ -129,7 +130,9 @@ def test_nan_leaves_its_image_out_of_every_number_it_touches():
     assert strong["vs_controls"] == pytest.approx((norm[1] - norm[4:].mean(0))[against].mean())
     nothing = row(found, conditions[3])
     assert nothing["n_images"] == 0 and np.isnan([nothing["mean"], nothing["difference"], nothing["p"]]).all()
-    assert row(found, conditions[2])["p_holm"] == pytest.approx(2 * row(found, conditions[2])["p"], rel=1)  # of 2, not 3
+    assert row(found, conditions[2])["p_holm"] == pytest.approx(
+        2 * row(found, conditions[2])["p"], rel=1
+    )  # of 2, not 3
 
 
 def test_a_sweep_that_is_not_finished_counts_the_images_there_are():
@@ -138,7 +141,11 @@ def test_a_sweep_that_is_not_finished_counts_the_images_there_are():
     missing = pa.array([i % 7 != 2 for i in range(table.num_rows)])
     found = SweepResult.from_table(table.filter(missing), conditions, ["norm"])
     for c, condition in enumerate(conditions):
-        there = [i for i in range(N) if np.isfinite(found.of("norm", condition)[found.places["images"].names.index(f"image {i}")])]
+        there = [
+            i
+            for i in range(N)
+            if np.isfinite(found.of("norm", condition)[found.places["images"].names.index(f"image {i}")])
+        ]
         assert row(found, condition)["n_images"] == len(there) < N
         assert row(found, condition)["mean"] == pytest.approx(values["norm"][c][there].mean())
     none = SweepResult.from_table(table.slice(0, 0), conditions, ["norm"])
@@ -229,7 +236,10 @@ def test_factors_called_like_other_columns_are_renamed():
 
 def test_save_and_load(result, tmp_path):
     again = SweepResult.load(result.save(tmp_path))
-    assert again.conditions == result.conditions and again.metrics == result.metrics == {"norm": "largest patch norm", "kl": ""}
+    assert again.conditions == result.conditions and again.metrics == result.metrics == {
+        "norm": "largest patch norm",
+        "kl": "",
+    }
     assert again.skipped == result.skipped
     pd.testing.assert_frame_equal(again.to_dataframe(), result.to_dataframe())
     assert pd.read_parquet(tmp_path / "sweep.parquet").shape == (6 * N, 5)

@@ -31,7 +31,9 @@ def layers():
 def dose():
     ks = (1, 2, 5, 10, 20)
     tested = [best(k) for k in ks]
-    controls = [best(k, control=f"random {i}", control_of=one.key) for k, one in zip(ks, tested, strict=True) for i in range(3)]
+    controls = [
+        best(k, control=f"random {i}", control_of=one.key) for k, one in zip(ks, tested, strict=True) for i in range(3)
+    ]
     return result_of([clean(), *tested, *controls], {"norm": noisy([-np.log(k) for k in ks] + [0.2] * 15)})
 
 
@@ -70,7 +72,9 @@ def test_the_effect_per_layer_is_the_table_with_its_intervals(layers):
         assert curve.y + curve.error_y.array == pytest.approx(part["difference_high"].to_numpy())
         assert curve.y - curve.error_y.arrayminus == pytest.approx(part["difference_low"].to_numpy())
     assert figure.layout.yaxis.title.text == "norm: difference to the clean run"
-    assert trace(layers.plot(by="mean"), "mode=zero").y == pytest.approx(table[table["mode"] == "zero"]["mean"].to_numpy())
+    assert trace(layers.plot(by="mean"), "mode=zero").y == pytest.approx(
+        table[table["mode"] == "zero"]["mean"].to_numpy()
+    )
     assert "kl" in layers.plot("layers", "kl").layout.title.text and f"{N} images" in figure.layout.title.text
     assert trace(figure, "mode=zero").marker.symbol != trace(figure, "mode=mean").marker.symbol  # not by colour alone
 
@@ -139,8 +143,15 @@ def test_panels_for_modes_and_a_limit_that_says_what_to_do():
 
 
 def test_the_kind_follows_from_the_factors(layers, dose, heads, neurons):
-    assert [drawable(one, "norm")[0] for one in (neurons, heads, dose, layers)] == ["volcano", "heads", "dose", "layers"]
-    with pytest.raises(ConfigError, match=r"'heads' needs the factor 'head'.*have \['layer', 'mode'\].*\['layers'\] can"):
+    assert [drawable(one, "norm")[0] for one in (neurons, heads, dose, layers)] == [
+        "volcano",
+        "heads",
+        "dose",
+        "layers",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"'heads' needs the factor 'head'.*have \['layer', 'mode'\].*\['layers'\] can"
+    ):
         layers.plot("heads")
     with pytest.raises(ConfigError, match="'dose' needs the factor 'k' or 'scale'"):
         heads.plot("dose")

@@ -105,7 +105,7 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
         chosen = np.flatnonzero(set_of == number)
         rows = slice(None) if len(sets) == 1 else np.flatnonzero(set_of[which] == number)
         images = table["image"] if len(sets) == 1 else table["image"].take(pa.array(rows))
-        names = images.unique()
+        names = images.unique().cast(pa.string())
         image = pc.index_in(images, names).combine_chunks().to_numpy(zero_copy_only=False)
         cells = np.searchsorted(chosen, which[rows]) * len(names) + image
         seen = np.zeros(len(chosen) * len(names), dtype=bool)

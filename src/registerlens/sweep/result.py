@@ -136,7 +136,9 @@ class SweepResult:
             labels = dict.fromkeys(one.label for one in self.conditions)
             raise ConfigError(f"No condition {name!r}.{close_matches(name, labels)} `conditions` lists all.")
         if len(found) > 1:
-            told = [f"{self.conditions[i].key} ({self.conditions[i].model}, {self.conditions[i].images})" for i in found]
+            told = [
+                f"{self.conditions[i].key} ({self.conditions[i].model}, {self.conditions[i].images})" for i in found
+            ]
             raise ConfigError(f"{len(found)} conditions are called {name!r}; give a key: {', '.join(told[:8])}.")
         return found[0]
 
@@ -229,7 +231,9 @@ class SweepResult:
             ConfigError: no condition is left.
         """
         wanted = {name: [value] if _single(value) else list(value) for name, value in factors.items()}  # type: ignore[arg-type]
-        fits = [one for one in self.conditions if all(one.factors.get(name) in values for name, values in wanted.items())]
+        fits = [
+            one for one in self.conditions if all(one.factors.get(name) in values for name, values in wanted.items())
+        ]
         tested = {one.key for one in fits if one.kind == "tested"}
         if not tested:
             known = dict.fromkeys(name for one in self.conditions for name in one.factors)
@@ -292,7 +296,6 @@ class SweepResult:
             known = list(self.metrics)
             raise ConfigError(f"No metric {metric!r}.{close_matches(metric, known)} There are {known}.")
         return self.table[metric].to_numpy().astype(np.float64, copy=False)
-
 
 
 def _words(metrics: Mapping[str, str] | Sequence[Metric | str]) -> dict[str, str]:

@@ -122,7 +122,11 @@ class _Figure:
 
 
 def sweep_figure(
-    result: SweepResult, kind: str | None = None, metric: str | None = None, by: str = "difference", mode: Mode = "light"
+    result: SweepResult,
+    kind: str | None = None,
+    metric: str | None = None,
+    by: str = "difference",
+    mode: Mode = "light",
 ) -> go.Figure:
     """One of the figures "volcano", "heads", "dose", "layers"; by default the first for which the factors are there.
 
@@ -166,7 +170,9 @@ def drawable(result: SweepResult, metric: str, by: str = "difference") -> list[s
 def _effects(result: SweepResult, metric: str, by: _By) -> _Effects:
     frame = result.to_dataframe()
     frame = frame[frame["metric"] == metric]
-    columns = {by.value: "value", by.low: "low", by.high: "high"} | ({by.p: "p", f"{by.p}_holm": "p_holm"} if by.p else {})
+    columns = {by.value: "value", by.low: "low", by.high: "high"} | (
+        {by.p: "p", f"{by.p}_holm": "p_holm"} if by.p else {}
+    )
     known = [name for name in frame.columns if name not in (*HEAD, *NUMBERS)]
     kept = ["condition", "label", "kind", "model", "images", "control_of", "n_images", "p_least", *known]
     frame = frame[[*kept, *columns]].rename(columns=columns)
@@ -275,7 +281,10 @@ def _dose(effects: _Effects, mode: Mode) -> go.Figure:
             continue
         at = controls["control_of"].map(doses)
         means = controls["value"].groupby(at).mean().sort_index()
-        beside = {"legendgroup": f"controls {number}", "name": f"{name}: random controls" if len(series) > 1 else "controls"}
+        beside = {
+            "legendgroup": f"controls {number}",
+            "name": f"{name}: random controls" if len(series) > 1 else "controls",
+        }
         figure.add_trace(
             go.Scatter(
                 x=means.index.to_numpy(),
@@ -384,14 +393,20 @@ def _heads(effects: _Effects, mode: Mode) -> go.Figure:
         )
     colours = [[0, BLUE], [0.5, "#f7f7f7"], [1, RED]] if diverging else "Cividis"
     limits = {"cmin": -far, "cmax": far} if diverging else {}
-    figure.update_layout(coloraxis={"colorscale": colours, "colorbar": {"title": effects.by.words, "title_side": "right"}, **limits})
+    figure.update_layout(
+        coloraxis={"colorscale": colours, "colorbar": {"title": effects.by.words, "title_side": "right"}, **limits}
+    )
     figure.update_xaxes(title_text="head", dtick=1)
     figure.update_yaxes(dtick=1 if len(layers) <= 24 else 4)
     figure = _finish(figure, effects, mode)
     figure.layout.shapes = ()  # no zero line
     figure.update_yaxes(title_text="")
     figure.update_yaxes(title_text="layer", col=1)
-    return figure.update_layout(height=160 + 26 * len(layers), plot_bgcolor="#d9d9d9").update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+    return (
+        figure.update_layout(height=160 + 26 * len(layers), plot_bgcolor="#d9d9d9")
+        .update_xaxes(showgrid=False)
+        .update_yaxes(showgrid=False)
+    )
 
 
 def _volcano(effects: _Effects, mode: Mode) -> go.Figure:
@@ -424,16 +439,20 @@ def _volcano(effects: _Effects, mode: Mode) -> go.Figure:
     least = float(tested["p_least"].min())
     note = "; ".join(told)
     if least * len(tested) > _LEVEL:
-        note += f" (none can: {tested['n_images'].max()} images give no p below {least:.2g}, {len(tested)} tests need less)"
-    return figure.update_layout(height=520, title={"text": f"{figure.layout.title.text}<br><sup>{note}</sup>"}, margin={"t": 90})
+        note += (
+            f" (none can: {tested['n_images'].max()} images give no p below {least:.2g}, {len(tested)} tests need less)"
+        )
+    return figure.update_layout(
+        height=520, title={"text": f"{figure.layout.title.text}<br><sup>{note}</sup>"}, margin={"t": 90}
+    )
 
 
 def _cloud(rows: pd.DataFrame, name: str, colour: str, size: int, opacity: float, legend: bool) -> go.Scattergl:
-    """Points in single precision and layer.neuron as small integers, so that 18,432 of them take little room."""
+    """Points in single precision and layer.neuron as integers, so that 18,432 of them take little room."""
     return go.Scattergl(
         x=rows["value"].to_numpy(np.float32),
         y=rows["height"].to_numpy(np.float32),
-        customdata=rows[["layer", "neuron"]].to_numpy(np.int16 if rows["neuron"].max() < 2**15 else np.int32),
+        customdata=rows[["layer", "neuron"]].to_numpy(np.int32),
         name=name,
         legendgroup=name,
         showlegend=legend,
