@@ -156,7 +156,7 @@ def test_each_model_and_image_set_has_its_own_clean_run():
     sets = {(m, s): (clean(model=m, images=s), ablated(1, 2, model=m, images=s)) for m in "ab" for s in ("x", "y")}
     conditions = [one for pair in sets.values() for one in pair]
     tables = []
-    for number, ((model, images), pair) in enumerate(sets.items()):
+    for number, ((_, images), pair) in enumerate(sets.items()):
         n = 4 if images == "x" else 6
         base = np.full(n, 10.0 * number)
         tables.append(table_of(pair, {"norm": [base, base + number + 1]}, names=[f"{images}{i}" for i in range(n)]))
@@ -188,7 +188,7 @@ def test_top_orders_by_size_and_p_values_by_smallness(result):
     assert result.top("norm", by="vs_controls")["condition"].tolist() == [conditions[1].key]
     with pytest.raises(ConfigError, match="Did you mean 'difference'"):
         result.top("norm", by="diference")
-    with pytest.raises(ConfigError, match="No metric 'nrm'.*Did you mean 'norm'"):
+    with pytest.raises(ConfigError, match=r"No metric 'nrm'.*Did you mean 'norm'"):
         result.top("nrm")
 
 
@@ -205,7 +205,9 @@ def test_compare_is_paired_and_takes_label_key_or_condition(result):
     assert "20 images" in found.describe() and "layer=3 neuron=7" in found.describe()
     assert found.to_dataframe()["difference"].tolist() == found.differences.tolist()
     assert result.compare(b, a, "norm").difference == pytest.approx(-found.difference)
-    with pytest.raises(ConfigError, match="No condition 'layer=3 neuron=77 mode=zero'.*Did you mean 'layer=3 neuron=7"):
+    with pytest.raises(
+        ConfigError, match=r"No condition 'layer=3 neuron=77 mode=zero'.*Did you mean 'layer=3 neuron=7"
+    ):
         result.of("norm", "layer=3 neuron=77 mode=zero")
 
 

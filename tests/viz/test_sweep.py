@@ -155,7 +155,7 @@ def test_the_kind_follows_from_the_factors(layers, dose, heads, neurons):
         layers.plot("heads")
     with pytest.raises(ConfigError, match="'dose' needs the factor 'k' or 'scale'"):
         heads.plot("dose")
-    with pytest.raises(ConfigError, match="No kind of figure 'vulcano'. Did you mean 'volcano'"):
+    with pytest.raises(ConfigError, match=r"No kind of figure 'vulcano'. Did you mean 'volcano'"):
         neurons.plot("vulcano")
     with pytest.raises(ConfigError, match="No metric 'nrm'"):
         neurons.plot(metric="nrm")

@@ -39,9 +39,9 @@ def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) ->
     blocks = []
     for metric in result.metrics:
         columns = {name: np.full(len(result.conditions), np.nan) for name in NUMBERS if name != "metric"}
-        for name in times:
+        for name, drawn in times.items():
             places = result.places[name]
-            part = _measure(result, places, result.values(metric, name), times[name], flips, seed)
+            part = _measure(result, places, result.values(metric, name), drawn, flips, seed)
             for column, values in part.items():
                 columns[column][places.conditions] = values
         for column in ("p", "p_controls"):

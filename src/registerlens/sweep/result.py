@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,6 +86,20 @@ class SweepResult:
         result = cls(table=table, conditions=swept, metrics=words, skipped=tuple(skipped))
         _ = result.places
         return result
+
+    @classmethod
+    def from_store(cls, store: str | os.PathLike[str]) -> SweepResult:
+        """The result in a store; of a sweep that is not finished, what is done so far.
+
+        Args:
+            store: its folder or fsspec URL.
+
+        Raises:
+            StoreError: there is none, it is damaged, or of a newer version.
+        """
+        from registerlens.sweep.run import read_sweep  # noqa: PLC0415  (stores stand on results)
+
+        return read_sweep(store)
 
     @cached_property
     def places(self) -> dict[str, Places]:

@@ -186,8 +186,8 @@ def _neurons(top_k: Any, cumulative: Any, each: Any, random: Any, matched: Any, 
 
 
 _NEURON_WORDS = (
-    "'all', a list by name ('auto', 'published:NAME', a file), a list of pairs, or one of {top_k: [1, 2, 4], of: LIST}, "
-    "{cumulative: LIST}, {each: LIST}, {random: N, of: LIST}, {matched: N, of: LIST}, {sets: {NAME: pairs}}"
+    "'all', a list by name ('auto', 'published:NAME', a file), a list of pairs, or one of {top_k: [1, 2, 4], of: LIST}"
+    ", {cumulative: LIST}, {each: LIST}, {random: N, of: LIST}, {matched: N, of: LIST}, {sets: {NAME: pairs}}"
 )
 _SETS = Record(
     {
