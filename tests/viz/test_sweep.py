@@ -1,12 +1,13 @@
 """The figures of a sweep show the numbers of its table."""
 
-import json
-
 import numpy as np
+import pyarrow as pa
 import pytest
 from planted_sweeps import ablated, best, clean, head, result_of
 
 from registerlens.errors import ConfigError
+from registerlens.sweep.records import Swept
+from registerlens.sweep.result import SweepResult
 from registerlens.viz.sweep import drawable, sweep_figure
 
 N = 24
@@ -172,11 +173,36 @@ def test_every_figure_is_for_dark_pages_too(neurons, heads):
 
 
 def test_18432_neurons_take_less_than_two_megabytes():
-    rng = np.random.default_rng(0)
-    conditions = [clean(), *(ablated(i // 1536, i % 1536) for i in range(18_432))]
-    values = rng.normal(size=(18_433, 5))
-    figure = result_of(conditions, {"norm": values}).plot("volcano")
+    where = {"model": "model", "images": "images", "control_of": ""}
+    swept = [Swept(key="c", label="clean", factors={}, edited=False, **where)]
+    for i in range(18_432):
+        factors = {"layer": i // 1536, "neuron": i % 1536}
+        swept.append(Swept(key=str(i), label=f"neuron {i}", factors=factors, edited=True, **where))
+    keys, names = [one.key for one in swept], ["a", "b", "c"]
+    values = np.random.default_rng(0).normal(size=len(keys) * 3)
+    columns = {"condition": np.repeat(keys, 3), "shard": np.zeros(len(values), np.int32), "image": names * len(keys)}
+    result = SweepResult.from_table(pa.table({**columns, "norm": values}), swept, ["norm"])
+    figure = result.plot("volcano")
     size = len(figure.to_json())
     assert size < 2_000_000, size
     assert sum(len(one.x) for one in figure.data[:3]) == 18_432
-    assert json.loads(figure.to_json())["data"][0]["type"] == "scattergl"
+    assert all(one.type == "scattergl" for one in figure.data[:3])
+
+
+def test_conditions_of_several_grids_do_not_get_into_each_others_figures():
+    conditions = [
+        clean(),
+        *(head(layer, h) for layer in range(3) for h in range(2)),
+        *(ablated(layer, n) for layer in range(3) for n in range(4)),
+        *(best(k) for k in (1, 2, 4)),
+    ]
+    mixed = result_of(conditions, {"norm": noisy([float(i) for i in range(21)])})
+    assert drawable(mixed, "norm") == ["volcano", "heads", "dose", "layers"]
+    table = rows(mixed)
+    assert sum(len(one.x) for one in mixed.plot("volcano").data[:3]) == 12
+    assert np.isfinite(mixed.plot("heads").data[0].z.astype(float)).sum() == 6
+    assert mixed.plot("dose").data[0].y == pytest.approx(table[table["k"].notna()]["difference"].to_numpy())
+    figure = mixed.plot("layers")
+    heads = table[table["head"].notna()]
+    assert trace(figure, "of=heads, mean").y == pytest.approx(heads.groupby("layer")["difference"].mean().to_numpy())
+    assert len(trace(figure, "mode=zero of=neurons, each").x) == 12

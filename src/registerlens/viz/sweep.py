@@ -71,7 +71,11 @@ def drawable(result: SweepResult, metric: str, by: str = "difference") -> list[s
 
 
 def _missing(figure: _Figure, effects: Effects) -> str:
+    """The groups of factors that no condition has, or that none has together; empty if some do."""
     lacking = [group for group in figure.needs if not set(group) & set(effects.factors)]
+    there = [next(name for name in group if name in effects.factors) for group in figure.needs if group not in lacking]
+    if not lacking and effects.having(*there).tested.empty:
+        lacking = list(figure.needs)
     return " and ".join(" or ".join(map(repr, group)) for group in lacking)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -44,11 +46,16 @@ def _curve(rows: pd.DataFrame, x: str, name: str, number: int, label: str) -> go
 
 def layers_figure(effects: Effects, mode: Mode) -> go.Figure:
     """Effect per layer; where a layer has many conditions, each is a point and the line is their mean."""
+    effects = effects.having("layer")
     many = [name for name in ("neuron", "head") if name in effects.factors]
+    of = pd.Series(None, effects.tested.index, dtype=object)
+    for name in many:
+        of[effects.tested[name].notna()] = f"{name}s"
+    effects = replace(effects, tested=effects.tested.assign(of=of), factors=(*effects.factors, "of"))
     series = effects.limited("layers", len(_COLOURS), "layer", *many)
     figure = go.Figure()
     for number, (told, part) in enumerate(series.items()):
-        rows = part[part["layer"].notna()].sort_values("layer", kind="stable")
+        rows = part.sort_values("layer", kind="stable")
         name = told or "effect"
         if not rows["layer"].duplicated().any():
             figure.add_trace(_curve(rows, "layer", name, number, "layer"))
@@ -84,12 +91,13 @@ def dose_figure(effects: Effects, mode: Mode) -> go.Figure:
     """Effect by the dose, with the conditions' controls beside it: each draw a small mark, their mean dotted."""
     varying = [name for name in DOSES if name in effects.factors]
     dose = max(varying, key=lambda name: effects.tested[name].nunique())
+    effects = effects.having(dose)
     # A set of neurons is named after its number; such a name is no series of its own.
     names = [one for one in ("neurons", "target") if one in effects.factors and _named_after(effects.tested, one, dose)]
     series = effects.limited("dose", len(_COLOURS), dose, *names)
     figure = go.Figure()
     for number, (told, part) in enumerate(series.items()):
-        rows = part[part[dose].notna()].sort_values(dose, kind="stable")
+        rows = part.sort_values(dose, kind="stable")
         name = told or "effect"
         figure.add_trace(_curve(rows, dose, name, number, dose))
         if effects.by.value == "vs_controls":
@@ -130,7 +138,7 @@ def dose_figure(effects: Effects, mode: Mode) -> go.Figure:
                 **beside,
             )
         )
-    doses = np.unique(effects.tested[dose].dropna().to_numpy(np.float64))
+    doses = np.unique(effects.tested[dose].to_numpy(np.float64))
     log = len(doses) > 2 and doses[0] > 0 and doses[-1] / doses[0] >= 16
     figure.update_xaxes(title_text=DOSES[dose] + (" (log)" if log else ""), type="log" if log else "linear")
     if len(doses) <= 12:

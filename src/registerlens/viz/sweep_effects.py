@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -44,6 +44,11 @@ class Effects:
     tested: pd.DataFrame
     controls: pd.DataFrame
     factors: tuple[str, ...]
+
+    def having(self, *factors: str) -> Effects:
+        """Only the conditions that have all of these factors."""
+        tested = self.tested.dropna(subset=list(factors))
+        return replace(self, tested=tested, factors=tuple(n for n in self.factors if tested[n].notna().any()))
 
     @property
     def title(self) -> str:

@@ -34,13 +34,13 @@ def _panels(
 
 def heads_figure(effects: Effects, mode: Mode) -> go.Figure:
     """Heat map layer x head; a dot where the Holm-corrected p-value is below 0.05."""
+    effects = effects.having("layer", "head")
     figure, panels = _panels(effects, "heads", "layer", "head")
-    rows = effects.tested.dropna(subset=["layer", "head"])
+    rows = effects.tested
     layers, heads = (np.arange(int(rows[name].max()) + 1) for name in ("layer", "head"))
     far = float(rows["value"].abs().max()) or 1.0
     diverging = effects.by.zero is not None
-    for column, (_, every) in panels:
-        part = every.dropna(subset=["layer", "head"])
+    for column, (_, part) in panels:
         z = np.full((len(layers), len(heads)), np.nan)
         extra = np.full((*z.shape, 3), np.nan)
         at = part["layer"].to_numpy(int), part["head"].to_numpy(int)
@@ -98,10 +98,12 @@ def volcano_figure(effects: Effects, mode: Mode) -> go.Figure:
     """Effect of each neuron against -log10 p; those that pass Holm's correction are coloured, the top ones named."""
     if not effects.by.p:
         raise ConfigError("A volcano shows tests; take by='difference' or by='vs_controls'.")
+    n_tests = len(effects.tested)  # all that Holm's correction counts
+    effects = effects.having("layer", "neuron")
     figure, panels = _panels(effects, "volcano", "layer", "neuron")
     told = []
     for column, (name, every) in panels:
-        placed = every.dropna(subset=["layer", "neuron", "p"])
+        placed = every.dropna(subset=["p"])
         part = placed.assign(height=-np.log10(placed["p"].to_numpy()))
         sure = part["p_holm"] < LEVEL
         groups = (
@@ -121,7 +123,7 @@ def volcano_figure(effects: Effects, mode: Mode) -> go.Figure:
     figure.update_yaxes(title_text="-log10 p (sign-flip permutation)", col=1)
     figure.add_vline(x=0, line={"color": GREY, "width": 1})
     note = f"{', '.join(told)} pass Holm's correction"
-    least, n_tests = float(effects.tested["p_least"].min()), len(effects.tested)
+    least = float(effects.tested["p_least"].min())
     if least * n_tests > LEVEL:
         n = effects.tested["n_images"].max()
         note += f" (none can: {n} images give no p below {least:.2g}, and {n_tests} tests need less)"
