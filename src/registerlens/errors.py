@@ -58,6 +58,14 @@ class InterventionError(RegisterLensError, ValueError):
     """An intervention names something that does not exist, never fires, or lacks what it needs."""
 
 
+class StoreError(RegisterLensError, OSError):
+    """A sweep's store is damaged, full, held by another run, or of another sweep; what was stored before is intact."""
+
+
+class WorkerError(RegisterLensError, RuntimeError):
+    """A sweep's worker died again and again on the same task, or failed in it."""
+
+
 class MissingExtraError(RegisterLensError, ImportError):
     """An optional dependency is not installed."""
 

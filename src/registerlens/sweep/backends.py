@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +16,9 @@ from registerlens.errors import ImageError
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.metrics import Metric
+from registerlens.sweep.parts import part_schema, with_skipped
 from registerlens.sweep.shipping import PackedModel, pack
 from registerlens.sweep.tasks import Task
-
-SKIPPED = b"registerlens.skipped"
-"""Key of a part's metadata under which the images that could not be used stand, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,38 +104,17 @@ def perform(job: Job, task: Task) -> pa.Table:
         raise TypeError("perform needs job.unpacked(), made once in each worker.")
     from registerlens.sweep.runner import run_task  # noqa: PLC0415  (lands on another branch)
 
+    nothing = part_schema(metric.name for metric in job.metrics).empty_table()
     try:
         shard = source.shard(task.shard)
     except ImageError as error:
-        return _noted(empty_table(job.metrics), [Skipped(f"shard {task.shard}", str(error))])
+        return with_skipped(nothing, [Skipped(f"shard {task.shard}", str(error))])
     if not shard.names:
-        return _noted(empty_table(job.metrics), shard.skipped)
+        return with_skipped(nothing, shard.skipped)
     table = run_task(
         vit, shard, conditions, job.metrics, index=task.shard, batch_size=job.batch_size, stack=job.stack
     )
-    return _noted(table, shard.skipped)
-
-
-def part_schema(metrics: Iterable[Metric]) -> pa.Schema:
-    """Columns of every part and of the whole table."""
-    fixed = [("condition", pa.string()), ("shard", pa.int32()), ("image", pa.string())]
-    return pa.schema([*fixed, *((metric.name, pa.float64()) for metric in metrics)])
-
-
-def empty_table(metrics: Iterable[Metric]) -> pa.Table:
-    """A part without rows."""
-    return part_schema(metrics).empty_table()
-
-
-def skipped_of(table: pa.Table) -> tuple[Skipped, ...]:
-    """The images that `perform` could not use."""
-    told = (table.schema.metadata or {}).get(SKIPPED, b"[]")
-    return tuple(Skipped(name, reason) for name, reason in json.loads(told))
-
-
-def _noted(table: pa.Table, skipped: Iterable[Skipped]) -> pa.Table:
-    told = json.dumps([[one.name, one.reason] for one in skipped])
-    return table.replace_schema_metadata({SKIPPED: told.encode()})
+    return with_skipped(table, shard.skipped)
 
 
 @contextmanager
