@@ -49,11 +49,13 @@ class Cutoff:
     relative: bool
     """Whether it scales with the image's median."""
 
-    def above(self, norms: Float[Tensor, "image patch"]) -> Bool[Tensor, "image patch"]:
-        """Which patches lie above it."""
+    def above(
+        self, norms: Float[Tensor, "image patch"], clean: Float[Tensor, "image patch"] | None = None
+    ) -> Bool[Tensor, "image patch"]:
+        """Which patches lie above it; `clean` has the norms whose median counts, so that edits do not move it."""
         if not self.relative:
             return norms > self.value
-        return norms > self.value * medians(norms)
+        return norms > self.value * medians(norms if clean is None else clean)
 
     def __str__(self) -> str:
         return f"{self.value:.3g} x the image's median norm" if self.relative else f"norm {self.value:.4g}"
@@ -372,6 +374,22 @@ def patch_norms(
     with vit.hooks([hook]):
         vit(batch.to(vit.device), stop_at_layer=max(layer_of(sublayer), 0) + 1)
     return seen[0]
+
+
+def after_onset(detection: Detection, n_layers: int) -> range:
+    """The layers in which attention meets the outliers: those after the onset, or the last one.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> found = detect(rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images)
+        >>> found.onset, after_onset(found, 6)
+        ('1.mlp', range(2, 6))
+    """
+    onset = detection.onset or detection.sublayer
+    layer, _, kind = onset.partition(".")
+    first = 0 if not kind else int(layer) + 1
+    return range(min(first, n_layers - 1), n_layers)
 
 
 # Names of places -----------------------------------------------------------------------------------------------------

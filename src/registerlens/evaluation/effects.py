@@ -17,17 +17,19 @@ from torch import Tensor
 from registerlens.analysis.detection import (
     Detection,
     Threshold,
+    after_onset,
     detect,
     detection_from_dict,
     detection_in,
     detection_to_dict,
     require_outliers,
 )
+from registerlens.analysis.predictions import classifies
 from registerlens.analysis.trace import sublayers, trace
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_controls
-from registerlens.evaluation.observe import METRICS, Observation, Yardstick, classifies, observe
+from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
 from registerlens.evaluation.verdict import Verdict, judge_effect
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.ablation import Ablate
@@ -253,7 +255,7 @@ def _measure(
 ) -> _Sums:
     """Every batch under every condition, beside its clean run."""
     sums = _Sums(list(conditions), vit.cfg.n_layers)
-    place, layers = sums.sublayers.index(detection.sublayer), _after_onset(detection, vit.cfg.n_layers)
+    place, layers = sums.sublayers.index(detection.sublayer), after_onset(detection, vit.cfg.n_layers)
     start = 0
     with torch.inference_mode():
         for batch in track(batches, "evaluating", n_images, len):
@@ -331,13 +333,6 @@ def _where(
         return detection, None if found.onset is None else detection_in(found, found.onset)
     detection = detect(vit, images, threshold=threshold, layer=layer, batch_size=batch_size)
     return detection, detection
-
-
-def _after_onset(detection: Detection, n_layers: int) -> range:
-    onset = detection.onset or detection.sublayer
-    layer, _, kind = onset.partition(".")
-    first = 0 if not kind else int(layer) + 1
-    return range(min(first, n_layers - 1), n_layers)
 
 
 def _check(tested: Mapping[str, Any], images: Images) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Cutoff
 from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.predictions import accuracy, divergence
 from registerlens.analysis.sinks import attention_hooks
-from registerlens.config import TokenLayout, ViTConfig
-from registerlens.errors import ShapeError
+from registerlens.config import TokenLayout
 from registerlens.model.vit import HookedViT
 
 METRICS = {
@@ -145,31 +145,7 @@ class Yardstick:
         if seen.output.ndim == 2:
             found["cos_output"] = F.cosine_similarity(seen.output.float(), clean.output.float(), dim=-1)
         if self.classifies or self.labels is not None:
-            found |= self._predictions(seen.output, clean.output)
-        return found
-
-    def _predictions(self, output: Tensor, clean: Tensor) -> dict[str, Tensor]:
-        groups = 1
+            found["kl"] = divergence(seen.output, clean.output, self.labels)
         if self.labels is not None:
-            groups = self.labels.shape[-1] if self.labels.ndim == output.ndim else 1
-            expected = (*output.shape[:-1], groups) if self.labels.ndim == output.ndim else output.shape[:-1]
-            if self.labels.shape != expected or output.shape[-1] % groups:
-                raise ShapeError(
-                    f"Labels of shape {list(self.labels.shape)} do not fit an output of shape {list(output.shape)}: "
-                    f"expected one label for each prediction, or one for each of several equal groups of classes on a "
-                    f"last axis; -1 where there is none."
-                )
-        now, then = (x.float().unflatten(-1, (groups, -1)).log_softmax(-1) for x in (output, clean))
-        divergence = (then.exp() * (then - now)).sum(-1)
-        if self.labels is None:
-            return {"kl": divergence.flatten(1).mean(1)}
-        labels = self.labels.to(output.device).reshape(now.shape[:-1])
-        there = labels >= 0
-        right, divergence = ((x * there).flatten(1).sum(1) for x in (now.argmax(-1) == labels, divergence))
-        n = there.flatten(1).sum(1)
-        return {"kl": divergence / n, "accuracy": right / n}
-
-
-def classifies(cfg: ViTConfig) -> bool:
-    """Whether the output are logits of classes, rather than a projection or a pooled token."""
-    return cfg.d_out is not None and cfg.head_bias and cfg.head_act is None
+            found["accuracy"] = accuracy(seen.output, self.labels)
+        return found
