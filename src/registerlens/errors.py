@@ -62,8 +62,8 @@ class StoreError(RegisterLensError, OSError):
     """A sweep's store is damaged, full, held by another run, or of another sweep; what was stored before is intact."""
 
 
-class WorkerError(RegisterLensError, RuntimeError):
-    """A sweep's worker died again and again on the same task, or failed in it."""
+class BackendError(RegisterLensError, RuntimeError):
+    """Workers of a sweep cannot be had, or died again and again on the same task; what was stored is intact."""
 
 
 class MissingExtraError(RegisterLensError, ImportError):

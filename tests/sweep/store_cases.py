@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 import registerlens as rl
@@ -89,9 +90,14 @@ class Spotty:
 def bits(table):
     """Names, order and every bit of a table's numbers."""
     return {
-        name: column.to_pylist() if column.type == "string" else column.to_numpy().tobytes()
+        name: column.to_numpy().tobytes() if pa.types.is_primitive(column.type) else column.to_pylist()
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
+
+
+def rows(result):
+    """A result's table as a data frame of plain strings and numbers."""
+    return result.table.to_pandas().astype({"condition": str, "image": str})
 
 
 def part_bits(folder):
@@ -102,14 +108,21 @@ def part_bits(folder):
 
 def part_files(folder):
     """Which files are there, and since when: a part that is made twice has another time or inode."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder, "parts").glob("*.parquet")}
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder, "parts").glob("*.parquet")
+    }
 
 
 def sweep(folder, metrics=METRICS, conditions=None, images=None, vit=None, **options):
     """The sweep of these tests: by default 25 conditions on 10 images in 5 shards."""
     options = {"shard_size": 2, "batch_size": 2} | options
     return run_sweep(
-        vit or tiny_vit(), pixels() if images is None else images, conditions or neurons(), metrics, store=folder, **options
+        vit or tiny_vit(),
+        pixels() if images is None else images,
+        conditions or neurons(),
+        metrics,
+        store=folder,
+        **options,
     )
 
 
@@ -198,4 +211,3 @@ class DeadlyOnce:
             (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return TensorSource(pixels(), shard_size=2).shard(index)
-

@@ -12,7 +12,7 @@ from test_kill import start
 
 import registerlens as rl
 from registerlens.data.sources import TensorSource
-from registerlens.errors import ConfigError, WorkerError
+from registerlens.errors import ConfigError, BackendError
 from registerlens.sweep.backends import Job, LocalBackend, perform
 from registerlens.sweep.metrics import Metric
 from registerlens.sweep.processes import ProcessBackend
@@ -53,7 +53,7 @@ def test_a_dead_worker_is_replaced_and_its_task_done_again(tmp_path):
 def test_a_task_that_always_kills_is_named_and_the_rest_is_kept(tmp_path):
     deaths = tmp_path / "deaths"
     deaths.mkdir()
-    with pytest.raises(WorkerError, match=r"died 4 times on the task g00000-s000004 .*SIGKILL.*intact"):
+    with pytest.raises(BackendError, match=r"died 4 times on the task g00000-s000004 .*SIGKILL.*intact"):
         deadly = DeadlyOnce(deaths, times=99, shard=4)
         sweep(tmp_path / "store", images=deadly, backend="processes", workers=1, threads=1)
     assert sorted(part_bits(tmp_path / "store")) == [f"g00000-s00000{shard}" for shard in range(4)]
@@ -119,9 +119,23 @@ def _broken(edited, clean):
     raise ZeroDivisionError("of all things")
 
 
-def test_an_error_in_a_worker_names_the_task_and_is_not_tried_again():
-    with pytest.raises(WorkerError, match=r"(?s)g00000-s000000 failed.*_broken.*of all things"):
-        list(ProcessBackend(workers=1).run(a_job([Metric(name="broken", measure=_broken)]), [Task(0, 0)]))
+class Unsendable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def _unsendable(edited, clean):
+    raise Unsendable(1, 2)
+
+
+@pytest.mark.parametrize(("measure", "error"), [(_broken, ZeroDivisionError), (_unsendable, BackendError)])
+def test_an_error_in_a_worker_is_raised_here_and_names_the_task(measure, error):
+    tasks = iter([Task(0, 0), Task(0, 1)])
+    with pytest.raises(error) as caught:
+        list(ProcessBackend(workers=1).run(a_job([Metric(name="broken", measure=measure)]), tasks))
+    told = str(caught.value) + "".join(caught.value.__notes__)
+    assert "In task g00000-s000000, in a worker process" in told and measure.__name__ in told
+    assert len(list(tasks)) == 1, "a task that fails is not tried again"
 
 
 def test_a_lambda_is_sent_or_refused(monkeypatch):
@@ -137,7 +151,9 @@ def test_a_packed_model_is_the_model():
     vit = tiny_vit(3).to(torch.bfloat16)
     there = pack(vit).unpack()
     assert there.cfg == vit.cfg and there.preprocess == vit.preprocess and not there.training
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(there.parameters(), vit.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(there.parameters(), vit.parameters(), strict=True)
+    )
     with vit.edit(rl.Ablate(rl.Heads([(0, 0)]))), pytest.raises(ConfigError, match=r"in force at blocks.0.attn.hook_z"):
         try:
             pack(vit)

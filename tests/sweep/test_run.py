@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from store_cases import METRICS, bits, neurons, part_bits, part_files, pixels, sweep, tiny_vit
+from store_cases import METRICS, bits, neurons, part_bits, part_files, pixels, rows, sweep, tiny_vit
 
 import registerlens as rl
 from registerlens.data.sources import TensorSource
@@ -21,7 +21,7 @@ from registerlens.sweep.store import Store
 
 def test_the_numbers_are_those_of_a_plain_loop():
     vit, images, conditions = tiny_vit(), pixels(), neurons(3)
-    table = sweep(None, conditions=conditions).table.to_pandas().set_index(["condition", "image"])
+    table = rows(sweep(None, conditions=conditions)).set_index(["condition", "image"])
     with torch.inference_mode():
         clean = vit(images)
         for one in conditions:
@@ -38,8 +38,8 @@ def test_several_models_and_image_sets():
     conditions = [replace(one, model=model, images=at) for one in neurons(1) for model in models for at in images]
     result = sweep(None, vit=models, images=images, conditions=conditions)
     assert result.table.num_rows == (2 + 1) * 2 * (4 + 3)
-    alone = sweep(None, vit=tiny_vit(1), images=images["b"], conditions=neurons(1)).table.to_pandas()
-    mine = result.table.to_pandas()
+    alone = rows(sweep(None, vit=tiny_vit(1), images=images["b"], conditions=neurons(1)))
+    mine = rows(result)
     for one, there in zip(neurons(1), [c for c in conditions if (c.model, c.images) == ("two", "b")], strict=True):
         expected = alone[alone["condition"] == one.key]["drift"].to_numpy()
         assert np.array_equal(mine[mine["condition"] == there.key]["drift"].to_numpy(), expected)
@@ -52,7 +52,7 @@ def _label(edited, clean):
 def test_labels_reach_the_metrics():
     labels = torch.arange(10) * 3
     result = sweep(None, [Metric(name="label", measure=_label)], conditions=neurons(1), labels=labels.tolist())
-    table = result.table.to_pandas()
+    table = rows(result)
     assert (table["label"] == table["image"].str.removeprefix("image ").astype(int) * 3).all()
 
 
@@ -67,8 +67,8 @@ def test_means_are_fitted_once_and_kept(tmp_path, monkeypatch):
         clean = vit(pixels())
         with vit.edit(by_hand):
             drift = (vit(pixels()) - clean).norm(dim=-1)
-    rows = first.table.to_pandas()
-    np.testing.assert_allclose(rows[rows["condition"] == where]["drift"], drift, rtol=1e-5, atol=1e-6)
+    found = rows(first)
+    np.testing.assert_allclose(found[found["condition"] == where]["drift"], drift, rtol=1e-5, atol=1e-6)
 
     monkeypatch.setattr("registerlens.sweep.fitted.fit_planned", None)  # a resumed run must not need it
     part = tmp_path / "parts" / "g00000-s000001.parquet"
@@ -88,9 +88,9 @@ def test_added_conditions_are_fitted_and_old_fits_stay(tmp_path):
     before = part_files(tmp_path)
     result = sweep(tmp_path, conditions=more, reference_images=source)
     assert before.items() <= part_files(tmp_path).items()
-    rows = [r.to_pandas().set_index(["condition", "image"]).sort_index() for r in (
-        result.table, sweep(None, conditions=more, reference_images=source).table)]
-    assert rows[0].equals(rows[1].astype(rows[0].dtypes))
+    alone = sweep(None, conditions=more, reference_images=source)
+    order = ["condition", "image"]
+    assert rows(result).sort_values(order, ignore_index=True).equals(rows(alone).sort_values(order, ignore_index=True))
     fits = sorted((tmp_path / "fitted").iterdir())
     assert [path.name for path in fits] == ["00000.zip", "00001.zip"]
     fits[0].write_bytes(fits[0].read_bytes()[:-1])
@@ -110,16 +110,24 @@ class Counting(LocalBackend):
 
 OTHER_SIZE = torch.zeros(3, 3, 8, 12)
 REFUSED = {
-    "labels": ({"labels": torch.zeros(7)}, ShapeError, "7 labels for 10 images"),
+    "labels": ({"labels": [0] * 7}, ShapeError, "7 labels for 10 images"),
     "labels of a set": (
         {"images": {"images": pixels(4), "more": pixels(3)}, "labels": {"more": [1, 2]}},
         ShapeError,
         "2 labels for 3 images",
     ),
     "labels for nobody": ({"labels": {"other": [1]}}, ConfigError, r"labels for \['other'\], but image sets"),
-    "labels of several sets": ({"images": {"images": pixels(4), "b": pixels(4)}, "labels": [1] * 4}, ConfigError, "by name"),
+    "labels of several sets": (
+        {"images": {"images": pixels(4), "b": pixels(4)}, "labels": [1] * 4},
+        ConfigError,
+        "by name",
+    ),
     "labels of a source": ({"images": TensorSource(pixels()), "labels": [1] * 10}, ConfigError, "labels of its own"),
-    "a neuron that is not there": ({"conditions": neurons(13)}, InterventionError, r"2 of 27 .*(?s:.)*layer=0 neuron=12"),
+    "a neuron that is not there": (
+        {"conditions": neurons(13)},
+        InterventionError,
+        r"2 of 27 .*(?s:.)*layer=0 neuron=12",
+    ),
     "an unknown model": ({"conditions": [replace(neurons(1)[0], model="big")]}, InterventionError, "no model 'big'"),
     "unknown images": ({"conditions": [replace(neurons(1)[0], images="imagse")]}, ConfigError, "Did you mean 'images'"),
     "a control of nothing": ({"conditions": [replace(neurons(1)[0], control_of="?")]}, InterventionError, "left out"),
@@ -127,9 +135,13 @@ REFUSED = {
     "images of a wrong kind": ({"images": ["a.png"]}, ConfigError, "are a list"),
     "images of a wrong shape": ({"images": pixels()[0]}, ConfigError, "expected .image, channel"),
     "images of a wrong size": ({"images": torch.zeros(3, 1, 8, 8)}, ShapeError, "Expected images of shape"),
-    "no reference": ({"conditions": grid(rl.Ablate, target=[rl.Heads([(0, 1)])], mode=["mean"])}, ConfigError, "1 edits of"),
-    "metrics of one name": ({"metrics": [METRICS[0]] * 2}, ConfigError, "different names"),
-    "a metric named image": ({"metrics": [replace(METRICS[0], name="image")]}, ConfigError, "none of"),
+    "no reference": (
+        {"conditions": grid(rl.Ablate, target=[rl.Heads([(0, 1)])], mode=["mean"])},
+        ConfigError,
+        "1 edits of",
+    ),
+    "metrics of one name": ({"metrics": [METRICS[0]] * 2}, ConfigError, "Two metrics are named"),
+    "a metric named image": ({"metrics": [replace(METRICS[0], name="image")]}, ConfigError, "name of its own"),
     "no metric": ({"metrics": []}, ConfigError, "at least one metric"),
     "batch size": ({"batch_size": 0}, ConfigError, "batch_size must be at least 1"),
 }

@@ -17,6 +17,7 @@ from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.metrics import Metric
 from registerlens.sweep.parts import part_schema, with_skipped
+from registerlens.sweep.runner import run_task
 from registerlens.sweep.shipping import PackedModel, pack
 from registerlens.sweep.tasks import Task
 
@@ -45,6 +46,10 @@ class Job:
     """Sequences (images x conditions) that go through the model at once."""
     threads: int
     """Torch threads a worker uses: another number may change the last bit of a sum."""
+
+    def images_of(self, task: Task) -> str:
+        """The name of the image set that a task looks at."""
+        return self.conditions[self.groups[task.group][0]].images
 
     def packed(self) -> Job:
         """The same job with its models ready to be sent; every worker of every kind takes the same bytes.
@@ -102,8 +107,6 @@ def perform(job: Job, task: Task) -> pa.Table:
     vit, source = job.models[conditions[0].model], job.sources[conditions[0].images]
     if isinstance(vit, PackedModel):
         raise TypeError("perform needs job.unpacked(), made once in each worker.")
-    from registerlens.sweep.runner import run_task  # noqa: PLC0415  (lands on another branch)
-
     nothing = part_schema(metric.name for metric in job.metrics).empty_table()
     try:
         shard = source.shard(task.shard)
@@ -111,9 +114,7 @@ def perform(job: Job, task: Task) -> pa.Table:
         return with_skipped(nothing, [Skipped(f"shard {task.shard}", str(error))])
     if not shard.names:
         return with_skipped(nothing, shard.skipped)
-    table = run_task(
-        vit, shard, conditions, job.metrics, index=task.shard, batch_size=job.batch_size, stack=job.stack
-    )
+    table = run_task(vit, shard, conditions, job.metrics, index=task.shard, batch_size=job.batch_size, stack=job.stack)
     return with_skipped(table, shard.skipped)
 
 

@@ -195,7 +195,9 @@ class RemoteFolder:
 
 def _modified(told: dict[str, Any]) -> datetime | None:
     """When a file was written, under the names that fsspec's file systems have for it."""
-    when = next((told[key] for key in ("LastModified", "last_modified", "mtime", "updated", "created") if key in told), None)
+    when = next(
+        (told[key] for key in ("LastModified", "last_modified", "mtime", "updated", "created") if key in told), None
+    )
     return when if isinstance(when, datetime) else None
 
 

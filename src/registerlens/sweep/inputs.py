@@ -13,8 +13,7 @@ from registerlens.errors import ConfigError, close_matches
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.grid import Conditions
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.parts import part_schema
+from registerlens.sweep.metrics import Metric, check_metrics, default_metrics
 from registerlens.sweep.shipping import check_untouched
 
 
@@ -87,7 +86,9 @@ def as_conditions(
         ShapeError: a model cannot take its images.
     """
     given = Conditions.of(conditions) if (conditions := list(conditions)) else ()
-    places = dict.fromkeys((one.model, one.images) for one in given) or {(next(iter(models)), next(iter(sources))): None}
+    places = dict.fromkeys((one.model, one.images) for one in given) or {
+        (next(iter(models)), next(iter(sources))): None
+    }
     has_clean = {(one.model, one.images) for one in given if not one.interventions}
     clean = [Condition(model=model, images=images) for model, images in places if (model, images) not in has_clean]
     every = Conditions((*clean, *given)).check(models)
@@ -103,16 +104,22 @@ def as_conditions(
     return every
 
 
-def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
-    """Metrics with names that can be columns.
+def as_metrics(
+    metrics: Sequence[Metric] | None, models: Mapping[str, HookedViT], sources: Mapping[str, Source]
+) -> tuple[Metric, ...]:
+    """The metrics, or the built-in ones that all models have alike; outliers and sinks are not among these.
 
     Raises:
-        ConfigError: none, two of one name, or one named like a column that is there anyway.
+        ConfigError: there is none, the models' built-in ones differ, or as `check_metrics`.
     """
-    names = [metric.name for metric in metrics]
-    taken = part_schema([]).names
-    if wrong := [name for name in names if names.count(name) > 1 or name in taken or not name]:
-        raise ConfigError(f"Metrics need different names, and none of {taken}; got {wrong[0]!r} among {names}.")
-    if not names:
+    if metrics is None:
+        labels = all(getattr(source, "labels", None) is not None for source in sources.values())
+        built_in = [default_metrics(vit, labels=labels) for vit in models.values()]
+        if any([one.words for one in own] != [one.words for one in built_in[0]] for own in built_in):
+            raise ConfigError("The models' built-in metrics differ (depth, or what comes out): give metrics=[...].")
+        metrics = built_in[0]
+    if not metrics:
         raise ConfigError("A sweep needs at least one metric; metrics=None takes the built-in ones.")
+    for vit in models.values():
+        check_metrics(metrics, vit.cfg)
     return tuple(metrics)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from registerlens.errors import ConfigError, WorkerError
+from registerlens.errors import ConfigError, BackendError
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.backends import Job, perform
 from registerlens.sweep.tasks import Task
@@ -52,16 +52,17 @@ class ProcessBackend:
 
         Raises:
             ConfigError: a model is not on the CPU, or the job cannot be sent.
-            WorkerError: a task failed in a worker, or workers died on it again and again; the message names it.
+            BackendError: workers died on one task again and again; the message names it.
+            Exception: what a task raised in its worker, with a note that names the task.
         """
-        pool = _Pool(_sendable(job), self.workers)
+        pool = _Pool(_bytes_of(job), self.workers)
         try:
             yield from pool.results(iter(tasks))
         finally:
             pool.stop()
 
 
-def _sendable(job: Job) -> bytes:
+def _bytes_of(job: Job) -> bytes:
     """The job as bytes.
 
     Raises:
@@ -156,7 +157,7 @@ class _Pool:
         """A worker's table; None if it has died instead.
 
         Raises:
-            WorkerError: the task failed.
+            Exception: the task failed.
         """
         task = worker.task
         try:
@@ -166,7 +167,8 @@ class _Pool:
             return None
         worker.task = None
         if not done:
-            raise WorkerError(f"The task {task.name if task else ''} failed in a worker process.\n{told}")
+            told.add_note(f"In task {task.name if task else ''}, in a worker process.")
+            raise told
         return told
 
     def _start(self) -> _Worker:
@@ -185,7 +187,7 @@ class _Pool:
         """A worker is dead: its task is for another one.
 
         Raises:
-            WorkerError: this has happened too often on this task.
+            BackendError: this has happened too often on this task.
         """
         self.workers.remove(worker)
         worker.pipe.close()
@@ -195,7 +197,7 @@ class _Pool:
             return
         self.deaths[task] += 1
         if self.deaths[task] > RETRIES:
-            raise WorkerError(
+            raise BackendError(
                 f"Worker processes died {self.deaths[task]} times on the task {task.name} (the last one with "
                 f"{_fate(worker.process.exitcode)}). What was stored before is intact. Most often memory is the cause: "
                 f"use fewer workers or a smaller batch_size. A script also needs `if __name__ == '__main__':`."
@@ -233,6 +235,16 @@ def _work(pipe: Connection) -> None:
             task = pipe.recv()
             try:
                 told = True, perform(job, task)
-            except Exception:  # whatever it is, the driver tells the user
-                told = False, traceback.format_exc()
+            except Exception as error:  # whatever it is, the driver tells the user
+                told = False, _sendable_error(error)
             pipe.send(told)
+
+
+def _sendable_error(error: Exception) -> Exception:
+    """The error with its traceback in a note; in words where pickle cannot send it."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # what pickle raises is up to the error's class
+        return BackendError("".join(traceback.format_exception(error)))
+    return error

@@ -18,14 +18,15 @@ from registerlens.sweep.conditions import Condition
 from registerlens.sweep.fitted import References, fit_missing, identity_of
 from registerlens.sweep.fitting import unfitted
 from registerlens.sweep.grid import Conditions
-from registerlens.sweep.inputs import as_conditions, as_models, as_sources, check_metrics
+from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
 from registerlens.sweep.manifest import Manifest, manifest_of
 from registerlens.sweep.memory import MemoryStore
 from registerlens.sweep.metrics import Metric
+from registerlens.sweep.parts import skipped_of
 from registerlens.sweep.processes import ProcessBackend
+from registerlens.sweep.records import Swept
 from registerlens.sweep.result import SweepResult
 from registerlens.sweep.store import Store, grown, joined, writing
-from registerlens.sweep.parts import skipped_of
 from registerlens.sweep.tasks import Task, group_conditions
 
 STACK = 4
@@ -60,7 +61,8 @@ def run_sweep(
         images: a tensor [image, channel, height, width] of preprocessed images, a `Source`, or several of these by the
             names that conditions use.
         conditions: made by `rl.grid` and the like; a clean run is added where there is none.
-        metrics: what is measured; None is the built-in ones.
+        metrics: what is measured; None is the built-in ones that need no search for outliers. For outliers and sinks
+            give `default_metrics(vit, rl.find_outliers(vit, images).detection)`.
         labels: one an image, where the images are a tensor; by name for several image sets.
         reference_images: images on which means, noise, attention biases and the like are fitted, as a tensor, in
             batches, or as a Source; or those of each model by its name.
@@ -84,7 +86,7 @@ def run_sweep(
         InterventionError: a condition does not fit its model.
         ShapeError: not one label an image, or images that a model cannot take.
         StoreError: the store is in use, full, damaged, or of another sweep; what was stored before is intact.
-        WorkerError: a worker process failed or died again and again.
+        BackendError: a worker process failed or died again and again.
 
     Example:
         >>> import registerlens as rl
@@ -96,7 +98,7 @@ def run_sweep(
     """
     models, sources = as_models(models), as_sources(images, labels, shard_size)
     planned = as_conditions(conditions, models, sources)
-    measured = check_metrics(_metrics(metrics, models, sources))
+    measured = as_metrics(metrics, models, sources)
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
     chosen, n_workers = _backend(backend, workers, address)
@@ -125,14 +127,40 @@ def run_sweep(
             threads=opened.manifest.threads,
         )
         _work(chosen, job, opened)
-        tables = [table for _, table in opened.tables()]
-    skipped = dict.fromkeys(one for table in tables for one in skipped_of(table))
-    table = joined(tables, list(opened.manifest.metrics))
-    return SweepResult.from_table(table, list(planned), measured, tuple(skipped))
+        return _result(opened, planned)
+
+
+def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
+    """The result in a store, without the models or the images; of a sweep that is not finished, what is done so far.
+
+    Args:
+        store: its folder or fsspec URL.
+
+    Raises:
+        StoreError: there is none, it is damaged, or of a newer version.
+    """
+    opened = Store.open(store)
+    names = ("label", "factors", "model", "images", "control_of")
+    conditions = [
+        Swept(key=key, edited=bool(told["content"]), **{name: told[name] for name in names})
+        for key, told in opened.manifest.conditions.items()
+    ]
+    return _result(opened, conditions)
+
+
+def _result(store: Store | MemoryStore, conditions: Iterable[Condition | Swept]) -> SweepResult:
+    tables = [table for _, table in store.tables()]
+    skipped = tuple(dict.fromkeys(one for table in tables for one in skipped_of(table)))
+    metrics = {name: told["words"] for name, told in store.manifest.metrics.items()}
+    return SweepResult.from_table(joined(tables, list(metrics)), list(conditions), metrics, skipped)
 
 
 def _opened(
-    store: str | os.PathLike[str] | None, asked: Manifest, conditions: Conditions, models: Mapping[str, HookedViT], resume: bool
+    store: str | os.PathLike[str] | None,
+    asked: Manifest,
+    conditions: Conditions,
+    models: Mapping[str, HookedViT],
+    resume: bool,
 ) -> AbstractContextManager[Store | MemoryStore]:
     """The store for the length of the run."""
 
@@ -146,7 +174,10 @@ def _opened(
 
 def _work(backend: Backend, job: Job, store: Store | MemoryStore) -> None:
     """Do what is missing; progress counts conditions, a shard of several being a part of one."""
-    tasks, missing = store.manifest.tasks(), store.missing()
+    tasks = store.manifest.tasks()
+    # All groups on one shard before the next one: it is read once, and a run that is stopped has all conditions on some
+    # images, which says more than some conditions on all.
+    missing = sorted(store.missing(), key=lambda task: (job.images_of(task), task.shard, task.group))
     n_shards = Counter(task.group for task in tasks)
 
     def share(task: Task) -> float:
@@ -176,6 +207,10 @@ def _backend(backend: str | Backend, workers: int, address: str | None) -> tuple
             raise ConfigError(f"backend='local' is this process alone; workers={workers} needs backend='processes'.")
         return LocalBackend(), 1
     if backend == "processes":
-        n = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
+        n = (
+            workers or len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else workers or os.cpu_count() or 1
+        )
         return ProcessBackend(workers=n), n
     raise ConfigError(f"backend must be 'local', 'processes' or 'ray', got {backend!r}.")

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from registerlens.data.images import Skipped
 from registerlens.errors import StoreError
 from registerlens.sweep import manifest as manifests
 from registerlens.sweep.fitted import Fits, pack_fits, unpack_fits
 from registerlens.sweep.folder import Entry, Folder, folder_at
 from registerlens.sweep.lock import locked
 from registerlens.sweep.manifest import Manifest
-from registerlens.sweep.parts import SUFFIX, check_table, from_bytes, name_of, part_schema, skipped_of, to_bytes
+from registerlens.sweep.parts import SUFFIX, check_table, from_bytes, name_of, part_schema, to_bytes
 from registerlens.sweep.tasks import Task
 
 PARTS, FITTED = "parts", "fitted"
@@ -99,7 +98,9 @@ class Store:
         try:
             return from_bytes(content, task, list(self.manifest.metrics), self.manifest.groups[task.group])
         except StoreError as error:
-            raise StoreError(f"{where} {error}. Run the sweep again: it sets the file aside and makes it anew.") from error
+            raise StoreError(
+                f"{where} {error}. Run the sweep again: it sets the file aside and makes it anew."
+            ) from error
 
     def missing(self) -> list[Task]:
         """The tasks still to be done; damaged parts are set aside (renamed to *.corrupt) and are among them.
@@ -165,10 +166,6 @@ class Store:
         """All rows in one table: condition, shard, image and one column a metric."""
         return joined([table for _, table in self.tables()], list(self.manifest.metrics))
 
-    def skipped(self) -> tuple[Skipped, ...]:
-        """The images that could not be used."""
-        return all_skipped(table for _, table in self.tables())
-
 
 @contextmanager
 def writing(
@@ -221,11 +218,6 @@ def joined(tables: Sequence[pa.Table], metrics: Sequence[str]) -> pa.Table:
     """Tables of parts, one below the other; what their metadata says is dropped."""
     schema = part_schema(metrics)
     return pa.concat_tables([schema.empty_table(), *(table.replace_schema_metadata(None) for table in tables)])
-
-
-def all_skipped(tables: Iterator[pa.Table]) -> tuple[Skipped, ...]:
-    """The images that could not be used, each once, though every group of conditions meets it."""
-    return tuple(dict.fromkeys(one for table in tables for one in skipped_of(table)))
 
 
 def _stored(folder: Folder) -> Manifest | None:
