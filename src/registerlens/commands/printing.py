@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from registerlens.analysis.neurons import RegisterNeurons
     from registerlens.analysis.trace import Trace
     from registerlens.evaluation.effects import Evaluation
+    from registerlens.sweep.result import SweepResult
     from registerlens.theory.kernels import KernelReport
 
 LISTED = 50
@@ -161,6 +162,50 @@ _HEADERS = {
     "accuracy": "accuracy",
 }
 """Short headings of the metrics."""
+
+
+def print_sweep(result: SweepResult, n: int = 5) -> None:
+    """For each metric the conditions that do most, with intervals and corrected p-values; skipped images."""
+    from rich.text import Text  # noqa: PLC0415
+
+    from registerlens.viz.tables import brief  # noqa: PLC0415
+
+    frame = result.to_dataframe()
+    n_tested = sum(one.kind == "tested" for one in result.conditions)
+    caption = (
+        "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% bootstrap "
+        f"intervals. p: sign-flip permutation test, Holm-corrected over {n_tested} conditions."
+    )
+    table = _table(f"Largest effects of {n_tested} conditions on {result.n_images} images", caption)
+    for header in ("metric", "condition", "mean", "difference", "p", "vs controls", "p"):
+        table.add_column(header, justify="left" if header in ("metric", "condition") else "right", vertical="top")
+    shared = {one.model for one in result.conditions}, {one.images for one in result.conditions}
+    for metric in result.metrics:
+        tested = frame[(frame["metric"] == metric) & (frame["kind"] == "tested")]
+        by = "difference" if tested["difference"].notna().any() else "mean"
+        order = tested[by].abs().sort_values(ascending=False, kind="stable").index[:n]
+        for place, row in enumerate(tested.loc[order].to_dict("records")):
+            where = [row[name] for name, names in zip(("model", "images"), shared, strict=True) if len(names) > 1]
+            cells = [
+                brief(row["mean"]),
+                _with_interval(row, "difference"),
+                brief(row["p_holm"]),
+                _with_interval(row, "vs_controls"),
+                brief(row["p_controls_holm"]),
+            ]
+            name = " ".join([row["label"], *(f"({one})" for one in where)])
+            table.add_row(Text("" if place else metric), Text(name), *cells)
+    _console().print(table)
+    for skipped in result.skipped:
+        print_words(f"Skipped {skipped}", style="yellow")
+
+
+def _with_interval(row: dict[str, Any], name: str) -> str:
+    from registerlens.viz.tables import brief  # noqa: PLC0415
+
+    if row[name] != row[name]:
+        return "-"
+    return f"{brief(row[name])}\n{brief(row[f'{name}_low'])} to {brief(row[f'{name}_high'])}"
 
 
 def print_words(text: str, style: str = "") -> None:

@@ -29,6 +29,7 @@ from registerlens.analysis.trace import sublayers, trace
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_controls
+from registerlens.evaluation.intervals import mean_intervals, resample
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
 from registerlens.evaluation.verdict import Verdict, judge_effect
 from registerlens.files import read_tensors, reading, whole_file, write_json
@@ -103,21 +104,17 @@ class Evaluation:
 
         Intervals are percentiles of `n_boot` bootstrap samples of the images; differences are paired.
         """
-        rng = np.random.default_rng(seed)
-        samples = rng.integers(0, self.n_images, (n_boot, self.n_images))
-        rows = []
+        times = resample(self.n_images, n_boot, seed)
+        told = pd.DataFrame({"condition": self.conditions, "kind": self.kinds})
+        parts = []
         for m, metric in enumerate(self.metrics):
-            clean = self.values[0, m]
-            for c, condition in enumerate(self.conditions):
-                values = self.values[c, m]
-                if np.isnan(values).all():
-                    continue
-                row: dict[str, Any] = {"condition": condition, "kind": self.kinds[c], "metric": metric}
-                row |= dict(zip(("mean", "low", "high"), _interval(values, samples), strict=True))
-                names = ("difference", "difference_low", "difference_high")
-                row |= dict(zip(names, _interval(values - clean, samples), strict=True))
-                rows.append(row)
-        return pd.DataFrame(rows)
+            values = self.values[:, m]
+            columns = dict(zip(("mean", "low", "high"), mean_intervals(values, times), strict=True))
+            names = ("difference", "difference_low", "difference_high")
+            columns |= dict(zip(names, mean_intervals(values - values[0], times), strict=True))
+            part = told.assign(metric=metric, **columns)
+            parts.append(part[~np.isnan(values).all(axis=1)])
+        return pd.concat(parts, ignore_index=True)
 
     def describe(self) -> str:
         """The verdicts in words, one a line."""
@@ -345,14 +342,3 @@ def _check(tested: Mapping[str, Any], images: Images) -> None:
             "The images are needed several times, but this iterator can be used once. Give a tensor, a list of "
             "batches, or an rl.ImageStream."
         )
-
-
-def _interval(values: Float[np.ndarray, " image"], samples: Int[np.ndarray, "sample image"]) -> tuple[float, ...]:
-    """Mean and the 2.5% and 97.5% percentiles of the bootstrap means; images without a value are left out."""
-    there = np.isfinite(values)
-    if not there.any():
-        return (float("nan"),) * 3
-    filled = np.where(there, values, 0.0)
-    counts = np.maximum(there[samples].sum(1), 1)
-    low, high = np.percentile(filled[samples].sum(1) / counts, [2.5, 97.5])
-    return float(filled.sum() / there.sum()), float(low), float(high)

@@ -1,0 +1,197 @@
+"""What a sweep's numbers amount to: means, paired differences to the clean run and to controls, with their evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from registerlens.errors import ConfigError
+from registerlens.evaluation.intervals import CHUNK, mean_intervals, resample
+from registerlens.sweep.records import Places, Swept
+from registerlens.sweep.statistics import holm, least_p, n_flips, sign_flip_p
+
+if TYPE_CHECKING:
+    from registerlens.sweep.result import SweepResult
+
+_MEAN = ("mean", "low", "high")
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
+_CONTROLS = ("vs_controls", "vs_controls_low", "vs_controls_high")
+HEAD = ("condition", "label", "kind", "model", "images", "control_of")
+"""Columns that say which condition a row is about; those of its factors follow."""
+NUMBERS = (
+    *("metric", "n_images", *_MEAN, *_DIFFERENCE, "p", "p_holm", "p_least"),
+    *(*_CONTROLS, "p_controls", "p_controls_holm", "n_controls"),
+)
+"""Columns of numbers, after those."""
+
+
+def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) -> pd.DataFrame:
+    """The table of `SweepResult.to_dataframe`, which explains it."""
+    tested = np.array([one.kind == "tested" for one in result.conditions])
+    flips = n_flips(int(tested.sum())) if flips is None else flips
+    times = {name: resample(len(places.names), n_boot, seed) for name, places in result.places.items() if places.names}
+    blocks = []
+    for metric in result.metrics:
+        columns = {name: np.full(len(result.conditions), np.nan) for name in NUMBERS if name != "metric"}
+        for name in times:
+            places = result.places[name]
+            part = _measure(result, places, result.values(metric, name), times[name], flips, seed)
+            for column, values in part.items():
+                columns[column][places.conditions] = values
+        for column in ("p", "p_controls"):
+            columns[f"{column}_holm"] = holm(np.where(tested, columns[column], np.nan))
+        blocks.append(pd.DataFrame({"metric": metric, **columns}))
+    told = describe_conditions(result.conditions)
+    frame = pd.concat([pd.concat([told, block], axis=1) for block in blocks]) if blocks else told.assign(metric="")
+    frame = frame.sort_index(kind="stable").reset_index(drop=True)
+    counts = {name: frame[name].fillna(0).astype(int) for name in ("n_images", "n_controls") if name in frame}
+    return frame.assign(**counts)
+
+
+def describe_conditions(conditions: tuple[Swept, ...]) -> pd.DataFrame:
+    """One row a condition: what it is, and its factors; a factor called like another column is `factor_NAME`."""
+    head = {name: [getattr(one, name) for one in conditions] for name in HEAD}
+    names = dict.fromkeys(name for one in conditions for name in one.factors)
+    factors = {}
+    for name in names:
+        values = [one.factors.get(name) for one in conditions]
+        if name in head and all(value in (None, own) for value, own in zip(values, head[name], strict=True)):
+            continue  # the model, told as a factor too
+        taken = name in head or name in NUMBERS
+        factors[f"factor_{name}" if taken else name] = pd.Series(values, dtype=object).infer_objects()
+    return pd.DataFrame({**head, **factors})
+
+
+def _measure(
+    result: SweepResult,
+    places: Places,
+    values: Float[np.ndarray, "condition image"],
+    times: Float[np.ndarray, "image sample"],
+    flips: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Every number of one metric on one set of images, but for Holm's corrections."""
+    swept = [result.conditions[i] for i in places.conditions]
+    clean = _clean_rows(swept)
+    found: dict[str, np.ndarray] = {"n_images": np.isfinite(values).sum(1)}
+    found |= dict(zip(_MEAN, mean_intervals(values, times), strict=True))
+    found |= {name: np.full(len(swept), np.nan) for name in (*_DIFFERENCE, "p", "p_least", *_CONTROLS, "p_controls")}
+
+    def compare(rows: Int[np.ndarray, " row"], differences: Float[np.ndarray, "row image"], into: tuple, p: str) -> None:
+        for name, numbers in zip(into, mean_intervals(differences, times), strict=True):
+            found[name][rows] = numbers
+        found[p][rows] = sign_flip_p(differences, flips, seed)
+
+    for rows in _chunks(np.flatnonzero(clean >= 0), values.shape[1]):
+        differences = values[rows] - values[clean[rows]]
+        compare(rows, differences, _DIFFERENCE, "p")
+        found["p_least"][rows] = least_p(np.isfinite(differences).sum(1))
+    runs = clean == np.arange(len(swept))
+    found["p"][runs] = found["p_least"][runs] = np.nan  # the clean run is not tested against itself
+    controls = _controls(swept)
+    found["n_controls"] = np.array([len(controls.get(one.key, ())) for one in swept])
+    for rows in _chunks(np.flatnonzero(found["n_controls"]), values.shape[1] * max(1, found["n_controls"].max())):
+        others = np.stack([values[controls[swept[row].key]].mean(0) for row in rows])
+        compare(rows, values[rows] - others, _CONTROLS, "p_controls")
+    return found
+
+
+def _clean_rows(swept: list[Swept]) -> Int[np.ndarray, " condition"]:
+    """For each condition the clean run of its model; -1 where there is none."""
+    clean = {one.model: row for row, one in enumerate(swept) if one.kind == "clean"}
+    return np.array([clean.get(one.model, -1) for one in swept], dtype=np.int64)
+
+
+def _controls(swept: list[Swept]) -> dict[str, list[int]]:
+    """From a condition's key to its controls."""
+    found: dict[str, list[int]] = {}
+    for row, one in enumerate(swept):
+        if one.kind == "control":
+            found.setdefault(one.control_of, []).append(row)
+    return found
+
+
+def _chunks(rows: Int[np.ndarray, " row"], width: int) -> Iterator[Int[np.ndarray, " part"]]:
+    step = max(1, CHUNK // max(1, width))
+    return (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """Two conditions beside each other, image by image."""
+
+    a: str
+    """Label of the one."""
+    b: str
+    """Label of the other."""
+    metric: str
+    """What was measured."""
+    names: tuple[str, ...]
+    """The images that have a number under both."""
+    differences: Float[np.ndarray, " image"]
+    """a minus b, of each of them."""
+    mean_a: float
+    """Mean of a over these images."""
+    mean_b: float
+    """Mean of b over them."""
+    difference: float
+    """Mean of a minus b."""
+    low: float
+    """Lower end of its 95% bootstrap interval."""
+    high: float
+    """Upper end."""
+    p: float
+    """Paired sign-flip permutation test; not corrected for other comparisons."""
+    p_least: float
+    """The smallest p-value that so many images can give."""
+
+    @property
+    def n_images(self) -> int:
+        """Images compared."""
+        return len(self.names)
+
+    def describe(self) -> str:
+        """The comparison in words."""
+        return (
+            f"{self.metric}: {self.a} {self.mean_a:.4g}, {self.b} {self.mean_b:.4g}; difference {self.difference:+.4g} "
+            f"(95% interval {self.low:.4g} to {self.high:.4g}), p = {self.p:.3g} on {self.n_images} images "
+            f"(at least {self.p_least:.2g} is possible)."
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an image: its difference."""
+        return pd.DataFrame({"image": self.names, "difference": self.differences})
+
+
+def compare(result: SweepResult, a: Any, b: Any, metric: str, n_boot: int, seed: int) -> Comparison:
+    """The comparison of `SweepResult.compare`, which explains it."""
+    first, second = (result.conditions[result.index(one)] for one in (a, b))
+    series = [pd.Series(result.of(metric, one), index=result.places[one.images].names) for one in (first, second)]
+    both = pd.concat(series, axis=1, join="inner")
+    both = both[np.isfinite(both).all(axis=1)]
+    if both.empty:
+        raise ConfigError(
+            f"{first.label!r} (images {first.images!r}) and {second.label!r} (images {second.images!r}) have no image "
+            f"in common that has a {metric!r}; only conditions on the same images can be compared in pairs."
+        )
+    differences = (both[0] - both[1]).to_numpy()[None]
+    mean, low, high = mean_intervals(differences, resample(len(both), n_boot, seed))
+    return Comparison(
+        a=first.label,
+        b=second.label,
+        metric=metric,
+        names=tuple(both.index),
+        differences=differences[0],
+        mean_a=float(both[0].mean()),
+        mean_b=float(both[1].mean()),
+        difference=float(mean[0]),
+        low=float(low[0]),
+        high=float(high[0]),
+        p=float(sign_flip_p(differences, n_flips(1), seed)[0]),
+        p_least=float(least_p(np.array([len(both)]))[0]),
+    )

@@ -1,0 +1,306 @@
+"""The result of a sweep: every number of every image, and what they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from registerlens.data.images import Skipped
+from registerlens.errors import ConfigError, close_matches
+from registerlens.files import reading, whole_file, write_json
+from registerlens.sweep.aggregate import NUMBERS, Comparison, aggregate, compare
+from registerlens.sweep.conditions import Condition, Factor
+from registerlens.sweep.metrics import Metric
+from registerlens.sweep.records import KEYS, Places, Swept, places_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+FILE = "sweep"
+"""Stem of the two files of a saved result."""
+_WHY = {
+    **dict.fromkeys(("difference", "p", "p_holm"), "the sweep has no clean condition to compare with"),
+    **dict.fromkeys(("vs_controls", "p_controls", "p_controls_holm"), "no condition has controls"),
+}
+"""Why a column may be empty."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SweepResult:
+    """What every condition of a sweep does, image by image; aggregates are made of it on demand.
+
+    Example:
+        >>> table = pa.table({"condition": [Condition().key], "shard": [0], "image": ["a.png"], "norm": [3.0]})
+        >>> result = SweepResult.from_table(table, [Condition()], ["norm"])
+        >>> result.of("norm", "clean")
+        array([3.])
+    """
+
+    table: pa.Table = field(repr=False)
+    """One row a condition and image: `condition` (key), `shard`, `image` (name), and a column a metric."""
+    conditions: tuple[Swept, ...] = field(repr=False)
+    """What was run, in the order of the sweep."""
+    metrics: dict[str, str]
+    """Names of the metrics, each with what it is in words."""
+    skipped: tuple[Skipped, ...] = ()
+    """Images that could not be used."""
+
+    @classmethod
+    def from_table(
+        cls,
+        table: pa.Table,
+        conditions: Sequence[Condition | Swept],
+        metrics: Mapping[str, str] | Sequence[Metric | str],
+        skipped: Sequence[Skipped] = (),
+    ) -> SweepResult:
+        """A result of the parts' tables, put together.
+
+        Args:
+            table: the columns `condition`, `shard`, `image`, and one a metric.
+            conditions: all that the table has rows of; those without rows count as not yet run.
+            metrics: those whose columns are looked at; or their names, or names with words.
+            skipped: images that could not be used.
+
+        Raises:
+            ConfigError: a column is missing, a row is of an unknown condition, or stands there twice.
+        """
+        words = _words(metrics)
+        if missing := [name for name in (*KEYS, *words) if name not in table.column_names]:
+            raise ConfigError(f"The table lacks the columns {missing}; it has {table.column_names}.")
+        for name in ("condition", "image"):  # names stand there many times
+            if not pa.types.is_dictionary(table.schema.field(name).type):
+                place = table.column_names.index(name)
+                table = table.set_column(place, name, table[name].dictionary_encode().unify_dictionaries())
+        swept = tuple(one if isinstance(one, Swept) else Swept.of(one) for one in conditions)
+        result = cls(table=table, conditions=swept, metrics=words, skipped=tuple(skipped))
+        _ = result.places
+        return result
+
+    @cached_property
+    def places(self) -> dict[str, Places]:
+        """Where each row of the table belongs, for each set of images."""
+        return places_of(self.table, self.conditions)
+
+    @property
+    def n_images(self) -> int:
+        """Images that were measured, all sets together."""
+        return sum(len(places.names) for places in self.places.values())
+
+    def values(self, metric: str, images: str) -> Float[np.ndarray, "condition image"]:
+        """A metric of one set of images: the conditions of `places[images].conditions`, NaN where there is no number.
+
+        Raises:
+            ConfigError: there is no such metric, or no such set.
+        """
+        column = self._column(metric)
+        if images not in self.places:
+            raise ConfigError(
+                f"No set of images {images!r}.{close_matches(images, self.places)} There are {list(self.places)}."
+            )
+        return self.places[images].spread(column)
+
+    def of(self, metric: str, condition: str | Swept | Condition) -> Float[np.ndarray, " image"]:
+        """One metric under one condition, image by image, in the order of `places[images].names`.
+
+        Args:
+            metric: its name.
+            condition: the condition, its key or its label.
+
+        Raises:
+            ConfigError: there is no such metric or condition, or several have that label.
+        """
+        index = self.index(condition)
+        places = self.places[self.conditions[index].images]
+        return places.spread(self._column(metric))[places.place[index]]
+
+    def index(self, condition: str | Swept | Condition) -> int:
+        """Which of the conditions is meant by a condition, a key or a label.
+
+        Raises:
+            ConfigError: none, or several.
+        """
+        name = condition if isinstance(condition, str) else condition.key
+        found = [i for i, one in enumerate(self.conditions) if one.key == name]
+        found = found or [i for i, one in enumerate(self.conditions) if one.label == name]
+        if not found:
+            labels = dict.fromkeys(one.label for one in self.conditions)
+            raise ConfigError(f"No condition {name!r}.{close_matches(name, labels)} `conditions` lists all.")
+        if len(found) > 1:
+            told = [f"{self.conditions[i].key} ({self.conditions[i].model}, {self.conditions[i].images})" for i in found]
+            raise ConfigError(f"{len(found)} conditions are called {name!r}; give a key: {', '.join(told[:8])}.")
+        return found[0]
+
+    def images(self) -> pd.DataFrame:
+        """The raw numbers: one row a condition and image, with label, model and image set beside the metrics."""
+        codes = np.empty(self.table.num_rows, dtype=np.int64)
+        for places in self.places.values():
+            codes[places.rows] = places.conditions[places.cells // len(places.names)]
+        frame = self.table.to_pandas()
+        told = {name: [getattr(one, name) for one in self.conditions] for name in ("label", "model", "images")}
+        for place, (name, values) in enumerate(told.items(), start=1):
+            frame.insert(place, name, pd.Categorical(values, categories=list(dict.fromkeys(values))).take(codes))
+        return frame
+
+    def to_dataframe(self, n_boot: int = 1000, seed: int = 0, flips: int | None = None) -> pd.DataFrame:
+        """One row a condition and metric.
+
+        Columns: what the condition is (`condition` (key), `label`, `kind`: clean, control or tested, `model`, `images`,
+        `control_of`), its factors, `metric`, `n_images` with a number; `mean` with its 95% interval `low`, `high`;
+        `difference` to the clean run of the same model and images, with `difference_low`, `difference_high`, `p`,
+        `p_holm` and `p_least`, the smallest p-value that so many images can give; `vs_controls`, the difference to the
+        mean of the condition's controls, with the same columns, and their number `n_controls`.
+
+        All is paired, image by image; an image without a finite number on either side is left out. Intervals are
+        percentiles of bootstrap means, p-values those of `sign_flip_p`. `p_holm` is corrected within the metric over
+        all tested conditions: neither clean runs nor controls count. NaN stands where there is nothing to compare with.
+
+        Args:
+            n_boot: bootstrap samples, the same for all conditions.
+            seed: of the samples and of the permutations.
+            flips: permutations at most; None takes so many that the smallest p-value can survive Holm's correction.
+        """
+        if (n_boot, seed, flips) == (1000, 0, None):
+            return self._aggregates.copy()
+        return aggregate(self, n_boot, seed, flips)
+
+    @cached_property
+    def _aggregates(self) -> pd.DataFrame:
+        return aggregate(self, 1000, 0, None)
+
+    def top(self, metric: str, n: int = 10, by: str = "difference") -> pd.DataFrame:
+        """The tested conditions that do most, or of which a p-value is lowest.
+
+        Args:
+            metric: its name.
+            n: how many.
+            by: a column of numbers of `to_dataframe`; the farthest from zero come first, of p-values the smallest.
+
+        Returns:
+            rows of `to_dataframe`.
+
+        Raises:
+            ConfigError: there is no such metric or column, or nothing in it.
+        """
+        self._column(metric)
+        frame = self._aggregates
+        rows = frame[(frame["metric"] == metric) & (frame["kind"] == "tested")]
+        numbers = [name for name in NUMBERS if name not in ("metric", "n_images", "p_least", "n_controls")]
+        if by not in numbers:
+            raise ConfigError(f"No column {by!r} to order by.{close_matches(by, numbers)} There are {numbers}.")
+        rows = rows[rows[by].notna()]
+        if rows.empty:
+            raise ConfigError(f"No tested condition has a {by!r} of {metric!r}: {_WHY.get(by, 'all of it is NaN')}.")
+        key = rows[by] if by.startswith("p") else -rows[by].abs()
+        return rows.loc[key.sort_values(kind="stable").index[:n]].reset_index(drop=True)
+
+    def compare(
+        self, a: str | Swept | Condition, b: str | Swept | Condition, metric: str, *, n_boot: int = 1000, seed: int = 0
+    ) -> Comparison:
+        """Two conditions beside each other, paired by the names of their images.
+
+        Args:
+            a, b: conditions, their keys or their labels; they may be of different models.
+            metric: its name.
+            n_boot: bootstrap samples.
+            seed: of the samples and of the permutations.
+
+        Raises:
+            ConfigError: there is no such condition or metric, a label means several, or no image has both numbers.
+        """
+        return compare(self, a, b, metric, n_boot, seed)
+
+    def select(self, **factors: Factor | Collection[Factor]) -> SweepResult:
+        """The part of the result whose factors have these values, with its clean runs and controls.
+
+        Example:
+            `result.select(mode="zero", layer=range(9, 12))`
+
+        Raises:
+            ConfigError: no condition is left.
+        """
+        wanted = {name: [value] if _single(value) else list(value) for name, value in factors.items()}  # type: ignore[arg-type]
+        fits = [one for one in self.conditions if all(one.factors.get(name) in values for name, values in wanted.items())]
+        tested = {one.key for one in fits if one.kind == "tested"}
+        if not tested:
+            known = dict.fromkeys(name for one in self.conditions for name in one.factors)
+            raise ConfigError(f"No tested condition has {factors}. Factors: {list(known)}.")
+        kept = [one for one in self.conditions if one.kind == "clean" or one.key in tested or one.control_of in tested]
+        rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([one.key for one in kept]))
+        return self.from_table(self.table.filter(rows), kept, self.metrics, self.skipped)
+
+    def plot(self, kind: str | None = None, metric: str | None = None, *, by: str = "difference") -> go.Figure:
+        """A figure of one metric.
+
+        Args:
+            kind: "layers" (effect per layer), "dose" (effect by the number of neurons, controls beside it), "heads"
+                (heat map layer x head), "volcano" (neurons: effect against -log10 p); None takes the one for which the
+                conditions have the factors.
+            metric: its name; None takes the first.
+            by: "difference" (to the clean run), "vs_controls" or "mean".
+
+        Raises:
+            ConfigError: there is no such kind or metric, or the conditions lack the factors that it needs.
+        """
+        from registerlens.viz.sweep import sweep_figure  # noqa: PLC0415  (viz stands on results)
+
+        return sweep_figure(self, kind, metric, by)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write sweep.parquet (the table) and sweep.json (everything else); returns the folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder = Path(folder)
+        with whole_file(folder / f"{FILE}.parquet") as temporary:
+            pq.write_table(self.table, temporary)
+        told = {
+            "version": __version__,
+            "conditions": [one.to_dict() for one in self.conditions],
+            "metrics": self.metrics,
+            "skipped": [[one.name, one.reason] for one in self.skipped],
+        }
+        write_json(folder / f"{FILE}.json", told)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SweepResult:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        try:
+            table = pq.read_table(folder / f"{FILE}.parquet")
+        except (OSError, pa.ArrowException) as error:
+            raise ConfigError(f"'{folder / FILE}.parquet' cannot be read; it may be truncated: {error}") from error
+        with reading(folder / f"{FILE}.json") as told:
+            conditions = [Swept(**one) for one in told["conditions"]]
+            return cls.from_table(table, conditions, told["metrics"], [Skipped(*one) for one in told["skipped"]])
+
+    def _column(self, metric: str) -> Float[np.ndarray, " row"]:
+        if metric not in self.metrics:
+            known = list(self.metrics)
+            raise ConfigError(f"No metric {metric!r}.{close_matches(metric, known)} There are {known}.")
+        return self.table[metric].to_numpy().astype(np.float64, copy=False)
+
+
+
+def _words(metrics: Mapping[str, str] | Sequence[Metric | str]) -> dict[str, str]:
+    """Names of metrics with what they are, as far as that is told."""
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    return dict((one, "") if isinstance(one, str) else (one.name, one.words) for one in metrics)
+
+
+def _single(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)
