@@ -62,6 +62,14 @@ class InterventionError(RegisterLensError, ValueError):
     """An intervention names something that does not exist, never fires, or lacks what it needs."""
 
 
+class StoreError(RegisterLensError, OSError):
+    """A sweep's store is damaged, full, held by another run, or of another sweep; what was stored before is intact."""
+
+
+class BackendError(RegisterLensError, RuntimeError):
+    """Workers of a sweep cannot be had, or died again and again on the same task; what was stored is intact."""
+
+
 class MissingExtraError(RegisterLensError, ImportError):
     """An optional dependency is not installed."""
 
