@@ -170,7 +170,7 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
 
     from registerlens.viz.tables import brief  # noqa: PLC0415
 
-    frame = result.to_dataframe()
+    frame: Any = result.to_dataframe()
     n_tested = sum(one.kind == "tested" for one in result.conditions)
     caption = (
         "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% bootstrap "

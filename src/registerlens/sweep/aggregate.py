@@ -181,7 +181,7 @@ def compare(result: SweepResult, a: Any, b: Any, metric: str, n_boot: int, seed:
     """The comparison of `SweepResult.compare`, which explains it."""
     first, second = (result.conditions[result.index(one)] for one in (a, b))
     series = [pd.Series(result.of(metric, one), index=result.places[one.images].names) for one in (first, second)]
-    both = pd.concat(series, axis=1, join="inner")
+    both: Any = pd.concat(series, axis=1, join="inner")
     both = both[np.isfinite(both).all(axis=1)]
     if both.empty:
         raise ConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -209,7 +209,7 @@ class SweepResult:
             ConfigError: there is no such metric or column, or nothing in it.
         """
         self._column(metric)
-        frame = self._aggregates
+        frame: Any = self._aggregates
         rows = frame[(frame["metric"] == metric) & (frame["kind"] == "tested")]
         numbers = [name for name in NUMBERS if name not in ("metric", "n_images", "p_least", "n_controls")]
         if by not in numbers:
@@ -254,7 +254,7 @@ class SweepResult:
             known = dict.fromkeys(name for one in self.conditions for name in one.factors)
             raise ConfigError(f"No tested condition has {factors}. Factors: {list(known)}.")
         kept = [one for one in self.conditions if one.kind == "clean" or one.key in tested or one.control_of in tested]
-        rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([one.key for one in kept]))
+        rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([one.key for one in kept]))  # type: ignore[attr-defined]
         return self.from_table(self.table.filter(rows), kept, self.metrics, self.skipped)
 
     def plot(self, kind: str | None = None, metric: str | None = None, *, by: str = "difference") -> go.Figure:

@@ -181,8 +181,8 @@ def _neurons(top_k: Any, cumulative: Any, each: Any, random: Any, matched: Any, 
     if sets is not None:
         return NeuronsSpec(how="sets", sets=sets)
     if random is not None or matched is not None:
-        return NeuronsSpec(how="random" if matched is None else "matched", n=random or matched, source=of)
-    return NeuronsSpec(how="each" if cumulative is None else "cumulative", source=each or cumulative)
+        return NeuronsSpec(how="random" if matched is None else "matched", n=random or matched or 0, source=of)
+    return NeuronsSpec(how="each" if cumulative is None else "cumulative", source=each or cumulative or "")
 
 
 _NEURON_WORDS = (

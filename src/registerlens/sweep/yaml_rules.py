@@ -46,8 +46,10 @@ class Notes:
 class Rule(Protocol):
     """What may stand at one place."""
 
-    words: str
-    """What is expected there, as it stands after "expected"."""
+    @property
+    def words(self) -> str:
+        """What is expected there, as it stands after "expected"."""
+        ...
 
     def read(self, node: yaml.Node, name: str, notes: Notes) -> Any:
         """The value at a node called `name`, or MISSING after noting what is wrong."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ DOSES = {
 """Factors that a dose response may run over, with the title of the axis."""
 
 
-def _curve(rows: pd.DataFrame, x: str, name: str, number: int, label: str) -> go.Scatter:
+def _curve(rows: Any, x: str, name: str, number: int, label: str) -> go.Scatter:
     value = rows["value"].to_numpy()
     return go.Scatter(
         x=rows[x].to_numpy(),
@@ -48,7 +49,7 @@ def layers_figure(effects: Effects, mode: Mode) -> go.Figure:
     """Effect per layer; where a layer has many conditions, each is a point and the line is their mean."""
     effects = effects.having("layer")
     many = [name for name in ("neuron", "head") if name in effects.factors]
-    of = pd.Series(None, effects.tested.index, dtype=object)
+    of: Any = pd.Series(None, effects.tested.index, dtype=object)
     for name in many:
         of[effects.tested[name].notna()] = f"{name}s"
     effects = replace(effects, tested=effects.tested.assign(of=of), factors=(*effects.factors, "of"))
@@ -146,5 +147,5 @@ def dose_figure(effects: Effects, mode: Mode) -> go.Figure:
     return finished(figure, effects, mode)
 
 
-def _named_after(rows: pd.DataFrame, name: str, dose: str) -> bool:
+def _named_after(rows: Any, name: str, dose: str) -> bool:
     return rows.groupby(dose)[name].nunique().max() <= 1 and rows[name].nunique() == rows[dose].nunique()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -41,8 +42,8 @@ class Effects:
     metric: str
     words: str
     by: By
-    tested: pd.DataFrame
-    controls: pd.DataFrame
+    tested: Any
+    controls: Any
     factors: tuple[str, ...]
 
     def having(self, *factors: str) -> Effects:
@@ -55,7 +56,7 @@ class Effects:
         """Of the axis."""
         return f"{self.metric}: {self.by.words}"
 
-    def series(self, *used: str) -> dict[str, pd.DataFrame]:
+    def series(self, *used: str) -> dict[str, Any]:
         """The tested conditions, apart by every factor that varies and is not `used`; with a name for each part."""
         apart = [name for name in ("model", "images", *self.factors) if name not in used]
         varying = [name for name in apart if self.tested[name].nunique(dropna=False) > 1]
@@ -68,7 +69,7 @@ class Effects:
             named[" ".join(f"{name}={value}" for name, value in told if not pd.isna(value))] = rows
         return named
 
-    def limited(self, kind: str, most: int, *used: str) -> dict[str, pd.DataFrame]:
+    def limited(self, kind: str, most: int, *used: str) -> dict[str, Any]:
         """As `series`, if there are not too many.
 
         Raises:
@@ -89,7 +90,7 @@ def effects_of(result: SweepResult, metric: str, by: By) -> Effects:
     Raises:
         ConfigError: there is none to draw.
     """
-    frame = result.to_dataframe()
+    frame: Any = result.to_dataframe()
     frame = frame[frame["metric"] == metric]
     columns = {by.value: "value", by.low: "low", by.high: "high"} | (
         {by.p: "p", f"{by.p}_holm": "p_holm"} if by.p else {}

@@ -22,13 +22,11 @@ LEVEL = 0.05
 """Of Holm-corrected p-values."""
 
 
-def _panels(
-    effects: Effects, kind: str, *used: str
-) -> tuple[go.Figure, Iterator[tuple[int, tuple[str, pd.DataFrame]]]]:
+def _panels(effects: Effects, kind: str, *used: str) -> tuple[go.Figure, Iterator[tuple[int, tuple[str, Any]]]]:
     """A figure with a panel for each series, and what belongs into each, with its name."""
     series = effects.limited(kind, _PANELS, *used)
     titles = tuple(series) if len(series) > 1 else None
-    figure = make_subplots(1, len(series), subplot_titles=titles, shared_yaxes="all", horizontal_spacing=0.04)
+    figure = make_subplots(1, len(series), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
     return figure, iter(enumerate(series.items(), start=1))
 
 
@@ -122,17 +120,18 @@ def volcano_figure(effects: Effects, mode: Mode) -> go.Figure:
     figure.update_yaxes(title_text="")
     figure.update_yaxes(title_text="-log10 p (sign-flip permutation)", col=1)
     figure.add_vline(x=0, line={"color": GREY, "width": 1})
+    layout: Any = figure.layout
     note = f"{', '.join(told)} pass Holm's correction"
     least = float(effects.tested["p_least"].min())
     if least * n_tests > LEVEL:
         n = effects.tested["n_images"].max()
         note += f" (none can: {n} images give no p below {least:.2g}, and {n_tests} tests need less)"
     return figure.update_layout(
-        height=520, title={"text": f"{figure.layout.title.text}<br><sup>{note}</sup>"}, margin={"t": 90}
+        height=520, title={"text": f"{layout.title.text}<br><sup>{note}</sup>"}, margin={"t": 90}
     )
 
 
-def _cloud(rows: pd.DataFrame, name: str, colour: str, size: int, opacity: float, legend: bool) -> go.Scattergl:
+def _cloud(rows: Any, name: str, colour: str, size: int, opacity: float, legend: bool) -> go.Scattergl:
     """Points in single precision and layer.neuron as integers, so that 18,432 of them take little room."""
     return go.Scattergl(
         x=rows["value"].to_numpy(np.float32),
@@ -147,12 +146,12 @@ def _cloud(rows: pd.DataFrame, name: str, colour: str, size: int, opacity: float
     )
 
 
-def _names(candidates: pd.DataFrame, all_rows: pd.DataFrame) -> go.Scatter:
+def _names(candidates: pd.DataFrame, all_rows: Any) -> go.Scatter:
     """The farthest neurons' names, as far as they do not cover each other."""
     wide = float(np.ptp(all_rows["value"])) or 1.0
     high = float(np.ptp(all_rows["height"])) or 1.0
     placed: list[Any] = []
-    order = candidates["value"].abs().sort_values(ascending=False, kind="stable").index
+    order = candidates.sort_values("value", key=np.abs, ascending=False, kind="stable").index
     for row in candidates.loc[order[: 4 * _NAMED]].itertuples():
         near = any(abs(row.value - o.value) < 0.1 * wide and abs(row.height - o.height) < 0.05 * high for o in placed)
         if not near and len(placed) < _NAMED:
