@@ -9,7 +9,10 @@ from PIL import Image
 import registerlens as rl
 from registerlens import cli
 from registerlens.data.synthetic import synthetic_images
+from registerlens.sweep.config_metrics import METRICS
+from registerlens.sweep.from_config import prepare
 from registerlens.sweep.result import SweepResult
+from registerlens.sweep.yaml_config import read_config
 
 CONFIG = """\
 model: registerlens:tiny
@@ -74,7 +77,7 @@ def test_a_sweep_is_run_stored_printed_and_written(run, place, tmp_path):
     pd.testing.assert_frame_equal(frame, result.to_dataframe())
     assert len(pd.read_parquet(tmp_path / "out" / "effects.parquet")) == len(frame) == 2 * len(kinds)
     k7 = frame[(frame["k"] == 7) & (frame["kind"] == "tested") & (frame["metric"] == "largest_norm")].iloc[0]
-    assert k7["difference"] < 10 * k7["vs_controls_high"] < 0  # the register neurons, and not any neurons
+    assert k7["vs_controls_high"] < 0.8 * k7["difference"] < 0  # the register neurons, and not any neurons
     figures = {path.name for path in (tmp_path / "out").glob("*.html")}
     assert figures == {f"{m}-{kind}.html" for m in result.metrics for kind in ("heads", "dose", "layers")}
     assert "cdn" not in (tmp_path / "out" / "largest_norm-dose.html").read_text().split("</script>")[0][:400]
@@ -87,6 +90,36 @@ def test_a_sweep_is_run_stored_printed_and_written(run, place, tmp_path):
     code, out, err = run("run", place / "sweep.yaml", "--resume", "--store", store)
     assert (code, err) == (0, "")
     pd.testing.assert_frame_equal(SweepResult.from_store(store).table.to_pandas(), before)
+
+
+@pytest.mark.parametrize(
+    ("grid", "n", "labels"),
+    [
+        ("{kind: ablate, neurons: all, layers: 2}", 256, {"layer=2 neuron=255"}),
+        ("{kind: ablate, neurons: neurons.json}", 1, {"neurons=neurons.json"}),
+        ("{kind: ablate, neurons: {each: neurons.json}}", 7, {"layer=1 neuron=183"}),
+        ("{kind: ablate, neurons: {cumulative: neurons.json}, modes: [zero, mean]}", 14, {"k=3 mode=mean"}),
+        ("{kind: ablate, neurons: {random: 3, of: neurons.json}}", 3, {"neurons=random 2"}),
+        ("{kind: ablate, neurons: {matched: 2, of: neurons.json}}", 2, {"neurons=matched 1"}),
+        ("{kind: ablate, neurons: {sets: {a: [[1, 2], [2, 3]], b: [0.1]}}}", 2, {"neurons=a", "neurons=b"}),
+        ("{kind: ablate, neurons: [[1, 183], 2:7]}", 2, {"layer=1 neuron=183", "layer=2 neuron=7"}),
+        ("{kind: ablate, heads: [[3, 0]], modes: [noise, resample]}", 2, {"layer=3 head=0 mode=noise"}),
+        ("{kind: ablate, tokens: {corner: [0]}, layers: [1, 2]}", 2, {"layer=2 tokens=corner"}),
+        ("{kind: scale, neurons: {top_k: 2, of: neurons.json}, scales: {low: 0, high: 2, n: 3}}", 3, {"k=2 scale=1.0"}),
+        ("{kind: registers, neurons: {top_k: 2, of: neurons.json}, n: {up_to: 2}, init: [zero]}", 3, {"k=2 n=2 init=zero"}),
+        ("{kind: move, neurons: neurons.json, to: {corner: [0, 1]}}", 1, {"neurons=neurons.json to=corner"}),
+        ("{kind: attention_bias, neurons: neurons.json}", 1, {"neurons=neurons.json"}),
+        ("{kind: interpolate, cutoff: 30.5}", 1, {"neighbours"}),
+        ("{kind: interpolate, layers: 2-3, cutoff: 30.5}", 2, {"layer=2", "layer=3"}),
+    ],
+)  # fmt: skip
+def test_every_kind_of_grid_becomes_its_conditions(place, grid, n, labels):
+    (place / "grid.yaml").write_text(f"model: registerlens:tiny\nimages: photos\nconditions:\n- {grid}\n")
+    config = read_config(place / "grid.yaml", METRICS)
+    prepared = prepare(config, {"model": rl.HookedViT.from_pretrained("registerlens:tiny")})
+    clean, *tested = prepared.conditions
+    assert clean.label == "clean" and len(tested) == n
+    assert labels <= {one.label for one in tested}
 
 
 def test_options_may_come_first_and_worker_processes_give_the_same(run, place, tmp_path):
@@ -122,7 +155,7 @@ def test_every_wrong_key_is_named_before_anything_is_loaded(run, place, monkeypa
         ("of: neurons.json", "of: missing.json", "line 6: "),
         ("of: neurons.json", "of: published:dinov2_vitl15", "line 6: No published list"),
         ("controls: 2", "layers: 0", "line 6: No neuron of 'neurons.json' lies in the layers [0]"),
-        ("photos", "fotos", "line 1"),
+        ("photos", "fotos", "fotos' is no file or folder"),
         ("cos_patches]", "cos_cls]", "'cos_cls' cannot be measured: the model has no [CLS] token"),
         ("batch_size", "labels: none.csv\nbatch_size", "none.csv"),
     ],

@@ -45,7 +45,11 @@ def source_of(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
 
 def _files(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
     places = [config.place(one) for one in ([spec.where] if isinstance(spec.where, str) else spec.where)]
-    return FolderSource(places, vit, labels=_labels_by_name(config), shard_size=config.shard_size, **dict(spec.options))
+    missing = [place for place in places if not (set(place) & set("*?[") or Path(place).exists())]
+    if missing:
+        raise ConfigError(f"'{missing[0]}' is no file or folder. Names are relative to the folder of '{config.path}'.")
+    options = {"labels": _labels_by_name(config), "shard_size": config.shard_size, **spec.options}
+    return FolderSource(places, vit, **options)  # type: ignore[return-value]
 
 
 def _tensors(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
@@ -57,11 +61,11 @@ def _tensors(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
 
 
 def _dataset(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
-    return HuggingFaceSource(str(spec.where), vit, **dict(spec.options))
+    return HuggingFaceSource(str(spec.where), vit, **dict(spec.options))  # type: ignore[return-value]
 
 
 def _webdataset(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
-    return WebDatasetSource(config.place(str(spec.where)), vit, **dict(spec.options))
+    return WebDatasetSource(config.place(str(spec.where)), vit, **dict(spec.options))  # type: ignore[return-value]
 
 
 SOURCES: dict[str, Callable[[SweepConfig, ImagesSpec, HookedViT], Source]] = {

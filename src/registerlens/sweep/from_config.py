@@ -287,10 +287,12 @@ def _interpolate(maker: _Maker, axes: Mapping[str, Any]) -> Conditions:
     if layers is None or cutoff is None:
         detection = detect(maker.vit, maker.images, batch_size=maker.config.batch_size)
         if layers is None:
-            edit = InterpolateOutliers(detection.sublayer, Cutoff(cutoff, False) if cutoff else detection.cutoff)
+            edit = InterpolateOutliers(
+                detection.sublayer, Cutoff(value=cutoff, relative=False) if cutoff else detection.cutoff
+            )
             return Conditions.of([("neighbours", edit)])
         return grid(lambda layer: InterpolateOutliers(layer, detection.cutoff), layer=list(layers))
-    return grid(lambda layer: InterpolateOutliers(layer, Cutoff(cutoff, False)), layer=list(layers))
+    return grid(lambda layer: InterpolateOutliers(layer, Cutoff(value=cutoff, relative=False)), layer=list(layers))
 
 
 KINDS: dict[str, Callable[[_Maker, Mapping[str, Any]], Conditions]] = {
