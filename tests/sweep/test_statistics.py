@@ -107,12 +107,19 @@ def test_random_patterns_come_near_the_exact_value(monkeypatch):
 
 def test_the_closed_bound_is_never_below_the_exact_value():
     rng = np.random.default_rng(6)
-    d = rng.normal(3.0, 1.0, (40, 15))
+    d = rng.normal(3.0, 1.0, (12, 15))
     d[:, 0] = -0.1  # so that not all have one sign
     p = sign_flip_p(d, flips=99)
     exact = np.array([exact_p(row) for row in d])
     bounded = p < 1 / 100
     assert bounded.sum() > 5 and (p[bounded] >= exact[bounded]).all()
+
+
+def test_the_smallest_p_of_random_patterns_counts_the_data_among_them():
+    d = np.random.default_rng(13).normal(0.5, 1.0, (60, 20))
+    bound = 2 * np.exp(-(d.sum(1) ** 2) / (2 * (d**2).sum(1)))
+    p = sign_flip_p(d, flips=9)[bound >= 0.1]
+    assert len(p) > 20 and (p * 10 == pytest.approx(np.round(p * 10))) and p.min() == pytest.approx(0.1)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_and_a_seed_repeats():
