@@ -106,7 +106,7 @@ def test_a_sweep_is_run_stored_printed_and_written(run, place, tmp_path):
         ("{kind: ablate, heads: [[3, 0]], modes: [noise, resample]}", 2, {"layer=3 head=0 mode=noise"}),
         ("{kind: ablate, tokens: {corner: [0]}, layers: [1, 2]}", 2, {"layer=2 tokens=corner"}),
         ("{kind: scale, neurons: {top_k: 2, of: neurons.json}, scales: {low: 0, high: 2, n: 3}}", 3, {"k=2 scale=1.0"}),
-        ("{kind: registers, neurons: {top_k: 2, of: neurons.json}, n: {up_to: 2}, init: zero}", 3, {"k=2 n=2 init=zero"}),
+        ("{kind: registers, neurons: {top_k: 2, of: neurons.json}, n: [0, 1, 2]}", 3, {"k=2 n=1"}),
         ("{kind: move, neurons: neurons.json, to: {corner: [0, 1]}}", 1, {"neurons=neurons.json to=corner"}),
         ("{kind: attention_bias, neurons: neurons.json}", 1, {"neurons=neurons.json"}),
         ("{kind: interpolate, cutoff: 30.5}", 1, {"neighbours"}),
