@@ -42,6 +42,10 @@ class ImageError(RegisterLensError, ValueError):
     """No usable image was given."""
 
 
+class SourceError(RegisterLensError, OSError):
+    """Images cannot be reached, or are no longer those that were listed: unlike a bad image, that may pass."""
+
+
 class NonFiniteError(RegisterLensError, ArithmeticError):
     """A measurement met NaN or infinity."""
 
@@ -60,6 +64,14 @@ class NoOutliersError(RegisterLensError, ValueError):
 
 class InterventionError(RegisterLensError, ValueError):
     """An intervention names something that does not exist, never fires, or lacks what it needs."""
+
+
+class StoreError(RegisterLensError, OSError):
+    """A sweep's store is damaged, full, held by another run, or of another sweep; what was stored before is intact."""
+
+
+class BackendError(RegisterLensError, RuntimeError):
+    """Workers of a sweep cannot be had, or died again and again on the same task; what was stored is intact."""
 
 
 class MissingExtraError(RegisterLensError, ImportError):

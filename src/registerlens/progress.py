@@ -12,8 +12,11 @@ Item = TypeVar("Item")
 def track(
     items: Iterable[Item],
     description: str,
-    total: int | None = None,
-    weight: Callable[[Item], int] = lambda item: 1,
+    total: float | None = None,
+    weight: Callable[[Item], float] = lambda item: 1,
+    *,
+    done: float = 0,
+    unit: str = "",
 ) -> Iterator[Item]:
     """The same items; a progress bar on stderr while they go by, if stderr is a terminal.
 
@@ -22,6 +25,8 @@ def track(
         description: what is being done.
         total: the sum of the items' weights, if known.
         weight: how far an item advances the bar, such as the images of a batch.
+        done: how much of the total was done before.
+        unit: what the weights count; if given, the rate is shown too.
 
     Example:
         >>> list(track([1, 2], "counting"))
@@ -33,9 +38,11 @@ def track(
     from rich.console import Console  # noqa: PLC0415  (only where something is drawn)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total, completed=done, rate="")  # type: ignore[arg-type]
         for item in items:
             yield item
             progress.advance(task, weight(item))
+            if unit and (speed := progress.tasks[0].speed):
+                progress.update(task, rate=f"{unit}, {speed:.3g}/s")

@@ -1,0 +1,112 @@
+"""The commands for sweeps: sweep CONFIG.yaml, sweep status STORE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from registerlens.commands.options import Debug, make_folder
+from registerlens.commands.printing import print_sweep, print_words
+from registerlens.commands.shared import load_model, write_figure, write_parquet
+
+if TYPE_CHECKING:
+    from registerlens.sweep.result import SweepResult
+
+RUN = "run"
+"""The command that is meant where none is named."""
+
+
+class _RunByDefault(TyperGroup):
+    """`sweep CONFIG.yaml ...` is `sweep run CONFIG.yaml ...`: whatever does not begin with a command's name is run."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = [RUN, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Many edits of models on many images: `sweep CONFIG.yaml --store DIR` runs them, and goes on where a run "
+    "stopped; `sweep status DIR` says how far it is.",
+)
+
+
+@app.command(RUN)
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to run; the documentation explains it")],
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="DIR|URL", help="Where results are kept: a folder or an fsspec URL")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep in the store, or add new conditions to it")
+    ] = False,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster; 'auto' or 'local' too")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="Worker processes, for CPUs; 0 works in this process")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how many conditions there are and the cost")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the table of effects, the raw numbers and figures here")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Run the sweep that CONFIG.yaml describes, keep every number in the store, and print the largest effects."""
+    if not dry_run and store is None:
+        raise typer.BadParameter("say where results are kept, or ask for --dry-run.", param_hint="--store")
+    if ray is not None and workers:
+        raise typer.BadParameter("give one of --ray and --workers.", param_hint="--workers")
+    from registerlens.sweep.config_metrics import METRICS  # noqa: PLC0415
+    from registerlens.sweep.from_config import prepare  # noqa: PLC0415
+    from registerlens.sweep.yaml_config import read_config  # noqa: PLC0415
+
+    asked = read_config(config, METRICS)
+    if out is not None:
+        make_folder(out)
+    models = {name: load_model(model, asked.device) for name, model in asked.models.items()}
+    prepared = prepare(asked, models)
+    if dry_run:
+        print_words(prepared.plan().describe())
+        return
+    backend: dict[str, Any] = {"backend": "ray", "address": ray} if ray else {"backend": "local"}
+    if workers:
+        backend = {"backend": "processes", "workers": workers}
+    result = prepared.run(store=store, resume=resume, **backend)
+    print_sweep(result)
+    typer.echo(f"Every number is in {store}; read it with SweepResult.from_store({store!r}).")
+    if out is not None:
+        write_sweep(result, out)
+
+
+@app.command("status")
+def status(
+    store: Annotated[str, typer.Argument(metavar="DIR|URL", help="The store of a sweep, at work or not")],
+    debug: Debug = False,
+) -> None:
+    """Say how far the sweep in a store is, without touching it."""
+    from registerlens.sweep.status import sweep_status  # noqa: PLC0415
+
+    print_words(sweep_status(store).describe())
+
+
+def write_sweep(result: SweepResult, out: Path) -> None:
+    """effects.parquet, sweep.parquet and .json, and every figure that the conditions allow, of each metric."""
+    from registerlens.viz.sweep import drawable  # noqa: PLC0415
+
+    result.save(out)
+    write_parquet(result.to_dataframe(), out / "effects.parquet")
+    names = [(metric, kind) for metric in result.metrics for kind in drawable(result, metric)]
+    for metric, kind in names:
+        write_figure(result.plot(kind, metric), out / f"{metric}-{kind}.html")
+    typer.echo(
+        f"Wrote effects.parquet (every effect with its interval), sweep.parquet and .json (every image) and "
+        f"{len(names)} figures to {out}"
+    )

@@ -1,0 +1,180 @@
+"""One run at a time on a store."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from registerlens.errors import StoreError
+from registerlens.sweep.folder import Folder, LocalFolder, explained
+
+NAME = "run.lock"
+"""The lock's file in a store; it says who holds it."""
+BEAT = 15.0
+"""Seconds between two signs of life of a run on a store that is not local."""
+DEAD = 90.0
+"""Seconds without one after which such a run counts as dead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The run that works on a store."""
+
+    host: str
+    """Machine."""
+    pid: int
+    """Process there."""
+    since: str
+    """When it began; UTC."""
+    token: str = ""
+    """Tells runs apart."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+@contextmanager
+def locked(folder: Folder) -> Iterator[Callable[[], None]]:
+    """Hold a store for the length of a `with` block; yields a check that it is still held, which raises if not.
+
+    In a local folder it is the operating system's lock (flock): it dies with its process, so that a killed run leaves
+    nothing to be cleaned up. Elsewhere it is a file with a sign of life every 15 s, which is taken over after 90 s
+    without one. Object stores have no common way to compare and swap: of two runs that start within the same second
+    both may, rarely, believe that they hold it, until the next sign of life tells one of them that it does not.
+
+    Raises:
+        StoreError: another run holds it; the message says which.
+    """
+    with _flock(folder.root) if isinstance(folder, LocalFolder) and fcntl else _beating(folder) as check:
+        yield check
+
+
+def holder_of(folder: Folder) -> Holder | None:
+    """Who holds a store; None if nobody does."""
+    if not (isinstance(folder, LocalFolder) and fcntl):
+        told = _read_beat(folder)
+        return None if told is None or told[1] > DEAD else told[0]
+    path = folder.root / NAME
+    if not path.exists():
+        return None
+    with explained(f"'{path}' cannot be read"), path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _told(file.read())
+    return None
+
+
+def _me() -> Holder:
+    since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    return Holder(host=socket.gethostname(), pid=os.getpid(), since=since, token=uuid.uuid4().hex)
+
+
+def _told(text: str) -> Holder:
+    try:
+        return Holder(**{key: value for key, value in json.loads(text).items() if key != "beat"})
+    except (ValueError, TypeError, AttributeError):  # taken a moment ago: not written yet
+        return Holder(host="a machine not known yet", pid=0, since="a moment ago")
+
+
+def _refusal(where: str, holder: Holder) -> StoreError:
+    return StoreError(
+        f"'{where}' is in use by {holder}. Two runs on one store would do the same work twice: wait for it, stop it, or "
+        f"choose another store."
+    )
+
+
+# A local folder ------------------------------------------------------------------------------------------------------
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def _flock(root: Path) -> Iterator[Callable[[], None]]:
+    path = root / NAME
+    with explained(f"'{path}' cannot be written"):
+        root.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise _refusal(str(root), _told(file.read())) from error
+        with explained(f"'{path}' cannot be written"):
+            file.truncate(0)
+            file.write(json.dumps(asdict(_me())))
+            file.flush()
+        yield lambda: None
+        file.truncate(0)  # it stays: deleting it could take it from a run that waits for it
+
+
+# Elsewhere -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _beating(folder: Folder) -> Iterator[Callable[[], None]]:
+    if (told := _read_beat(folder)) is not None and told[1] <= DEAD:
+        raise _refusal(folder.where, told[0])
+    mine = _me()
+    _beat(folder, mine)
+    _check_mine(folder, mine)
+    stop, lost = threading.Event(), []
+
+    def live() -> None:
+        while not stop.wait(BEAT):
+            try:
+                _check_mine(folder, mine)
+                _beat(folder, mine)
+            except StoreError as error:
+                lost[:] = [error]
+                return
+
+    def check() -> None:
+        if lost:
+            raise StoreError(f"The store is no longer held by this run: {lost[0]}")
+
+    thread = threading.Thread(target=live, daemon=True, name="registerlens-lock")
+    thread.start()
+    try:
+        yield check
+    finally:
+        stop.set()
+        thread.join()
+        if not lost:
+            folder.write(NAME, b"")
+
+
+def _beat(folder: Folder, holder: Holder) -> None:
+    folder.write(NAME, json.dumps(asdict(holder) | {"beat": time.time()}).encode())
+
+
+def _read_beat(folder: Folder) -> tuple[Holder, float] | None:
+    """Who held it last, and seconds since the last sign of life."""
+    text = folder.read(NAME)
+    if not text:
+        return None
+    try:
+        told: dict[str, Any] = json.loads(text)
+        return _told(text.decode()), time.time() - float(told["beat"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"'{folder.where}/{NAME}' cannot be understood; if no run works there, delete it.") from error
+
+
+def _check_mine(folder: Folder, mine: Holder) -> None:
+    told = _read_beat(folder)
+    if told is None or told[0].token != mine.token:
+        raise _refusal(folder.where, told[0] if told else _told(""))

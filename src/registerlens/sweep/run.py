@@ -1,0 +1,216 @@
+"""`run_sweep`: conditions on images, through a backend, into a store."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any, Literal
+
+import torch
+
+from registerlens.errors import ConfigError
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+from registerlens.sweep.backends import Backend, Job, LocalBackend
+from registerlens.sweep.conditions import Condition
+from registerlens.sweep.fitted import References, fit_missing, identity_of
+from registerlens.sweep.fitting import unfitted
+from registerlens.sweep.grid import Conditions
+from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
+from registerlens.sweep.manifest import Manifest, manifest_of
+from registerlens.sweep.memory import MemoryStore
+from registerlens.sweep.metrics import Metric
+from registerlens.sweep.parts import skipped_of
+from registerlens.sweep.processes import ProcessBackend
+from registerlens.sweep.records import Swept
+from registerlens.sweep.result import SweepResult
+from registerlens.sweep.store import Store, grown, joined, writing
+from registerlens.sweep.tasks import Task, group_conditions
+
+STACK = 4
+"""Sequences that go through the model at once, in batches of images."""
+
+
+def run_sweep(
+    models: HookedViT | Mapping[str, HookedViT],
+    images: Any,
+    conditions: Iterable[Condition],
+    metrics: Sequence[Metric] | None = None,
+    *,
+    labels: Any = None,
+    reference_images: References | None = None,
+    store: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    batch_size: int = 16,
+    shard_size: int = 256,
+    workers: int = 0,
+    threads: int | None = None,
+    backend: Literal["local", "processes", "ray"] | Backend = "local",
+    address: str | None = None,
+    seed: int = 0,
+) -> SweepResult:
+    """Every condition on every image, beside the clean run, and nothing twice.
+
+    With a store, a run that was killed at any moment goes on where it was when the same call is made again, and ends
+    with the same numbers to the last bit; a later call may add conditions.
+
+    Args:
+        models: a model, or several by the names that conditions use.
+        images: a tensor [image, channel, height, width] of preprocessed images, a `Source`, or several of these by the
+            names that conditions use.
+        conditions: made by `rl.grid` and the like; a clean run is added where there is none.
+        metrics: what is measured; None is the built-in ones that need no search for outliers. For outliers and sinks
+            give `default_metrics(vit, rl.find_outliers(vit, images).detection)`.
+        labels: one an image, where the images are a tensor; by name for several image sets.
+        reference_images: images on which means, noise, attention biases and the like are fitted, as a tensor, in
+            batches, or as a Source; or those of each model by its name.
+        store: a folder or fsspec URL; None keeps the numbers in memory alone.
+        resume: go on with a sweep that is in the store; False refuses to.
+        batch_size: images whose clean run is made at once.
+        shard_size: images a part of the store, where the images are a tensor.
+        workers: worker processes of the backends "processes" and "ray"; 0 is one a CPU core.
+        threads: torch threads of a worker; None shares this process's among the workers. A store keeps its number.
+        backend: "local" (this process, on the model's device), "processes" (CPUs of this machine), "ray" (a cluster),
+            or a `Backend`.
+        address: of the Ray cluster.
+        seed: stored with the sweep.
+
+    Returns:
+        every number, image by image, and what they amount to.
+
+    Raises:
+        ConfigError: something contradictory was asked for; nothing has been computed.
+        ImageError: there are no images.
+        InterventionError: a condition does not fit its model.
+        ShapeError: not one label an image, or images that a model cannot take.
+        StoreError: the store is in use, full, damaged, or of another sweep; what was stored before is intact.
+        BackendError: a worker process failed or died again and again.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.sweep.grid import grid
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> heads = grid(lambda layer: rl.Ablate(rl.Heads([(layer, 0)])), layer=[4, 5])
+        >>> run_sweep(vit, torch.rand(2, 3, 48, 48), heads).table.num_rows  # two images, clean and twice ablated
+        6
+    """
+    models, sources = as_models(models), as_sources(images, labels, shard_size)
+    planned = as_conditions(conditions, models, sources)
+    measured = as_metrics(metrics, models, sources)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+    chosen, n_workers = _backend(backend, workers, address)
+    asked = manifest_of(
+        models,
+        sources,
+        planned,
+        measured,
+        reference=identity_of(reference_images) if unfitted(planned) else "",
+        batch_size=batch_size,
+        stack=STACK * batch_size,
+        threads=threads or max(1, torch.get_num_threads() // n_workers),
+        seed=seed,
+    )
+    with _opened(store, asked, planned, models, resume) as opened:
+        bound, new = fit_missing(models, planned, reference_images, batch_size, opened.fits())
+        opened = opened.with_fits(new)
+        job = Job(
+            models=models,
+            sources=sources,
+            conditions={one.key: one for one in bound},
+            groups=opened.manifest.groups,
+            metrics=measured,
+            batch_size=batch_size,
+            stack=opened.manifest.stack,
+            threads=opened.manifest.threads,
+        )
+        _work(chosen, job, opened)
+        return _result(opened, planned)
+
+
+def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
+    """The result in a store, without the models or the images; of a sweep that is not finished, what is done so far.
+
+    Args:
+        store: its folder or fsspec URL.
+
+    Raises:
+        StoreError: there is none, it is damaged, or of a newer version.
+    """
+    opened = Store.open(store)
+    names = ("label", "factors", "model", "images", "control_of")
+    conditions = [
+        Swept(key=key, edited=bool(told["content"]), **{name: told[name] for name in names})
+        for key, told in opened.manifest.conditions.items()
+    ]
+    return _result(opened, conditions)
+
+
+def _result(store: Store | MemoryStore, conditions: Iterable[Condition | Swept]) -> SweepResult:
+    tables = [table for _, table in store.tables()]
+    skipped = tuple(dict.fromkeys(one for table in tables for one in skipped_of(table)))
+    metrics = {name: told["words"] for name, told in store.manifest.metrics.items()}
+    return SweepResult.from_table(joined(tables, list(metrics)), list(conditions), metrics, skipped)
+
+
+def _opened(
+    store: str | os.PathLike[str] | None,
+    asked: Manifest,
+    conditions: Conditions,
+    models: Mapping[str, HookedViT],
+    resume: bool,
+) -> AbstractContextManager[Store | MemoryStore]:
+    """The store for the length of the run."""
+
+    def grouping(keys: Collection[str]) -> Sequence[Sequence[str]]:
+        return group_conditions([one for one in conditions if one.key in set(keys)], models)
+
+    if store is None:
+        return nullcontext(MemoryStore(grown(None, asked, grouping, "")))
+    return writing(store, asked, grouping, resume=resume)
+
+
+def _work(backend: Backend, job: Job, store: Store | MemoryStore) -> None:
+    """Do what is missing; progress counts conditions, a shard of several being a part of one."""
+    tasks = store.manifest.tasks()
+    # All groups on one shard before the next one: it is read once, and a run that is stopped has all conditions on some
+    # images, which says more than some conditions on all.
+    missing = sorted(store.missing(), key=lambda task: (job.images_of(task), task.shard, task.group))
+    n_shards = Counter(task.group for task in tasks)
+
+    def share(task: Task) -> float:
+        return len(job.groups[task.group]) / n_shards[task.group]
+
+    total = sum(map(share, tasks))
+    progress = {"total": total, "done": total - sum(map(share, missing)), "unit": "conditions"}
+    with closing(backend.run(job, missing)) as results:
+        for task, table in track(results, "sweep", weight=lambda result: share(result[0]), **progress):
+            store.write(task, table)
+
+
+def _backend(backend: str | Backend, workers: int, address: str | None) -> tuple[Backend, int]:
+    """Where tasks are done, and by how many workers on this machine.
+
+    Raises:
+        ConfigError: no such backend, or options that are not for it.
+    """
+    if not isinstance(backend, str):
+        return backend, max(1, workers)
+    if workers < 0:
+        raise ConfigError(f"workers must not be negative, got {workers}.")
+    if address is not None and backend != "ray":
+        raise ConfigError(f"address is that of a Ray cluster; it needs backend='ray', not {backend!r}.")
+    if backend == "local":
+        if workers > 1:
+            raise ConfigError(f"backend='local' is this process alone; workers={workers} needs backend='processes'.")
+        return LocalBackend(), 1
+    if backend == "processes":
+        n = (
+            workers or len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else workers or os.cpu_count() or 1
+        )
+        return ProcessBackend(workers=n), n
+    raise ConfigError(f"backend must be 'local', 'processes' or 'ray', got {backend!r}.")

@@ -1,0 +1,172 @@
+"""Worker processes: the same bits, deaths noticed, nothing piled up, and nobody left behind."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from store_cases import METRICS, DeadlyOnce, bits, driver, neurons, part_bits, pixels, sweep, tiny_vit
+from test_kill import start
+
+import registerlens as rl
+from registerlens.data.sources import TensorSource
+from registerlens.errors import ConfigError, BackendError
+from registerlens.sweep.backends import Job, LocalBackend, perform
+from registerlens.sweep.metrics import Metric
+from registerlens.sweep.processes import ProcessBackend
+from registerlens.sweep.shipping import pack
+from registerlens.sweep.tasks import Task
+
+
+def a_job(metrics=METRICS, source=None):
+    conditions = {one.key: one for one in neurons(2)}
+    return Job(
+        models={"model": tiny_vit()},
+        sources={"images": source or TensorSource(pixels(40), shard_size=2)},
+        conditions=conditions,
+        groups=(tuple(conditions),),
+        metrics=tuple(metrics),
+        batch_size=2,
+        stack=8,
+        threads=1,
+    )
+
+
+def test_the_same_bits_as_in_one_process(tmp_path):
+    sweep(tmp_path / "one", threads=1)
+    result = sweep(tmp_path / "two", backend="processes", workers=2, threads=1)
+    assert part_bits(tmp_path / "two") == part_bits(tmp_path / "one")
+    assert bits(result.table) == bits(sweep(None, threads=1).table)
+
+
+def test_a_dead_worker_is_replaced_and_its_task_done_again(tmp_path):
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    sweep(tmp_path / "store", images=DeadlyOnce(deaths, times=3), backend="processes", workers=2, threads=1)
+    sweep(tmp_path / "one", threads=1)
+    assert len(list(deaths.iterdir())) == 3
+    assert part_bits(tmp_path / "store") == part_bits(tmp_path / "one")
+
+
+def test_a_task_that_always_kills_is_named_and_the_rest_is_kept(tmp_path):
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    with pytest.raises(BackendError, match=r"died 4 times on the task g00000-s000004 .*SIGKILL.*intact"):
+        deadly = DeadlyOnce(deaths, times=99, shard=4)
+        sweep(tmp_path / "store", images=deadly, backend="processes", workers=1, threads=1)
+    assert sorted(part_bits(tmp_path / "store")) == [f"g00000-s00000{shard}" for shard in range(4)]
+
+
+def test_no_more_tasks_are_taken_than_there_are_workers():
+    taken = []
+
+    def tasks():
+        for shard in range(20):
+            taken.append(shard)
+            yield Task(0, shard)
+
+    results = ProcessBackend(workers=2).run(a_job(), tasks())
+    for done in range(1, 8):
+        next(results)
+        time.sleep(0.02)  # a driver that is slow to write
+        assert len(taken) <= done + 2
+    results.close()
+
+
+def test_each_task_once_and_in_the_tables_of_one_process():
+    job, tasks = a_job(), [Task(0, shard) for shard in range(20)]
+    found = {task: bits(table) for task, table in ProcessBackend(workers=2).run(job, iter(tasks))}
+    assert found == {task: bits(table) for task, table in LocalBackend().run(job, tasks)}
+    assert list(ProcessBackend(workers=2).run(job, [])) == []
+
+
+def alive(folder):
+    """The workers of a driver that are not dead, and not waiting to be buried."""
+    found = []
+    for path in folder.glob("*.pid"):
+        try:
+            state = open(f"/proc/{path.stem}/stat").read().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            found.append(int(path.stem))
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks at processes through /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_driver(tmp_path, how):
+    process, pipe, _ = start(driver, tmp_path)
+    until = time.monotonic() + 30
+    while len(alive(tmp_path)) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    process.join(20)
+    assert process.exitcode == (0 if how == signal.SIGINT else -9)
+    if how == signal.SIGINT:
+        assert pipe.recv() == "interrupted"
+    until = time.monotonic() + 10
+    while alive(tmp_path):
+        assert time.monotonic() < until, "workers were left behind"
+        time.sleep(0.02)
+    assert len(list(tmp_path.glob("*.pid"))) == 2
+
+
+def _broken(edited, clean):
+    raise ZeroDivisionError("of all things")
+
+
+class Unsendable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def _unsendable(edited, clean):
+    raise Unsendable(1, 2)
+
+
+@pytest.mark.parametrize(("measure", "error"), [(_broken, ZeroDivisionError), (_unsendable, BackendError)])
+def test_an_error_in_a_worker_is_raised_here_and_names_the_task(measure, error):
+    tasks = iter([Task(0, 0), Task(0, 1)])
+    with pytest.raises(error) as caught:
+        list(ProcessBackend(workers=1).run(a_job([Metric(name="broken", measure=measure)]), tasks))
+    told = str(caught.value) + "".join(caught.value.__notes__)
+    assert "In task g00000-s000000, in a worker process" in told and measure.__name__ in told
+    assert len(list(tasks)) == 1, "a task that fails is not tried again"
+
+
+def test_a_lambda_is_sent_or_refused(monkeypatch):
+    job = a_job([Metric(name="drift", measure=lambda edited, clean: edited.output[:, 0])])
+    ((_, table),) = ProcessBackend(workers=1).run(job, [Task(0, 1)])
+    assert bits(table) == bits(perform(job, Task(0, 1)))
+    monkeypatch.setitem(__import__("sys").modules, "cloudpickle", None)
+    with pytest.raises(ConfigError, match=r"top level of a module \(no lambda\)"):
+        list(ProcessBackend(workers=1).run(job, [Task(0, 0)]))
+
+
+def test_a_packed_model_is_the_model():
+    vit = tiny_vit(3).to(torch.bfloat16)
+    there = pack(vit).unpack()
+    assert there.cfg == vit.cfg and there.preprocess == vit.preprocess and not there.training
+    assert all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(there.parameters(), vit.parameters(), strict=True)
+    )
+    with vit.edit(rl.Ablate(rl.Heads([(0, 0)]))), pytest.raises(ConfigError, match=r"in force at blocks.0.attn.hook_z"):
+        try:
+            pack(vit)
+        finally:
+            vit(pixels(1).bfloat16())
+
+
+def test_jobs_stay_what_they_are():
+    job = a_job()
+    packed = job.packed()
+    assert packed.packed().models == packed.models and job.unpacked().models["model"] is job.models["model"]
+    with pytest.raises(TypeError, match="unpacked"):
+        perform(packed, Task(0, 0))
+    with pytest.raises(ConfigError, match="at least one worker"):
+        ProcessBackend(workers=0)
+    assert replace(job, threads=2).threads == 2
