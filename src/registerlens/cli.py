@@ -1,4 +1,4 @@
-"""The command line: trace, report, neurons, kernels, ablate, register, bake, demo, models."""
+"""The command line: trace, report, neurons, kernels, ablate, register, bake, sweep, demo, models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from registerlens.commands import baking, checking, editing, looking
+from registerlens.commands import baking, checking, editing, looking, sweeping
 from registerlens.commands.options import Debug
 from registerlens.commands.printing import print_trace, print_words
 
@@ -28,6 +28,7 @@ app.command()(checking.kernels)
 app.command()(editing.ablate)
 app.command()(editing.register)
 app.command()(baking.bake)
+app.add_typer(sweeping.app, name="sweep")
 
 
 @app.command()

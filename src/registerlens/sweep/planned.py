@@ -86,6 +86,11 @@ class PlannedBias(Planned):
     fitted: Intervention | None = field(default=None, compare=False, repr=False)
     """The bias itself, once `fit_conditions` has made it; no part of the content hash."""
 
+    @property
+    def n_keys(self) -> int:
+        """As many as the bias itself appends."""
+        return 1
+
     def stand_in(self, cfg: ViTConfig) -> AttentionBias:
         """A bias of zeros."""
         zeros = torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head)
