@@ -99,16 +99,16 @@ def alive(folder):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_driver(tmp_path, how):
     process, pipe, _ = start(driver, tmp_path)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 200
     while len(alive(tmp_path)) < 2:
         assert time.monotonic() < until
         time.sleep(0.01)
     os.kill(process.pid, how)
-    process.join(20)
+    process.join(100)
     assert process.exitcode == (0 if how == signal.SIGINT else -9)
     if how == signal.SIGINT:
         assert pipe.recv() == "interrupted"
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while alive(tmp_path):
         assert time.monotonic() < until, "workers were left behind"
         time.sleep(0.02)

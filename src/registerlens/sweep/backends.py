@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import torch
@@ -68,6 +68,7 @@ class Job:
         return replace(self, models=models)
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Where tasks are done."""
 

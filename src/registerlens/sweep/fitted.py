@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ KINDS = {kind.__name__: kind for kind in (Ablate, AttentionBias)}
 
 def fit_missing(
     models: Mapping[str, HookedViT],
-    conditions: Sequence[Condition],
+    conditions: Iterable[Condition],
     references: References | None,
     batch_size: int,
     known: Mapping[str, Intervention],

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -33,6 +33,7 @@ class Entry:
     """When it was last written, where that is known; UTC."""
 
 
+@runtime_checkable
 class Folder(Protocol):
     """A few files, by names such as "parts/g00000-s000000.parquet"; every method raises StoreError."""
 
@@ -195,9 +196,10 @@ class RemoteFolder:
 
 def _modified(told: dict[str, Any]) -> datetime | None:
     """When a file was written, under the names that fsspec's file systems have for it."""
-    when = next(
-        (told[key] for key in ("LastModified", "last_modified", "mtime", "updated", "created") if key in told), None
-    )
+    names = ("LastModified", "last_modified", "mtime", "updated", "created")
+    when = next((told[name] for name in names if name in told), None)
+    if isinstance(when, int | float):
+        return datetime.fromtimestamp(when, UTC)
     return when if isinstance(when, datetime) else None
 
 

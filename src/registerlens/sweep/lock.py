@@ -118,8 +118,10 @@ def _flock(root: Path) -> Iterator[Callable[[], None]]:
             file.truncate(0)
             file.write(json.dumps(asdict(_me())))
             file.flush()
-        yield lambda: None
-        file.truncate(0)  # it stays: deleting it could take it from a run that waits for it
+        try:
+            yield lambda: None
+        finally:
+            file.truncate(0)  # the file stays: a run that has just opened it would lock one that is gone
 
 
 # Elsewhere -----------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def from_bytes(content: bytes, task: Task, metrics: Sequence[str], conditions: C
     if told.get(SHA256) != actual.encode():
         raise StoreError("is damaged: its rows do not have the hash that was stored with them")
     if told.get(TASK) != task.name.encode():
-        raise StoreError(f"is no part of this store: it says that it is {told.get(TASK, b'nothing').decode()}")
+        raise StoreError(f"is no part of this store: it says that it is {told.get(TASK, b'').decode(errors='replace')}")
     check_table(table, task, metrics, conditions)
     return table
 

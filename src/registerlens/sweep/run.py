@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -47,7 +47,7 @@ def run_sweep(
     shard_size: int = 256,
     workers: int = 0,
     threads: int | None = None,
-    backend: Literal["local", "processes", "ray"] | Backend = "local",
+    backend: str | Backend = "local",
     address: str | None = None,
     seed: int = 0,
 ) -> SweepResult:
@@ -207,10 +207,16 @@ def _backend(backend: str | Backend, workers: int, address: str | None) -> tuple
             raise ConfigError(f"backend='local' is this process alone; workers={workers} needs backend='processes'.")
         return LocalBackend(), 1
     if backend == "processes":
-        n = (
-            workers or len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else workers or os.cpu_count() or 1
-        )
+        n = workers or _cores()
         return ProcessBackend(workers=n), n
+    if backend == "ray":
+        from registerlens.sweep.ray import RayBackend  # noqa: PLC0415  (an extra)
+
+        # A worker that is asked for no threads gets one core of its node, whatever this machine has.
+        return RayBackend(address=address, workers=workers or None), torch.get_num_threads()
     raise ConfigError(f"backend must be 'local', 'processes' or 'ray', got {backend!r}.")
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -191,7 +191,7 @@ def writing(
             raise StoreError(
                 f"'{folder.where}' holds a sweep already. Go on with it (resume=True), or choose another store."
             )
-        if stored is None and folder.entries(PARTS):
+        if stored is None and any(_task_of(entry.name) for entry in folder.entries(PARTS)):
             raise StoreError(
                 f"'{folder.where}' has parts but no {manifests.NAME}, so that it cannot be told what they are of. Restore "
                 f"the file from a copy, or choose another store."
