@@ -8,6 +8,7 @@ from helpers import randomise
 
 import registerlens as rl
 from registerlens.analysis.detection import Cutoff
+from registerlens.interventions.scaling import Scale
 
 SIZE = {"n_layers": 4, "d_model": 24, "n_heads": 3, "d_mlp": 20, "image_size": (24, 32), "patch_size": (8, 8)}
 CFGS = {
@@ -63,6 +64,7 @@ def makers(vit, size=(24, 32)):
         targets |= {"cls": rl.Tokens(2, "cls"), "trained": rl.Tokens(0, "trained_registers")}
     for name, target in targets.items():
         kinds[f"zero {name}"] = partial(rl.Ablate, target)
+        kinds[f"scale {name}"] = partial(Scale, target, -1.5)
         for mode in ("mean", "noise", "shuffle", "resample"):
             kinds[f"{mode} {name}"] = partial(rl.Ablate.fit, vit, target, fitted, mode, seed=5)
     return kinds

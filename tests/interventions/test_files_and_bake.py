@@ -16,6 +16,7 @@ from registerlens.analysis.detection import Cutoff
 from registerlens.errors import ConfigError, InterventionError, UnsupportedArchitectureError
 from registerlens.interventions.bake import bake, load_baked
 from registerlens.interventions.files import load_intervention, save_intervention
+from registerlens.interventions.scaling import Scale
 
 NEURONS = rl.RegisterNeurons.from_pairs([(0, 3), (1, 5), (1, 60)])
 TOLERANCE = 1e-5
@@ -26,6 +27,9 @@ PLAIN = {
     "move": rl.MoveOutliers(NEURONS, 3, extreme="shared", fill="mean"),
     "move several": rl.MoveOutliers(NEURONS, [3, 5]),
     "interpolate": rl.InterpolateOutliers("1.attn", Cutoff(value=2.5, relative=True)),
+    "scale": Scale(NEURONS, 0.5),
+    "scale heads": Scale(rl.Heads([(1, 0), (2, 3)]), -2),
+    "scale tokens": Scale(rl.Tokens(1, [0, 3]), 0.25),
     "zero heads": rl.Ablate(rl.Heads([(1, 0), (2, 3)])),
     "zero tokens": rl.Ablate(rl.Tokens(1, "cls")),
 }

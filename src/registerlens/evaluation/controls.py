@@ -48,7 +48,7 @@ def with_neurons(intervention: Intervention, neurons: RegisterNeurons) -> Interv
         ((1, 4),)
     """
     names = {item.name for item in fields(intervention)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {"maxima_of": None} if "maxima_of" in names else {}
+    changes: dict[str, Any] = {name: None for name in ("maxima_of", "fitted") if name in names}
     if neurons_of(intervention) is None:
         raise InterventionError(f"{type(intervention).__name__} is not about neurons.")
     if isinstance(intervention, AttentionBias) or getattr(intervention, "reference", None) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,161 +10,51 @@ from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
+from registerlens.interventions.targets import Heads, Part, Target, Tokens, parts_of, target_from_dict, target_to_dict
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
 Mode = Literal["zero", "mean", "noise", "shuffle", "resample"]
 BANK = 32
 """Reference images from which "shuffle" and "resample" draw; a random sample of those seen by `fit`."""
-
-
-# What is ablated -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention heads: what is ablated is their output z, before the output projection.
-
-    Example:
-        >>> Heads([(3, 0), (3, 5)]).pairs
-        ((3, 0), (3, 5))
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    """(layer, head) of each."""
-
-    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
-        object.__setattr__(self, "pairs", tuple((int(layer), int(head)) for layer, head in pairs))
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of the residual stream after a block.
-
-    Example:
-        >>> Tokens(3, "trained_registers").layer, Tokens(3, [0, 7]).which
-        (3, (0, 7))
-    """
-
-    layer: int
-    """The block after which they are replaced."""
-    which: Literal["cls", "trained_registers"] | tuple[int, ...]
-    """[CLS], the trained registers, or patches by index (row by row)."""
-
-    def __init__(self, layer: int, which: Literal["cls", "trained_registers"] | Iterable[int]) -> None:
-        if isinstance(which, str) and which not in ("cls", "trained_registers"):
-            raise ConfigError(f"which must be 'cls', 'trained_registers' or patch indices, got {which!r}.")
-        chosen = which if isinstance(which, str) else tuple(int(patch) for patch in which)
-        object.__setattr__(self, "layer", int(layer))
-        object.__setattr__(self, "which", chosen)
-
-    def positions(self, layout: TokenLayout) -> Bool[Tensor, " pos"]:
-        """Where they are in a sequence.
-
-        Raises:
-            InterventionError: there are no such tokens.
-        """
-        mask = torch.zeros(layout.n_tokens, dtype=torch.bool)
-        if self.which == "cls" and layout.cls is not None:
-            mask[layout.cls] = True
-        elif self.which == "trained_registers":
-            mask[layout.trained_registers] = True
-        elif not isinstance(self.which, str):
-            wrong = [patch for patch in self.which if not 0 <= patch < layout.n_patches]
-            if wrong:
-                raise InterventionError(f"Patches {wrong[:5]} do not exist: there are 0 to {layout.n_patches - 1}.")
-            mask[torch.tensor(self.which, dtype=torch.long) + layout.patches.start] = True
-        if not mask.any():
-            raise InterventionError(f"Nothing to ablate: the sequence has no tokens {self.which!r}.")
-        return mask
-
-
-Target = RegisterNeurons | Heads | Tokens
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One hook point, the features of it that are ablated, and whose tokens."""
-
-    point: str
-    index: tuple[int, ...] | None = None
-    """Neurons, or heads; None is every feature."""
-    tokens: Tokens | None = None
-    """None is every token."""
-
-    def read(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos feature"]:
-        chosen = x if self.index is None else x[:, :, torch.tensor(self.index, device=x.device)]
-        return chosen.flatten(2)
-
-    def write(
-        self, x: Float[Tensor, "batch pos ..."], new: Float[Tensor, "#batch #pos feature"], layout: TokenLayout
-    ) -> Float[Tensor, "batch pos ..."]:
-        if self.tokens is not None:
-            return torch.where(self.tokens.positions(layout).to(x.device)[:, None], new.to(x.dtype), x)
-        index = torch.tensor(self.index, device=x.device)
-        shape = (len(x), x.shape[1], len(index), *x.shape[3:])
-        return x.index_copy(2, index, new.to(x.dtype).expand(*shape[:2], -1).reshape(shape))
-
-
-def _parts(target: Target, cfg: ViTConfig) -> list[_Part]:
-    """The hook points a target stands for.
-
-    Raises:
-        InterventionError: the model has no such neuron, head, layer or kind of token.
-    """
-    if isinstance(target, RegisterNeurons):
-        listed = target.check(cfg).by_layer()
-        return [_Part(f"blocks.{layer}.mlp.hook_post", index) for layer, index in listed.items()]
-    if isinstance(target, Heads):
-        wrong = [(a, h) for a, h in target.pairs if not (0 <= a < cfg.n_layers and 0 <= h < cfg.n_heads)]
-        if wrong:
-            raise InterventionError(
-                f"Heads {wrong[:5]} do not exist: the model has blocks 0 to {cfg.n_layers - 1} with heads 0 to "
-                f"{cfg.n_heads - 1} each."
-            )
-        layers = sorted({layer for layer, _ in target.pairs})
-        return [
-            _Part(f"blocks.{layer}.attn.hook_z", tuple(sorted({h for at, h in target.pairs if at == layer})))
-            for layer in layers
-        ]
-    if not 0 <= target.layer < cfg.n_layers:
-        raise InterventionError(f"Block {target.layer} does not exist: there are 0 to {cfg.n_layers - 1}.")
-    if isinstance(target.which, str):
-        target.positions(cfg.layout())
-    return [_Part(f"blocks.{target.layer}.hook_resid_post", tokens=target)]
-
-
-# What it is ablated to -----------------------------------------------------------------------------------------------
+NEEDS_BANK = ("shuffle", "resample")
+"""Modes that draw other images' activations."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the ablated features usually are, one entry a hook point; fitted by `Ablate.fit`."""
+    """What the ablated features usually are, one entry a hook point, each with features of its own; by `Ablate.fit`."""
 
-    mean: dict[str, Float[Tensor, "kind feature"]]
+    mean: dict[str, Float[Tensor, "kind _feature"]]
     """Mean over images; a row for each prefix token and trained register, then one for all patches."""
-    std: dict[str, Float[Tensor, "kind feature"]]
+    std: dict[str, Float[Tensor, "kind _feature"]]
     """Standard deviation over images (and patches)."""
-    bank: dict[str, Float[Tensor, "image pos feature"]]
+    bank: dict[str, Float[Tensor, "image pos _feature"]]
     """Whole activations of a random sample of the images; empty where the mode needs none."""
     n_images: int
     """Images it was fitted on."""
 
 
-class _Fitter:
-    """Streaming sums and a reservoir sample for each hook point."""
+class Fitter:
+    """Streaming sums and a reservoir sample for each hook point; `fit_references` feeds it.
 
-    def __init__(self, parts: list[_Part], keep_bank: bool, seed: int) -> None:
+    Args:
+        parts: the hook points and their features; no point twice.
+        keep_bank: whether whole activations of a sample of the images are kept.
+        seed: of that sample.
+    """
+
+    def __init__(self, parts: list[Part], keep_bank: bool, seed: int) -> None:
         self.parts, self.keep_bank = parts, keep_bank
         self.sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.bank: dict[str, list[Tensor]] = {part.point: [] for part in parts}
@@ -172,7 +62,9 @@ class _Fitter:
         self.n_images = 0
 
     def hooks(self, layout: TokenLayout, slots: list[int | None]) -> list[Any]:
-        def hook_for(part: _Part) -> Any:
+        """Hooks that take in one batch."""
+
+        def hook_for(part: Part) -> Any:
             return part.point, lambda x, hook: self._take(part, part.read(x).detach(), layout, slots)
 
         return [hook_for(part) for part in self.parts]
@@ -186,7 +78,7 @@ class _Fitter:
         self.n_images += n
         return chosen
 
-    def _take(self, part: _Part, x: Float[Tensor, "batch pos feature"], layout: TokenLayout, slots: list) -> None:
+    def _take(self, part: Part, x: Float[Tensor, "batch pos feature"], layout: TokenLayout, slots: list) -> None:
         wide = x.double() if x.device.type != "mps" else x.float()
         kinds = _kinds(layout).to(x.device)
         n_kinds = layout.patches.start + 1
@@ -206,6 +98,12 @@ class _Fitter:
                 bank[slot : slot + 1] = [row.float().cpu().clone()]
 
     def result(self) -> Reference:
+        """What was fitted.
+
+        Raises:
+            ImageError: there was no image.
+            ShapeError: the images differ in size, and whole activations are kept.
+        """
         if not self.n_images:
             raise ImageError("No image to fit the ablation on.")
         mean, std = {}, {}
@@ -218,6 +116,16 @@ class _Fitter:
             raise ShapeError("Images of one size are needed to draw other images' activations; these differ.")
         bank = {point: torch.stack(rows).clone() for point, rows in self.bank.items() if rows}
         return Reference(mean=mean, std=std, bank=bank, n_images=self.n_images)
+
+
+def fit_references(vit: HookedViT, fitters: Sequence[Fitter], images: Images, batch_size: int) -> None:
+    """Show the images to any number of fitters in one streaming pass."""
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "fitting the ablation", count(images), len):
+            layout = vit.layout(batch)
+            hooks = [hook for fitter in fitters for hook in fitter.hooks(layout, fitter.slots(len(batch)))]
+            with vit.hooks(hooks):
+                vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
 
 
 def _kinds(layout: TokenLayout) -> Int[Tensor, " pos"]:
@@ -301,22 +209,19 @@ class Ablate(Intervention):
             ShapeError: the images differ in size where the mode needs one.
         """
         zeroing = cls(target)
-        fitter = _Fitter(_parts(target, vit.cfg), mode in ("shuffle", "resample"), seed)
-        with torch.inference_mode():
-            for batch in track(in_batches(images, batch_size), "fitting the ablation", count(images), len):
-                with vit.hooks(fitter.hooks(vit.layout(batch), fitter.slots(len(batch)))):
-                    vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
+        fitter = Fitter(parts_of(target, vit.cfg), mode in NEEDS_BANK, seed)
+        fit_references(vit, [fitter], images, batch_size)
         return replace(zeroing, mode=mode, reference=fitter.result(), seed=seed)
 
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """One edit for each hook point of the target."""
-        parts = _parts(self.target, host.cfg)
+        parts = parts_of(self.target, host.cfg)
         for part in parts:
             if self.mode != "zero" and part.point not in self._reference().mean:
                 raise InterventionError(f"The reference has nothing for {part.point}; fit it on this model.")
         return [Edit(part.point, partial(self._change, part)) for part in parts]
 
-    def _change(self, part: _Part, x: Tensor, scene: Scene) -> Tensor:
+    def _change(self, part: Part, x: Tensor, scene: Scene) -> Tensor:
         chosen = part.read(x)
         return part.write(x, self._replacement(part.point, chosen, scene), scene.layout)
 
@@ -377,7 +282,7 @@ class Ablate(Intervention):
             with whole_file(folder / "ablation.safetensors") as temporary:
                 save_file(tensors, temporary)
         described = {"version": __version__, "mode": self.mode, "seed": self.seed, "n_images": n_images}
-        write_json(folder / "ablation.json", described | {"target": _target_to_dict(self.target)})
+        write_json(folder / "ablation.json", described | {"target": target_to_dict(self.target)})
         return folder
 
     @classmethod
@@ -389,7 +294,7 @@ class Ablate(Intervention):
         """
         folder = Path(folder)
         with reading(folder / "ablation.json") as told:
-            target, n_images = _target_from_dict(told["target"]), told["n_images"]
+            target, n_images = target_from_dict(told["target"]), told["n_images"]
             mode, seed = told["mode"], told["seed"]
         reference = None
         if n_images:
@@ -411,23 +316,3 @@ def _check_length(n_tokens: int, layout: TokenLayout) -> None:
             f"{f', {n_registers} of them test-time registers' if n_registers else ''}. Fit on images of this size, "
             f"inside the same vit.edit(...)."
         )
-
-
-def _target_to_dict(target: Target) -> dict[str, Any]:
-    if isinstance(target, RegisterNeurons):
-        return {"kind": "neurons", **target.to_dict()}
-    if isinstance(target, Heads):
-        return {"kind": "heads", "pairs": [list(pair) for pair in target.pairs]}
-    which = target.which if isinstance(target.which, str) else list(target.which)
-    return {"kind": "tokens", "layer": target.layer, "which": which}
-
-
-def _target_from_dict(values: dict[str, Any]) -> Target:
-    kind = values.get("kind")
-    if kind == "neurons":
-        return RegisterNeurons.from_dict(values)
-    if kind == "heads":
-        return Heads((layer, head) for layer, head in values["pairs"])
-    if kind == "tokens":
-        return Tokens(values["layer"], values["which"])
-    raise ConfigError(f"Unknown kind of target {kind!r}: expected neurons, heads or tokens.")

@@ -20,9 +20,11 @@ from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Intervention
 from registerlens.interventions.interpolation import InterpolateOutliers
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
+from registerlens.interventions.scaling import Scale
+from registerlens.interventions.targets import Heads, Tokens, target_from_dict, target_to_dict
 
 _PLAIN: dict[str, type[Intervention]] = {
-    kind.__name__: kind for kind in (TestTimeRegisters, MoveOutliers, InterpolateOutliers)
+    kind.__name__: kind for kind in (TestTimeRegisters, MoveOutliers, InterpolateOutliers, Scale)
 }
 """Interventions whose options are all they are."""
 _WITH_TENSORS: dict[str, Any] = {kind.__name__: kind for kind in (AttentionBias, Ablate)}
@@ -73,6 +75,8 @@ def load_intervention(folder: str | Path) -> Intervention:
 
 _CODED: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "neurons": (RegisterNeurons, RegisterNeurons.to_dict, RegisterNeurons.from_dict),
+    "heads": (Heads, target_to_dict, target_from_dict),
+    "tokens": (Tokens, target_to_dict, target_from_dict),
     "cutoff": (Cutoff, lambda cut: {"value": cut.value, "relative": cut.relative}, lambda told: Cutoff(**told)),
     "grid": (Tensor, Tensor.tolist, torch.tensor),
 }

@@ -11,6 +11,8 @@ from registerlens.sweep.content import content_hash
 
 CLEAN = "clean"
 """Label of the unedited model."""
+EDIT = "edit"
+"""The factor that names a condition of an explicit list; its label is told without the factor's name."""
 Factor = str | int | float | bool | None
 """One setting of a condition, as it stands in a column of the result."""
 
@@ -55,7 +57,7 @@ class Condition:
         """The factors in words; "clean" for the unedited model."""
         if not self.interventions:
             return CLEAN
-        told = [f"{name}={value}" for name, value in self.factors.items()]
+        told = [str(value) if name == EDIT else f"{name}={value}" for name, value in self.factors.items()]
         return " ".join(told) or " + ".join(type(one).__name__ for one in self.interventions)
 
     @property

@@ -28,7 +28,8 @@ def content_hash(value: Any) -> str:
 def content(value: Any) -> Any:
     """A value as JSON: a dataclass by the name of its class and its fields, a tensor by the hash of its bytes.
 
-    Of register neurons only which they are counts, not their scores or where they came from.
+    Of register neurons only which they are counts, not their scores or where they came from. Fields that a dataclass
+    leaves out of comparisons (compare=False) do not count: an edit has the same hash before and after it is fitted.
 
     Raises:
         ConfigError: it holds a function or an object whose content cannot be told.
@@ -45,7 +46,7 @@ def content(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"type": "Tensor", "shape": list(value.shape), "dtype": str(value.dtype), "sha256": tensor_hash(value)}
     if is_dataclass(value) and not isinstance(value, type):
-        inner = {item.name: content(getattr(value, item.name)) for item in fields(value)}
+        inner = {item.name: content(getattr(value, item.name)) for item in fields(value) if item.compare}
         return {"type": type(value).__name__, **inner}
     if isinstance(value, dict):
         return {str(key): content(inner) for key, inner in value.items()}

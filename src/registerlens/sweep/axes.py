@@ -1,0 +1,260 @@
+"""Values for the axes of a grid: neurons, heads, tokens, neuron sets, doses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+import torch
+
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.errors import ConfigError, close_matches
+from registerlens.evaluation.controls import Activity, matched_neurons, random_neurons
+from registerlens.interventions.ablation import Mode
+from registerlens.interventions.base import Host
+from registerlens.interventions.targets import Heads, Tokens
+from registerlens.sweep.levels import Level
+
+REDRAWS = 20
+"""Tries to draw a set that has not been drawn yet."""
+
+
+# Places in the model ------------------------------------------------------------------------------------------------
+
+
+def every_neuron(vit: Host, layers: Iterable[int] | None = None) -> dict[str, Level]:
+    """Every neuron of some layers (default: all), one at a time; factors "layer" and "neuron".
+
+    Raises:
+        ConfigError: a layer does not exist, or none is given.
+
+    Example:
+        >>> import registerlens as rl
+        >>> neurons = every_neuron(rl.HookedViT.from_pretrained("registerlens:tiny"), [1, 2])
+        >>> len(neurons), neurons["1:183"].value.pairs
+        (512, ((1, 183),))
+    """
+    return {
+        f"{layer}:{neuron}": Level(RegisterNeurons.from_pairs([(layer, neuron)]), {"layer": layer, "neuron": neuron})
+        for layer in _layers(vit, layers)
+        for neuron in range(vit.cfg.d_mlp)
+    }
+
+
+def every_head(vit: Host, layers: Iterable[int] | None = None) -> dict[str, Level]:
+    """Every attention head of some layers (default: all), one at a time; factors "layer" and "head".
+
+    Raises:
+        ConfigError: a layer does not exist, or none is given.
+
+    Example:
+        >>> import registerlens as rl
+        >>> list(every_head(rl.HookedViT.from_pretrained("registerlens:tiny"), [0, 3]))
+        ['0.0', '3.0']
+    """
+    return {
+        f"{layer}.{head}": Level(Heads([(layer, head)]), {"layer": layer, "head": head})
+        for layer in _layers(vit, layers)
+        for head in range(vit.cfg.n_heads)
+    }
+
+
+def every_token(
+    vit: Host, layers: Iterable[int] | None = None, patches: Mapping[str, Iterable[int]] | None = None
+) -> dict[str, Level]:
+    """Every kind of token after the blocks of some layers (default: all); factors "layer" and "tokens".
+
+    Args:
+        vit: the model.
+        layers: blocks after which tokens are edited.
+        patches: sets of patch indices by name, beside [CLS] and the trained registers where the model has them.
+
+    Raises:
+        ConfigError: a layer does not exist, none is given, or the model has neither kind and no patches are given.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")  # which has no [CLS]
+        >>> list(every_token(vit, [0, 2], {"corner": [0], "top row": range(6)}))
+        ['0 corner', '0 top row', '2 corner', '2 top row']
+    """
+    layout = vit.cfg.layout()
+    kinds: dict[str, Any] = {} if layout.cls is None else {"cls": "cls"}
+    if layout.n_trained_registers:
+        kinds["trained_registers"] = "trained_registers"
+    kinds |= {name: list(listed) for name, listed in (patches or {}).items()}
+    if not kinds:
+        raise ConfigError("The model has no [CLS] and no trained registers; give sets of patches by name.")
+    return {
+        f"{layer} {kind}": Level(Tokens(layer, which), {"layer": layer, "tokens": kind})
+        for layer in _layers(vit, layers)
+        for kind, which in kinds.items()
+    }
+
+
+def _layers(vit: Host, layers: Iterable[int] | None) -> list[int]:
+    n_layers = vit.cfg.n_layers
+    chosen = [int(layer) for layer in (range(n_layers) if layers is None else layers)]
+    wrong = [layer for layer in chosen if not 0 <= layer < n_layers]
+    if wrong or not chosen:
+        what = f"Layers {wrong[:5]} do not exist" if wrong else "No layer was given"
+        raise ConfigError(f"{what}: the model has blocks 0 to {n_layers - 1}.")
+    return chosen
+
+
+# Sets of neurons ----------------------------------------------------------------------------------------------------
+
+
+def top_k(ranking: RegisterNeurons, ks: Iterable[int]) -> dict[int, Level]:
+    """The first k neurons of a ranking, for several k; factor "k".
+
+    Raises:
+        ConfigError: a k below 1 or above the length of the ranking, or none at all.
+
+    Example:
+        >>> sets = top_k(RegisterNeurons.published("dinov2_vitl14"), [1, 10, 45])
+        >>> [len(level.value) for level in sets.values()], sets[10].factors
+        ([1, 10, 45], {'k': 10})
+    """
+    ks = [int(k) for k in ks]
+    if not ks:
+        raise ConfigError("No k was given: top_k needs numbers of neurons, such as [1, 2, 5, 10].")
+    if not len(ranking):
+        raise ConfigError(f"The ranking ({ranking.source}) has no neurons.")
+    if wrong := [k for k in ks if not 1 <= k <= len(ranking)]:
+        raise ConfigError(
+            f"k must be from 1 to {len(ranking)}, the length of the ranking ({ranking.source}), got {wrong[:5]}."
+        )
+    return {k: Level(ranking.filter(top=k), {"k": k}) for k in ks}
+
+
+def cumulative(ranking: RegisterNeurons) -> dict[int, Level]:
+    """The first neuron of a ranking, the first two, and so on to all of them; factor "k".
+
+    Raises:
+        ConfigError: the ranking is empty.
+
+    Example:
+        >>> [level.value.pairs for level in cumulative(RegisterNeurons.from_pairs([(1, 3), (0, 2)])).values()]
+        [((1, 3),), ((1, 3), (0, 2))]
+    """
+    return top_k(ranking, range(1, max(2, len(ranking) + 1)))
+
+
+def random_sets(neurons: RegisterNeurons, n: int, d_mlp: int, seed: int = 0) -> dict[str, RegisterNeurons]:
+    """Random sets with as many neurons in each layer as `neurons`, and none of these; "random 1" and so on.
+
+    More of them begin with the same ones.
+
+    Args:
+        neurons: what they are to be compared with.
+        n: how many sets.
+        d_mlp: neurons a layer has.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: n is below 1, or there are no neurons.
+        InterventionError: a layer has too few others.
+
+    Example:
+        >>> sets = random_sets(RegisterNeurons.from_pairs([(1, 3), (4, 5)]), 2, 256)
+        >>> [(name, list(one.by_layer())) for name, one in sets.items()]
+        [('random 1', [1, 4]), ('random 2', [1, 4])]
+    """
+    return _drawn("random", neurons, n, lambda generator: random_neurons(neurons, d_mlp, generator), seed)
+
+
+def matched_sets(neurons: RegisterNeurons, n: int, activity: Activity, seed: int = 0) -> dict[str, RegisterNeurons]:
+    """Like `random_sets`, of neurons that get about as active; "matched 1" and so on.
+
+    Args:
+        neurons: what they are to be compared with.
+        n: how many sets.
+        activity: from `evaluation.controls.neuron_activity`, of every layer that has neurons in the list.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: n is below 1, there are no neurons, or the activity of a layer is missing.
+        InterventionError: a layer has too few others.
+
+    Example:
+        >>> import torch
+        >>> sets = matched_sets(RegisterNeurons.from_pairs([(1, 0)]), 1, {1: torch.tensor([9.0, 8.0, 0.0])})
+        >>> list(sets)
+        ['matched 1']
+    """
+    if missing := sorted(set(neurons.by_layer()) - set(activity)):
+        raise ConfigError(f"The activity of layers {missing[:5]} is missing; measure it with neuron_activity.")
+    return _drawn("matched", neurons, n, lambda generator: matched_neurons(neurons, activity, generator), seed)
+
+
+def _drawn(
+    kind: str, neurons: RegisterNeurons, n: int, draw: Callable[[torch.Generator], RegisterNeurons], seed: int
+) -> dict[str, RegisterNeurons]:
+    """Sets that differ from each other, as far as there are so many."""
+    if n < 1:
+        raise ConfigError(f"At least one {kind} set is needed, got n={n}.")
+    if not len(neurons):
+        raise ConfigError(f"There are no neurons ({neurons.source}) to draw {kind} sets for.")
+    generator = torch.Generator().manual_seed(seed)
+    sets: list[RegisterNeurons] = []
+    for _ in range(n):
+        chosen = draw(generator)
+        for _ in range(REDRAWS):
+            if set(chosen.pairs) not in [set(one.pairs) for one in sets]:
+                break
+            chosen = draw(generator)
+        sets.append(chosen)
+    return {f"{kind} {i}": one for i, one in enumerate(sets, 1)}
+
+
+# Doses --------------------------------------------------------------------------------------------------------------
+
+
+def modes(*names: str) -> list[str]:
+    """Ways to ablate, for the axis "mode" of `rl.Ablate`; without names, all of them.
+
+    Raises:
+        ConfigError: there is no such mode.
+
+    Example:
+        >>> modes(), modes("zero", "mean")
+        (['zero', 'mean', 'noise', 'shuffle', 'resample'], ['zero', 'mean'])
+    """
+    known = list(get_args(Mode))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"There is no mode {name!r}.{close_matches(name, known)} There are: {known}.")
+    return list(names) or known
+
+
+def scales(low: float | int = 0, high: float | int = 2, n: int = 5) -> list[float]:
+    """`n` factors from `low` to `high` at equal distances, for the axis "factor" of `rl.Scale`.
+
+    Raises:
+        ConfigError: fewer than two, or not from low to high.
+
+    Example:
+        >>> scales(), scales(0, 1, 3)
+        ([0.0, 0.5, 1.0, 1.5, 2.0], [0.0, 0.5, 1.0])
+    """
+    if n < 2 or not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(f"scales needs low < high and n of at least 2, got low={low}, high={high}, n={n}.")
+    return [float(low + (high - low) * i / (n - 1)) for i in range(n)]
+
+
+def register_counts(most: int) -> list[int]:
+    """Numbers of test-time registers: none, 1, 2, 4 and so on up to `most`, for the axis "n" of rl.TestTimeRegisters.
+
+    Raises:
+        ConfigError: `most` is below 1.
+
+    Example:
+        >>> register_counts(4), register_counts(6)
+        ([0, 1, 2, 4], [0, 1, 2, 4, 6])
+    """
+    if most < 1:
+        raise ConfigError(f"register_counts needs at least one register, got most={most}.")
+    doubled = [2**i for i in range(most.bit_length())]
+    return [0, *doubled] + [most] * (doubled[-1] != most)

@@ -1,0 +1,138 @@
+"""Matched controls: the same edit on other neurons of the same layers, beside every condition that is about neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.data.batches import Images
+from registerlens.errors import ConfigError, ImageError, InterventionError
+from registerlens.evaluation.controls import DRAWS, Activity, neuron_activity, neurons_of, with_neurons
+from registerlens.interventions.base import Intervention
+from registerlens.model.vit import HookedViT
+from registerlens.sweep.axes import matched_sets, random_sets
+from registerlens.sweep.conditions import Condition
+from registerlens.sweep.content import content_hash
+from registerlens.sweep.grid import Conditions, by_name, each_of
+
+Kind = Literal["random", "matched"]
+CONTROL = "control"
+"""The factor that tells controls apart."""
+
+
+def with_controls(
+    conditions: Conditions,
+    vit: HookedViT | Mapping[str, HookedViT],
+    images: Images | Mapping[str, Images] | None = None,
+    *,
+    n: int = DRAWS,
+    kinds: Sequence[Kind] = get_args(Kind),
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Conditions:
+    """The conditions, each followed by its controls: the same edit on neurons that are not those it is about.
+
+    A control has its condition's factors, one more named "control" ("random 1", "matched 1" and so on), and
+    `control_of`, its condition's key. Which neurons are drawn depends on the condition's neurons and the seed alone:
+    the same set in several modes or doses has the same controls, and conditions that are added later change none.
+
+    Args:
+        conditions: those about heads or tokens, the clean one and controls stay as they are.
+        vit: the model, or the models by the names that conditions use.
+        images: on which activity is measured, for "matched"; or those of each model by its name.
+        n: draws of each kind.
+        kinds: "random": any other neurons of the same layers; "matched": such that get about as active.
+        seed: of the draws.
+        batch_size: images at once when a tensor is given.
+
+    Raises:
+        ConfigError: an unknown kind, n below 1, no images for "matched", or a condition about another model.
+        InterventionError: no condition is about neurons, a layer has too few others, or an edit was fitted for its
+            own neurons only.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> from registerlens.sweep.grid import grid
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> neurons = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)])
+        >>> every = with_controls(grid(rl.Ablate, target={"both": neurons}), vit, torch.rand(4, 3, 48, 48), n=1)
+        >>> every.labels
+        ('target=both', 'target=both control=random 1', 'target=both control=matched 1')
+    """
+    if wrong := [kind for kind in kinds if kind not in get_args(Kind)]:
+        raise ConfigError(f"There are {list(get_args(Kind))} controls, not {wrong[0]!r}.")
+    models = by_name(vit)
+    wanting = [one for one in conditions if not one.control_of and any(map(_about, one.interventions))]
+    if not wanting:
+        raise InterventionError("No condition is about neurons, so that none has random neurons for a control.")
+    if unknown := [one.model for one in wanting if one.model not in models]:
+        raise ConfigError(f"A condition is about the model {unknown[0]!r}; there are {list(models)}.")
+    activities = _activities(models, images, wanting, batch_size) if "matched" in kinds else {}
+    listed: list[Condition] = []
+    for one in conditions:
+        listed.append(one)
+        if any(one is other for other in wanting):
+            activity = activities.get(one.model, {})
+            listed += _controls(one, models[one.model], activity, n, kinds, seed)
+    return Conditions(tuple(listed))
+
+
+def _controls(
+    condition: Condition, vit: HookedViT, activity: Activity, n: int, kinds: Sequence[Kind], seed: int
+) -> list[Condition]:
+    sets: dict[tuple, dict[str, RegisterNeurons]] = {}
+    try:
+        for neurons in filter(None, map(_about, condition.interventions)):
+            own = int(content_hash([neurons, seed]), 16) % 2**63
+            drawn = sets.setdefault(neurons.pairs, {})
+            if "random" in kinds:
+                drawn |= random_sets(neurons, n, vit.cfg.d_mlp, own)
+            if "matched" in kinds:
+                drawn |= matched_sets(neurons, n, activity, own)
+        names = next(iter(sets.values()))
+        return [
+            replace(
+                condition,
+                interventions=tuple(_elsewhere(one, sets, name) for one in condition.interventions),
+                factors={**condition.factors, CONTROL: name},
+                control_of=condition.key,
+            )
+            for name in names
+        ]
+    except InterventionError as error:
+        raise InterventionError(f"'{condition.label}' cannot have controls: {error}") from error
+
+
+def _about(intervention: Intervention) -> RegisterNeurons | None:
+    """The neurons an intervention is about; None where there are none."""
+    return neurons_of(intervention) or None
+
+
+def _elsewhere(
+    intervention: Intervention, sets: Mapping[tuple, Mapping[str, RegisterNeurons]], name: str
+) -> Intervention:
+    neurons = _about(intervention)
+    return intervention if neurons is None else with_neurons(intervention, sets[neurons.pairs][name])
+
+
+def _activities(
+    models: Mapping[str, HookedViT],
+    images: Images | Mapping[str, Images] | None,
+    wanting: Sequence[Condition],
+    batch_size: int,
+) -> dict[str, Activity]:
+    """Activity of the layers that conditions of each model are about."""
+    if images is None:
+        raise ConfigError('Matched controls need images on which activity is measured; or take kinds=("random",).')
+    layers: dict[str, set[int]] = {}
+    for one in wanting:
+        for neurons in filter(None, map(_about, one.interventions)):
+            layers.setdefault(one.model, set()).update(neurons.check(models[one.model].cfg).by_layer())
+    seen = each_of(layers, images)
+    if len(seen) > 1 and isinstance(images, Iterator):
+        raise ImageError("An iterator of images lasts for one model; give a tensor or a list of batches.")
+    return {
+        name: neuron_activity(models[name], seen[name], sorted(listed), batch_size) for name, listed in layers.items()
+    }
