@@ -21,7 +21,9 @@ def ablated(layer, neuron, mode="zero", **more):
 
 
 def head(layer, number, **more):
-    return Condition(interventions=(rl.Ablate(rl.Heads([(layer, number)])),), factors={"layer": layer, "head": number, **more})
+    return Condition(
+        interventions=(rl.Ablate(rl.Heads([(layer, number)])),), factors={"layer": layer, "head": number, **more}
+    )
 
 
 def best(k, **more):

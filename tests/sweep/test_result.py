@@ -37,7 +37,10 @@ def planted(seed=0):
 @pytest.fixture(scope="module")
 def result():
     conditions, values = planted()
-    words = [Metric(name="norm", measure=lambda edited, clean: edited.tokens[:, 0, 0], words="largest patch norm"), "kl"]
+    words = [
+        Metric(name="norm", measure=lambda edited, clean: edited.tokens[:, 0, 0], words="largest patch norm"),
+        "kl",
+    ]
     return result_of(conditions, values, words, [Skipped("b.png", "truncated")])
 
 
@@ -67,9 +70,7 @@ def test_means_differences_and_controls_against_scipy(result):
     assert found["n_images"] == N and found["n_controls"] == 2
     beside = norm[4:].mean(0)
     cases = {"mean": norm[1], "difference": norm[1] - norm[0], "vs_controls": norm[1] - beside}
-    ends = {"mean": ("low", "high")} | {
-        name: (f"{name}_low", f"{name}_high") for name in ("difference", "vs_controls")
-    }
+    ends = {"mean": ("low", "high")} | {name: (f"{name}_low", f"{name}_high") for name in ("difference", "vs_controls")}
     for name, one in cases.items():
         assert found[name] == pytest.approx(one.mean())
         theirs = stats.bootstrap((one,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0))
@@ -129,7 +130,9 @@ def test_nan_leaves_its_image_out_of_every_number_it_touches():
     assert strong["vs_controls"] == pytest.approx((norm[1] - norm[4:].mean(0))[against].mean())
     nothing = row(found, conditions[3])
     assert nothing["n_images"] == 0 and np.isnan([nothing["mean"], nothing["difference"], nothing["p"]]).all()
-    assert row(found, conditions[2])["p_holm"] == pytest.approx(2 * row(found, conditions[2])["p"], rel=1)  # of 2, not 3
+    assert row(found, conditions[2])["p_holm"] == pytest.approx(
+        2 * row(found, conditions[2])["p"], rel=1
+    )  # of 2, not 3
 
 
 def test_a_sweep_that_is_not_finished_counts_the_images_there_are():
@@ -138,7 +141,11 @@ def test_a_sweep_that_is_not_finished_counts_the_images_there_are():
     missing = pa.array([i % 7 != 2 for i in range(table.num_rows)])
     found = SweepResult.from_table(table.filter(missing), conditions, ["norm"])
     for c, condition in enumerate(conditions):
-        there = [i for i in range(N) if np.isfinite(found.of("norm", condition)[found.places["images"].names.index(f"image {i}")])]
+        there = [
+            i
+            for i in range(N)
+            if np.isfinite(found.of("norm", condition)[found.places["images"].names.index(f"image {i}")])
+        ]
         assert row(found, condition)["n_images"] == len(there) < N
         assert row(found, condition)["mean"] == pytest.approx(values["norm"][c][there].mean())
     none = SweepResult.from_table(table.slice(0, 0), conditions, ["norm"])
@@ -149,7 +156,7 @@ def test_each_model_and_image_set_has_its_own_clean_run():
     sets = {(m, s): (clean(model=m, images=s), ablated(1, 2, model=m, images=s)) for m in "ab" for s in ("x", "y")}
     conditions = [one for pair in sets.values() for one in pair]
     tables = []
-    for number, ((model, images), pair) in enumerate(sets.items()):
+    for number, ((_, images), pair) in enumerate(sets.items()):
         n = 4 if images == "x" else 6
         base = np.full(n, 10.0 * number)
         tables.append(table_of(pair, {"norm": [base, base + number + 1]}, names=[f"{images}{i}" for i in range(n)]))
@@ -181,7 +188,7 @@ def test_top_orders_by_size_and_p_values_by_smallness(result):
     assert result.top("norm", by="vs_controls")["condition"].tolist() == [conditions[1].key]
     with pytest.raises(ConfigError, match="Did you mean 'difference'"):
         result.top("norm", by="diference")
-    with pytest.raises(ConfigError, match="No metric 'nrm'.*Did you mean 'norm'"):
+    with pytest.raises(ConfigError, match=r"No metric 'nrm'.*Did you mean 'norm'"):
         result.top("nrm")
 
 
@@ -198,7 +205,9 @@ def test_compare_is_paired_and_takes_label_key_or_condition(result):
     assert "20 images" in found.describe() and "layer=3 neuron=7" in found.describe()
     assert found.to_dataframe()["difference"].tolist() == found.differences.tolist()
     assert result.compare(b, a, "norm").difference == pytest.approx(-found.difference)
-    with pytest.raises(ConfigError, match="No condition 'layer=3 neuron=77 mode=zero'.*Did you mean 'layer=3 neuron=7"):
+    with pytest.raises(
+        ConfigError, match=r"No condition 'layer=3 neuron=77 mode=zero'.*Did you mean 'layer=3 neuron=7"
+    ):
         result.of("norm", "layer=3 neuron=77 mode=zero")
 
 
@@ -229,7 +238,10 @@ def test_factors_called_like_other_columns_are_renamed():
 
 def test_save_and_load(result, tmp_path):
     again = SweepResult.load(result.save(tmp_path))
-    assert again.conditions == result.conditions and again.metrics == result.metrics == {"norm": "largest patch norm", "kl": ""}
+    assert again.conditions == result.conditions and again.metrics == result.metrics == {
+        "norm": "largest patch norm",
+        "kl": "",
+    }
     assert again.skipped == result.skipped
     pd.testing.assert_frame_equal(again.to_dataframe(), result.to_dataframe())
     assert pd.read_parquet(tmp_path / "sweep.parquet").shape == (6 * N, 5)

@@ -1,12 +1,13 @@
 """The figures of a sweep show the numbers of its table."""
 
-import json
-
 import numpy as np
+import pyarrow as pa
 import pytest
 from planted_sweeps import ablated, best, clean, head, result_of
 
 from registerlens.errors import ConfigError
+from registerlens.sweep.records import Swept
+from registerlens.sweep.result import SweepResult
 from registerlens.viz.sweep import drawable, sweep_figure
 
 N = 24
@@ -31,7 +32,9 @@ def layers():
 def dose():
     ks = (1, 2, 5, 10, 20)
     tested = [best(k) for k in ks]
-    controls = [best(k, control=f"random {i}", control_of=one.key) for k, one in zip(ks, tested, strict=True) for i in range(3)]
+    controls = [
+        best(k, control=f"random {i}", control_of=one.key) for k, one in zip(ks, tested, strict=True) for i in range(3)
+    ]
     return result_of([clean(), *tested, *controls], {"norm": noisy([-np.log(k) for k in ks] + [0.2] * 15)})
 
 
@@ -70,7 +73,9 @@ def test_the_effect_per_layer_is_the_table_with_its_intervals(layers):
         assert curve.y + curve.error_y.array == pytest.approx(part["difference_high"].to_numpy())
         assert curve.y - curve.error_y.arrayminus == pytest.approx(part["difference_low"].to_numpy())
     assert figure.layout.yaxis.title.text == "norm: difference to the clean run"
-    assert trace(layers.plot(by="mean"), "mode=zero").y == pytest.approx(table[table["mode"] == "zero"]["mean"].to_numpy())
+    assert trace(layers.plot(by="mean"), "mode=zero").y == pytest.approx(
+        table[table["mode"] == "zero"]["mean"].to_numpy()
+    )
     assert "kl" in layers.plot("layers", "kl").layout.title.text and f"{N} images" in figure.layout.title.text
     assert trace(figure, "mode=zero").marker.symbol != trace(figure, "mode=mean").marker.symbol  # not by colour alone
 
@@ -139,12 +144,19 @@ def test_panels_for_modes_and_a_limit_that_says_what_to_do():
 
 
 def test_the_kind_follows_from_the_factors(layers, dose, heads, neurons):
-    assert [drawable(one, "norm")[0] for one in (neurons, heads, dose, layers)] == ["volcano", "heads", "dose", "layers"]
-    with pytest.raises(ConfigError, match=r"'heads' needs the factor 'head'.*have \['layer', 'mode'\].*\['layers'\] can"):
+    assert [drawable(one, "norm")[0] for one in (neurons, heads, dose, layers)] == [
+        "volcano",
+        "heads",
+        "dose",
+        "layers",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"'heads' needs the factor 'head'.*have \['layer', 'mode'\].*\['layers'\] can"
+    ):
         layers.plot("heads")
     with pytest.raises(ConfigError, match="'dose' needs the factor 'k' or 'scale'"):
         heads.plot("dose")
-    with pytest.raises(ConfigError, match="No kind of figure 'vulcano'. Did you mean 'volcano'"):
+    with pytest.raises(ConfigError, match=r"No kind of figure 'vulcano'. Did you mean 'volcano'"):
         neurons.plot("vulcano")
     with pytest.raises(ConfigError, match="No metric 'nrm'"):
         neurons.plot(metric="nrm")
@@ -161,11 +173,36 @@ def test_every_figure_is_for_dark_pages_too(neurons, heads):
 
 
 def test_18432_neurons_take_less_than_two_megabytes():
-    rng = np.random.default_rng(0)
-    conditions = [clean(), *(ablated(i // 1536, i % 1536) for i in range(18_432))]
-    values = rng.normal(size=(18_433, 5))
-    figure = result_of(conditions, {"norm": values}).plot("volcano")
+    where = {"model": "model", "images": "images", "control_of": ""}
+    swept = [Swept(key="c", label="clean", factors={}, edited=False, **where)]
+    for i in range(18_432):
+        factors = {"layer": i // 1536, "neuron": i % 1536}
+        swept.append(Swept(key=str(i), label=f"neuron {i}", factors=factors, edited=True, **where))
+    keys, names = [one.key for one in swept], ["a", "b", "c"]
+    values = np.random.default_rng(0).normal(size=len(keys) * 3)
+    columns = {"condition": np.repeat(keys, 3), "shard": np.zeros(len(values), np.int32), "image": names * len(keys)}
+    result = SweepResult.from_table(pa.table({**columns, "norm": values}), swept, ["norm"])
+    figure = result.plot("volcano")
     size = len(figure.to_json())
     assert size < 2_000_000, size
     assert sum(len(one.x) for one in figure.data[:3]) == 18_432
-    assert json.loads(figure.to_json())["data"][0]["type"] == "scattergl"
+    assert all(one.type == "scattergl" for one in figure.data[:3])
+
+
+def test_conditions_of_several_grids_do_not_get_into_each_others_figures():
+    conditions = [
+        clean(),
+        *(head(layer, h) for layer in range(3) for h in range(2)),
+        *(ablated(layer, n) for layer in range(3) for n in range(4)),
+        *(best(k) for k in (1, 2, 4)),
+    ]
+    mixed = result_of(conditions, {"norm": noisy([float(i) for i in range(21)])})
+    assert drawable(mixed, "norm") == ["volcano", "heads", "dose", "layers"]
+    table = rows(mixed)
+    assert sum(len(one.x) for one in mixed.plot("volcano").data[:3]) == 12
+    assert np.isfinite(mixed.plot("heads").data[0].z.astype(float)).sum() == 6
+    assert mixed.plot("dose").data[0].y == pytest.approx(table[table["k"].notna()]["difference"].to_numpy())
+    figure = mixed.plot("layers")
+    heads = table[table["head"].notna()]
+    assert trace(figure, "of=heads, mean").y == pytest.approx(heads.groupby("layer")["difference"].mean().to_numpy())
+    assert len(trace(figure, "mode=zero of=neurons, each").x) == 12

@@ -170,14 +170,14 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
 
     from registerlens.viz.tables import brief  # noqa: PLC0415
 
-    frame = result.to_dataframe()
+    frame: Any = result.to_dataframe()
     n_tested = sum(one.kind == "tested" for one in result.conditions)
     caption = (
         "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% bootstrap "
-        f"intervals. p: sign-flip permutation test, Holm-corrected over {n_tested} conditions."
+        f"intervals. p: sign-flip permutation test, Holm-corrected over the {n_tested} conditions that were tested."
     )
     table = _table(f"Largest effects of {n_tested} conditions on {result.n_images} images", caption)
-    for header in ("metric", "condition", "mean", "difference", "p", "vs controls", "p"):
+    for header in ("metric", "condition", "mean", "difference", "p (Holm)", "vs controls", "p (Holm)"):
         table.add_column(header, justify="left" if header in ("metric", "condition") else "right", vertical="top")
     shared = {one.model for one in result.conditions}, {one.images for one in result.conditions}
     for metric in result.metrics:

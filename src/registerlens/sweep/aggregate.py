@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from registerlens.errors import ConfigError
 from registerlens.evaluation.intervals import CHUNK, mean_intervals, resample
+from registerlens.sweep.conditions import Factor
 from registerlens.sweep.records import Places, Swept
 from registerlens.sweep.statistics import holm, least_p, n_flips, sign_flip_p
 
@@ -38,9 +39,9 @@ def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) ->
     blocks = []
     for metric in result.metrics:
         columns = {name: np.full(len(result.conditions), np.nan) for name in NUMBERS if name != "metric"}
-        for name in times:
+        for name, drawn in times.items():
             places = result.places[name]
-            part = _measure(result, places, result.values(metric, name), times[name], flips, seed)
+            part = _measure(result, places, result.values(metric, name), drawn, flips, seed)
             for column, values in part.items():
                 columns[column][places.conditions] = values
         for column in ("p", "p_controls"):
@@ -55,7 +56,7 @@ def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) ->
 
 def describe_conditions(conditions: tuple[Swept, ...]) -> pd.DataFrame:
     """One row a condition: what it is, and its factors; a factor called like another column is `factor_NAME`."""
-    head = {name: [getattr(one, name) for one in conditions] for name in HEAD}
+    head = {name: [getattr(one, "key" if name == "condition" else name) for one in conditions] for name in HEAD}
     names = dict.fromkeys(name for one in conditions for name in one.factors)
     factors = {}
     for name in names:
@@ -63,8 +64,14 @@ def describe_conditions(conditions: tuple[Swept, ...]) -> pd.DataFrame:
         if name in head and all(value in (None, own) for value, own in zip(values, head[name], strict=True)):
             continue  # the model, told as a factor too
         taken = name in head or name in NUMBERS
-        factors[f"factor_{name}" if taken else name] = pd.Series(values, dtype=object).infer_objects()
+        factors[f"factor_{name}" if taken else name] = _column(values)
     return pd.DataFrame({**head, **factors})
+
+
+def _column(values: list[Factor]) -> pd.Series:
+    """Whole numbers stay whole where a condition has none."""
+    kinds = {type(value) for value in values if value is not None}
+    return pd.Series(values, dtype="Int64" if kinds == {int} else "float64" if kinds <= {int, float} else object)
 
 
 def _measure(
@@ -82,7 +89,9 @@ def _measure(
     found |= dict(zip(_MEAN, mean_intervals(values, times), strict=True))
     found |= {name: np.full(len(swept), np.nan) for name in (*_DIFFERENCE, "p", "p_least", *_CONTROLS, "p_controls")}
 
-    def compare(rows: Int[np.ndarray, " row"], differences: Float[np.ndarray, "row image"], into: tuple, p: str) -> None:
+    def compare(
+        rows: Int[np.ndarray, " row"], differences: Float[np.ndarray, "row image"], into: tuple, p: str
+    ) -> None:
         for name, numbers in zip(into, mean_intervals(differences, times), strict=True):
             found[name][rows] = numbers
         found[p][rows] = sign_flip_p(differences, flips, seed)
@@ -95,7 +104,7 @@ def _measure(
     found["p"][runs] = found["p_least"][runs] = np.nan  # the clean run is not tested against itself
     controls = _controls(swept)
     found["n_controls"] = np.array([len(controls.get(one.key, ())) for one in swept])
-    for rows in _chunks(np.flatnonzero(found["n_controls"]), values.shape[1] * max(1, found["n_controls"].max())):
+    for rows in _chunks(np.flatnonzero(found["n_controls"]), values.shape[1] * int(found["n_controls"].max(initial=1))):
         others = np.stack([values[controls[swept[row].key]].mean(0) for row in rows])
         compare(rows, values[rows] - others, _CONTROLS, "p_controls")
     return found
@@ -172,7 +181,7 @@ def compare(result: SweepResult, a: Any, b: Any, metric: str, n_boot: int, seed:
     """The comparison of `SweepResult.compare`, which explains it."""
     first, second = (result.conditions[result.index(one)] for one in (a, b))
     series = [pd.Series(result.of(metric, one), index=result.places[one.images].names) for one in (first, second)]
-    both = pd.concat(series, axis=1, join="inner")
+    both: Any = pd.concat(series, axis=1, join="inner")
     both = both[np.isfinite(both).all(axis=1)]
     if both.empty:
         raise ConfigError(

@@ -93,9 +93,11 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
     Raises:
         ConfigError: a row is of no condition of the list, or stands there twice.
     """
-    codes = pc.index_in(table["condition"], pa.array([one.key for one in conditions], pa.string()))
+    keys = pa.array([one.key for one in conditions], pa.string())
+    codes = pc.index_in(table["condition"], keys)  # type: ignore[attr-defined]
     if codes.null_count:
-        strange = table["condition"].filter(pc.is_null(codes)).unique().to_pylist()
+        unknown = pc.is_null(codes)  # type: ignore[attr-defined]
+        strange = table["condition"].filter(unknown).unique().to_pylist()
         raise ConfigError(f"The table has rows of conditions {strange[:3]} that are not in the list of conditions.")
     which = codes.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
     sets = list(dict.fromkeys(one.images for one in conditions))
@@ -105,8 +107,9 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
         chosen = np.flatnonzero(set_of == number)
         rows = slice(None) if len(sets) == 1 else np.flatnonzero(set_of[which] == number)
         images = table["image"] if len(sets) == 1 else table["image"].take(pa.array(rows))
-        names = images.unique()
-        image = pc.index_in(images, names).combine_chunks().to_numpy(zero_copy_only=False)
+        names = images.unique().cast(pa.string())
+        image = pc.index_in(images, names)  # type: ignore[attr-defined]
+        image = image.combine_chunks().to_numpy(zero_copy_only=False)
         cells = np.searchsorted(chosen, which[rows]) * len(names) + image
         seen = np.zeros(len(chosen) * len(names), dtype=bool)
         seen[cells] = True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -86,6 +87,20 @@ class SweepResult:
         _ = result.places
         return result
 
+    @classmethod
+    def from_store(cls, store: str | os.PathLike[str]) -> SweepResult:
+        """The result in a store; of a sweep that is not finished, what is done so far.
+
+        Args:
+            store: its folder or fsspec URL.
+
+        Raises:
+            StoreError: there is none, it is damaged, or of a newer version.
+        """
+        from registerlens.sweep.run import read_sweep  # noqa: PLC0415  (stores stand on results)
+
+        return read_sweep(store)
+
     @cached_property
     def places(self) -> dict[str, Places]:
         """Where each row of the table belongs, for each set of images."""
@@ -136,7 +151,9 @@ class SweepResult:
             labels = dict.fromkeys(one.label for one in self.conditions)
             raise ConfigError(f"No condition {name!r}.{close_matches(name, labels)} `conditions` lists all.")
         if len(found) > 1:
-            told = [f"{self.conditions[i].key} ({self.conditions[i].model}, {self.conditions[i].images})" for i in found]
+            told = [
+                f"{self.conditions[i].key} ({self.conditions[i].model}, {self.conditions[i].images})" for i in found
+            ]
             raise ConfigError(f"{len(found)} conditions are called {name!r}; give a key: {', '.join(told[:8])}.")
         return found[0]
 
@@ -192,7 +209,7 @@ class SweepResult:
             ConfigError: there is no such metric or column, or nothing in it.
         """
         self._column(metric)
-        frame = self._aggregates
+        frame: Any = self._aggregates
         rows = frame[(frame["metric"] == metric) & (frame["kind"] == "tested")]
         numbers = [name for name in NUMBERS if name not in ("metric", "n_images", "p_least", "n_controls")]
         if by not in numbers:
@@ -229,13 +246,15 @@ class SweepResult:
             ConfigError: no condition is left.
         """
         wanted = {name: [value] if _single(value) else list(value) for name, value in factors.items()}  # type: ignore[arg-type]
-        fits = [one for one in self.conditions if all(one.factors.get(name) in values for name, values in wanted.items())]
+        fits = [
+            one for one in self.conditions if all(one.factors.get(name) in values for name, values in wanted.items())
+        ]
         tested = {one.key for one in fits if one.kind == "tested"}
         if not tested:
             known = dict.fromkeys(name for one in self.conditions for name in one.factors)
             raise ConfigError(f"No tested condition has {factors}. Factors: {list(known)}.")
         kept = [one for one in self.conditions if one.kind == "clean" or one.key in tested or one.control_of in tested]
-        rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([one.key for one in kept]))
+        rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([one.key for one in kept]))  # type: ignore[attr-defined]
         return self.from_table(self.table.filter(rows), kept, self.metrics, self.skipped)
 
     def plot(self, kind: str | None = None, metric: str | None = None, *, by: str = "difference") -> go.Figure:
@@ -292,7 +311,6 @@ class SweepResult:
             known = list(self.metrics)
             raise ConfigError(f"No metric {metric!r}.{close_matches(metric, known)} There are {known}.")
         return self.table[metric].to_numpy().astype(np.float64, copy=False)
-
 
 
 def _words(metrics: Mapping[str, str] | Sequence[Metric | str]) -> dict[str, str]:

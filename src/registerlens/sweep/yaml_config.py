@@ -33,8 +33,8 @@ How = Literal["all", "set", "each", "listed", "sets", "top_k", "cumulative", "ra
 class ImagesSpec:
     """A set of images, as it is named in the file."""
 
-    kind: Literal["files", "folder", "tensors", "dataset", "webdataset"]
-    """Where they come from."""
+    kind: str
+    """Where they come from: "files", "folder", "tensors", "dataset" or "webdataset"."""
     where: str | tuple[str, ...]
     """Files, folders and globs; a folder; a .npy or .safetensors file; the name of a dataset; a pattern of shards."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -113,9 +113,14 @@ class SweepConfig:
     path: Path = Path("sweep.yaml")
     """The file; names of files in it are relative to its folder."""
 
+    @property
+    def images_line(self) -> int:
+        """Where the images are named."""
+        return min(one.line for one in self.images.values())
+
     def place(self, name: str) -> str:
-        """A file named in the configuration, from where the program runs."""
-        return str(self.path.parent / name)
+        """A file named in the configuration, from where the program runs; a URL stays as it is."""
+        return name if "://" in name else str(self.path.parent / name)
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
@@ -170,21 +175,19 @@ def _set_of(value: Any) -> NeuronsSpec:
     return NeuronsSpec(how="listed", pairs=value)
 
 
-def _neurons(
-    top_k: Any, cumulative: Any, each: Any, random: Any, matched: Any, sets: Any, of: Any
-) -> NeuronsSpec:
+def _neurons(top_k: Any, cumulative: Any, each: Any, random: Any, matched: Any, sets: Any, of: Any) -> NeuronsSpec:
     if top_k is not None:
         return NeuronsSpec(how="top_k", k=top_k, source=of)
     if sets is not None:
         return NeuronsSpec(how="sets", sets=sets)
     if random is not None or matched is not None:
-        return NeuronsSpec(how="random" if matched is None else "matched", n=random or matched, source=of)
-    return NeuronsSpec(how="each" if cumulative is None else "cumulative", source=each or cumulative)
+        return NeuronsSpec(how="random" if matched is None else "matched", n=random or matched or 0, source=of)
+    return NeuronsSpec(how="each" if cumulative is None else "cumulative", source=each or cumulative or "")
 
 
 _NEURON_WORDS = (
-    "'all', a list by name ('auto', 'published:NAME', a file), a list of pairs, or one of {top_k: [1, 2, 4], of: LIST}, "
-    "{cumulative: LIST}, {each: LIST}, {random: N, of: LIST}, {matched: N, of: LIST}, {sets: {NAME: pairs}}"
+    "'all', a list by name ('auto', 'published:NAME', a file), a list of pairs, or one of {top_k: [1, 2, 4], of: LIST}"
+    ", {cumulative: LIST}, {each: LIST}, {random: N, of: LIST}, {matched: N, of: LIST}, {sets: {NAME: pairs}}"
 )
 _SETS = Record(
     {
@@ -215,7 +218,7 @@ _RANGE = {"low": Key(FACTOR), "high": Key(FACTOR), "n": Key(Number("a whole numb
 SCALES = As(
     Either(
         _SCALE_WORDS,
-        As(FACTOR, lambda value: (value,)),
+        As(Number(_SCALE_WORDS), lambda value: (value,)),
         ListOf(FACTOR, _SCALE_WORDS),
         Record(_RANGE, _SCALE_WORDS),
     ),
@@ -225,7 +228,7 @@ _N_WORDS = "a number of registers, a list of them, or {up_to: 8} for 0, 1, 2, 4,
 REGISTERS = As(
     Either(
         _N_WORDS,
-        As(INDEX, lambda value: (value,)),
+        As(Number(_N_WORDS, 0, whole=True), lambda value: (value,)),
         ListOf(INDEX, _N_WORDS),
         Record({"up_to": Key(COUNT)}, _N_WORDS),
     ),
@@ -234,7 +237,7 @@ REGISTERS = As(
 _CONTROL_WORDS = "a number of random controls, or {n: 3, kinds: [random, matched]}"
 CONTROLS = Either(
     _CONTROL_WORDS,
-    As(INDEX, lambda n: ControlsSpec(n=n)),
+    As(Number(_CONTROL_WORDS, 0, whole=True), lambda n: ControlsSpec(n=n)),
     mapping=Record(
         {"n": Key(COUNT), "kinds": Key(some(one_of("random", "matched"), "'random', 'matched' or both"), ("random",))},
         _CONTROL_WORDS,
@@ -291,38 +294,53 @@ def _grid(kind: str) -> Record:
     return Record({**common, **keys}, f"the keys of a grid of kind '{kind}'", groups, make, with_line=True)
 
 
-def _from(**values: Any) -> ImagesSpec:
-    kinds = ("files", "folder", "tensors", "dataset", "webdataset")
-    line = values.pop("line")
-    [kind] = [name for name in kinds if values.get(name) is not None]
-    options = {name: value for name, value in values.items() if name not in kinds and value is not None}
-    return ImagesSpec(kind=kind, where=values[kind], options=options, line=line)  # type: ignore[arg-type]
+_OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
+    "files": ("size",),
+    "folder": ("size",),
+    "tensors": (),
+    "dataset": ("size", "split", "image_column", "label_column", "config", "revision", "shards"),
+    "webdataset": ("size", "parts"),
+}
+"""Where images come from -> what else can be said of it."""
+
+
+def _images(line: int, **values: Any) -> ImagesSpec:
+    told = {name: value for name, value in values.items() if value is not None}
+    [kind] = [name for name in _OPTIONS_OF if name in told]
+    where = told.pop(kind)
+    if strange := [name for name in told if name not in _OPTIONS_OF[kind]]:
+        raise ValueError(f"'{strange[0]}' does not go with '{kind}'.")
+    return ImagesSpec(kind=kind, where=where, options=told, line=line)  # type: ignore[arg-type]
 
 
 _IMAGE_WORDS = (
-    "image files, folders or globs, or one of {files: ...}, {folder: DIR}, {tensors: FILE.npy}, {dataset: NAME, split: "
-    "...}, {webdataset: PATTERN}"
+    "image files, folders or globs, or one of {files: [...]}, {folder: DIR}, {tensors: FILE.npy}, {dataset: NAME, "
+    "split: ...}, {webdataset: PATTERN}"
 )
-_PLACES = some(Text("a file, folder or glob"), "a file, folder or glob, or a list of them")
+_PLACE = Text("a file, folder or glob")
 IMAGES = Either(
     _IMAGE_WORDS,
     As(Text(_IMAGE_WORDS), lambda value: ImagesSpec(kind="files", where=(value,))),
-    As(ListOf(Text("a file, folder or glob"), _IMAGE_WORDS), lambda value: ImagesSpec(kind="files", where=value)),
+    As(ListOf(_PLACE, _IMAGE_WORDS), lambda value: ImagesSpec(kind="files", where=value)),
     Record(
         {
-            "files": Key(_PLACES, None),
+            "files": Key(some(_PLACE, "a file, folder or glob, or a list of them"), None),
             "folder": Key(Text("a folder"), None),
             "tensors": Key(Text("a .npy file of preprocessed images"), None),
             "dataset": Key(Text("the name of a dataset on the Hugging Face Hub"), None),
             "webdataset": Key(Text("a pattern such as shards-{000..099}.tar"), None),
+            "size": Key(Number("a side in pixels", 1, whole=True), None),
             "split": Key(Text("the split of a dataset"), None),
             "image_column": Key(Text("the column of the images"), None),
             "label_column": Key(Text("the column of the labels"), None),
-            "limit": Key(COUNT, None),
+            "config": Key(Text("a configuration of the dataset"), None),
+            "revision": Key(Text("a branch, tag or commit of the dataset"), None),
+            "shards": Key(COUNT, None),
+            "parts": Key(COUNT, None),
         },
         _IMAGE_WORDS,
-        (("files", "folder", "tensors", "dataset", "webdataset"),),
-        _from,
+        (tuple(_OPTIONS_OF),),
+        _images,
         with_line=True,
     ),
 )

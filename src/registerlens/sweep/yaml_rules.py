@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
@@ -42,11 +42,14 @@ class Notes:
         return MISSING
 
 
+@runtime_checkable
 class Rule(Protocol):
     """What may stand at one place."""
 
-    words: str
-    """What is expected there, as it stands after "expected"."""
+    @property
+    def words(self) -> str:
+        """What is expected there, as it stands after "expected"."""
+        ...
 
     def read(self, node: yaml.Node, name: str, notes: Notes) -> Any:
         """The value at a node called `name`, or MISSING after noting what is wrong."""
@@ -105,8 +108,8 @@ class Number:
     """A number within limits, whole or not."""
 
     words: str
-    low: float = float("-inf")
-    high: float = float("inf")
+    low: int | float = float("-inf")
+    high: int | float = float("inf")
     whole: bool = False
 
     def read(self, node: yaml.Node, name: str, notes: Notes) -> Any:
@@ -117,7 +120,9 @@ class Number:
             value = int(node.value) if self.whole else float(node.value)
         except ValueError:
             return _unfit(self, node, name, notes)
-        return value if self.low <= value <= self.high and abs(value) != float("inf") else _unfit(self, node, name, notes)
+        return (
+            value if self.low <= value <= self.high and abs(value) != float("inf") else _unfit(self, node, name, notes)
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,8 @@ class Record:
     exactly_one: tuple[tuple[str, ...], ...] = ()
     """Of each of these groups of keys one must be there, and no second one."""
     make: Callable[..., Any] = dict
-    """What becomes of the values; called with them by keyword, and with `line` where `with_line`."""
+    """What becomes of the values; called with them by keyword, and with `line` where `with_line`. A ValueError from it
+    says in a sentence what is wrong."""
     with_line: bool = False
 
     def read(self, node: yaml.Node, name: str, notes: Notes) -> Any:
@@ -203,7 +209,10 @@ class Record:
             values.setdefault(key, told.default)
         if len(notes.problems) > n_before:
             return MISSING
-        return self.make(**values, **({"line": line_of(node)} if self.with_line else {}))
+        try:
+            return self.make(**values, **({"line": line_of(node)} if self.with_line else {}))
+        except ValueError as error:
+            return notes.add(node, f"'{name}': {error}")
 
 
 @dataclass(frozen=True)
@@ -218,13 +227,16 @@ class Tagged:
         """What the record of that kind gives."""
         if not isinstance(node, yaml.MappingNode):
             return _unfit(self, node, name, notes)
-        kinds = [value for at, value in node.value if at.value == self.key]
-        if not kinds:
-            near = [at for at, _ in node.value if get_close_matches(str(at.value), [self.key], cutoff=0.5)]
+        n_before = len(notes.problems)
+        nodes = _children(node, name, notes)
+        if self.key not in nodes:
+            near = [at for at, _ in nodes.values() if get_close_matches(at.value, [self.key], cutoff=0.5)]
             if near:
-                return notes.add(near[0], f"Unknown key '{name}.{near[0].value}'. Did you mean '{self.key}'?")
-            return notes.add(node, f"'{name}.{self.key}' is missing: {one_of(*self.kinds).words}.")
-        kind = one_of(*self.kinds).read(kinds[0], f"{name}.{self.key}", notes)
+                notes.add(near[0], f"Unknown key '{name}.{near[0].value}'. Did you mean '{self.key}'?")
+            elif len(notes.problems) == n_before:
+                notes.add(node, f"'{name}.{self.key}' is missing: {one_of(*self.kinds).words}.")
+            return MISSING
+        kind = one_of(*self.kinds).read(nodes[self.key][1], f"{name}.{self.key}", notes)
         return MISSING if kind is MISSING else self.kinds[kind].read(node, name, notes)
 
 
@@ -306,7 +318,9 @@ class Document:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            where = [] if mark is None else [Problem(mark.line + 1, mark.column + 1, f"No valid YAML: {error.problem}.")]
+            where = (
+                [] if mark is None else [Problem(mark.line + 1, mark.column + 1, f"No valid YAML: {error.problem}.")]
+            )
             raise ConfigError(_message(name, self.what, where)) from error
         except yaml.YAMLError as error:  # such as a character that no YAML may have
             raise ConfigError(f"'{name}' is no valid YAML: {error}") from error

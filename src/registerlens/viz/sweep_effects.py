@@ -1,0 +1,123 @@
+"""What the figures of a sweep draw: one metric's effects, apart by the factors that vary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from registerlens.errors import ConfigError
+from registerlens.sweep.aggregate import HEAD, NUMBERS
+from registerlens.sweep.result import SweepResult
+from registerlens.viz.theme import GREY, Mode, apply_theme
+
+
+@dataclass(frozen=True)
+class By:
+    """What is drawn, and its columns."""
+
+    words: str
+    value: str
+    low: str
+    high: str
+    p: str = ""
+    zero: float | None = 0.0
+
+
+BYS = {
+    "difference": By("difference to the clean run", "difference", "difference_low", "difference_high", "p"),
+    "vs_controls": By(
+        "difference to random controls", "vs_controls", "vs_controls_low", "vs_controls_high", "p_controls"
+    ),
+    "mean": By("mean", "mean", "low", "high", zero=None),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """The rows of one metric, with what is drawn in the columns `value`, `low`, `high`, `p`, `p_holm`."""
+
+    metric: str
+    words: str
+    by: By
+    tested: Any
+    controls: Any
+    factors: tuple[str, ...]
+
+    def having(self, *factors: str) -> Effects:
+        """Only the conditions that have all of these factors."""
+        tested = self.tested.dropna(subset=list(factors))
+        return replace(self, tested=tested, factors=tuple(n for n in self.factors if tested[n].notna().any()))
+
+    @property
+    def title(self) -> str:
+        """Of the axis."""
+        return f"{self.metric}: {self.by.words}"
+
+    def series(self, *used: str) -> dict[str, Any]:
+        """The tested conditions, apart by every factor that varies and is not `used`; with a name for each part."""
+        apart = [name for name in ("model", "images", *self.factors) if name not in used]
+        varying = [name for name in apart if self.tested[name].nunique(dropna=False) > 1]
+        if not varying:
+            return {"": self.tested}
+        groups = self.tested.groupby(varying, dropna=False, sort=False)
+        named = {}
+        for values, rows in groups:
+            told = zip(varying, values, strict=True)
+            named[" ".join(f"{name}={value}" for name, value in told if not pd.isna(value))] = rows
+        return named
+
+    def limited(self, kind: str, most: int, *used: str) -> dict[str, Any]:
+        """As `series`, if there are not too many.
+
+        Raises:
+            ConfigError: there are more than `most`.
+        """
+        found = self.series(*used)
+        if len(found) > most:
+            raise ConfigError(
+                f"The figure {kind!r} would need {len(found)} series, at most {most} can be told apart: "
+                f"{', '.join(list(found)[:3])}, ... Choose with result.select(FACTOR=VALUES).plot({kind!r})."
+            )
+        return found
+
+
+def effects_of(result: SweepResult, metric: str, by: By) -> Effects:
+    """The effects of one metric.
+
+    Raises:
+        ConfigError: there is none to draw.
+    """
+    frame: Any = result.to_dataframe()
+    frame = frame[frame["metric"] == metric]
+    columns = {by.value: "value", by.low: "low", by.high: "high"} | (
+        {by.p: "p", f"{by.p}_holm": "p_holm"} if by.p else {}
+    )
+    known = [name for name in frame.columns if name not in (*HEAD, *NUMBERS)]
+    kept = ["condition", "label", "kind", "model", "images", "control_of", "n_images", "p_least", *known]
+    frame = frame[[*kept, *columns]].rename(columns=columns)
+    tested = frame[(frame["kind"] == "tested") & frame["value"].notna()]
+    if tested.empty:
+        raise ConfigError(
+            f"Nothing to draw: no tested condition has the {by.words} of {metric!r}. "
+            f"Is there a clean condition, are there controls?"
+        )
+    factors = tuple(name for name in known if tested[name].notna().any())
+    words = result.metrics[metric]
+    return Effects(metric, words, by, tested, frame[frame["kind"] == "control"], factors)
+
+
+def finished(figure: go.Figure, effects: Effects, mode: Mode) -> go.Figure:
+    """A figure with title, axis and zero line, in the common look."""
+    figure.update_yaxes(title_text=effects.title)
+    if effects.by.zero is not None:
+        figure.add_hline(y=effects.by.zero, line={"color": GREY, "width": 1})
+    n = effects.tested["n_images"]
+    images = f"{n.min()} images" if n.min() == n.max() else f"{n.min()} to {n.max()} images"
+    title = f"{effects.metric}{f' ({effects.words})' if effects.words else ''}, {images}"
+    figure.update_layout(
+        height=460, title={"text": title, "font": {"size": 14}}, legend={"orientation": "h", "x": 0, "y": -0.2}
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest")
