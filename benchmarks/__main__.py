@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caching, forward, kernels, loading, neurons, sinks, tracing
+from benchmarks import caching, forward, kernels, loading, neurons, sinks, sweeps, tracing
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
 from registerlens.files import write_json
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "neurons": neurons.run,
     "sinks": sinks.run,
     "kernels": kernels.run,
+    "sweeps": sweeps.run,
 }
 
 
@@ -45,39 +46,49 @@ def main(arguments: list[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     try:
-        report = measure(TINY if options.tiny else FULL, options.pairs, options.only or list(BENCHMARKS), console)
+        scale = TINY if options.tiny else FULL
+        measure(scale, options.pairs, options.only or list(BENCHMARKS), console, options.out / "benchmarks.json")
     except (RegisterLensError, ImportError, RuntimeError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
-    write_json(options.out / "benchmarks.json", report)
-    console.print(f"Written to {options.out / 'benchmarks.json'}")
     return 0
 
 
-def measure(scale: Scale, pairs: int, names: list[str], console: Console) -> dict[str, Any]:
-    """The whole report, printed and JSON-ready."""
+def measure(scale: Scale, pairs: int, names: list[str], console: Console, file: Path) -> None:
+    """Measure; every row is printed and written as soon as it is there, the whole table at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(scale.threads)
+    where, start, rows = environment(), time.perf_counter(), []
     try:
-        where, start, rows = environment(), time.perf_counter(), []
         for name in names:
             with torch.inference_mode(), console.status(f"{name}, {pairs} pairs"):
-                rows += BENCHMARKS[name](scale, pairs)
+                for row in BENCHMARKS[name](scale, pairs):
+                    rows.append(row)
+                    console.print(said(row), markup=False, highlight=False, soft_wrap=True)
+                    write_json(file, _report(scale, pairs, where, time.perf_counter() - start, rows))
     finally:
         torch.set_num_threads(threads)
-    title = f"{where['cpu']}, {where['threads']} threads, float32, medians of {pairs} pairs"
-    console.print(table(rows, title))
+    console.print(table(rows, f"{where['cpu']}, {where['threads']} threads, float32, medians of {pairs} pairs"))
     for row in rows:
         if row.reached is False:
             console.print(missed(row), markup=False, highlight=False)
+    console.print(f"Written to {file}")
+
+
+def _report(scale: Scale, pairs: int, where: dict[str, Any], seconds: float, rows: list[Row]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "tiny": scale.tiny,
         "pairs": pairs,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "environment": where,
         "rows": [row.to_dict() for row in rows],
     }
+
+
+def said(row: Row) -> str:
+    """A row in one line, for those who watch."""
+    return f"{row.benchmark}: {row.what} / {row.peer}: {row.ratio:.2f} {row.target}"
 
 
 def missed(row: Row) -> str:

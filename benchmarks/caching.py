@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,11 +38,10 @@ def bridge_name(name: str) -> str:
     return name.replace("hook_normalized", "hook_out")  # its hook_normalized lacks the affine map
 
 
-def run(scale: Scale, pairs: int) -> list[Row]:
+def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Time and memory of every kind on both sides."""
     sides = {kind: (ours(scale.tiny, kind), theirs(scale.tiny, kind)) for kind in KINDS}
     check_same_tensors(*(side()[1] for side in sides["same"]))
-    rows = []
     for kind, what in KINDS.items():
         mine, peer = sides[kind]
         cached = {"ours": describe(mine()[1]), "bridge": describe(peer()[1])}
@@ -52,20 +51,17 @@ def run(scale: Scale, pairs: int) -> list[Row]:
             "at_most": 1.0,
             "missed_because": _BECAUSE.format(cached["ours"]["MiB"], cached["bridge"]["MiB"]) if kind != "same" else "",
         }
-        rows.append(in_pairs(mine, peer, pairs).row(what=what, details={"cached": cached}, **common))
+        yield in_pairs(mine, peer, pairs).row(what=what, details={"cached": cached}, **common)
         memory = [peak_memory(side, tiny=scale.tiny, kind=kind) for side in (ours, theirs)]
-        rows.append(
-            Row(
-                what=f"{what}: peak memory above the loaded model",
-                unit="MiB",
-                ours=memory[0]["growth"],
-                theirs=memory[1]["growth"],
-                ratio=memory[0]["growth"] / memory[1]["growth"],
-                details={"ours": memory[0], "bridge": memory[1], "cached": cached},
-                **common,
-            )
+        yield Row(
+            what=f"{what}: peak memory above the loaded model",
+            unit="MiB",
+            ours=memory[0]["growth"],
+            theirs=memory[1]["growth"],
+            ratio=memory[0]["growth"] / memory[1]["growth"],
+            details={"ours": memory[0], "bridge": memory[1], "cached": cached},
+            **common,
         )
-    return rows
 
 
 def ours(tiny: bool, kind: str) -> Callable[[], tuple[Tensor, Mapping[str, Tensor]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,11 @@ from benchmarks.models import dinov2, dinov2_timm, dinov2_transformers, pixels
 from registerlens import HookedViT
 
 
-def run(scale: Scale, pairs: int) -> list[Row]:
+def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Three rows a size."""
     vit, transformers_vit = dinov2(scale), dinov2_transformers(scale)
     timm_vit = dinov2_timm(vit)
     vit_of_timm = HookedViT.from_module(timm_vit).eval()  # resamples positions as timm does
-    rows = []
     for size, batch in scale.sizes:
         images = pixels(size, batch)
         what = f"forward, {size} px, batch {batch}"
@@ -27,20 +28,17 @@ def run(scale: Scale, pairs: int) -> list[Row]:
             difference = check_equal(f"{what}, {peer}", ours(images), theirs(images))
             times = in_pairs(lambda ours=ours, x=images: ours(x), lambda theirs=theirs, x=images: theirs(x), pairs)
             details = {"largest_relative_difference": difference}
-            rows.append(times.row(benchmark="forward", what=what, peer=peer, at_most=1.0, details=details))
+            yield times.row(benchmark="forward", what=what, peer=peer, at_most=1.0, details=details)
         limit = MatmulLimit(vit, images)
-        rows.append(
-            in_pairs(lambda x=images: vit(x), limit, pairs).row(
-                invert=True,
-                benchmark="forward",
-                what=f"share of the matrix-multiply limit, {size} px, batch {batch}",
-                peer="its matrix products alone",
-                at_least=0.8,
-                missed_because="the rest is softmax, GELU, LayerNorm, residual additions and the layout of q, k and v",
-                details=limit.describe(),
-            )
+        yield in_pairs(lambda x=images: vit(x), limit, pairs).row(
+            invert=True,
+            benchmark="forward",
+            what=f"share of the matrix-multiply limit, {size} px, batch {batch}",
+            peer="its matrix products alone",
+            at_least=0.8,
+            missed_because="the rest is softmax, GELU, LayerNorm, residual additions and the layout of q, k and v",
+            details=limit.describe(),
         )
-    return rows
 
 
 class MatmulLimit:

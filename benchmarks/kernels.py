@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -21,9 +22,11 @@ _LATER = 1
 """Blocks that follow the neurons in the random ViT-L: cost is by the block, and one is enough to time."""
 
 
-def run(scale: Scale, pairs: int) -> list[Row]:
+def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Rows on weights, on images, and on memory."""
-    return [*_weights(scale, pairs), _images(scale, pairs), _memory(scale)]
+    yield from _weights(scale, pairs)
+    yield _images(scale, pairs)
+    yield _memory(scale)
 
 
 def random_vit_large(scale: Scale) -> tuple[rl.HookedViT, rl.RegisterNeurons]:
@@ -50,7 +53,7 @@ def folded(readers: list[Reader]) -> list[Tensor]:
     return [fold(reader.norm, reader.weight) for reader in readers]
 
 
-def _weights(scale: Scale, pairs: int) -> list[Row]:
+def _weights(scale: Scale, pairs: int) -> Iterator[Row]:
     vit, neurons = random_vit_large(scale)
     matrices = folded(list(readers_of(vit, vit.cfg.n_layers - _LATER)))
 
@@ -69,8 +72,8 @@ def _weights(scale: Scale, pairs: int) -> list[Row]:
     details = {"matrices": [list(matrix.shape) for matrix in matrices]}
     what = f"kernel checks, weights only, ViT-L, {_LATER} later block"
     peers = {"torch.linalg.svd of the same matrices": svd, "the decompositions it does, bare": eigh}
-    return [
-        in_pairs(ours, theirs, pairs).row(
+    for peer, theirs in peers.items():
+        yield in_pairs(ours, theirs, pairs).row(
             benchmark="kernels",
             what=what,
             peer=peer,
@@ -78,8 +81,6 @@ def _weights(scale: Scale, pairs: int) -> list[Row]:
             missed_because="folding, W_V W_O and the nulls come on top",
             details=details,
         )
-        for peer, theirs in peers.items()
-    ]
 
 
 def _images(scale: Scale, pairs: int) -> Row:

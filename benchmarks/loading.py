@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 1
 _TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 32}
 
 
-def run(scale: Scale, pairs: int) -> list[Row]:
+def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Time and memory until every weight has been read once; a random ViT-L, separate q, k and v in the file."""
     with tempfile.TemporaryDirectory() as folder:
         weights = _save(folder, scale)
@@ -24,20 +25,18 @@ def run(scale: Scale, pairs: int) -> list[Row]:
         memory = peak_memory(loading_task, folder=folder)
         peers = peak_memory(peers_task, folder=folder)
     shared: dict[str, Any] = {"benchmark": "loading", "what": f"load {weights:.0f} MiB of weights"}
-    return [
-        times.row(**shared, peer="transformers' from_pretrained", at_most=1.20),
-        Row(
-            benchmark="loading",
-            what=f"load {weights:.0f} MiB of weights, peak memory",
-            peer="the weights themselves",
-            ours=memory["growth"],
-            theirs=weights,
-            ratio=memory["growth"] / weights,
-            unit="MiB",
-            at_most=None if scale.tiny else 1.30,  # beside a tiny model the interpreter itself is large
-            details={"ours": memory, "transformers": peers},
-        ),
-    ]
+    yield times.row(**shared, peer="transformers' from_pretrained", at_most=1.20)
+    yield Row(
+        benchmark="loading",
+        what=f"load {weights:.0f} MiB of weights, peak memory",
+        peer="the weights themselves",
+        ours=memory["growth"],
+        theirs=weights,
+        ratio=memory["growth"] / weights,
+        unit="MiB",
+        at_most=None if scale.tiny else 1.30,  # beside a tiny model the interpreter itself is large
+        details={"ours": memory, "transformers": peers},
+    )
 
 
 def _save(folder: str, scale: Scale) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -26,33 +26,31 @@ _TARGETS: dict[int, tuple[float, float]] = {224: (1.15, 1.8), 518: (1.5, 2.5)}
 Pairs = tuple[tuple[int, int], ...]
 
 
-def run(scale: Scale, pairs: int) -> list[Row]:
+def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Rows of Algorithm 1 at each size, of its memory, and of edited forward passes."""
     vit, layer = planted(scale)
-    rows: list[Row] = []
     for size, batch in scale.sizes:
-        images = photographs(vit, scale, size, CROPS if size < 500 else 16)
-        rows += _against_forward(vit, images, batch, layer, size, pairs) if size < 500 else []
-        rows += _against_logging(vit, images, batch, layer, size, pairs)
+        images = photographs(vit, scale, size, CROPS)
+        if (size, batch) == scale.sizes[0]:
+            yield from _against_forward(vit, images, batch, size, pairs)
+        yield from _against_logging(vit, images, batch, layer, size, pairs)
     size, batch = scale.sizes[-1]
     ours, theirs = (
         peak_memory(task, tiny=scale.tiny, size=size, batch=batch) for task in (algorithm_1_task, logging_task)
     )
-    rows.append(
-        Row(
-            benchmark="neurons",
-            what=f"Algorithm 1, peak memory above the model, {size} px, batch {batch}",
-            peer="logging everything, one image",
-            ours=ours["growth"],
-            theirs=theirs["growth"],
-            ratio=ours["growth"] / theirs["growth"],
-            unit="MiB",
-            at_most=1 / 3,
-            missed_because="what enters every MLP is kept for the first batch, theirs is one image's log",
-            details={"ours": ours, "theirs": theirs},
-        )
+    yield Row(
+        benchmark="neurons",
+        what=f"Algorithm 1, peak memory above the model, {size} px, batch {batch}",
+        peer="logging everything, one image",
+        ours=ours["growth"],
+        theirs=theirs["growth"],
+        ratio=ours["growth"] / theirs["growth"],
+        unit="MiB",
+        at_most=1 / 3,
+        missed_because="what enters every MLP is kept for the first batch, theirs is one image's log",
+        details={"ours": ours, "theirs": theirs},
     )
-    return rows + _edits(vit, photographs(vit, scale, *scale.sizes[0]), layer, scale.sizes[0][0], pairs)
+    yield from _edits(vit, photographs(vit, scale, *scale.sizes[0]), scale.sizes[0][0], pairs)
 
 
 def planted(scale: Scale) -> tuple[rl.HookedViT, int]:
@@ -129,66 +127,54 @@ def _threshold(vit: rl.HookedViT, images: Tensor, layer: int) -> float:
     return detect(vit, images[:16], layer=layer).cutoff.value
 
 
-def _against_forward(vit: rl.HookedViT, images: Tensor, batch: int, layer: int, size: int, pairs: int) -> list[Row]:
+def _against_forward(vit: rl.HookedViT, images: Tensor, batch: int, size: int, pairs: int) -> Iterator[Row]:
     def forward() -> None:
         for part in images.split(batch):
             vit(part)
 
-    rows = []
     for early_stop, at_most in ((False, 1.20), (True, 0.70)):
         task = algorithm_1(vit, images, batch, early_stop)
-        rows.append(
-            in_pairs(task, forward, pairs).row(
-                benchmark="neurons",
-                what=f"Algorithm 1, {len(images)} images, {size} px, {'early stop' if early_stop else 'full depth'}",
-                peer="our plain forward",
-                at_most=at_most,
-                missed_because="an eighth of the images goes all the way, to find where outliers arise",
-                details={"neurons": [list(pair) for pair in task()]},
-            )
+        yield in_pairs(task, forward, pairs).row(
+            benchmark="neurons",
+            what=f"Algorithm 1, {len(images)} images, {size} px, {'early stop' if early_stop else 'full depth'}",
+            peer="our plain forward",
+            at_most=at_most,
+            missed_because="an eighth of the images goes all the way, to find where outliers arise",
+            details={"neurons": [list(pair) for pair in task()]},
         )
     _check_same(algorithm_1(vit, images, batch, True)(), algorithm_1(vit, images, batch, False)())
-    return rows
 
 
-def _against_logging(vit: rl.HookedViT, images: Tensor, batch: int, layer: int, size: int, pairs: int) -> list[Row]:
+def _against_logging(vit: rl.HookedViT, images: Tensor, batch: int, layer: int, size: int, pairs: int) -> Iterator[Row]:
     theirs = logging_everything(vit, images, layer, _threshold(vit, images, layer))
     full, early = _TARGETS.get(size, (None, None))
-    rows = []
     for early_stop, at_least in ((False, full), (True, early)):
         task = algorithm_1(vit, images, batch, early_stop)
         _check_same(task(), theirs())
-        rows.append(
-            in_pairs(task, theirs, pairs).row(
-                invert=True,
-                benchmark="neurons",
-                what=f"Algorithm 1, {len(images)} images, {size} px, {'early stop' if early_stop else 'full depth'}",
-                peer="logging everything, one by one",
-                at_least=at_least,
-            )
+        yield in_pairs(task, theirs, pairs).row(
+            invert=True,
+            benchmark="neurons",
+            what=f"Algorithm 1, {len(images)} images, {size} px, {'early stop' if early_stop else 'full depth'}",
+            peer="logging everything, one by one",
+            at_least=at_least,
         )
-    return rows
 
 
-def _edits(vit: rl.HookedViT, images: Tensor, layer: int, size: int, pairs: int) -> list[Row]:
+def _edits(vit: rl.HookedViT, images: Tensor, size: int, pairs: int) -> Iterator[Row]:
     neurons = rl.find_register_neurons(vit, torch.cat([images, images.flip(-1)]), top_k=N)
     edits = {"test-time register": rl.TestTimeRegisters(neurons), "attention bias": _bias(vit, neurons, images)}
-    rows = []
     for name, intervention in edits.items():
 
         def edited(intervention: Any = intervention) -> Tensor:
             with vit.edit(intervention):
                 return vit(images)
 
-        rows.append(
-            in_pairs(edited, lambda: vit(images), pairs).row(
-                benchmark="neurons",
-                what=f"forward with {name}, {size} px, batch {len(images)}",
-                peer="our plain forward",
-                at_most=1.10,
-            )
+        yield in_pairs(edited, lambda: vit(images), pairs).row(
+            benchmark="neurons",
+            what=f"forward with {name}, {size} px, batch {len(images)}",
+            peer="our plain forward",
+            at_most=1.10,
         )
-    return rows
 
 
 def _bias(vit: rl.HookedViT, neurons: rl.RegisterNeurons, images: Tensor) -> rl.AttentionBias:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 
 from benchmarks.harness import FULL, TINY, Row, Scale, Task, in_pairs, peak_memory
 from benchmarks.models import dinov2, pixels
@@ -11,27 +12,25 @@ from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
 from registerlens.model.vit import HookedViT
 
 
-def run(scale: Scale, pairs: int) -> list[Row]:
+def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """One row a size, one with every head's most attended key an event, and one of memory."""
     vit = dinov2(scale)
-    rows = [_against_forward(vit, size, batch, pairs) for size, batch in scale.sizes]
-    rows.append(_against_forward(vit, *scale.sizes[0], pairs, everything=True))
+    for size, batch in scale.sizes:
+        yield _against_forward(vit, size, batch, pairs)
+    yield _against_forward(vit, *scale.sizes[0], pairs, everything=True)
     few, many = (peak_memory(stream, tiny=scale.tiny, n_images=n) for n in scale.streamed)
-    rows.append(
-        Row(
-            benchmark="sinks",
-            what=f"classify_sinks, peak memory of the process, {scale.streamed[1]} streamed images",
-            peer=f"{scale.streamed[0]} streamed images",
-            ours=many["peak"],
-            theirs=few["peak"],
-            ratio=many["peak"] / few["peak"],
-            unit="MiB",
-            at_most=1.05,
-            missed_because="peaks vary by some 10% from run to run with how the heap happens to be filled",
-            details={"few": few, "many": many},
-        )
+    yield Row(
+        benchmark="sinks",
+        what=f"classify_sinks, peak memory of the process, {scale.streamed[1]} streamed images",
+        peer=f"{scale.streamed[0]} streamed images",
+        ours=many["peak"],
+        theirs=few["peak"],
+        ratio=many["peak"] / few["peak"],
+        unit="MiB",
+        at_most=1.05,
+        missed_because="peaks vary by some 10% from run to run with how the heap happens to be filled",
+        details={"few": few, "many": many},
     )
-    return rows
 
 
 def _against_forward(vit: HookedViT, size: int, batch: int, pairs: int, everything: bool = False) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,41 +16,35 @@ from benchmarks.harness import FULL, TINY, Row, Scale, Task, in_pairs, peak_memo
 from benchmarks.models import dinov2, pixels
 
 
-def run(scale: Scale, pairs: int) -> list[Row]:
+def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """One row a size, and two of memory."""
     vit = dinov2(scale)
-    rows = []
     for size, batch in scale.sizes:
         images = pixels(size, batch)
         # No progress bar beside our own table: `trace` draws one only if stderr is a terminal.
         with contextlib.redirect_stderr(io.StringIO()):
             times = in_pairs(lambda x=images: rl.trace(vit, [x]), lambda x=images: vit(x), pairs)
-        rows.append(
-            times.row(
-                benchmark="trace",
-                what=f"trace, {size} px, batch {batch}",
-                peer="our plain forward",
-                at_most=1.15,
-                missed_because="norms at every sublayer, one query row a layer, quantiles and histograms",
-            )
+        yield times.row(
+            benchmark="trace",
+            what=f"trace, {size} px, batch {batch}",
+            peer="our plain forward",
+            at_most=1.15,
+            missed_because="norms at every sublayer, one query row a layer, quantiles and histograms",
         )
     few, many = (peak_memory(stream, tiny=scale.tiny, n_images=n) for n in scale.streamed)
     for kind, at_most in (("peak", 1.05), ("growth", None)):
-        rows.append(
-            Row(
-                benchmark="trace",
-                what=f"{_KINDS[kind]}, {scale.streamed[1]} streamed images",
-                peer=f"{scale.streamed[0]} streamed images",
-                ours=many[kind],
-                theirs=few[kind],
-                ratio=many[kind] / few[kind],
-                unit="MiB",
-                at_most=at_most,
-                missed_because=_BECAUSE if at_most else "",
-                details={"few": few, "many": many},
-            )
+        yield Row(
+            benchmark="trace",
+            what=f"{_KINDS[kind]}, {scale.streamed[1]} streamed images",
+            peer=f"{scale.streamed[0]} streamed images",
+            ours=many[kind],
+            theirs=few[kind],
+            ratio=many[kind] / few[kind],
+            unit="MiB",
+            at_most=at_most,
+            missed_because=_BECAUSE if at_most else "",
+            details={"few": few, "many": many},
         )
-    return rows
 
 
 _BECAUSE = (

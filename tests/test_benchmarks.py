@@ -52,7 +52,7 @@ def test_a_tiny_run_writes_a_complete_report(
     assert report["environment"]["threads"] == 1
     assert report["environment"]["versions"]["torch"]
     rows = report["rows"]
-    numbers = {"loading": 2, "forward": 6, "trace": 4, "cache": 6, "neurons": 11, "sinks": 4, "kernels": 4}
+    numbers = {"loading": 2, "forward": 6, "trace": 4, "cache": 6, "neurons": 11, "sinks": 4, "kernels": 4, "sweeps": 4}
     assert [row["benchmark"] for row in rows] == [name for name, n in numbers.items() for _ in range(n)]
     for row in rows:
         assert row["reached"] in {True, False} if row["target"] else row["reached"] is None

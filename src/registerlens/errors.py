@@ -46,6 +46,10 @@ class NonFiniteError(RegisterLensError, ArithmeticError):
     """A measurement met NaN or infinity."""
 
 
+class OutOfMemoryError(RegisterLensError, MemoryError):
+    """Not even the least that can be run at once fits into memory."""
+
+
 class NoOutliersError(RegisterLensError, ValueError):
     """The model has no outlier tokens on these images; `evidence` (an OutlierEvidence) says why."""
 

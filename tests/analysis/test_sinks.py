@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from helpers import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import registerlens as rl
 from registerlens.analysis import sinks
 from registerlens.analysis.sinks import received_attention
 from registerlens.config import TokenLayout
+from registerlens.config_parts import QKNormConfig, RopeConfig
 
 
 def naive(q, k, layout):
@@ -96,3 +99,21 @@ def test_batches_are_independent():
         q, k = random_qk(3, layout.n_tokens, 2, 4)
         singles = torch.cat([received_attention(q[i : i + 1], k[i : i + 1], layout) for i in range(3)])
         assert torch.allclose(received_attention(q, k, layout), singles, atol=1e-6)
+
+
+@pytest.mark.parametrize("rope", [None, RopeConfig()])
+@pytest.mark.parametrize("qk_norm", [None, QKNormConfig()])
+@pytest.mark.parametrize("class_token", [True, False])
+def test_hooks_see_queries_and_keys_normalised_and_turned_as_the_scores_do(rope, qk_norm, class_token):
+    size = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_mlp": 20, "image_size": (24, 32), "patch_size": (8, 8)}
+    options = {"class_token": class_token, "pooling": (), "rope": rope, "qk_norm": qk_norm}
+    vit = randomise(rl.HookedViT(rl.ViTConfig(**size, **options)))
+    images, seen = torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(0)), {}
+    with torch.no_grad(), vit.hooks(sinks.attention_hooks(vit, vit.layout(images), [0, 1], seen.__setitem__)):
+        vit(images)
+    with torch.no_grad():
+        _, cache = vit.run_with_cache(images, names_filter="blocks.*.attn.hook_pattern")
+    for layer, drawn in seen.items():
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+        expected = pattern[:, :, 0] if class_token else pattern.mean(2)
+        assert torch.allclose(drawn, expected, atol=1e-5)

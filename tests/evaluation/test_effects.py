@@ -63,7 +63,7 @@ def naive(vit, images, intervention, labels):
             seen.append((tokens, cache))
     (clean_tokens, clean), (tokens, cache) = seen
     norms, clean_norms = (c[names[0]].norm(dim=-1) for c in (cache, clean))
-    median = clean_norms.median(1, keepdim=True).values
+    median = clean_norms.quantile(0.5, dim=1, keepdim=True)
     old = clean_norms > 6.3 * median
     now = norms[:, :36] > 6.3 * median
     aimed = torch.zeros_like(old)

@@ -16,7 +16,9 @@ def classifies(cfg: ViTConfig) -> bool:
 
 
 def divergence(
-    output: Float[Tensor, "batch *out"], clean: Float[Tensor, "batch *out"], labels: Int[Tensor, "batch ..."] | None = None
+    output: Float[Tensor, "batch *out"],
+    clean: Float[Tensor, "batch *out"],
+    labels: Int[Tensor, "..."] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Kullback-Leibler divergence of the predictions from the clean ones, in nats; mean over an image's predictions.
 
@@ -40,7 +42,9 @@ def divergence(
 
 
 def agreement(
-    output: Float[Tensor, "batch *out"], clean: Float[Tensor, "batch *out"], labels: Int[Tensor, "batch ..."] | None = None
+    output: Float[Tensor, "batch *out"],
+    clean: Float[Tensor, "batch *out"],
+    labels: Int[Tensor, "..."] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Share of an image's predictions whose most likely class is the clean run's; arguments as for `divergence`.
 
@@ -54,7 +58,7 @@ def agreement(
     return _mean(same.masked_fill(unknown, torch.nan), labels)
 
 
-def accuracy(output: Float[Tensor, "batch *out"], labels: Int[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def accuracy(output: Float[Tensor, "batch *out"], labels: Int[Tensor, "..."]) -> Float[Tensor, " batch"]:
     """Share of an image's labels that are the most likely class, 0 to 1; NaN for an image without labels.
 
     Example:
@@ -66,7 +70,7 @@ def accuracy(output: Float[Tensor, "batch *out"], labels: Int[Tensor, "batch ...
     return _mean(right.masked_fill(now.isnan().any(-1), torch.nan), labels)
 
 
-def cross_entropy(output: Float[Tensor, "batch *out"], labels: Int[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+def cross_entropy(output: Float[Tensor, "batch *out"], labels: Int[Tensor, "..."]) -> Float[Tensor, " batch"]:
     """Mean negative log-likelihood of an image's labels, in nats; NaN for an image without labels.
 
     Raises:
@@ -84,7 +88,7 @@ def cross_entropy(output: Float[Tensor, "batch *out"], labels: Int[Tensor, "batc
 
 
 def _log_probabilities(
-    output: Float[Tensor, "batch *out"], labels: Int[Tensor, "batch ..."] | None
+    output: Float[Tensor, "batch *out"], labels: Int[Tensor, "..."] | None
 ) -> Float[Tensor, "batch prediction class"]:
     groups = 1
     if labels is not None:
@@ -99,11 +103,11 @@ def _log_probabilities(
     return output.float().unflatten(-1, (groups, -1)).log_softmax(-1).flatten(1, -2)
 
 
-def _flat(labels: Int[Tensor, "batch ..."], like: Float[Tensor, "batch prediction class"]) -> Int[Tensor, "batch prediction"]:
+def _flat(labels: Int[Tensor, "..."], like: Float[Tensor, "batch prediction class"]) -> Int[Tensor, "batch prediction"]:
     return labels.to(like.device).reshape(like.shape[:-1])
 
 
-def _mean(values: Float[Tensor, "batch prediction"], labels: Int[Tensor, "batch ..."] | None) -> Float[Tensor, " batch"]:
+def _mean(values: Float[Tensor, "batch prediction"], labels: Int[Tensor, "..."] | None) -> Float[Tensor, " batch"]:
     """Over an image's predictions; with labels, over those that have one."""
     if labels is None:
         return values.mean(1)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.config import TokenLayout
+from registerlens.model.attention import final_point
 from registerlens.model.block import Block
 from registerlens.model.parts import listening
 from registerlens.model.vit import HookedViT
@@ -24,8 +25,8 @@ def received_attention(
     """Attention paid to each key: by [CLS] where there is one, else the mean over all queries; float32.
 
     Args:
-        q: queries after `hook_q`; only the [CLS] row is read where there is one.
-        k: keys after `hook_k`; there may be more of them than queries, where an attention bias adds some.
+        q: queries as the scores take them, normalised and turned; only the [CLS] row is read where there is one.
+        k: keys likewise; there may be more of them than queries, where an attention bias adds some.
         layout: where [CLS] is.
 
     Returns:
@@ -93,5 +94,6 @@ def attention_hooks(vit: HookedViT, layout: TokenLayout, layers: Iterable[int], 
         if listening(attn.hook_attn_scores, attn.hook_pattern):
             hooks.append((f"{name}.hook_pattern", from_pattern))
         else:
-            hooks += [(f"{name}.hook_q", keep_query), (f"{name}.hook_k", from_key)]
+            q, k = final_point(vit.cfg, "q"), final_point(vit.cfg, "k")
+            hooks += [(f"{name}.{q}", keep_query), (f"{name}.{k}", from_key)]
     return hooks

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Cutoff
-from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.predictions import accuracy, divergence
 from registerlens.analysis.sinks import attention_hooks
 from registerlens.config import TokenLayout
@@ -95,7 +95,7 @@ class Yardstick:
     @property
     def median(self) -> Float[Tensor, "batch 1"]:
         """The clean median patch norm at the place of detection: the unit of norms."""
-        return self.clean.norms[self.sublayer][:, self.clean.layout.patches].median(-1, keepdim=True).values
+        return medians(self._patch_norms(self.clean))
 
     @property
     def mask(self) -> Bool[Tensor, "batch patch"]:
@@ -104,9 +104,10 @@ class Yardstick:
 
     def outlying(self, seen: Observation) -> Bool[Tensor, "batch patch"]:
         """Patches above the cut-off; a relative one counts in the clean median, so that edits do not move it."""
-        norms = seen.norms[self.sublayer][:, seen.layout.patches]
-        limit = self.cutoff.value * (self.median if self.cutoff.relative else 1)
-        return norms > limit
+        return self.cutoff.above(self._patch_norms(seen), self._patch_norms(self.clean))
+
+    def _patch_norms(self, seen: Observation) -> Float[Tensor, "batch patch"]:
+        return seen.norms[self.sublayer][:, seen.layout.patches]
 
     def measure(
         self, seen: Observation, aim: Bool[Tensor, "#batch patch"] | None = None

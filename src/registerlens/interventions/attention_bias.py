@@ -101,6 +101,11 @@ class AttentionBias(Intervention):
             raise ImageError("No image to fit the attention bias on.")
         return cls(neurons, (sums["k"] / total).clone(), (sums["v"] / total).clone(), total)
 
+    @property
+    def n_keys(self) -> int:
+        """The one that stands after all tokens."""
+        return 1
+
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """Zeroing the neurons, and one more key and value in every layer."""
         cfg = host.cfg

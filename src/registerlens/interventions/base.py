@@ -94,6 +94,11 @@ class Intervention(ABC):
         """Test-time registers it appends."""
         return 0
 
+    @property
+    def n_keys(self) -> int:
+        """Keys, with their values, that it appends in every layer without a token for them."""
+        return 0
+
     def aim(self, scene: Scene) -> Bool[Tensor, "batch patch"] | None:
         """The patches at which outliers shall appear; None for an intervention that has no such aim."""
         return None
@@ -128,6 +133,14 @@ class Plan:
         if edit.point != TOKENS or all(other.point == TOKENS for other in mine):
             self.fired.add(index)
 
+    def change(self, point: str, x: Float[Tensor, "batch pos ..."], scene: Scene) -> Float[Tensor, "batch more ..."]:
+        """What the edits at one point make of the tensor there, one after the other."""
+        for index, edit in self.edits:
+            if edit.point == point:
+                self.note(index, edit)
+                x = edit.change(x, scene).to(x.dtype)
+        return x
+
     def check_fired(self) -> None:
         """Complain about interventions that had something to do and never did it.
 
@@ -161,6 +174,44 @@ def plan(host: Host, interventions: Sequence[Intervention], first_register: int 
     return Plan(tuple(interventions), edits, registers - first_register)
 
 
+def stacked_hooks(plans: Sequence[Plan], scenes: Sequence[Scene]) -> list[Any]:
+    """Hooks, one for each point, by which every plan edits its own share of the batch; the shares are equally large.
+
+    Args:
+        plans: in the order of their shares.
+        scenes: what each plan's share is of; filled when the model is run.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> plans = [plan(vit, [rl.Ablate(rl.Heads([(layer, 0)]))]) for layer in (2, 2, 4)]
+        >>> [name for name, _ in stacked_hooks(plans, [])]
+        ['blocks.2.attn.hook_z', 'blocks.4.attn.hook_z']
+    """
+
+    def hook_for(point: str) -> Any:
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            if len(scenes) != len(plans):
+                raise InterventionError("Edits need a call of the whole model; a part of it was called on its own.")
+            shares = x.chunk(len(plans)) if len(plans) > 1 else (x,)  # chunks could not be edited in place
+            changed = [one.change(point, share, scene) for one, share, scene in zip(plans, shares, scenes, strict=True)]
+            return changed[0] if len(changed) == 1 else _joined(changed, point)
+
+        return point, hook
+
+    return [hook_for(point) for point in dict.fromkeys(edit.point for one in plans for _, edit in one.edits)]
+
+
+def _joined(shares: list[Tensor], point: str) -> Tensor:
+    shapes = sorted({tuple(share.shape[1:]) for share in shares})
+    if len(shapes) > 1:
+        raise InterventionError(
+            f"Edits at {point} that leave shapes as different as {list(shapes[0])} and {list(shapes[-1])} cannot share "
+            f"a batch. An intervention that appends tokens or keys says how many by its `n_registers` or `n_keys`."
+        )
+    return torch.cat(shares)
+
+
 @contextmanager
 def edited(vit: HookedViT, interventions: Sequence[Intervention]) -> Iterator[None]:
     """What `HookedViT.edit` does; see there."""
@@ -179,20 +230,11 @@ def edited(vit: HookedViT, interventions: Sequence[Intervention]) -> Iterator[No
     def leave(module: Any, arguments: Any, output: Any) -> None:
         scene.clear()
 
-    def hook_for(index: int, edit: Edit) -> Any:
-        def hook(x: Tensor, hook: Any) -> Tensor:
-            if not scene:
-                raise InterventionError("Edits need a call of the whole model; a part of it was called on its own.")
-            made.note(index, edit)
-            return edit.change(x, scene[0]).to(x.dtype)
-
-        return edit.point, hook
-
     entering = vit.register_forward_pre_hook(enter, with_kwargs=True)
     leaving = vit.register_forward_hook(leave, always_call=True)
     vit.n_test_time_registers = before + made.n_registers
     try:
-        with vit.hooks([hook_for(index, edit) for index, edit in made.edits]):
+        with vit.hooks(stacked_hooks([made], scene)):
             yield
         made.check_fired()
     finally:

@@ -100,9 +100,7 @@ def metric(
     """
     name = name or getattr(function, "__name__", "")
     words = words or (getattr(function, "__doc__", None) or "").strip().partition("\n")[0]
-    return Metric(
-        name=name, measure=_WithLayout(function), norms=tuple(norms), attention=tuple(attention), words=words
-    )
+    return Metric(name=name, measure=_WithLayout(function), norms=tuple(norms), attention=tuple(attention), words=words)
 
 
 def check_metrics(metrics: Sequence[Metric], cfg: ViTConfig) -> None:
@@ -114,9 +112,9 @@ def check_metrics(metrics: Sequence[Metric], cfg: ViTConfig) -> None:
     Example:
         >>> import registerlens as rl
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> check_metrics([Metric(name="top", measure=lambda edited, clean: edited.norms["6.mlp"], norms=("6.mlp",))], vit.cfg)
+        >>> check_metrics([largest_norm("6.mlp")], vit.cfg)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        registerlens.errors.ConfigError: Metric 'top' looks at the norms of '6.mlp', but the model has blocks 0 to 5, with sublayers such as 'embed', '0.attn', '5.mlp'. Did you mean '5.mlp' or '4.mlp' or '3.mlp'?
+        registerlens.errors.ConfigError: Metric 'largest_norm' looks at the norms of '6.mlp', but the model has ...
     """
     names = [one.name for one in metrics]
     for one in metrics:
@@ -186,14 +184,18 @@ def default_metrics(vit: HookedViT, detection: Detection | None = None, *, label
         >>> import registerlens as rl
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> [one.name for one in default_metrics(vit)]
-        ['largest_norm', 'cos_patches']
+        ['largest_norm', 'cos_patches', 'kl', 'agreement']
     """
     cfg = vit.cfg
     place = f"{cfg.n_layers - 1}.mlp" if detection is None else detection.sublayer
     chosen = [largest_norm(place)]
     if detection is not None and (detection.evidence.present or detection.rule == "fixed"):
         layers = tuple(after_onset(detection, cfg.n_layers))
-        chosen += [outliers(place, detection.cutoff), sink_outliers(place, detection.cutoff, layers), sink_patch(layers)]
+        chosen += [
+            outliers(place, detection.cutoff),
+            sink_outliers(place, detection.cutoff, layers),
+            sink_patch(layers),
+        ]
     chosen += [_COSINES["cos_cls"]] if cfg.layout().cls is not None else []
     chosen += [_COSINES["cos_patches"]]
     chosen += [_COSINES["cos_output"]] if cfg.pooling else []

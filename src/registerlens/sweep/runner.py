@@ -1,21 +1,30 @@
-"""One task of a sweep: a group of conditions on a shard of images. (The simplest form: every condition from the images.)"""
+"""One task of a sweep: a group of conditions on a shard of images, with as little computed as possible.
+
+A batch's clean run is made once. A condition starts from the clean residual stream before the first block it edits, and
+conditions that start at the same block go through the rest of the model together, each editing its share of the batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.analysis.detection import hook_of
-from registerlens.analysis.outliers import token_norms
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.data.sources import Shard
+from registerlens.errors import ConfigError, OutOfMemoryError, ShapeError
+from registerlens.interventions.base import TOKENS, Plan, Scene, plan, stacked_hooks
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric, View, check_metrics, measured
+from registerlens.sweep.metrics import COLUMNS, Metric, View, check_metrics, measured
+from registerlens.sweep.stacking import out_of_memory_in
+from registerlens.sweep.views import Watched, repeated, run_clean, run_from
 
 
 def run_task(
@@ -28,40 +37,204 @@ def run_task(
     batch_size: int,
     stack: int,
 ) -> pa.Table:
-    """Every condition on every image of a shard."""
+    """Every metric of every condition on every image of a shard, as if each condition had been run with `vit.edit`.
+
+    Where memory does not suffice, less goes through the model at once from there on, and the run goes on.
+
+    Args:
+        vit: the model; hooks and edits that are in force on it hold for the clean run, too.
+        shard: images and, where metrics want them, labels.
+        conditions: fitted ones, all of this model.
+        metrics: the columns, in order.
+        index: the shard's number.
+        batch_size: images whose clean run is made at once.
+        stack: sequences (images x conditions) that go through the model at once; at least `batch_size` do.
+
+    Returns:
+        a row for each condition and image, in the order of both: condition (its key), shard, image (its name), and the
+        metrics in float64. What is not a number, in a metric or in the model's output, is NaN here, too.
+
+    Raises:
+        ConfigError: a size is below 1, two metrics share a name, or one looks where the model has nothing.
+        InterventionError: a condition does not fit the model, or never fires.
+        OutOfMemoryError: a single sequence does not fit.
+        ShapeError: labels do not fit the images, or a metric gives something else than one number an image.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.sweep.metrics import default_metrics
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> shard = Shard(names=("a", "b"), images=torch.rand(2, 3, 48, 48))
+        >>> heads = [Condition(interventions=(rl.Ablate(rl.Heads([(layer, 0)])),)) for layer in (1, 4)]
+        >>> run_task(vit, shard, heads, default_metrics(vit), index=0, batch_size=2, stack=4).shape
+        (4, 7)
+    """
+    if batch_size < 1 or stack < 1:
+        raise ConfigError(f"batch_size and stack must be at least 1, got {batch_size} and {stack}.")
+    if shard.labels is not None and len(shard.labels) != len(shard.images):
+        raise ShapeError(f"{len(shard.labels)} labels for {len(shard.images)} images; one for each is needed.")
     check_metrics(metrics, vit.cfg)
-    values = torch.full((len(conditions), len(metrics), len(shard.images)), torch.nan, dtype=torch.float64)
+    task = _Task(
+        vit=vit,
+        shard=shard,
+        metrics=metrics,
+        planned=[_planned(vit, i, one) for i, one in enumerate(conditions)],
+        values=torch.full((len(metrics), len(conditions), len(shard.images)), torch.nan, dtype=torch.float64),
+        batch_size=batch_size,
+        stack=max(stack, batch_size),
+    )
     with torch.inference_mode():
-        for start in range(0, len(shard.images), batch_size):
-            part = slice(start, start + batch_size)
-            images = shard.images[part].to(vit.device)
-            labels = None if shard.labels is None else shard.labels[part].to(vit.device)
-            clean = _look(vit, images, labels, metrics)
-            for i, condition in enumerate(conditions):
-                with vit.edit(*condition.interventions):
-                    values[i, :, part] = measured(metrics, _look(vit, images, labels, metrics), clean)
+        task.run()
+    return _table(task.values, shard, conditions, metrics, index)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A condition, ready to be run."""
+
+    index: int
+    """Its place among the task's conditions."""
+    plan: Plan
+    first: int
+    """The first block that it edits."""
+    n_keys: int
+    """Keys that it appends in every layer."""
+
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """Conditions of one kind have sequences of one length and start together, so that they can share a batch."""
+        return self.first, self.plan.n_registers, self.n_keys
+
+
+def _planned(vit: HookedViT, index: int, condition: Condition) -> _Planned:
+    made = plan(vit, condition.interventions, vit.n_test_time_registers)
+    n_keys = sum(one.n_keys for one in condition.interventions)
+    return _Planned(index, made, condition.first_layer(vit), n_keys)
+
+
+@dataclass
+class _Batch:
+    """Some images: their clean run, and where conditions start from."""
+
+    part: slice
+    """Which of the shard's images."""
+    clean: View
+    resid: dict[int, Float[Tensor, "batch pos d_model"]]
+    """The clean stream before blocks."""
+    scene: Scene
+    """Without test-time registers of the conditions."""
+    scenes: dict[int, Scene] = field(default_factory=dict)
+    """By the number of those."""
+
+    def scene_with(self, n_registers: int) -> Scene:
+        """The same images with that many more tokens; made once, so that the images are hashed once."""
+        if n_registers not in self.scenes:
+            before = self.scene.layout
+            layout = replace(before, n_test_time_registers=before.n_test_time_registers + n_registers)
+            self.scenes[n_registers] = replace(self.scene, layout=layout)
+        return self.scenes[n_registers]
+
+
+@dataclass
+class _Task:
+    """A task in progress; `batch_size` and `stack` shrink where memory does not suffice."""
+
+    vit: HookedViT
+    shard: Shard
+    metrics: Sequence[Metric]
+    planned: Sequence[_Planned]
+    values: Float[Tensor, "metric condition image"]
+    batch_size: int
+    stack: int
+
+    def __post_init__(self) -> None:
+        self.watched = Watched.by(self.metrics)
+
+    def run(self) -> None:
+        """Batch after batch."""
+        done = 0
+        while done < len(self.shard.images):
+            part = slice(done, min(done + self.batch_size, len(self.shard.images)))
+            failed = out_of_memory_in(partial(self._batch, part))
+            if failed is None:
+                done = part.stop
+                continue
+            n = part.stop - part.start
+            if n == 1:
+                size = " x ".join(map(str, self.shard.images.shape[2:]))
+                raise OutOfMemoryError(
+                    f"A single image of {size} pixels does not fit into memory ({failed}). Use smaller images, a model "
+                    f"in half precision (vit.half()), or a device with more memory."
+                )
+            self.batch_size = self.stack = n // 2
+        for one in self.planned if len(self.shard.images) else ():
+            one.plan.check_fired()
+
+    def _batch(self, part: slice) -> None:
+        images = self.shard.images[part].to(self.vit.device)
+        labels = None if self.shard.labels is None else self.shard.labels[part].to(self.vit.device)
+        last = self.vit.cfg.n_layers
+        starts = {one.first for one in self.planned if one.first < last}
+        clean, resid = run_clean(self.vit, images, labels, self.watched, starts)
+        batch = _Batch(part, clean, resid, Scene(clean.layout, images))
+        for (first, _, _), alike in groupby(sorted(self.planned, key=_order), key=lambda one: one.kind):
+            left = list(alike)
+            if first == last:  # nothing is edited
+                self._record(left, batch, clean, clean)
+                continue
+            for passed in [at for at in resid if at < first]:
+                del resid[passed]
+            self._stacked(left, batch)
+
+    def _stacked(self, left: list[_Planned], batch: _Batch) -> None:
+        """Conditions of one kind, as many at once as the stack holds."""
+        n = batch.part.stop - batch.part.start
+        while left:
+            now = left[: max(1, self.stack // n)]
+            failed = out_of_memory_in(partial(self._together, now, batch))
+            if failed is None:
+                left = left[len(now) :]
+            elif len(now) == 1:
+                raise OutOfMemoryError(failed)  # the batch itself is too large
+            else:
+                self.stack = len(now) // 2 * n
+
+    def _together(self, now: list[_Planned], batch: _Batch) -> None:
+        plans = [one.plan for one in now]
+        first, n_registers, _ = now[0].kind
+        scene, resid = batch.scene_with(n_registers), batch.resid[first]
+        if first == 0:  # the sequence itself may be edited
+            start = torch.cat([one.change(TOKENS, resid, scene) for one in plans])
+        else:
+            start = resid.repeat(len(now), 1, 1) if len(now) > 1 else resid
+        clean = repeated(batch.clean, len(now))
+        hooks = stacked_hooks(plans, [scene] * len(plans))
+        edited = run_from(self.vit, start, first, scene.layout, self.watched, hooks, clean)
+        self._record(now, batch, edited, clean)
+
+    def _record(self, now: list[_Planned], batch: _Batch, edited: View, clean: View) -> None:
+        """The numbers of some conditions; where nothing is edited, one run stands for all of them."""
+        found = measured(self.metrics, edited, clean).unflatten(1, (-1, batch.part.stop - batch.part.start))
+        self.values[:, [one.index for one in now], batch.part] = found
+
+
+def _order(one: _Planned) -> tuple[int, ...]:
+    return *one.kind, one.index
+
+
+def _table(
+    values: Float[Tensor, "metric condition image"],
+    shard: Shard,
+    conditions: Sequence[Condition],
+    metrics: Sequence[Metric],
+    index: int,
+) -> pa.Table:
     n = len(shard.names)
-    columns: dict[str, Any] = {
-        "condition": pa.array([one.key for one in conditions for _ in range(n)], pa.string()),
-        "shard": pa.array([index] * (n * len(conditions)), pa.int32()),
-        "image": pa.array(list(shard.names) * len(conditions), pa.string()),
-    }
-    columns |= {one.name: pa.array(values[:, m].reshape(-1).numpy()) for m, one in enumerate(metrics)}
+    fixed = (
+        pa.array([one.key for one in conditions for _ in range(n)], pa.string()),
+        pa.array([index] * (n * len(conditions)), pa.int32()),
+        pa.array(list(shard.names) * len(conditions), pa.string()),
+    )
+    columns: dict[str, Any] = dict(zip(COLUMNS, fixed, strict=True))
+    columns |= {one.name: pa.array(row.numpy().ravel()) for one, row in zip(metrics, values, strict=True)}
     return pa.table(columns)
-
-
-def _look(vit: HookedViT, images: Tensor, labels: Tensor | None, metrics: Sequence[Metric]) -> View:
-    layout = vit.layout(images)
-    norms: dict[str, Tensor] = {}
-    attention: dict[int, Tensor] = {}
-    places = {hook_of(place): place for one in metrics for place in one.norms}
-    layers = sorted({layer for one in metrics for layer in one.attention})
-
-    def keep(resid: Tensor, hook: Any) -> None:
-        norms[places[hook.name]] = token_norms(resid)
-
-    hooks: list[Any] = [(name, keep) for name in places]
-    with vit.hooks([*hooks, *attention_hooks(vit, layout, layers, attention.__setitem__)]):
-        tokens = vit(images, return_type="tokens")
-    output = vit.head(tokens, layout)
-    return View(layout=layout, tokens=tokens, output=output, norms=norms, attention=attention, labels=labels)

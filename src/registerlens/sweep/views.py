@@ -1,0 +1,145 @@
+"""Runs as metrics see them, from the images or from a residual stream in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from registerlens.analysis.detection import hook_of, layer_of
+from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.sinks import attention_hooks
+from registerlens.config import TokenLayout
+from registerlens.interventions.base import TOKENS
+from registerlens.model.parts import listening
+from registerlens.model.vit import HookedViT
+from registerlens.sweep.metrics import Metric, View
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What metrics look at beside tokens and output.
+
+    Example:
+        >>> metrics = [Metric(name="a", measure=lambda edited, clean: edited.output[:, 0], norms=("0.mlp", "3.attn"))]
+        >>> Watched.by(metrics).since(2)
+        Watched(norms=('3.attn',), attention=())
+    """
+
+    norms: tuple[str, ...]
+    """Sublayers, as `View.norms`."""
+    attention: tuple[int, ...]
+    """Layers, as `View.attention`; ascending."""
+
+    @classmethod
+    def by(cls, metrics: Iterable[Metric]) -> Watched:
+        """Everything that one of the metrics asks for."""
+        norms = dict.fromkeys(place for one in metrics for place in one.norms)
+        return cls(tuple(norms), tuple(sorted({layer for one in metrics for layer in one.attention})))
+
+    def since(self, layer: int) -> Watched:
+        """What a run that starts before a block comes by."""
+        norms = (place for place in self.norms if layer_of(place) >= layer or (place == "embed" and layer == 0))
+        return Watched(tuple(norms), tuple(at for at in self.attention if at >= layer))
+
+
+def run_clean(
+    vit: HookedViT,
+    images: Float[Tensor, "batch channel height width"],
+    labels: Int[Tensor, "batch ..."] | None,
+    watched: Watched,
+    starts: Iterable[int],
+) -> tuple[View, dict[int, Float[Tensor, "batch pos d_model"]]]:
+    """The run that nothing edits, and the residual stream before some of its blocks.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
+        >>> view, resid = run_clean(vit, images, None, Watched((), ()), [4])
+        >>> bool((vit(resid[4], start_at_layer=4) == view.output).all())
+        True
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        # Where a block is left, not where the next one is entered: hooks of the caller's there fire once more later.
+        def hook(resid: Tensor, hook: Any) -> None:
+            kept[layer] = resid.clone() if listening(vit.hook_dict[f"blocks.{layer}.hook_resid_pre"]) else resid
+
+        return f"blocks.{layer - 1}.hook_resid_post" if layer else TOKENS, hook
+
+    layout = vit.layout(images)
+    with vit.hooks([keep(layer) for layer in sorted(set(starts))]):
+        view = run_from(vit, images, None, layout, watched)
+    return replace(view, labels=labels), kept
+
+
+def run_from(
+    vit: HookedViT,
+    x: Float[Tensor, "batch ..."],
+    layer: int | None,
+    layout: TokenLayout,
+    watched: Watched,
+    edits: Sequence[Any] = (),
+    before: View | None = None,
+) -> View:
+    """A run from images (`layer` None) or from the residual stream before a block, with the hooks of some edits.
+
+    What lies before that block is as in the view `before`.
+    """
+    start = 0 if layer is None else layer
+    norms = {} if before is None else dict(before.norms)
+    attention = {} if before is None else dict(before.attention)
+    mine = watched.since(start)
+    places = {hook_of(place): place for place in mine.norms}
+
+    def keep(resid: Tensor, hook: Any) -> None:
+        norms[places[hook.name]] = token_norms(resid)
+
+    with ExitStack() as stack:
+        stack.enter_context(vit.hooks(edits))  # first, so that what is watched is edited
+        watching = [
+            *((name, keep) for name in places),
+            *attention_hooks(vit, layout, mine.attention, attention.__setitem__),
+        ]
+        stack.enter_context(vit.hooks(watching))
+        options: dict[str, Any] = {} if layer is None else {"start_at_layer": layer, "layout": layout}
+        tokens = vit(x, return_type="tokens", **options)
+    return View(
+        layout=layout,
+        tokens=tokens,
+        output=vit.head(tokens, layout),
+        norms=norms,
+        attention=attention,
+        labels=None if before is None else before.labels,
+    )
+
+
+def repeated(view: View, times: int) -> View:
+    """The same batch several times over.
+
+    Example:
+        >>> import torch
+        >>> layout = TokenLayout(grid=(2, 2), n_prefix=1)
+        >>> view = View(layout=layout, tokens=torch.rand(2, 5, 4), output=torch.rand(2, 4))
+        >>> repeated(view, 3).tokens.shape
+        torch.Size([6, 5, 4])
+    """
+    if times == 1:
+        return view
+
+    def again(x: Tensor) -> Tensor:
+        return x.repeat(times, *(1 for _ in x.shape[1:]))
+
+    return replace(
+        view,
+        tokens=again(view.tokens),
+        output=again(view.output),
+        norms={place: again(norms) for place, norms in view.norms.items()},
+        attention={layer: again(attention) for layer, attention in view.attention.items()},
+        labels=None if view.labels is None else again(view.labels),
+    )
