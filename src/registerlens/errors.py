@@ -42,6 +42,10 @@ class ImageError(RegisterLensError, ValueError):
     """No usable image was given."""
 
 
+class SourceError(RegisterLensError, OSError):
+    """Images cannot be reached, or are no longer those that were listed: unlike a bad image, that may pass."""
+
+
 class NonFiniteError(RegisterLensError, ArithmeticError):
     """A measurement met NaN or infinity."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -127,9 +128,9 @@ class ImageStream:
     ) -> None:
         if min(batch_size, prefetch) < 1:
             raise ImageError(f"batch_size and prefetch must be at least 1, got {batch_size} and {prefetch}.")
-        self.preprocess = _preprocess_of(model, size)
+        self.preprocess = preprocess_of(model, size)
         self.batch_size, self.prefetch = batch_size, prefetch
-        self._sources = _expand(source)
+        self._sources = expand(source)
         if not self._sources:
             raise ImageError(f"Got no image: the {type(source).__name__} is empty. {_EXPECTED}")
         self.names = [str(item) if isinstance(item, Path) else f"image {i}" for i, item in enumerate(self._sources)]
@@ -168,21 +169,46 @@ class ImageStream:
             warnings.warn(text, SkippedImagesWarning, stacklevel=2)
 
     def _next_batch(self, sources: Iterator[tuple[str, Any]]) -> tuple[list[str], Tensor | None, list[Skipped]]:
-        names, pixels, skipped = [], [], []
-        for name, source in sources:
-            try:
-                pixels.append(preprocess_image(decode(source), self.preprocess))
-            except ImageError as error:
-                skipped.append(Skipped(name, str(error)))
-                continue
-            names.append(name)
-            if len(names) == self.batch_size:
-                break
-        return names, torch.stack(pixels) if pixels else None, skipped
+        names, pixels, skipped = read_images(sources, self.preprocess, most=self.batch_size)
+        return names, pixels if names else None, skipped
 
 
-def decode(source: str | os.PathLike[str] | Image.Image | np.ndarray | Tensor) -> Image.Image:
-    """One image as 8-bit RGB, upright.
+def read_images(
+    named: Iterable[tuple[str, Any]], preprocess: Preprocess, *, most: int | None = None
+) -> tuple[list[str], Float[Tensor, "image channel height width"], list[Skipped]]:
+    """Decode and preprocess images one by one; those that cannot be used are left out, each with the reason.
+
+    Args:
+        named: a name and something that `decode` takes, for each image.
+        preprocess: how a decoded image becomes the model's pixels.
+        most: stop taking from an iterator after so many usable images; None takes them all.
+
+    Returns:
+        Names of the usable images, their pixels (float32, perhaps of no image), and what was left out.
+
+    Example:
+        >>> named = [("good", Image.new("RGB", (8, 8))), ("bad", "no_such_file.png")]
+        >>> names, pixels, skipped = read_images(named, Preprocess(resize=(4, 4)))
+        >>> names, pixels.shape, str(skipped[0])
+        (['good'], torch.Size([1, 3, 4, 4]), 'bad: no such file')
+    """
+    names: list[str] = []
+    pixels: list[Tensor] = []
+    skipped: list[Skipped] = []
+    for name, source in named:
+        try:
+            pixels.append(preprocess_image(decode(source), preprocess))
+        except ImageError as error:
+            skipped.append(Skipped(name, str(error)))
+            continue
+        names.append(name)
+        if len(names) == most:
+            break
+    return names, torch.stack(pixels) if pixels else torch.zeros(0, 3, *preprocess.output_size), skipped
+
+
+def decode(source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor) -> Image.Image:
+    """One image as 8-bit RGB, upright; `bytes` are those of an image file.
 
     The EXIF orientation is applied. Transparency is laid on white. 16-bit values are scaled (divided by 257), integer
     and float images without a declared range are read as the narrowest of 8 and 16 bits, or of 0..1 and 0..255, that
@@ -255,7 +281,12 @@ def _channels(values: tuple[float, ...]) -> Float[Tensor, "channel 1 1"]:
     return torch.tensor(values, dtype=torch.float32)[:, None, None]
 
 
-def _preprocess_of(model: Preprocess | HasPreprocess, size: int | tuple[int, int] | None) -> Preprocess:
+def preprocess_of(model: Preprocess | HasPreprocess, size: int | tuple[int, int] | None) -> Preprocess:
+    """How a model's images are prepared; `size` as for `load_images`.
+
+    Raises:
+        ImageError: the model does not say, or the size is below one pixel.
+    """
     preprocess = model if isinstance(model, Preprocess) else model.preprocess
     if preprocess is None:
         raise ImageError(
@@ -289,8 +320,12 @@ def _crop_offset(length: int, crop: int, preprocess: Preprocess) -> int:
     return (length - crop) // 2 if preprocess.arithmetic == "transformers" else round((length - crop) / 2)
 
 
-def _expand(source: Any, *, may_miss: bool = False) -> list[Path | Image.Image | np.ndarray]:
-    """Every single image of `source`, undecoded; in a list, missing files `may_miss`, to be reported with the rest."""
+def expand(source: Any, *, may_miss: bool = False) -> list[Path | Image.Image | np.ndarray]:
+    """Every single image of `source`, undecoded; in a list, missing files `may_miss`, to be reported with the rest.
+
+    Raises:
+        ImageError: there is no such file, no image, or no image in a value of this type.
+    """
     if isinstance(source, str | os.PathLike):
         return [*_expand_path(Path(source).expanduser(), may_miss)]
     if isinstance(source, Image.Image):
@@ -298,7 +333,7 @@ def _expand(source: Any, *, may_miss: bool = False) -> list[Path | Image.Image |
     if isinstance(source, np.ndarray | Tensor):
         return [*_split(source)]
     if isinstance(source, Sequence) and not isinstance(source, bytes):
-        return [image for entry in source for image in _expand(entry, may_miss=True)]
+        return [image for entry in source for image in expand(entry, may_miss=True)]
     raise ImageError(f"Cannot take images from a value of type {type(source).__name__}. {_EXPECTED}")
 
 
@@ -362,6 +397,8 @@ def _opened(source: Any) -> Any:
         return nullcontext(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
     if isinstance(source, Image.Image):
         return nullcontext(source)
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source))
     if not (path := Path(source).expanduser()).exists():
         raise ImageError("no such file")
     return Image.open(path)

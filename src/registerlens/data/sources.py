@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.data.images import Skipped
-from registerlens.errors import ImageError, ShapeError
+from registerlens.config import Preprocess
+from registerlens.data.fingerprints import Check, check_unchanged, fingerprints, size_of
+from registerlens.data.images import HasPreprocess, ImageSource, Skipped, expand, preprocess_of, read_images
+from registerlens.errors import ImageError, ShapeError, close_matches
+
+NO_LABEL = -1
+"""Label of an image whose label is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Some consecutive images of a source."""
+    """Some images of a source, in its order."""
 
     names: tuple[str, ...]
     """One name an image, unique in the source."""
     images: Float[Tensor, "image channel height width"]
     """Preprocessed; float32 on the CPU."""
     labels: Int[Tensor, "image ..."] | None = None
-    """One label an image, where the source has labels; -1 where one is missing."""
+    """One label an image, where the source has labels; `NO_LABEL` where one is missing."""
     skipped: tuple[Skipped, ...] = ()
     """Images of this shard that could not be used."""
 
@@ -51,7 +62,8 @@ class Source(Protocol):
         """Read one shard, always the same.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: it holds no images and never will; single images that cannot be used are in `Shard.skipped`.
+            SourceError: it cannot be reached now, or is no longer what it was when the source was made.
         """
         ...
 
@@ -111,6 +123,156 @@ class TensorSource:
         images = self.images[where].float().cpu()
         names = tuple(f"image {where.start + i}" for i in range(len(images)))
         return Shard(names=names, images=images, labels=None if self.labels is None else self.labels[where])
+
+
+class FolderSource:
+    """Image files, of which each shard decodes only its own; the files are listed once, when the source is made.
+
+    It holds names and sizes, no pixels: a worker gets it and reads the files itself. They have to lie at the same path
+    on every machine. A file that changed, vanished or is not there on that machine is an error and not a skipped
+    image, since a table must not depend on who computed it.
+
+    Args:
+        images: a folder, a glob such as "photos/**/*.jpg", a file, or a list of these, in natural order.
+        model: a HookedViT, or a `Preprocess`.
+        labels: from file names, as in `names` or as given, to labels; a file that is not in it gets `NO_LABEL`.
+        shard_size: images a shard.
+        size: height and width in pixels, if not the model's own; an int means a square.
+        check: how files are told apart in `identity`, see `registerlens.data.fingerprints.Check`.
+
+    Raises:
+        ImageError: there are no such files, one is listed twice, or no label belongs to any of them.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for i in (1, 2, 10):
+        ...     Image.new("RGB", (20, 20)).save(folder / f"{i}.png")
+        >>> source = FolderSource(folder, Preprocess(resize=(16, 16)), labels={"10.png": 7}, shard_size=2)
+        >>> source.n_shards, source.shard(1).names, source.shard(1).labels
+        (2, ('10.png',), tensor([7]))
+    """
+
+    names: tuple[str, ...]
+    """File names, relative to the folder that holds them all, with forward slashes."""
+
+    def __init__(
+        self,
+        images: ImageSource,
+        model: Preprocess | HasPreprocess,
+        *,
+        labels: Mapping[str, int] | None = None,
+        shard_size: int = 256,
+        size: int | tuple[int, int] | None = None,
+        check: Check = "content",
+    ) -> None:
+        check_shard_size(shard_size)
+        self.preprocess, self.shard_size, self.check = preprocess_of(model, size), shard_size, check
+        given = expand(images)
+        files = [path for path in given if isinstance(path, Path)]
+        if not files or len(files) < len(given):
+            raise ImageError("A FolderSource takes image files. Images in memory: TensorSource(load_images(...)).")
+        paths = [path.absolute() for path in files]
+        self.root = Path(os.path.commonpath([path.parent for path in paths]))
+        self.names = tuple(path.relative_to(self.root).as_posix() for path in paths)
+        if len(set(self.names)) < len(self.names):
+            twice = Counter(self.names).most_common(1)[0][0]
+            raise ImageError(f"'{twice}' is listed twice; the rows of its images could not be told apart.")
+        self._sizes = tuple(map(size_of, paths))
+        self._labels = None if labels is None else _labels_of(self.names, list(map(str, files)), labels)
+
+    def __repr__(self) -> str:
+        return f"FolderSource({str(self.root)!r}, {self.n_images} images in {self.n_shards} shards)"
+
+    @property
+    def n_shards(self) -> int:
+        """How many shards there are."""
+        return -(-len(self.names) // self.shard_size)
+
+    @property
+    def n_images(self) -> int:
+        """How many files there are, usable or not."""
+        return len(self.names)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of relative names, contents (or times), labels, preprocessing and the size of the shards."""
+        told = fingerprints([self.root / name for name in self.names], self.check)
+        files = [f"{name} {mark}" for name, mark in zip(self.names, told, strict=True)]
+        return hash_of([*files, *map(str, self._labels or ()), preprocess_text(self.preprocess)], self.shard_size)
+
+    def shard(self, index: int) -> Shard:
+        """One shard.
+
+        Raises:
+            SourceError: a file is not as it was when the files were listed.
+        """
+        where = slice(index * self.shard_size, (index + 1) * self.shard_size)
+        listed, sizes = self.names[where], self._sizes[where]
+        for name, size in zip(listed, sizes, strict=True):
+            check_unchanged(self.root / name, size)
+        names, images, skipped = read_images([(name, self.root / name) for name in listed], self.preprocess)
+        labels = None
+        if self._labels is not None:
+            by_name = dict(zip(listed, self._labels[where], strict=True))
+            labels = torch.tensor([by_name[name] for name in names], dtype=torch.long)
+        return Shard(names=tuple(names), images=images, labels=labels, skipped=tuple(skipped))
+
+
+def _labels_of(names: Sequence[str], given: Sequence[str], labels: Mapping[str, int]) -> tuple[int, ...]:
+    found = tuple(labels.get(name, labels.get(as_given, NO_LABEL)) for name, as_given in zip(names, given, strict=True))
+    if all(label == NO_LABEL for label in found):
+        example = next(iter(labels), "")
+        raise ImageError(
+            f"No image has a label: none of the {len(labels)} names with labels, such as {example!r}, is a file's. "
+            f"Expected names such as {names[0]!r}.{close_matches(example, names)}"
+        )
+    return found
+
+
+class LastShard:
+    """A source that keeps the shard that was read last: for a worker that does several tasks on it.
+
+    Args:
+        source: where the images come from.
+
+    Example:
+        >>> kept = LastShard(TensorSource(torch.zeros(5, 3, 8, 8), shard_size=2))
+        >>> kept.shard(1) is kept.shard(1)
+        True
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._last: tuple[int, Shard] | None = None
+
+    @property
+    def n_shards(self) -> int:
+        """The source's."""
+        return self.source.n_shards
+
+    @property
+    def n_images(self) -> int | None:
+        """The source's."""
+        return self.source.n_images
+
+    @property
+    def identity(self) -> str:
+        """The source's."""
+        return self.source.identity
+
+    def shard(self, index: int) -> Shard:
+        """The source's; the one before is let go first, so that there is never a second one in memory."""
+        if self._last is None or self._last[0] != index:
+            self._last = None
+            self._last = index, self.source.shard(index)
+        return self._last[1]
+
+
+def preprocess_text(preprocess: Preprocess) -> str:
+    """How images are prepared, as text for a hash."""
+    return json.dumps(preprocess.to_dict(), sort_keys=True)
 
 
 def hash_of(names: Sequence[str], shard_size: int) -> str:
