@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pyarrow as pa
@@ -175,8 +176,13 @@ def victim_at(folder, pipe, moment, count):
     pipe.send("finished")
 
 
-def driver(folder, pipe):
-    """A sweep with worker processes of its own, each of which notes its process id."""
+def driver(folder, pipe, server):
+    """A sweep with worker processes of its own, each of which notes its process id.
+
+    They are forked by the server of the test's process, which has imported everything.
+    """
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = lambda: None
     noting = Noting(folder)
     pipe.send("started")
     try:
@@ -186,7 +192,7 @@ def driver(folder, pipe):
 
 
 class Noting(Slow):
-    """Writes down which processes read it."""
+    """Writes down which processes read it, and a dot for every time that a shard is read."""
 
     def __init__(self, folder):
         super().__init__(2000)
@@ -194,6 +200,8 @@ class Noting(Slow):
 
     def shard(self, index):
         (self.folder / f"{os.getpid()}.pid").touch()
+        with (self.folder / f"{index}.shard").open("a") as file:
+            file.write(".")
         return super().shard(index)
 
 

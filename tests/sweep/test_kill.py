@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from multiprocessing import forkserver
 
 import pytest
 from store_cases import bits, long_sweep, part_bits, part_files, sweep, victim, victim_at
@@ -22,6 +23,13 @@ def start(target, *arguments):
     its.close()
     assert mine.poll(200), "the process never started"
     return process, mine, mine.recv()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """The process that has imported everything, from which victims are forked."""
+    _context()
+    forkserver.ensure_running()
 
 
 def kill(process):
@@ -60,7 +68,7 @@ def test_ten_kills_in_a_row_at_random_moments(tmp_path):
 @pytest.mark.parametrize("moment", ["before fsync", "before rename", "after rename"])
 def test_a_kill_within_a_write(tmp_path, moment):
     count = 7 if moment == "before fsync" else 3  # the manifest and its folder, then every part and its folder
-    process, pipe, said = start(victim_at, tmp_path, moment, count)
+    process, _pipe, said = start(victim_at, tmp_path, moment, count)
     assert said == "there"
     half = list((tmp_path / "parts").glob(".*"))
     assert kill(process) == -9
@@ -74,7 +82,7 @@ def test_a_kill_within_a_write(tmp_path, moment):
 
 
 def test_a_killed_run_leaves_no_lock_and_a_living_one_is_named(tmp_path):
-    process, pipe, _ = start(victim_at, tmp_path, "before rename", 2)
+    process, _pipe, _ = start(victim_at, tmp_path, "before rename", 2)
     with pytest.raises(OSError, match=f"in use by process {process.pid} on {os.uname().nodename} since 20"):
         sweep(tmp_path)
     assert sweep_status(tmp_path).holder.pid == process.pid

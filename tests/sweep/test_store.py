@@ -186,7 +186,7 @@ def test_a_newer_format_says_what_to_do(filled):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "lacks 'groups'"), (None, "no manifest")],
+    [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "lacks 'versions'"), (None, "no manifest")],
 )
 def test_a_manifest_that_cannot_be_read(filled, text, said):
     path = filled / "manifest.json"

@@ -147,7 +147,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder that fsspec reaches. On object stores an upload is atomic; elsewhere the parts' checksums find what broke."""
+    """A folder that fsspec reaches. Object stores take a file whole or not; elsewhere checksums find damage."""
 
     system: Any
     """The fsspec file system."""
@@ -216,7 +216,7 @@ def _flush_folder(path: Path) -> None:
 
 ADVICE = {
     errno.ENOSPC: "The disk is full. Parts written before are intact: free some space and run the same call again.",
-    errno.EDQUOT: "Your quota is used up. Parts written before are intact: free some space and run the same call again.",
+    errno.EDQUOT: "Your quota is used up. Parts written before are intact: free some space and run the call again.",
     errno.EACCES: "Permission is denied: choose a folder you may write to, or ask for the right to.",
     errno.EPERM: "Permission is denied: choose a folder you may write to, or ask for the right to.",
     errno.EROFS: "The disk is read-only: choose another folder.",

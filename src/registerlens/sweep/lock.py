@@ -89,13 +89,14 @@ def _told(text: str) -> Holder:
 
 def _refusal(where: str, holder: Holder) -> StoreError:
     return StoreError(
-        f"'{where}' is in use by {holder}. Two runs on one store would do the same work twice: wait for it, stop it, or "
-        f"choose another store."
+        f"'{where}' is in use by {holder}. Two runs on one store would do the same work twice: wait for it, stop it, "
+        f"or choose another store."
     )
 
 
 # A local folder ------------------------------------------------------------------------------------------------------
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows

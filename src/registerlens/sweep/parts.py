@@ -1,4 +1,4 @@
-"""A task's table: its columns, what it says of skipped images, and the Parquet file it becomes, which notices damage."""
+"""A task's table: its columns, the images it had to skip, and the Parquet file it becomes, which notices damage."""
 
 from __future__ import annotations
 
