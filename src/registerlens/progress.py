@@ -12,10 +12,10 @@ Item = TypeVar("Item")
 def track(
     items: Iterable[Item],
     description: str,
-    total: float | None = None,
-    weight: Callable[[Item], float] = lambda item: 1,
+    total: int | float | None = None,
+    weight: Callable[[Item], int | float] = lambda item: 1,
     *,
-    done: float = 0,
+    done: int | float = 0,
     unit: str = "",
 ) -> Iterator[Item]:
     """The same items; a progress bar on stderr while they go by, if stderr is a terminal.

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ def pixels(n=10, seed=1):
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def neurons(n=12, layers=(0, 1)):
+def neurons(n=2, layers=(0, 1)):
     return [
         Condition(
             interventions=(rl.Ablate(rl.RegisterNeurons.from_pairs([(layer, neuron)])),),
@@ -53,7 +54,7 @@ def _drift(edited, clean):
 
 def _sometimes_nan(edited, clean):
     first = edited.output[:, 0].double()
-    return torch.where(first > 0, first, torch.nan)
+    return torch.where((first * 100).frac().abs() > 0.5, first, torch.nan)
 
 
 METRICS = [Metric(name="drift", measure=_drift), Metric(name="odd", measure=_sometimes_nan)]
@@ -114,12 +115,12 @@ def part_files(folder):
 
 
 def sweep(folder, metrics=METRICS, conditions=None, images=None, vit=None, **options):
-    """The sweep of these tests: by default 25 conditions on 10 images in 5 shards."""
+    """The sweep of these tests: by default 5 conditions on 10 images in 5 shards."""
     options = {"shard_size": 2, "batch_size": 2} | options
     return run_sweep(
         vit or tiny_vit(),
         pixels() if images is None else images,
-        conditions or neurons(),
+        neurons() if conditions is None else conditions,
         metrics,
         store=folder,
         **options,
@@ -130,9 +131,9 @@ def sweep(folder, metrics=METRICS, conditions=None, images=None, vit=None, **opt
 
 
 def long_sweep(folder, **options):
-    """Two groups of conditions on 30 and 20 shards: 50 tasks."""
-    conditions = [*neurons(3), *(replace(one, images="others") for one in neurons(2))]
-    return sweep(folder, conditions=conditions, images={"images": Slow(60), "others": Slow(40, seed=2)}, **options)
+    """Two groups of conditions on 40 and 20 shards: 60 tasks."""
+    conditions = [*neurons(1), replace(neurons(1)[0], images="others")]
+    return sweep(folder, conditions=conditions, images={"images": Slow(80), "others": Slow(40, seed=2)}, **options)
 
 
 def victim(folder, pipe):
@@ -175,8 +176,13 @@ def victim_at(folder, pipe, moment, count):
     pipe.send("finished")
 
 
-def driver(folder, pipe):
-    """A sweep with worker processes of its own, each of which notes its process id."""
+def driver(folder, pipe, server):
+    """A sweep with worker processes of its own, each of which notes its process id.
+
+    They are forked by the server of the test's process, which has imported everything.
+    """
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = lambda: None
     noting = Noting(folder)
     pipe.send("started")
     try:
@@ -186,7 +192,7 @@ def driver(folder, pipe):
 
 
 class Noting(Slow):
-    """Writes down which processes read it."""
+    """Writes down which processes read it, and a dot for every time that a shard is read."""
 
     def __init__(self, folder):
         super().__init__(2000)
@@ -194,6 +200,8 @@ class Noting(Slow):
 
     def shard(self, index):
         (self.folder / f"{os.getpid()}.pid").touch()
+        with (self.folder / f"{index}.shard").open("a") as file:
+            file.write(".")
         return super().shard(index)
 
 

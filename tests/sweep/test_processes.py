@@ -4,18 +4,20 @@ import os
 import signal
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
-from store_cases import METRICS, DeadlyOnce, bits, driver, neurons, part_bits, pixels, sweep, tiny_vit
+from store_cases import METRICS, DeadlyOnce, Noting, bits, driver, neurons, part_bits, pixels, sweep, tiny_vit
 from test_kill import start
 
 import registerlens as rl
 from registerlens.data.sources import TensorSource
-from registerlens.errors import ConfigError, BackendError
+from registerlens.errors import BackendError, ConfigError
 from registerlens.sweep.backends import Job, LocalBackend, perform
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.processes import ProcessBackend
+from registerlens.sweep.processes import ProcessBackend, _context
 from registerlens.sweep.shipping import pack
 from registerlens.sweep.tasks import Task
 
@@ -59,20 +61,22 @@ def test_a_task_that_always_kills_is_named_and_the_rest_is_kept(tmp_path):
     assert sorted(part_bits(tmp_path / "store")) == [f"g00000-s00000{shard}" for shard in range(4)]
 
 
-def test_no_more_tasks_are_taken_than_there_are_workers():
-    taken = []
+def test_no_more_is_done_than_the_driver_takes(tmp_path):
+    results = ProcessBackend(workers=2).run(a_job(source=Noting(tmp_path)), [Task(0, shard) for shard in range(40)])
+    for done, _ in enumerate(results, 1):
+        time.sleep(0.03)  # a driver that is slow to write
+        assert len(list(tmp_path.glob("*.shard"))) <= done + 2 * 2  # at work, and done but not taken yet
+        if done == 8:
+            break
 
-    def tasks():
-        for shard in range(20):
-            taken.append(shard)
-            yield Task(0, shard)
 
-    results = ProcessBackend(workers=2).run(a_job(), tasks())
-    for done in range(1, 8):
-        next(results)
-        time.sleep(0.02)  # a driver that is slow to write
-        assert len(taken) <= done + 2
-    results.close()
+def test_a_worker_stays_on_its_shard(tmp_path):
+    job = a_job(source=Noting(tmp_path))
+    job = replace(job, groups=tuple((key,) for key in job.conditions))
+    tasks = [Task(group, shard) for group in range(4) for shard in range(6)]
+    assert len(list(ProcessBackend(workers=2).run(job, tasks))) == 24
+    reads = [path.read_text() for path in tmp_path.glob("*.shard")]
+    assert len(reads) == 6 and sum(map(len, reads)) <= 6 + 2  # whoever is last to find work helps on another's shard
 
 
 def test_each_task_once_and_in_the_tables_of_one_process():
@@ -87,7 +91,7 @@ def alive(folder):
     found = []
     for path in folder.glob("*.pid"):
         try:
-            state = open(f"/proc/{path.stem}/stat").read().rpartition(")")[2].split()[0]
+            state = Path(f"/proc/{path.stem}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
         if state != "Z":
@@ -95,20 +99,22 @@ def alive(folder):
     return found
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks at processes through /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes through /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_driver(tmp_path, how):
-    process, pipe, _ = start(driver, tmp_path)
-    until = time.monotonic() + 30
+    _context()
+    forkserver.ensure_running()
+    process, pipe, _ = start(driver, tmp_path, forkserver._forkserver._forkserver_address)
+    until = time.monotonic() + 200
     while len(alive(tmp_path)) < 2:
         assert time.monotonic() < until
         time.sleep(0.01)
     os.kill(process.pid, how)
-    process.join(20)
+    process.join(100)
     assert process.exitcode == (0 if how == signal.SIGINT else -9)
     if how == signal.SIGINT:
         assert pipe.recv() == "interrupted"
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while alive(tmp_path):
         assert time.monotonic() < until, "workers were left behind"
         time.sleep(0.02)
@@ -129,13 +135,13 @@ def _unsendable(edited, clean):
 
 
 @pytest.mark.parametrize(("measure", "error"), [(_broken, ZeroDivisionError), (_unsendable, BackendError)])
-def test_an_error_in_a_worker_is_raised_here_and_names_the_task(measure, error):
-    tasks = iter([Task(0, 0), Task(0, 1)])
+def test_an_error_in_a_worker_is_raised_here_and_names_the_task(tmp_path, measure, error):
+    job = a_job([Metric(name="broken", measure=measure)], Noting(tmp_path))
     with pytest.raises(error) as caught:
-        list(ProcessBackend(workers=1).run(a_job([Metric(name="broken", measure=measure)]), tasks))
+        list(ProcessBackend(workers=1).run(job, [Task(0, 0), Task(0, 1)]))
     told = str(caught.value) + "".join(caught.value.__notes__)
     assert "In task g00000-s000000, in a worker process" in told and measure.__name__ in told
-    assert len(list(tasks)) == 1, "a task that fails is not tried again"
+    assert [path.read_text() for path in tmp_path.glob("*.shard")] == ["."], "a task that fails is not tried again"
 
 
 def test_a_lambda_is_sent_or_refused(monkeypatch):

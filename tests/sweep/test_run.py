@@ -131,7 +131,6 @@ REFUSED = {
     "an unknown model": ({"conditions": [replace(neurons(1)[0], model="big")]}, InterventionError, "no model 'big'"),
     "unknown images": ({"conditions": [replace(neurons(1)[0], images="imagse")]}, ConfigError, "Did you mean 'images'"),
     "a control of nothing": ({"conditions": [replace(neurons(1)[0], control_of="?")]}, InterventionError, "left out"),
-    "no conditions": ({"conditions": [1]}, ConfigError, "Expected conditions"),
     "images of a wrong kind": ({"images": ["a.png"]}, ConfigError, "are a list"),
     "images of a wrong shape": ({"images": pixels()[0]}, ConfigError, "expected .image, channel"),
     "images of a wrong size": ({"images": torch.zeros(3, 1, 8, 8)}, ShapeError, "Expected images of shape"),
@@ -158,18 +157,16 @@ def test_what_is_wrong_is_told_before_any_work(tmp_path, wrong):
 
 def test_backends_are_named_and_options_belong_to_them(tmp_path):
     for options, said in (
-        ({"backend": "gpu"}, "must be 'local', 'processes' or 'ray'"),
+        ({"backend": "gpu"}, "must be .local., .processes. or .ray."),
         ({"workers": 4}, "needs backend='processes'"),
         ({"workers": -1, "backend": "processes"}, "not be negative"),
         ({"address": "auto"}, "needs backend='ray'"),
     ):
         with pytest.raises(ConfigError, match=said):
             sweep(tmp_path, **options)
-    with pytest.raises(ConfigError, match="is a str. Load it"):
-        sweep(tmp_path, vit="dinov2")
     vit = tiny_vit()
     vit.add_hook("blocks.0.hook_resid_post", lambda x, hook: x * 2)
-    with pytest.raises(ConfigError, match="'model' has hooks or edits in force at blocks.0.hook_resid_post"):
+    with pytest.raises(ConfigError, match=r"'model' has hooks or edits in force at blocks.0.hook_resid_post"):
         sweep(tmp_path, vit=vit)
 
 
@@ -192,8 +189,8 @@ def test_threads_are_those_of_the_store_and_put_back(tmp_path):
 def test_progress_counts_conditions(tmp_path, monkeypatch):
     told = {}
 
-    def watching(items, description, weight, **options):
-        told.update(options, weights=[])
+    def watching(items, description, total, weight, **options):
+        told.update(options, total=total, weights=[])
         for item in items:
             yield item
             told["weights"].append(weight(item))

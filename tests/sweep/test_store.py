@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import shutil
 import tempfile
+import time
 import uuid
 from dataclasses import replace
+from itertools import product
 
 import duckdb
 import pandas as pd
@@ -26,10 +29,17 @@ from registerlens.sweep.store import CorruptPartWarning, Store
 from registerlens.sweep.tasks import Task
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    sweep(folder)
+    return folder
+
+
 @pytest.fixture
-def filled(tmp_path):
-    sweep(tmp_path)
-    return tmp_path
+def filled(made, tmp_path):
+    """A finished store that a test may damage."""
+    return shutil.copytree(made, tmp_path / "store")
 
 
 @pytest.fixture
@@ -69,7 +79,7 @@ def test_a_url_holds_the_same_as_a_folder(filled, memory):
     sweep(memory)
     assert part_bits(memory) == part_bits(filled)
     status = sweep_status(memory)
-    assert (status.tasks_done, status.rows, status.holder, status.finished) == (5, 250, None, True)
+    assert (status.tasks_done, status.rows, status.holder, status.finished) == (5, 50, None, True)
     assert status.last is not None and status.n_bytes > 0
     with pytest.warns(CorruptPartWarning, match="g00000-s000001"):
         folder_at(memory).write(name_of(Task(0, 1)), b"PAR1 nonsense")
@@ -88,11 +98,11 @@ def test_a_finished_sweep_is_not_done_again(filled):
 
 
 def test_a_result_is_read_back_without_models_or_images(filled):
-    read, made = read_sweep(filled), sweep(filled)
+    read, made = read_sweep(filled), sweep(filled)  # the second is a resumed run with nothing left to do
     assert bits(read.table) == bits(made.table)
-    pd.testing.assert_frame_equal(read.to_dataframe(50), made.to_dataframe(50))
+    assert (read.conditions, read.metrics, read.skipped) == (made.conditions, made.metrics, made.skipped)
     (filled / name_of(Task(0, 4))).unlink()
-    assert read_sweep(filled).table.num_rows == 200
+    assert read_sweep(filled).table.num_rows == 40
     with pytest.raises(StoreError, match="There is no sweep in"):
         read_sweep(filled / "parts")
 
@@ -127,11 +137,11 @@ CHANGES = {
     "seed": (lambda: {"seed": 5}, "seed changed: 0 -> 5"),
     "one condition fewer": (
         lambda: {"conditions": neurons()[:-1]},
-        r"the condition 'layer=1 neuron=11' \(\w{16}\) is no",
+        r"the condition 'layer=1 neuron=1' \(\w{16}\) is no",
     ),
     "one condition changed": (
         lambda: {"conditions": ONE_OTHER},
-        r"'layer=1 neuron=11' changed: content\[0\].target.pairs\[0\]\[0\]: 1 -> 0",
+        r"'layer=1 neuron=1' changed: content\[0\].target.pairs\[0\]\[0\]: 1 -> 0",
     ),
 }
 
@@ -147,19 +157,19 @@ def test_a_change_is_refused_and_named(filled, change):
 
 def test_every_change_is_named_at_once(filled):
     with pytest.raises(StoreError) as caught:
-        sweep(filled, conditions=neurons(5), seed=1, batch_size=4)
+        sweep(filled, conditions=[], seed=1, batch_size=4)
     told = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
-    assert len(told) == 2 + 5 + 1 and told[-1] == "  - and 9 more conditions"
+    assert len(told) == 2 + 4
 
 
 def test_conditions_that_are_only_added_extend_it(filled):
     before = part_files(filled)
-    more = [*reversed(neurons(12, layers=(1,))), *neurons(12, layers=(0,))]
+    more = [*reversed(neurons(layers=(1,))), *neurons(layers=(0,))]
     more += [replace(one, factors=one.factors | {"again": True}) for one in neurons(2)]
     result = sweep(filled, conditions=more)
     after = part_files(filled)
     assert before.items() <= after.items() and len(after) == 2 * len(before)
-    assert [len(keys) for keys in Store.open(filled).manifest.groups] == [25, 4]
+    assert [len(keys) for keys in Store.open(filled).manifest.groups] == [5, 4]
     alone = sweep(None, conditions=more)
     order = ["condition", "image"]
     assert rows(result).sort_values(order, ignore_index=True).equals(rows(alone).sort_values(order, ignore_index=True))
@@ -204,7 +214,7 @@ def test_a_corrupt_part_is_named_set_aside_and_made_again(filled):
         sweep(filled)
     assert part_bits(filled) == reference and others.items() <= part_files(filled).items()
     assert path.with_name(path.name + ".corrupt").read_bytes() == damaged
-    assert len(pl.read_parquet(f"{filled}/parts/*.parquet")) == 250
+    assert len(pl.read_parquet(f"{filled}/parts/*.parquet")) == 50
 
 
 def test_any_damage_to_a_part_is_an_error_or_harmless(filled):
@@ -248,8 +258,10 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("where", ["mkstemp", "fsync", "replace"])
+@pytest.mark.parametrize(
+    ("where", "failure"),
+    [*product(["mkstemp", "fsync", "replace"], ["full disk"]), *product(["fsync"], [*FAILURES][1:])],
+)
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failure, where):
     number, said = FAILURES[failure]
     owner = {"mkstemp": tempfile, "fsync": os, "replace": type(tmp_path)}[where]
@@ -263,13 +275,13 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failure
 
     with monkeypatch.context() as patched, pytest.raises(StoreError, match=f"cannot be written. .*{said}"):
         patched.setattr(owner, where, failing)
-        sweep(tmp_path, shard_size=1)
+        sweep(tmp_path, conditions=[], shard_size=1)
     there = part_files(tmp_path)
     assert 0 < len(there) < 10 and not list(tmp_path.rglob(".*"))
     assert holder_of(LocalFolder(tmp_path)) is None
-    result = sweep(tmp_path, shard_size=1)
+    result = sweep(tmp_path, conditions=[], shard_size=1)
     assert there.items() <= part_files(tmp_path).items()
-    assert bits(result.table) == bits(sweep(None, shard_size=1).table)
+    assert bits(result.table) == bits(sweep(None, conditions=[], shard_size=1).table)
 
 
 def test_a_folder_that_cannot_be_one(tmp_path):
@@ -298,7 +310,7 @@ def test_two_runs_on_one_folder(filled):
         with pytest.raises(StoreError, match=rf"in use by process {os.getpid()} on .* since 20.*twice"):
             sweep(filled)
         assert sweep_status(filled).holder.pid == os.getpid()
-        assert Store.open(filled).table().num_rows == 250, "reading needs no lock"
+        assert Store.open(filled).table().num_rows == 50, "reading needs no lock"
     assert part_files(filled) == before and sweep_status(filled).holder is None
     sweep(filled)
 
@@ -329,7 +341,7 @@ def test_a_dead_run_on_a_url_is_taken_over(memory):
     sweep(memory)
     folder = folder_at(memory)
     beat = {"host": "far", "pid": 7, "since": "yesterday", "token": "t"}
-    folder.write(lock.NAME, json.dumps(beat | {"beat": __import__("time").time() - lock.DEAD - 1}).encode())
+    folder.write(lock.NAME, json.dumps(beat | {"beat": time.time() - lock.DEAD - 1}).encode())
     assert holder_of(folder) is None
     sweep(memory)
     folder.write(lock.NAME, b"?")

@@ -73,7 +73,7 @@ def check_unchanged(path: Path, listed: int) -> None:
     )
 
 
-def _fingerprint(path: Path, check: Check) -> str:
+def _fingerprint(path: Path, check: str) -> str:
     try:
         stat = path.stat()
         if check == "stat":

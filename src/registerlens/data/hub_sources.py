@@ -134,7 +134,7 @@ class HuggingFaceSource:
             image = row[self.image_column] or {}
             path = image.get("path") or ""
             name = f"{index:05d}/{number:05d}" + (f" {basename(path)}" if path else "")
-            label = row.get(self.label_column)
+            label = row[self.label_column] if self.label_column else None
             labels[name] = NO_LABEL if label is None else int(label)
             if image.get("bytes") is not None:
                 yield name, image["bytes"]

@@ -156,15 +156,24 @@ class _Sample:
     damage: str = ""
 
 
+_DAMAGED = (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+
+
+class _Tar(tarfile.TarFile):
+    damaged = False
+    """Whether a damaged header was met since the last member."""
+    at_start = True
+
+
 class _Header(tarfile.TarInfo):
-    """A tar member that notes in its tar when a header is damaged; tarfile itself would end there without a word."""
+    """A tar member that notes in its tar when its header is damaged; tarfile itself says nothing and ends there."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: Any) -> Any:
+    def fromtarfile(cls, tarfile: Any) -> Any:
         try:
-            return super().fromtarfile(tarfile_)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
-            tarfile_.damaged = True
+            return super().fromtarfile(tarfile)
+        except _DAMAGED:
+            tarfile.damaged = True
             raise
 
 
@@ -173,6 +182,9 @@ def _samples(url: str, wanted: set[str | None]) -> Iterator[_Sample]:
     sample = None
     with _opened(url) as stream:
         for name, content in _members(stream, wanted):
+            if name.startswith("("):  # a note between members; what it stands in goes on
+                yield _Sample(name, damage=str(content))
+                continue
             key, suffix = _split(name)
             if sample is None or sample.key != key:
                 if sample is not None:
@@ -190,23 +202,37 @@ def _members(stream: Any, wanted: set[str | None]) -> Iterator[tuple[str, bytes 
     """Name and bytes of each regular file of a tar (no bytes if its suffix is not wanted), or why it has none."""
     name = ""
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", ignore_zeros=True, tarinfo=_Header) as tar:
-            tar.damaged = False  # type: ignore[attr-defined]
+        with _Tar.open(fileobj=stream, mode="r|*", ignore_zeros=True, tarinfo=_Header) as tar:
             while True:
-                member = tar.next()
-                if tar.damaged:  # type: ignore[attr-defined]
-                    yield f"(after {name})", "a damaged tar header; what stood there is lost, up to the next good one"
-                    tar.damaged = False  # type: ignore[attr-defined]
-                if member is None:
+                member, good = _next(tar)
+                if not good:
+                    yield f"(after {name or 'the start'})", "a damaged tar header: what it headed is lost or misnamed"
+                elif member is None:
                     return
+                if member is None:
+                    continue
                 name = member.name
                 if member.isreg() and not basename(name).startswith("__"):  # so webdataset marks its own notes
                     file = tar.extractfile(member) if _split(name)[1] in wanted else None
                     yield name, file.read() if file else b""
-                tar.members = []  # which would otherwise grow with the tar
+                tar.members = []  # type: ignore[attr-defined]  # which would otherwise grow with the tar
     except (tarfile.TarError, EOFError, zlib.error) as error:
         stream.close()  # where a broken connection is the reason, this says so
         yield name or "(start)", f"the tar breaks off here ({error})"
+
+
+def _next(tar: _Tar) -> tuple[tarfile.TarInfo | None, bool]:
+    """The next member that there is, and whether no damage was met on the way; at the end None and True."""
+    tar.damaged = tar.at_start and tar.damaged
+    tar.at_start = False
+    try:
+        member = tar.next()
+    except tarfile.ReadError:  # so tarfile takes damage behind a pax header, of which webdataset writes one a member
+        if not tar.damaged:
+            raise
+        tar.offset = tar.fileobj.tell()  # type: ignore[attr-defined]  # on with the block after it
+        return None, False
+    return member, not tar.damaged
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import torch
 
 from registerlens.data.images import Skipped
-from registerlens.data.sources import Source
+from registerlens.data.sources import LastShard, Source
 from registerlens.errors import ImageError
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
@@ -47,9 +47,9 @@ class Job:
     threads: int
     """Torch threads a worker uses: another number may change the last bit of a sum."""
 
-    def images_of(self, task: Task) -> str:
-        """The name of the image set that a task looks at."""
-        return self.conditions[self.groups[task.group][0]].images
+    def place(self, task: Task) -> tuple[str, int]:
+        """Which images a task looks at: the name of their set, and the shard."""
+        return self.conditions[self.groups[task.group][0]].images, task.shard
 
     def packed(self) -> Job:
         """The same job with its models ready to be sent; every worker of every kind takes the same bytes.
@@ -61,13 +61,14 @@ class Job:
         return replace(self, models=models)
 
     def unpacked(self, device: torch.device | str = "cpu") -> Job:
-        """The same job with its models in this process, on a device."""
+        """The same job, ready to be done: models in this process, on a device; sources keep the shard in use."""
         models = {
             name: vit.unpack(device) if isinstance(vit, PackedModel) else vit for name, vit in self.models.items()
         }
-        return replace(self, models=models)
+        return replace(self, models=models, sources={name: LastShard(one) for name, one in self.sources.items()})
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Where tasks are done."""
 

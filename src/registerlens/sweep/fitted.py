@@ -1,13 +1,14 @@
-"""Edits are fitted once and kept in the store: a mean has other last bits elsewhere, and a resumed run needs the same."""
+"""Edits are fitted once and kept in the store: elsewhere a mean has other last bits, a resumed run needs the same."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 
@@ -27,13 +28,13 @@ References = Images | Source | Mapping[str, Images | Source]
 """Images to fit on; or those of each model by its name."""
 Fits = dict[str, Intervention]
 """Fitted edits by the hash of what was to be fitted, and on which model."""
-KINDS = {kind.__name__: kind for kind in (Ablate, AttentionBias)}
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Ablate, AttentionBias)}
 """What comes out of fitting."""
 
 
 def fit_missing(
     models: Mapping[str, HookedViT],
-    conditions: Sequence[Condition],
+    conditions: Iterable[Condition],
     references: References | None,
     batch_size: int,
     known: Mapping[str, Intervention],
@@ -54,7 +55,7 @@ def fit_missing(
     for name, vit in models.items():
         planned = {_identity(name, one): one for one in unfitted(one for one in bound if one.model == name)}
         waiting = [one for identity, one in planned.items() if identity not in known]
-        fits = {one: replace(one, fitted=known[at]) for at, one in planned.items() if at in known}
+        fits = {one: _with(one, known[at]) for at, one in planned.items() if at in known}
         if waiting:
             fits |= fit_planned(vit, waiting, _batches(references, name, len(waiting), batch_size), batch_size)
             new |= {_identity(name, one): fits[one].fitted for one in waiting}
@@ -91,6 +92,11 @@ def unpack_fits(content: bytes) -> Fits:
         return {place.name: KINDS[place.parent.name].load(place) for place in places}
 
 
+def _with(planned: Any, fitted: Intervention) -> Planned:
+    """A planned edit (a dataclass), fitted."""
+    return replace(planned, fitted=fitted)
+
+
 def _identity(model: str, planned: Planned) -> str:
     return content_hash([model, planned])
 
@@ -101,7 +107,7 @@ def _batches(references: References | None, model: str, n: int, batch_size: int)
     Raises:
         ConfigError: there are none.
     """
-    images = references.get(model) if isinstance(references, Mapping) else references
+    images: Any = references.get(model) if isinstance(references, Mapping) else references  # type: ignore[arg-type]
     if images is None:
         raise ConfigError(
             f"{n} edits of the model '{model}' have to be fitted (to means, noise, other images' activations, or as an "

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -33,6 +33,7 @@ class Entry:
     """When it was last written, where that is known; UTC."""
 
 
+@runtime_checkable
 class Folder(Protocol):
     """A few files, by names such as "parts/g00000-s000000.parquet"; every method raises StoreError."""
 
@@ -146,7 +147,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder that fsspec reaches. On object stores an upload is atomic; elsewhere the parts' checksums find what broke."""
+    """A folder that fsspec reaches. Object stores take a file whole or not; elsewhere checksums find damage."""
 
     system: Any
     """The fsspec file system."""
@@ -195,9 +196,10 @@ class RemoteFolder:
 
 def _modified(told: dict[str, Any]) -> datetime | None:
     """When a file was written, under the names that fsspec's file systems have for it."""
-    when = next(
-        (told[key] for key in ("LastModified", "last_modified", "mtime", "updated", "created") if key in told), None
-    )
+    names = ("LastModified", "last_modified", "mtime", "updated", "created")
+    when = next((told[name] for name in names if name in told), None)
+    if isinstance(when, int | float):
+        return datetime.fromtimestamp(when, UTC)
     return when if isinstance(when, datetime) else None
 
 
@@ -214,7 +216,7 @@ def _flush_folder(path: Path) -> None:
 
 ADVICE = {
     errno.ENOSPC: "The disk is full. Parts written before are intact: free some space and run the same call again.",
-    errno.EDQUOT: "Your quota is used up. Parts written before are intact: free some space and run the same call again.",
+    errno.EDQUOT: "Your quota is used up. Parts written before are intact: free some space and run the call again.",
     errno.EACCES: "Permission is denied: choose a folder you may write to, or ask for the right to.",
     errno.EPERM: "Permission is denied: choose a folder you may write to, or ask for the right to.",
     errno.EROFS: "The disk is read-only: choose another folder.",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from registerlens.data.sources import Source, TensorSource
-from registerlens.errors import ConfigError, close_matches
+from registerlens.errors import ConfigError, ShapeError, close_matches
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.grid import Conditions
@@ -63,6 +63,10 @@ def _source(name: str, value: Any, labels: Any, shard_size: int) -> Source:
         if value.ndim != 4:
             raise ConfigError(
                 f"The images '{name}' have shape {list(value.shape)}, expected [image, channel, height, width]."
+            )
+        if labels is not None and len(labels) != len(value):
+            raise ShapeError(
+                f"There are {len(labels)} labels for {len(value)} images ('{name}'); one for each is needed."
             )
         return TensorSource(value, None if labels is None else torch.as_tensor(labels), shard_size)
     if not isinstance(value, Source):

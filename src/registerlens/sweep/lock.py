@@ -89,13 +89,14 @@ def _told(text: str) -> Holder:
 
 def _refusal(where: str, holder: Holder) -> StoreError:
     return StoreError(
-        f"'{where}' is in use by {holder}. Two runs on one store would do the same work twice: wait for it, stop it, or "
-        f"choose another store."
+        f"'{where}' is in use by {holder}. Two runs on one store would do the same work twice: wait for it, stop it, "
+        f"or choose another store."
     )
 
 
 # A local folder ------------------------------------------------------------------------------------------------------
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows
@@ -118,8 +119,10 @@ def _flock(root: Path) -> Iterator[Callable[[], None]]:
             file.truncate(0)
             file.write(json.dumps(asdict(_me())))
             file.flush()
-        yield lambda: None
-        file.truncate(0)  # it stays: deleting it could take it from a run that waits for it
+        try:
+            yield lambda: None
+        finally:
+            file.truncate(0)  # the file stays: a run that has just opened it would lock one that is gone
 
 
 # Elsewhere -----------------------------------------------------------------------------------------------------------

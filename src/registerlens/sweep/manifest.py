@@ -79,13 +79,15 @@ class Manifest:
                 f"'{where}' is damaged: {error!r}. The parts beside it are not touched; restore the file from a copy."
             ) from error
         if version > FORMAT:
+            writer = told.get("versions", {}).get("registerlens")
             raise StoreError(
-                f"'{where}' has format {version}, written by registerlens {told.get('versions', {}).get('registerlens')}; "
-                f"this version reads formats up to {FORMAT}. Update registerlens, or choose another store."
+                f"'{where}' has format {version}, written by registerlens {writer}; this version reads formats up to "
+                f"{FORMAT}. Update registerlens, or choose another store."
             )
         try:
-            groups = tuple(map(tuple, told["groups"]))
-            return cls(**{item.name: told[item.name] for item in fields(cls)} | {"groups": groups})
+            values: dict[str, Any] = {item.name: told[item.name] for item in fields(cls)}
+            values["groups"] = tuple(map(tuple, values["groups"]))
+            return cls(**values)
         except (TypeError, KeyError) as error:
             raise StoreError(f"'{where}' lacks {error}; was it edited? Restore it from a copy.") from error
 
@@ -155,7 +157,7 @@ def extended(stored: Manifest, asked: Manifest, where: str) -> Manifest:
         listed = "\n".join(f"  - {change}" for change in changes)
         raise StoreError(
             f"'{where}' holds another sweep than the one asked for:\n{listed}\n"
-            f"Conditions may be added to a store, nothing else may change. Ask for what is stored, or choose another store."
+            f"Conditions may be added to a store, nothing else may change: ask for what is stored, or choose another."
         )
     return replace(
         stored,

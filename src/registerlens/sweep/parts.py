@@ -1,4 +1,4 @@
-"""A task's table: its columns, what it says of skipped images, and the Parquet file it becomes, which notices damage."""
+"""A task's table: its columns, the images it had to skip, and the Parquet file it becomes, which notices damage."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def from_bytes(content: bytes, task: Task, metrics: Sequence[str], conditions: C
     if told.get(SHA256) != actual.encode():
         raise StoreError("is damaged: its rows do not have the hash that was stored with them")
     if told.get(TASK) != task.name.encode():
-        raise StoreError(f"is no part of this store: it says that it is {told.get(TASK, b'nothing').decode()}")
+        raise StoreError(f"is no part of this store: it says that it is {told.get(TASK, b'').decode(errors='replace')}")
     check_table(table, task, metrics, conditions)
     return table
 

@@ -1,4 +1,4 @@
-"""Worker processes on this machine's CPUs: each gets the job once, then one task at a time; one that dies is replaced."""
+"""Worker processes on this machine's CPUs: each gets the job once, then task after task; one that dies is replaced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import signal
 import sys
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from registerlens.errors import ConfigError, BackendError
+from registerlens.errors import BackendError, ConfigError
 from registerlens.model.vit import HookedViT
+from registerlens.sweep.agenda import Agenda
 from registerlens.sweep.backends import Job, perform
 from registerlens.sweep.tasks import Task
 
@@ -55,9 +56,9 @@ class ProcessBackend:
             BackendError: workers died on one task again and again; the message names it.
             Exception: what a task raised in its worker, with a note that names the task.
         """
-        pool = _Pool(_bytes_of(job), self.workers)
+        pool = _Pool(_bytes_of(job), self.workers, Agenda(tasks, job.place))
         try:
-            yield from pool.results(iter(tasks))
+            yield from pool.results()
         finally:
             pool.stop()
 
@@ -96,6 +97,8 @@ class _Worker:
     process: Any
     pipe: Connection
     task: Task | None = None
+    place: Any = None
+    """The images it looked at last, which it still holds."""
 
     def give(self, task: Task) -> bool:
         """Hand over a task; False if the worker is dead."""
@@ -109,18 +112,18 @@ class _Worker:
 
 @dataclass
 class _Pool:
-    """Workers, which task each has, and the tasks to be done again."""
+    """Workers, which task each has, and the tasks that wait."""
 
     job: bytes = field(repr=False)
     size: int
+    agenda: Agenda = field(repr=False)
     workers: list[_Worker] = field(default_factory=list)
-    again: deque[Task] = field(default_factory=deque)
     deaths: Counter[Task] = field(default_factory=Counter)
 
-    def results(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, pa.Table]]:
+    def results(self) -> Iterator[tuple[Task, pa.Table]]:
         """Give out tasks, take in tables."""
         while True:
-            self._give_out(tasks)
+            self._give_out()
             busy = {worker.pipe: worker for worker in self.workers if worker.task is not None}
             if not busy:
                 return
@@ -128,7 +131,7 @@ class _Pool:
                 worker = busy[pipe]  # type: ignore[index]
                 task, table = worker.task, self._take(worker)
                 if table is not None and task is not None:
-                    self._give_out(tasks)  # before the driver goes on to write
+                    self._give_out()  # before the driver goes on to write
                     yield task, table
 
     def stop(self) -> None:
@@ -140,16 +143,17 @@ class _Pool:
             worker.process.join()
         self.workers.clear()
 
-    def _give_out(self, tasks: Iterator[Task]) -> None:
+    def _give_out(self) -> None:
         """A task for every idle worker, and new workers up to the limit, while there are tasks."""
         while True:
             idle = next((worker for worker in self.workers if worker.task is None), None)
             if idle is None and len(self.workers) >= self.size:
                 return
-            task = self.again.popleft() if self.again else next(tasks, None)
-            if task is None:
+            place = idle.place if idle else None
+            if (task := self.agenda.take(place)) is None:
                 return
             worker = idle or self._start()
+            worker.place = self.agenda.place(task)
             if not worker.give(task):
                 self._bury(worker)
 
@@ -202,7 +206,7 @@ class _Pool:
                 f"{_fate(worker.process.exitcode)}). What was stored before is intact. Most often memory is the cause: "
                 f"use fewer workers or a smaller batch_size. A script also needs `if __name__ == '__main__':`."
             )
-        self.again.append(task)
+        self.agenda.put_back(task)
 
 
 def _fate(code: int | None) -> str:
@@ -217,7 +221,8 @@ def _context() -> Any:
     if not sys.platform.startswith("linux"):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["registerlens.sweep.processes", "registerlens.sweep.runner"])
+    # torch._dynamo takes seconds to import, which PyTorch does where a model is built without memory for its weights.
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     return context
 
 

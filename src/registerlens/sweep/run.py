@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,11 +26,9 @@ from registerlens.sweep.parts import skipped_of
 from registerlens.sweep.processes import ProcessBackend
 from registerlens.sweep.records import Swept
 from registerlens.sweep.result import SweepResult
+from registerlens.sweep.stacking import find_stack
 from registerlens.sweep.store import Store, grown, joined, writing
 from registerlens.sweep.tasks import Task, group_conditions
-
-STACK = 4
-"""Sequences that go through the model at once, in batches of images."""
 
 
 def run_sweep(
@@ -45,9 +43,10 @@ def run_sweep(
     resume: bool = True,
     batch_size: int = 16,
     shard_size: int = 256,
+    stack: int | None = None,
     workers: int = 0,
     threads: int | None = None,
-    backend: Literal["local", "processes", "ray"] | Backend = "local",
+    backend: str | Backend = "local",
     address: str | None = None,
     seed: int = 0,
 ) -> SweepResult:
@@ -70,6 +69,8 @@ def run_sweep(
         resume: go on with a sweep that is in the store; False refuses to.
         batch_size: images whose clean run is made at once.
         shard_size: images a part of the store, where the images are a tensor.
+        stack: sequences (images x conditions) that go through the model at once; None finds out what fits into memory
+            and is fast. A store keeps its number.
         workers: worker processes of the backends "processes" and "ray"; 0 is one a CPU core.
         threads: torch threads of a worker; None shares this process's among the workers. A store keeps its number.
         backend: "local" (this process, on the model's device), "processes" (CPUs of this machine), "ray" (a cluster),
@@ -99,8 +100,9 @@ def run_sweep(
     models, sources = as_models(models), as_sources(images, labels, shard_size)
     planned = as_conditions(conditions, models, sources)
     measured = as_metrics(metrics, models, sources)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+    for name, size in {"batch_size": batch_size, "stack": stack, "threads": threads}.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} must be at least 1, got {size}.")
     chosen, n_workers = _backend(backend, workers, address)
     asked = manifest_of(
         models,
@@ -109,25 +111,25 @@ def run_sweep(
         measured,
         reference=identity_of(reference_images) if unfitted(planned) else "",
         batch_size=batch_size,
-        stack=STACK * batch_size,
+        stack=stack or min(find_stack(vit, batch_size) for vit in models.values()),
         threads=threads or max(1, torch.get_num_threads() // n_workers),
         seed=seed,
     )
     with _opened(store, asked, planned, models, resume) as opened:
         bound, new = fit_missing(models, planned, reference_images, batch_size, opened.fits())
-        opened = opened.with_fits(new)
+        kept = opened.with_fits(new)
         job = Job(
             models=models,
             sources=sources,
             conditions={one.key: one for one in bound},
-            groups=opened.manifest.groups,
+            groups=kept.manifest.groups,
             metrics=measured,
             batch_size=batch_size,
-            stack=opened.manifest.stack,
-            threads=opened.manifest.threads,
+            stack=kept.manifest.stack,
+            threads=kept.manifest.threads,
         )
-        _work(chosen, job, opened)
-        return _result(opened, planned)
+        _work(chosen, job, kept)
+        return _result(kept, planned)
 
 
 def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
@@ -177,16 +179,17 @@ def _work(backend: Backend, job: Job, store: Store | MemoryStore) -> None:
     tasks = store.manifest.tasks()
     # All groups on one shard before the next one: it is read once, and a run that is stopped has all conditions on some
     # images, which says more than some conditions on all.
-    missing = sorted(store.missing(), key=lambda task: (job.images_of(task), task.shard, task.group))
+    missing = sorted(store.missing(), key=lambda task: (job.place(task), task.group))
     n_shards = Counter(task.group for task in tasks)
 
     def share(task: Task) -> float:
         return len(job.groups[task.group]) / n_shards[task.group]
 
     total = sum(map(share, tasks))
-    progress = {"total": total, "done": total - sum(map(share, missing)), "unit": "conditions"}
-    with closing(backend.run(job, missing)) as results:
-        for task, table in track(results, "sweep", weight=lambda result: share(result[0]), **progress):
+    done = total - sum(map(share, missing))
+    results: Any = backend.run(job, missing)
+    with closing(results):
+        for task, table in track(results, "sweep", total, lambda made: share(made[0]), done=done, unit="conditions"):
             store.write(task, table)
 
 
@@ -207,10 +210,16 @@ def _backend(backend: str | Backend, workers: int, address: str | None) -> tuple
             raise ConfigError(f"backend='local' is this process alone; workers={workers} needs backend='processes'.")
         return LocalBackend(), 1
     if backend == "processes":
-        n = (
-            workers or len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else workers or os.cpu_count() or 1
-        )
+        n = workers or _cores()
         return ProcessBackend(workers=n), n
+    if backend == "ray":
+        from registerlens.sweep.ray import RayBackend  # noqa: PLC0415  (an extra)
+
+        # A worker that is asked for no threads gets one core of its node, whatever this machine has.
+        return RayBackend(address=address, workers=workers or None), torch.get_num_threads()
     raise ConfigError(f"backend must be 'local', 'processes' or 'ray', got {backend!r}.")
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -61,5 +61,5 @@ def check_untouched(vit: HookedViT, name: str) -> None:
         where = f" at {', '.join(hooked[:3])}" if hooked else ""
         raise ConfigError(
             f"{name} has hooks or edits in force{where}. They would change the clean run and are not part of any "
-            f"condition: leave the `with vit.edit(...)` block (or call vit.reset_hooks()), and put edits into conditions."
+            f"condition: leave the `with vit.edit(...)` block (or vit.reset_hooks()), and put edits into conditions."
         )

@@ -1,4 +1,4 @@
-"""A sweep's results on disk or in an object store: one Parquet file a task, and a manifest that says what they are of."""
+"""A sweep's results in a folder or object store: a Parquet file for each task, and a manifest of what they are of."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ class Store:
             content = self.folder.read(name)
             if content is None or hashlib.sha256(content).hexdigest() != sha256:
                 raise StoreError(
-                    f"'{self.folder.where}/{name}' is {'missing' if content is None else 'damaged'}. It holds what edits "
-                    f"were fitted to, which later parts need as earlier ones had it: restore it from a copy, or "
+                    f"'{self.folder.where}/{name}' is {'missing' if content is None else 'damaged'}. It holds what "
+                    f"edits were fitted to, which later parts need as earlier ones had it: restore it from a copy, or "
                     f"choose another store."
                 )
             found |= unpack_fits(content)
@@ -191,10 +191,10 @@ def writing(
             raise StoreError(
                 f"'{folder.where}' holds a sweep already. Go on with it (resume=True), or choose another store."
             )
-        if stored is None and folder.entries(PARTS):
+        if stored is None and any(_task_of(entry.name) for entry in folder.entries(PARTS)):
             raise StoreError(
-                f"'{folder.where}' has parts but no {manifests.NAME}, so that it cannot be told what they are of. Restore "
-                f"the file from a copy, or choose another store."
+                f"'{folder.where}' has parts but no {manifests.NAME}, so that it cannot be told what they are of. "
+                f"Restore the file from a copy, or choose another store."
             )
         made = grown(stored, asked, grouping, folder.where)
         if made != stored:

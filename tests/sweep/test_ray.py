@@ -1,0 +1,313 @@
+"""A real Ray cluster of two nodes on this machine, whose workers and nodes are killed while a sweep runs."""
+
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+import registerlens as rl
+from registerlens.data.sources import TensorSource
+from registerlens.data.synthetic import synthetic_images
+from registerlens.errors import BackendError, ConfigError, MissingExtraError
+from registerlens.sweep.backends import Job, LocalBackend
+from registerlens.sweep.conditions import Condition
+from registerlens.sweep.metrics import Metric
+from registerlens.sweep.agenda import Agenda
+from registerlens.sweep.ray import RayBackend, _Crew, _room, _Slot
+from registerlens.sweep.tasks import Task, group_conditions, tasks_of
+
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+ray = pytest.importorskip("ray")
+from ray.cluster_utils import Cluster  # noqa: E402  (after its settings)
+
+SETTINGS = {
+    "worker_niceness": 0,
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 200,
+    "health_check_failure_threshold": 3,
+}
+NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes with a core each; afterwards not one of Ray's processes is left."""
+    before = {process.pid for process in psutil.process_iter()}
+    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"_system_config": SETTINGS})
+    cluster.second = cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        deadline = time.time() + 10
+        while (left := rays_of(before)) and time.time() < deadline:
+            time.sleep(0.1)
+        assert not left
+
+
+def rays_of(before):
+    """Ray's processes that were not there before."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        words = " ".join(process.info["cmdline"] or ())
+        if process.info["pid"] in before or process.info["status"] == psutil.STATUS_ZOMBIE:
+            continue
+        if "ray::" in words or "/ray/" in words:
+            found.append(words[:100])
+    return found
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return rl.HookedViT.from_pretrained("registerlens:tiny")
+
+
+def job_of(vit, metrics, *, n_images=12, source=None, group=2):
+    """Six head ablations in groups of two, on shards of two images."""
+    conditions = [Condition(interventions=(rl.Ablate(rl.Heads([(layer, 0)])),)) for layer in range(6)]
+    groups = group_conditions(conditions, {"model": vit}, group)
+    source = source or TensorSource(synthetic_images(n_images, 3).images, shard_size=2)
+    job = Job(
+        models={"model": vit},
+        sources={"images": source},
+        conditions={condition.key: condition for condition in conditions},
+        groups=groups,
+        metrics=tuple(metrics),
+        batch_size=2,
+        stack=4,
+        threads=1,
+    )
+    return job, list(tasks_of(len(groups), dict.fromkeys(range(len(groups)), source.n_shards)))
+
+
+def drift():
+    def measure(edited, clean):
+        return (edited.tokens - clean.tokens).flatten(1).norm(dim=-1)
+
+    return Metric(name="drift", measure=measure)
+
+
+def diary(folder: Path, seconds=0.0):
+    """A metric that writes down where it was computed, and takes its time."""
+
+    def measure(edited, clean):
+        import ray
+
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
+        (folder / f"{node} {os.getpid()} {time.time_ns()}").touch()
+        time.sleep(seconds)
+        return edited.tokens.flatten(1).amax(dim=-1)
+
+    return Metric(name="largest", measure=measure)
+
+
+def written(folder):
+    """(node, process) of every entry, in order of time."""
+    entries = sorted((path.name.split() for path in folder.iterdir()), key=lambda entry: int(entry[2]))
+    return [(node, int(pid)) for node, pid, _ in entries]
+
+
+def by_task(results):
+    results = list(results)
+    tables = dict(results)
+    assert len(tables) == len(results), "a task was done twice"
+    return tables
+
+
+def assert_equal_bits(got, expected):
+    assert got.keys() == expected.keys()
+    for task, table in expected.items():
+        assert got[task].schema.equals(table.schema, check_metadata=True)
+        assert got[task].equals(table)
+        for name in ("drift", "largest"):
+            assert got[task][name].combine_chunks().to_numpy().tobytes() == table[name].to_numpy().tobytes()
+
+
+def test_a_worker_and_a_node_are_killed_and_the_table_is_that_of_one_process(cluster, vit, tmp_path, capfd):
+    (tmp_path / "there").mkdir()
+    job, tasks = job_of(vit, [drift(), diary(tmp_path / "there", 0.1)])
+    backend = RayBackend(address=cluster.address)
+    results, killed, nodes = [], None, set()
+    for task, table in backend.run(job, tasks):
+        results.append((task, table))
+        nodes |= {node for node, _ in written(tmp_path / "there")}
+        if killed is None and len(nodes) == 2:  # both nodes are at work
+            second = cluster.second.node_id
+            killed = next(pid for node, pid in written(tmp_path / "there")[::-1] if node != second)
+            os.kill(killed, signal.SIGKILL)
+            at_kill = len(results)
+        elif killed and len(results) == at_kill + 3:
+            assert len(results) < len(tasks) - 4
+            cluster.remove_node(cluster.second, allow_graceful=False)
+            cluster.second = None
+    assert killed is not None
+    assert cluster.second is None
+    assert not ray.is_initialized()  # the connection was the backend's own
+    workers = {pid for node, pid in written(tmp_path / "there") if node != second}
+    assert len(workers) == 2, "the killed worker was not replaced"
+    (tmp_path / "here").mkdir()
+    job, _ = job_of(vit, [drift(), diary(tmp_path / "here")])
+    assert_equal_bits(by_task(results), by_task(LocalBackend().run(job, tasks)))
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "INFO" not in out
+    assert all("died" in told or "dead" in told for told in out.split("(raylet)")[1:])  # Ray says this always
+
+
+class Witness(TensorSource):
+    """Images that tell, in a folder, who unpickles and who reads them."""
+
+    def __reduce__(self):
+        return _witness, (self.images, self.shard_size, self.folder)
+
+    def shard(self, index):
+        (self.folder / f"read {index} {os.getpid()} {time.time_ns()}").touch()
+        return super().shard(index)
+
+
+def _witness(images, shard_size, folder):
+    source = Witness(images, shard_size=shard_size)
+    object.__setattr__(source, "folder", folder)
+    (folder / f"sent {os.getpid()} {time.time_ns()}").touch()
+    return source
+
+
+@pytest.fixture
+def connected(cluster):
+    """This process, connected to what is left of the cluster."""
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(connected, vit, tmp_path):
+    """One run, since a worker takes seconds to start; at its end a task fails, and the worker is stopped."""
+    for name in ("images", "metric"):
+        (tmp_path / name).mkdir()
+    source = Witness(synthetic_images(6, 3).images, shard_size=2)
+    object.__setattr__(source, "folder", tmp_path / "images")
+    calm = diary(tmp_path / "metric")
+
+    def measure(edited, clean):
+        if len(list((tmp_path / "metric").iterdir())) == 8 * 2:  # the ninth and last task
+            raise ConfigError("no such thing")
+        return calm.measure(edited, clean)
+
+    job, tasks = job_of(vit, [drift(), Metric(name="wrong", measure=measure)], source=source)
+    done, begun = [], []
+    with pytest.raises(ConfigError, match="no such thing") as caught:
+        for task, _ in RayBackend(max_in_flight=1).run(job, tasks):
+            time.sleep(0.1)  # the driver writes slowly
+            done.append(task)
+            begun.append(len(written(tmp_path / "metric")) // 2)
+    assert begun == list(range(1, 9)), "more was begun than may be in flight"
+    assert done == sorted(tasks, key=lambda task: (task.shard, task.group))[:8]
+    assert type(caught.value) is ConfigError
+    assert caught.value.__notes__[-1] == "In task g00002-s000002."
+    assert len(list((tmp_path / "images").glob("sent *"))) == 1
+    assert sorted(path.name.split()[1] for path in (tmp_path / "images").glob("read *")) == ["0", "1", "2"]
+    assert ray.is_initialized()  # a connection that was there stays
+    (pid,) = {pid for _, pid in written(tmp_path / "metric")}
+    assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)[1] == []
+
+
+def test_a_task_that_kills_its_worker_is_named(connected, vit, tmp_path):
+    def measure(edited, clean):
+        (tmp_path / f"{time.time_ns()}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    job, tasks = job_of(vit, [Metric(name="deadly", measure=measure)])
+    with pytest.raises(BackendError, match=r"Task g00000-s000000 \(condition group 0 on image shard 0\) lost.* 1 time"):
+        list(RayBackend(retries=0).run(job, tasks))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class NoRay:
+    """As much of Ray as losing a worker needs."""
+
+    class exceptions:
+        RayTaskError, RayError = KeyError, ValueError
+
+    def __init__(self, *errors):
+        self.errors, self.killed = list(errors), []
+
+    def get(self, ref):
+        if self.errors and (error := self.errors.pop(0)):
+            raise error
+        return ref
+
+    def kill(self, actor):
+        self.killed.append(actor)
+
+
+def crew_of(monkeypatch, rays, **how):
+    crew = object.__new__(_Crew)
+    crew.ray, crew.how, crew.losses, crew.busy, crew.last_loss = rays, RayBackend(num_cpus=1, **how), Counter(), {}, ""
+    crew.slots, crew.restarted = [], []
+    monkeypatch.setattr(_Crew, "_start", lambda self, slot: (crew.restarted.append(slot), slot.tasks.clear()))
+    return crew
+
+
+def test_only_the_task_in_work_is_blamed_and_each_is_retried_so_often(monkeypatch):
+    crew = crew_of(monkeypatch, NoRay(*[ValueError("gone")] * 9), retries=2)
+    agenda = Agenda([Task(0, 0), Task(1, 0)], lambda task: task.shard)
+    for times in (1, 2, 3):
+        slot = _Slot(actor=times, tasks=[agenda.take(0), agenda.take(0)])
+        crew.busy = {"one": (slot, slot.tasks[0]), "two": (slot, slot.tasks[1]), "other": (None, None)}
+        if times == 3:
+            with pytest.raises(BackendError, match=r"Task g00000-s000000 .* lost its worker 3 times.*so: gone"):
+                crew._finished("two", agenda)
+            break
+        assert crew._finished("two", agenda) is None
+        assert (len(agenda), list(crew.busy), crew.restarted[-1], crew.ray.killed[-1]) == (2, ["other"], slot, times)
+    assert crew.losses == {Task(0, 0): 3}
+
+
+def test_a_place_whose_workers_die_at_the_start_is_given_up(monkeypatch):
+    crew = crew_of(monkeypatch, NoRay(*[ValueError("no memory")] * 3, None), retries=2)
+    bad, good = _Slot(), _Slot()
+    crew.slots = [bad, good]
+    for _ in range(3):
+        crew._started(bad, "ref")
+    crew._started(good, "ref")
+    assert crew.slots == [good]
+    assert (bad.ready, good.ready, crew.restarted) == (False, True, [bad, bad])
+    crew.starting, crew.ray.cluster_resources = {}, dict
+    with pytest.raises(BackendError, match=r"no worker and none could be started.*while it started: no memory"):
+        crew._wait()
+
+
+def test_where_there_is_no_room_or_no_cluster(connected, vit, monkeypatch):
+    job, tasks = job_of(vit, [drift()])
+    with pytest.raises(
+        BackendError, match=r"No node has room for a worker of 1 CPUs and 1 GPUs. The cluster has .*CPU"
+    ):
+        list(RayBackend(num_gpus=1).run(job, tasks))
+    with pytest.raises(BackendError, match=r"There was no worker for 0.3 s.*resume"):
+        list(RayBackend(num_gpus=1, workers=1, patience=0.3).run(job, tasks))
+    with pytest.raises(BackendError, match=r"connected to the Ray cluster at .* but '127.0.0.1:9'"):
+        list(RayBackend(address="127.0.0.1:9").run(job, tasks))
+    ray.shutdown()
+    with pytest.raises(BackendError, match=r"There is no Ray cluster at '127.0.0.1:9': .*ray start --head"):
+        list(RayBackend(address="127.0.0.1:9").run(job, tasks))
+    assert list(RayBackend(address="127.0.0.1:9").run(job, [])) == []  # nothing to do: nobody is asked
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"run_sweep\(backend='ray'\) needs the package 'ray'"):
+        list(RayBackend().run(job, tasks))
+
+
+def test_room_on_a_node():
+    node = {"CPU": 16.0, "GPU": 4.0, "memory": 1e9}
+    assert _room(node, RayBackend(num_cpus=4, num_gpus=1)) == 4
+    assert _room(node, RayBackend(num_cpus=8, num_gpus=1)) == 2
+    assert _room(node, RayBackend(num_cpus=1.5)) == 10
+    assert _room({"CPU": 16.0}, RayBackend(num_cpus=1, num_gpus=1)) == 0
+    for wrong in ({"workers": 0}, {"max_in_flight": 0}):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            RayBackend(**wrong)
