@@ -14,10 +14,10 @@ import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
+from registerlens.sweep.agenda import Agenda
 from registerlens.sweep.backends import Job, LocalBackend
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.agenda import Agenda
 from registerlens.sweep.ray import RayBackend, _Crew, _room, _Slot
 from registerlens.sweep.tasks import Task, group_conditions, tasks_of
 
@@ -206,7 +206,7 @@ def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(
     job, tasks = job_of(vit, [drift(), Metric(name="wrong", measure=measure)], source=source)
     done, begun = [], []
     with pytest.raises(ConfigError, match="no such thing") as caught:
-        for task, _ in RayBackend(max_in_flight=1).run(job, tasks):
+        for task, _ in RayBackend(max_in_flight=1, workers=1).run(job, tasks):
             time.sleep(0.1)  # the driver writes slowly
             done.append(task)
             begun.append(len(written(tmp_path / "metric")) // 2)
@@ -228,7 +228,7 @@ def test_a_task_that_kills_its_worker_is_named(connected, vit, tmp_path):
 
     job, tasks = job_of(vit, [Metric(name="deadly", measure=measure)])
     with pytest.raises(BackendError, match=r"Task g00000-s000000 \(condition group 0 on image shard 0\) lost.* 1 time"):
-        list(RayBackend(retries=0).run(job, tasks))
+        list(RayBackend(retries=0, workers=1).run(job, tasks))
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -189,7 +189,7 @@ class _Crew:
             cause = _cause(error)
             if isinstance(cause, self.ray.exceptions.RayError):
                 raise BackendError(
-                    f"A worker cannot unpack the job: {cause} Is a module missing there, of a metric's function perhaps? "
+                    f"A worker cannot unpack the job: {cause} Is a module missing there, perhaps that of a metric? "
                     "Install it on every node, or send it along: ray.init(address, runtime_env={'working_dir': '.'}) "
                     "before run_sweep."
                 ) from error
