@@ -70,8 +70,9 @@ def test_a_shard_opens_only_its_own_files(folder, monkeypatch):
 
 def test_labels_follow_their_images_past_skipped_ones(folder):
     labels = {f"{i}.png": 100 + i for i in (1, 2, 3, 4, 10)}
-    shards = all_of(FolderSource(folder, PREPROCESS, labels=labels, shard_size=4))[2]
-    assert [shard.labels.tolist() for shard in shards] == [[101, 102, 103], [110, -1]]
+    for shard_size, expected in ((4, [[101, 102, 103], [110, -1]]), (7, [[101, 102, 103, 110, -1]])):
+        shards = all_of(FolderSource(folder, PREPROCESS, labels=labels, shard_size=shard_size))[2]
+        assert [shard.labels.tolist() for shard in shards] == expected
     as_given = {str(folder / "3.png"): 5}
     assert FolderSource(folder, PREPROCESS, labels=as_given).shard(0).labels.tolist() == [-1, -1, 5, -1, -1]
     with pytest.raises(ImageError, match=r"none of the 1 names with labels, such as '10.jpg'.*mean '10.png'"):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,16 +14,18 @@ import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
+from registerlens.sweep.agenda import Agenda
 from registerlens.sweep.backends import Job, LocalBackend
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.agenda import Agenda
 from registerlens.sweep.ray import RayBackend, _Crew, _room, _Slot
 from registerlens.sweep.tasks import Task, group_conditions, tasks_of
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402  (after its settings)
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 SETTINGS = {
     "worker_niceness": 0,
@@ -93,8 +96,8 @@ def drift():
     return Metric(name="drift", measure=measure)
 
 
-def diary(folder: Path, seconds=0.0):
-    """A metric that writes down where it was computed, and takes its time."""
+def diary(folder: Path, seconds=0.0, nodes=1):
+    """A metric that writes down where it was computed, takes its time, and waits until so many nodes are at work."""
 
     def measure(edited, clean):
         import ray
@@ -102,6 +105,8 @@ def diary(folder: Path, seconds=0.0):
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
         (folder / f"{node} {os.getpid()} {time.time_ns()}").touch()
         time.sleep(seconds)
+        while len({path.name.split()[0] for path in folder.iterdir()}) < nodes:
+            time.sleep(0.05)
         return edited.tokens.flatten(1).amax(dim=-1)
 
     return Metric(name="largest", measure=measure)
@@ -131,7 +136,7 @@ def assert_equal_bits(got, expected):
 
 def test_a_worker_and_a_node_are_killed_and_the_table_is_that_of_one_process(cluster, vit, tmp_path, capfd):
     (tmp_path / "there").mkdir()
-    job, tasks = job_of(vit, [drift(), diary(tmp_path / "there", 0.1)])
+    job, tasks = job_of(vit, [drift(), diary(tmp_path / "there", 0.1, nodes=2)])
     backend = RayBackend(address=cluster.address)
     results, killed, nodes = [], None, set()
     for task, table in backend.run(job, tasks):
@@ -156,8 +161,7 @@ def test_a_worker_and_a_node_are_killed_and_the_table_is_that_of_one_process(clu
     assert_equal_bits(by_task(results), by_task(LocalBackend().run(job, tasks)))
     out, err = capfd.readouterr()
     assert err == ""
-    assert "INFO" not in out
-    assert all("died" in told or "dead" in told for told in out.split("(raylet)")[1:])  # Ray says this always
+    assert "INFO" not in out  # what Ray itself says of the dead ("(raylet) ... died") cannot be turned off
 
 
 class Witness(TensorSource):
@@ -202,7 +206,7 @@ def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(
     job, tasks = job_of(vit, [drift(), Metric(name="wrong", measure=measure)], source=source)
     done, begun = [], []
     with pytest.raises(ConfigError, match="no such thing") as caught:
-        for task, _ in RayBackend(max_in_flight=1).run(job, tasks):
+        for task, _ in RayBackend(max_in_flight=1, workers=1).run(job, tasks):
             time.sleep(0.1)  # the driver writes slowly
             done.append(task)
             begun.append(len(written(tmp_path / "metric")) // 2)
@@ -224,7 +228,7 @@ def test_a_task_that_kills_its_worker_is_named(connected, vit, tmp_path):
 
     job, tasks = job_of(vit, [Metric(name="deadly", measure=measure)])
     with pytest.raises(BackendError, match=r"Task g00000-s000000 \(condition group 0 on image shard 0\) lost.* 1 time"):
-        list(RayBackend(retries=0).run(job, tasks))
+        list(RayBackend(retries=0, workers=1).run(job, tasks))
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -297,7 +301,7 @@ def test_where_there_is_no_room_or_no_cluster(connected, vit, monkeypatch):
     with pytest.raises(BackendError, match=r"There is no Ray cluster at '127.0.0.1:9': .*ray start --head"):
         list(RayBackend(address="127.0.0.1:9").run(job, tasks))
     assert list(RayBackend(address="127.0.0.1:9").run(job, [])) == []  # nothing to do: nobody is asked
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"run_sweep\(backend='ray'\) needs the package 'ray'"):
         list(RayBackend().run(job, tasks))
 

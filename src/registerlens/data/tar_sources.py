@@ -217,7 +217,6 @@ def _members(stream: Any, wanted: set[str | None]) -> Iterator[tuple[str, bytes 
                     yield name, file.read() if file else b""
                 tar.members = []  # type: ignore[attr-defined]  # which would otherwise grow with the tar
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        stream.close()  # where a broken connection is the reason, this says so
         yield name or "(start)", f"the tar breaks off here ({error})"
 
 
@@ -249,7 +248,7 @@ def _opened(url: str) -> Iterator[Any]:
             stream = _webdataset().gopen(url)
         except ValueError as error:  # an address of a kind that webdataset does not know
             raise OSError(str(error)) from error
-        with stream:
+        with stream:  # closing it raises where a connection broke, which to tarfile looks like the end
             yield stream
     except OSError as error:
         raise SourceError(

@@ -186,7 +186,14 @@ class _Crew:
         try:
             self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:
-            raise _cause(error) from error
+            cause = _cause(error)
+            if isinstance(cause, self.ray.exceptions.RayError):
+                raise BackendError(
+                    f"A worker cannot unpack the job: {cause} Is a module missing there, perhaps that of a metric? "
+                    "Install it on every node, or send it along: ray.init(address, runtime_env={'working_dir': '.'}) "
+                    "before run_sweep."
+                ) from error
+            raise cause from error
         except self.ray.exceptions.RayError as error:
             self.last_loss = f" A worker died while it started: {error}"
             slot.lost_starts += 1
