@@ -200,7 +200,7 @@ def _backend(backend: str | Backend, workers: int, address: str | None) -> tuple
         ConfigError: no such backend, or options that are not for it.
     """
     if not isinstance(backend, str):
-        return backend, max(1, workers)
+        return backend, max(1, getattr(backend, "workers", None) or workers)
     if workers < 0:
         raise ConfigError(f"workers must not be negative, got {workers}.")
     if address is not None and backend != "ray":
