@@ -80,7 +80,7 @@ def test_several_models_and_image_sets():
     }
     assert plan.n_rows == 2 * 6 * 23
     said = str(plan)
-    assert "24 conditions, 10 tasks, 276 rows" in said and "deep on 20 many: 6 conditions in 1 groups" in said
+    assert "Conditions: 24. Tasks: 10. Rows: 276." in said and "deep on 20 many: conditions: 6, groups: 1" in said
     with pytest.raises(ConfigError, match=r"about the images 'images'; there are \['few', 'many'\]"):
         plan_sweep({"model": VIT}, sources, HEADS)
 
@@ -118,7 +118,7 @@ def test_it_is_told_in_words():
     planned = grid(rl.Ablate, target=[rl.Heads([(3, 0)]), rl.Heads([(2, 0)])], mode=["mean"])
     plan = plan_sweep(VIT, pixels(5), planned + HEADS + Conditions.of([Condition()]), METRICS)
     said = plan.describe()
-    assert "9 conditions, 1 tasks, 45 rows." in said and "1 passes over the reference images come first." in said
+    assert "Conditions: 9. Tasks: 1. Rows: 45." in said and "Passes over the reference images that come first: 1." in said
     histogram = [line.split() for line in said.splitlines() if line.endswith("#")]
     assert [(row[0], row[1], len(row[-1])) for row in histogram if row[0] != "none"] == [
         ("0", "2", 27),

@@ -80,6 +80,16 @@ def test_means_are_fitted_once_and_kept(tmp_path, monkeypatch):
         sweep(tmp_path, conditions=conditions, reference_images=pixels(6, seed=8))
 
 
+def test_the_sweeps_own_images_are_what_edits_are_fitted_on_where_nothing_else_is_given(tmp_path):
+    conditions = grid(rl.Ablate, target=[rl.Heads([(0, 1)])], mode=["mean"])
+    own, given = sweep(tmp_path, conditions=conditions), sweep(None, conditions=conditions, reference_images=pixels())
+    np.testing.assert_allclose(rows(own)["drift"], rows(given)["drift"], rtol=1e-5, atol=1e-6)
+    more = conditions + grid(rl.Ablate, target=[rl.Heads([(1, 1)])], mode=["mean"])
+    with pytest.raises(StoreError, match="the reference images changed: the sweep's own images -> "):
+        sweep(tmp_path, conditions=more, reference_images=pixels(6, seed=8))
+    sweep(tmp_path, conditions=more)
+
+
 def test_added_conditions_are_fitted_and_old_fits_stay(tmp_path):
     few = grid(rl.Ablate, target=[rl.Heads([(0, 1)])], mode=["mean"])
     more = few + grid(rl.Ablate, target=[rl.Heads([(1, 1)])], mode=["mean", "noise"])

@@ -141,7 +141,7 @@ class SweepPlan:
     def describe(self) -> str:
         """The plan in words, with a histogram of first edited layers."""
         parts = [
-            f"{self.n_conditions:,} conditions, {self.n_tasks:,} tasks, {self.n_rows:,} rows.",
+            f"Conditions: {self.n_conditions:,}. Tasks: {self.n_tasks:,}. Rows: {self.n_rows:,}.",
             *(_told(run) for run in self.runs),
             f"Expected: {time_told(self.seconds)}, {self.share:.2f} of running the whole model for every condition. "
             f"Timed: clean forward passes of {self.batch_size} images. A condition is taken to cost its blocks from "
@@ -302,10 +302,10 @@ def _told(run: PlannedRun) -> str:
     """A run in words, with the histogram of its first edited layers."""
     where = f"{run.model} on {run.n_images:,} {run.images}" if run.images != "images" else f"{run.n_images:,} images"
     head = (
-        f"{where}: {run.n_conditions:,} conditions in {run.n_groups:,} groups; a clean image takes "
+        f"{where}: conditions: {run.n_conditions:,}, groups: {run.n_groups:,}; a clean image takes "
         f"{1000 * run.clean_seconds:.2f} ms on {run.device}."
     )
-    fits = f"  {run.n_passes:,} passes over the reference images come first." if run.n_passes else ""
+    fits = f"  Passes over the reference images that come first: {run.n_passes:,}." if run.n_passes else ""
     bars = [("first edited block", "conditions", "")]
     most = max(run.first_layers.values())
     for first, n in run.first_layers.items():

@@ -20,6 +20,8 @@ from registerlens.sweep.tasks import Task, tasks_of
 FORMAT = 1
 """Version of the store's format that this code writes; it reads no newer one."""
 NAME = "manifest.json"
+OWN = "the sweep's own images"
+"""What edits are fitted on where nothing else is given."""
 LONG = 2000
 """Characters of a condition's content above which only its hash is stored: sets of thousands of neurons."""
 
@@ -37,7 +39,7 @@ class Manifest:
     images: dict[str, dict[str, Any]]
     """Of each image set: identity, n_shards, n_images."""
     reference: str
-    """Identity of the images on which means and the like were fitted; empty if none were."""
+    """Identity of the images on which means and the like were fitted, or OWN; empty if none were."""
     metrics: dict[str, dict[str, Any]]
     """What each metric looks at and what it is in words, in the order of the columns; code is not seen."""
     batch_size: int
@@ -176,7 +178,7 @@ def _changes(stored: Manifest, asked: Manifest) -> Iterable[str]:
             told = told or ["as many, but other files, pixels, labels or another order"]
             yield f"the images '{name}' changed: {', '.join(told)}"
     yield from _of_names("images", stored.images, asked.images, "")
-    if stored.reference and asked.reference and stored.reference != asked.reference:
+    if stored.reference and asked.reference not in ("", OWN, stored.reference):
         yield f"the reference images changed: {stored.reference} -> {asked.reference}"
     if list(stored.metrics) != list(asked.metrics):
         yield f"the metrics changed: {', '.join(stored.metrics)} -> {', '.join(asked.metrics)}"

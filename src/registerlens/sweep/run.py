@@ -19,7 +19,7 @@ from registerlens.sweep.fitted import References, fit_missing, identity_of
 from registerlens.sweep.fitting import unfitted
 from registerlens.sweep.grid import Conditions
 from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
-from registerlens.sweep.manifest import Manifest, manifest_of
+from registerlens.sweep.manifest import OWN, Manifest, manifest_of
 from registerlens.sweep.memory import MemoryStore
 from registerlens.sweep.metrics import Metric
 from registerlens.sweep.parts import skipped_of
@@ -64,7 +64,8 @@ def run_sweep(
             give `default_metrics(vit, rl.find_outliers(vit, images).detection)`.
         labels: one an image, where the images are a tensor; by name for several image sets.
         reference_images: images on which means, noise, attention biases and the like are fitted, as a tensor, in
-            batches, or as a Source; or those of each model by its name.
+            batches, or as a Source; or those of each model by its name. None: the sweep's own, where there is one set of
+            them.
         store: a folder or fsspec URL; None keeps the numbers in memory alone.
         resume: go on with a sweep that is in the store; False refuses to.
         batch_size: images whose clean run is made at once.
@@ -109,13 +110,15 @@ def run_sweep(
         sources,
         planned,
         measured,
-        reference=identity_of(reference_images) if unfitted(planned) else "",
+        reference=_reference(reference_images) if unfitted(planned) else "",
         batch_size=batch_size,
         stack=stack or min(find_stack(vit, batch_size) for vit in models.values()),
         threads=threads or max(1, torch.get_num_threads() // n_workers),
         seed=seed,
     )
     with _opened(store, asked, planned, models, resume) as opened:
+        if reference_images is None and opened.manifest.reference == OWN and len(sources) == 1:
+            [reference_images] = sources.values()
         bound, new = fit_missing(models, planned, reference_images, batch_size, opened.fits())
         kept = opened.with_fits(new)
         job = Job(
@@ -130,6 +133,11 @@ def run_sweep(
         )
         _work(chosen, job, kept)
         return _result(kept, planned)
+
+
+def _reference(images: References | None) -> str:
+    """What the manifest says of the images that edits are fitted on."""
+    return OWN if images is None else identity_of(images) or "a stream"
 
 
 def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
