@@ -38,31 +38,34 @@ NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": F
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes with a core each; afterwards not one of Ray's processes is left."""
-    before = {process.pid for process in psutil.process_iter()}
+    """Two nodes with a core each; afterwards not one of their processes is left."""
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"_system_config": SETTINGS})
     cluster.second = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
+    session = cluster.head_node.get_session_dir_path()
+    assert len(alive(session)) >= 3  # or the check below would see nothing
     try:
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
         deadline = time.time() + 10
-        while (left := rays_of(before)) and time.time() < deadline:
+        while (left := alive(session)) and time.time() < deadline:
             time.sleep(0.1)
         assert not left
 
 
-def rays_of(before):
-    """Ray's processes that were not there before."""
+def alive(session):
+    """Processes of a Ray session: those that are called with its folder, or write their logs there."""
     found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        words = " ".join(process.info["cmdline"] or ())
-        if process.info["pid"] in before or process.info["status"] == psutil.STATUS_ZOMBIE:
-            continue
-        if "ray::" in words or "/ray/" in words:
-            found.append(words[:100])
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            places = [*(process.info["cmdline"] or ()), *(file.path for file in process.open_files())]
+            other = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+            if other and any(session in place for place in places):
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            pass
     return found
 
 
@@ -190,7 +193,7 @@ def connected(cluster):
     ray.shutdown()
 
 
-def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(connected, vit, tmp_path):
+def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(connected, cluster, vit, tmp_path):
     """One run, since a worker takes seconds to start; at its end a task fails, and the worker is stopped."""
     for name in ("images", "metric"):
         (tmp_path / name).mkdir()
@@ -204,12 +207,13 @@ def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(
         return calm.measure(edited, clean)
 
     job, tasks = job_of(vit, [drift(), Metric(name="wrong", measure=measure)], source=source)
-    done, begun = [], []
+    done, begun, seen, session = [], [], [], cluster.head_node.get_session_dir_path()
     with pytest.raises(ConfigError, match="no such thing") as caught:
         for task, _ in RayBackend(max_in_flight=1, workers=1).run(job, tasks):
             time.sleep(0.1)  # the driver writes slowly
             done.append(task)
             begun.append(len(written(tmp_path / "metric")) // 2)
+            seen = seen or alive(session)
     assert begun == list(range(1, 9)), "more was begun than may be in flight"
     assert done == sorted(tasks, key=lambda task: (task.shard, task.group))[:8]
     assert type(caught.value) is ConfigError
@@ -218,6 +222,7 @@ def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(
     assert sorted(path.name.split()[1] for path in (tmp_path / "images").glob("read *")) == ["0", "1", "2"]
     assert ray.is_initialized()  # a connection that was there stays
     (pid,) = {pid for _, pid in written(tmp_path / "metric")}
+    assert pid in seen
     assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)[1] == []
 
 
