@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from registerlens.data.images import ImageStream, load_images
     from registerlens.data.sources import FolderSource, TensorSource
     from registerlens.data.tar_sources import WebDatasetSource
-    from registerlens.errors import InterventionError, NoOutliersError, RegisterLensError
+    from registerlens.errors import (
+        BackendError,
+        InterventionError,
+        NoOutliersError,
+        RegisterLensError,
+        SourceError,
+        StoreError,
+    )
     from registerlens.evaluation.causal_order import CausalOrder, causal_order
     from registerlens.evaluation.effects import Evaluation, evaluate_intervention
     from registerlens.evaluation.zero_shot import zero_shot_head
@@ -47,10 +54,12 @@ if TYPE_CHECKING:
     from registerlens.sweep.grid import Conditions, grid, product
     from registerlens.sweep.metrics import Metric, View, default_metrics, metric
     from registerlens.sweep.planned import ablation
-    from registerlens.sweep.result import SweepResult
-    from registerlens.sweep.run import run_sweep
+    from registerlens.sweep.ray import RayBackend
+    from registerlens.sweep.result import Comparison, SweepResult
+    from registerlens.sweep.run import read_sweep, run_sweep
+    from registerlens.sweep.scale_plan import Rates, scale_plan
     from registerlens.sweep.screening import Screening, screen_neurons
-    from registerlens.sweep.status import sweep_status
+    from registerlens.sweep.status import SweepStatus, sweep_status
     from registerlens.theory.corollary import verify_corollary
     from registerlens.theory.general import GeneralModel
     from registerlens.theory.generalisation import verify_generalisation
@@ -66,7 +75,9 @@ _HOMES = {
     "Ablate": "registerlens.interventions.ablation",
     "ActivationDistributions": "registerlens.analysis.neuron_evidence",
     "AttentionBias": "registerlens.interventions.attention_bias",
+    "BackendError": "registerlens.errors",
     "CausalOrder": "registerlens.evaluation.causal_order",
+    "Comparison": "registerlens.sweep.result",
     "Condition": "registerlens.sweep.conditions",
     "Conditions": "registerlens.sweep.grid",
     "EdgeAttribution": "registerlens.sweep.attribution",
@@ -92,6 +103,8 @@ _HOMES = {
     "Overlap": "registerlens.analysis.overlap",
     "Planted": "registerlens.theory.planted",
     "Preprocess": "registerlens.config",
+    "Rates": "registerlens.sweep.scale_plan",
+    "RayBackend": "registerlens.sweep.ray",
     "RegisterLensError": "registerlens.errors",
     "RegisterNeurons": "registerlens.analysis.neurons",
     "Scale": "registerlens.interventions.scaling",
@@ -99,8 +112,11 @@ _HOMES = {
     "SingularDefects": "registerlens.analysis.singular_defects",
     "SinkEffects": "registerlens.analysis.mechanism",
     "SinkKinds": "registerlens.analysis.sink_kinds",
+    "SourceError": "registerlens.errors",
+    "StoreError": "registerlens.errors",
     "SweepPlan": "registerlens.sweep.dry_run",
     "SweepResult": "registerlens.sweep.result",
+    "SweepStatus": "registerlens.sweep.status",
     "TensorSource": "registerlens.data.sources",
     "TestTimeRegisters": "registerlens.interventions.registers",
     "TokenLayout": "registerlens.config",
@@ -137,7 +153,9 @@ _HOMES = {
     "plan_sweep": "registerlens.sweep.dry_run",
     "plant_register_neurons": "registerlens.theory.planted",
     "product": "registerlens.sweep.grid",
+    "read_sweep": "registerlens.sweep.run",
     "run_sweep": "registerlens.sweep.run",
+    "scale_plan": "registerlens.sweep.scale_plan",
     "screen_neurons": "registerlens.sweep.screening",
     "singular_defects": "registerlens.analysis.singular_defects",
     "sink_no_op": "registerlens.analysis.mechanism",
@@ -155,7 +173,9 @@ __all__ = [
     "Ablate",
     "ActivationDistributions",
     "AttentionBias",
+    "BackendError",
     "CausalOrder",
+    "Comparison",
     "Condition",
     "Conditions",
     "EdgeAttribution",
@@ -181,6 +201,8 @@ __all__ = [
     "Overlap",
     "Planted",
     "Preprocess",
+    "Rates",
+    "RayBackend",
     "RegisterLensError",
     "RegisterNeurons",
     "Scale",
@@ -188,8 +210,11 @@ __all__ = [
     "SingularDefects",
     "SinkEffects",
     "SinkKinds",
+    "SourceError",
+    "StoreError",
     "SweepPlan",
     "SweepResult",
+    "SweepStatus",
     "TensorSource",
     "TestTimeRegisters",
     "TokenLayout",
@@ -226,7 +251,9 @@ __all__ = [
     "plan_sweep",
     "plant_register_neurons",
     "product",
+    "read_sweep",
     "run_sweep",
+    "scale_plan",
     "screen_neurons",
     "singular_defects",
     "sink_no_op",

@@ -118,7 +118,9 @@ def test_it_is_told_in_words():
     planned = grid(rl.Ablate, target=[rl.Heads([(3, 0)]), rl.Heads([(2, 0)])], mode=["mean"])
     plan = plan_sweep(VIT, pixels(5), planned + HEADS + Conditions.of([Condition()]), METRICS)
     said = plan.describe()
-    assert "Conditions: 9. Tasks: 1. Rows: 45." in said and "Passes over the reference images that come first: 1." in said
+    assert (
+        "Conditions: 9. Tasks: 1. Rows: 45." in said and "Passes over the reference images that come first: 1." in said
+    )
     histogram = [line.split() for line in said.splitlines() if line.endswith("#")]
     assert [(row[0], row[1], len(row[-1])) for row in histogram if row[0] != "none"] == [
         ("0", "2", 27),

@@ -145,9 +145,12 @@ REFUSED = {
     "images of a wrong shape": ({"images": pixels()[0]}, ConfigError, "expected .image, channel"),
     "images of a wrong size": ({"images": torch.zeros(3, 1, 8, 8)}, ShapeError, "Expected images of shape"),
     "no reference": (
-        {"conditions": grid(rl.Ablate, target=[rl.Heads([(0, 1)])], mode=["mean"])},
+        {
+            "conditions": grid(rl.Ablate, target=[rl.Heads([(0, 1)])], mode=["mean"]).over(images=["a", "b"]),
+            "images": {"a": pixels(), "b": pixels(4)},
+        },
         ConfigError,
-        "1 edits of",
+        "needed for 1 of the edits",
     ),
     "metrics of one name": ({"metrics": [METRICS[0]] * 2}, ConfigError, "Two metrics are named"),
     "a metric named image": ({"metrics": [replace(METRICS[0], name="image")]}, ConfigError, "name of its own"),

@@ -98,7 +98,7 @@ def perform(job: Job, task: Task) -> pa.Table:
     """One task, from reading its images to its table; images that cannot be used are named in the table's metadata.
 
     A shard that cannot be read as images at all gives an empty table and is named itself. Other failures, such as a
-    broken connection, are raised: they may pass, and a later run does the task.
+    broken connection or a file that changed (SourceError), are raised: they may pass, and a later run does the task.
 
     Args:
         job: with its models unpacked.

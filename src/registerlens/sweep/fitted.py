@@ -110,8 +110,8 @@ def _batches(references: References | None, model: str, n: int, batch_size: int)
     images: Any = references.get(model) if isinstance(references, Mapping) else references  # type: ignore[arg-type]
     if images is None:
         raise ConfigError(
-            f"{n} edits of the model '{model}' have to be fitted (to means, noise, other images' activations, or as an "
-            f"attention bias). Give run_sweep the images to fit on: reference_images=..."
+            f"Fitting is needed for {n} of the edits of the model '{model}' (to means, noise, other images' "
+            f"activations, or as an attention bias). Give run_sweep the images to fit on: reference_images=..."
         )
     return _ShardBatches(images, batch_size) if isinstance(images, Source) else images
 

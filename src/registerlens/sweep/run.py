@@ -64,8 +64,7 @@ def run_sweep(
             give `default_metrics(vit, rl.find_outliers(vit, images).detection)`.
         labels: one an image, where the images are a tensor; by name for several image sets.
         reference_images: images on which means, noise, attention biases and the like are fitted, as a tensor, in
-            batches, or as a Source; or those of each model by its name. None: the sweep's own, where there is one set of
-            them.
+            batches, or as a Source; or those of each model by its name. None: the sweep's own, if it has one set.
         store: a folder or fsspec URL; None keeps the numbers in memory alone.
         resume: go on with a sweep that is in the store; False refuses to.
         batch_size: images whose clean run is made at once.
