@@ -133,12 +133,13 @@ def test_ninety_percent_of_the_queries_are_needed(n, drawn, event):
 
 
 @pytest.mark.parametrize("limit", [1, 2 * 3 * 11 * 4, 10**9])
+@pytest.mark.parametrize("scale", [0.5, 2.0])
 @pytest.mark.parametrize("extra", [0, 2])
-def test_the_strongest_key_without_a_pattern(monkeypatch, limit, extra):
-    """Pieces of any size; with keys that an attention bias added."""
+def test_the_strongest_key_without_a_pattern(monkeypatch, limit, extra, scale):
+    """Pieces of any size; keys that an attention bias added; scores below and above what is exponentiated as is."""
     monkeypatch.setattr(sink_events, "_SCORES_AT_ONCE", limit)
     torch.manual_seed(extra)
-    q, k = 2 * torch.randn(2, 11, 3, 8), 2 * torch.randn(2, 11 + extra, 3, 8)
+    q, k = scale * torch.randn(2, 11, 3, 8), scale * 8 * torch.randn(2, 11 + extra, 3, 8)
     expected = strongest_key(torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()).div(8**0.5).softmax(-1), 0.5)
     found = strongest_key_of(q, k, 0.5)
     assert torch.equal(found.position, expected.position)

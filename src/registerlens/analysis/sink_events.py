@@ -17,6 +17,8 @@ from registerlens.model.vit import HookedViT
 
 _SCORES_AT_ONCE = 2**20
 """Scores of a chunk of queries: few enough for the processor's cache, enough for a matrix product to be worth it."""
+_LARGEST_EXPONENT = 60.0
+"""Of scores that are exponentiated as they are: a million of them still sum up to a finite float32."""
 QUERIES = 0.9
 """Share of the queries that must be drawn to a key for a sink event (Fesser et al. 2026)."""
 
@@ -68,14 +70,16 @@ def strongest_key_of(
     received = torch.zeros(batch, head, keys.shape[-1], dtype=torch.float32, device=q.device)
     log_mass = torch.empty(batch, head, n, dtype=torch.float32, device=q.device)
     step = max(1, _SCORES_AT_ONCE // (batch * head * keys.shape[-1]))
+    # By Cauchy-Schwarz. Where no exponential can overflow, the two passes that look for the highest score are saved.
+    small = bool(scaled.norm(dim=-1).amax() * keys.norm(dim=2).amax() <= _LARGEST_EXPONENT)
     for start in range(0, n, step):
         some = slice(start, start + step)
         scores = (scaled[:, :, some] @ keys).float()
-        highest = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(highest).exp_()
+        highest = 0.0 if small else scores.amax(-1, keepdim=True)
+        weights = (scores if small else scores.sub_(highest)).exp_()
         mass = weights.sum(-1, keepdim=True)
         received += (mass.reciprocal().mT @ weights)[:, :, 0]
-        log_mass[:, :, some] = (highest + mass.log())[..., 0]
+        log_mass[:, :, some] = (mass.log() + highest)[..., 0]
     average, position = (received / n).max(-1)
     key = keys.gather(-1, position[..., None, None].expand(-1, -1, keys.shape[2], 1))
     column = ((scaled @ key)[..., 0].float() - log_mass).exp()

@@ -30,7 +30,8 @@ from registerlens.sweep.differentiable import Measure, metric_of
 from registerlens.sweep.gradients import frozen_weights, not_differentiable
 from registerlens.sweep.metrics import Metric
 from registerlens.sweep.moments import Moments
-from registerlens.sweep.stations import labelled, mapped, stations
+from registerlens.sweep.stations import labelled, stations
+from registerlens.sweep.views import mapped
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -15,7 +15,8 @@ from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.sweep.metrics import Metric, View
 from registerlens.sweep.moments import Moments
-from registerlens.sweep.stations import Replacement, Station, labelled, mapped, stations
+from registerlens.sweep.stations import Replacement, Station, labelled, stations
+from registerlens.sweep.views import mapped
 
 
 def exact_effects(

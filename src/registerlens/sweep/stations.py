@@ -10,15 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import hook_of
-from registerlens.analysis.outliers import token_norms
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, ShapeError
 from registerlens.interventions.ablation import Reference
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.metrics import Metric, View
+from registerlens.sweep.views import Watched
 
 
 @dataclass(frozen=True)
@@ -30,13 +28,7 @@ class Seen:
 
     def hooks(self, vit: HookedViT, layout: TokenLayout, metric: Metric) -> list[Any]:
         """Hooks that fill it."""
-        places = {hook_of(place): place for place in metric.norms}
-
-        def keep(resid: Tensor, hook: Any) -> None:
-            self.norms[places[hook.name]] = token_norms(resid)
-
-        receive = self.attention.__setitem__
-        return [*((name, keep) for name in places), *attention_hooks(vit, layout, metric.attention, receive)]
+        return Watched.by([metric]).hooks(vit, layout, self.norms, self.attention)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Seen:
         """The same with every tensor changed."""
@@ -129,25 +121,6 @@ def stations(
             options = {} if start is None else {"start_at_layer": start, "layout": layout}
             resid, start = vit(resid, stop_at_layer=layer, **options), layer
         yield Station(vit, metric, layout, layer, resid, labels, Seen(dict(seen.norms), dict(seen.attention)))
-
-
-def mapped(view: View, change: Callable[[Tensor], Tensor]) -> View:
-    """The same view with every tensor changed.
-
-    Example:
-        >>> tokens = torch.ones(1, 5, 4, requires_grad=True)
-        >>> view = View(layout=TokenLayout(grid=(2, 2), n_prefix=1), tokens=tokens, output=tokens[:, 0])
-        >>> mapped(view, torch.Tensor.detach).output.requires_grad
-        False
-    """
-    return replace(
-        view,
-        tokens=change(view.tokens),
-        output=change(view.output),
-        norms={place: change(norms) for place, norms in view.norms.items()},
-        attention={layer: change(attention) for layer, attention in view.attention.items()},
-        labels=None if view.labels is None else change(view.labels),
-    )
 
 
 def labelled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +45,20 @@ class Watched:
         """What a run that starts before a block comes by."""
         norms = (place for place in self.norms if layer_of(place) >= layer or (place == "embed" and layer == 0))
         return Watched(tuple(norms), tuple(at for at in self.attention if at >= layer))
+
+    def hooks(
+        self, vit: HookedViT, layout: TokenLayout, norms: dict[str, Tensor], attention: dict[int, Tensor]
+    ) -> list[Any]:
+        """Hooks that put it into dictionaries such as a View has; to be made when the edits are in force."""
+        places = {hook_of(place): place for place in self.norms}
+
+        def keep(resid: Tensor, hook: Any) -> None:
+            norms[places[hook.name]] = token_norms(resid)
+
+        return [
+            *((name, keep) for name in places),
+            *attention_hooks(vit, layout, self.attention, attention.__setitem__),
+        ]
 
 
 def run_clean(
@@ -94,19 +108,9 @@ def run_from(
     start = 0 if layer is None else layer
     norms = {} if before is None else dict(before.norms)
     attention = {} if before is None else dict(before.attention)
-    mine = watched.since(start)
-    places = {hook_of(place): place for place in mine.norms}
-
-    def keep(resid: Tensor, hook: Any) -> None:
-        norms[places[hook.name]] = token_norms(resid)
-
     with ExitStack() as stack:
         stack.enter_context(vit.hooks(edits))  # first, so that what is watched is edited
-        watching = [
-            *((name, keep) for name in places),
-            *attention_hooks(vit, layout, mine.attention, attention.__setitem__),
-        ]
-        stack.enter_context(vit.hooks(watching))
+        stack.enter_context(vit.hooks(watched.since(start).hooks(vit, layout, norms, attention)))
         options: dict[str, Any] = {} if layer is None else {"start_at_layer": layer, "layout": layout}
         tokens = vit(x, return_type="tokens", **options)
     return View(
@@ -116,6 +120,26 @@ def run_from(
         norms=norms,
         attention=attention,
         labels=None if before is None else before.labels,
+    )
+
+
+def mapped(view: View, change: Callable[[Tensor], Tensor]) -> View:
+    """The same view with every tensor changed.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.ones(1, 5, 4, requires_grad=True)
+        >>> view = View(layout=TokenLayout(grid=(2, 2), n_prefix=1), tokens=tokens, output=tokens[:, 0])
+        >>> mapped(view, torch.Tensor.detach).output.requires_grad
+        False
+    """
+    return replace(
+        view,
+        tokens=change(view.tokens),
+        output=change(view.output),
+        norms={place: change(norms) for place, norms in view.norms.items()},
+        attention={layer: change(attention) for layer, attention in view.attention.items()},
+        labels=None if view.labels is None else change(view.labels),
     )
 
 
@@ -129,17 +153,4 @@ def repeated(view: View, times: int) -> View:
         >>> repeated(view, 3).tokens.shape
         torch.Size([6, 5, 4])
     """
-    if times == 1:
-        return view
-
-    def again(x: Tensor) -> Tensor:
-        return x.repeat(times, *(1 for _ in x.shape[1:]))
-
-    return replace(
-        view,
-        tokens=again(view.tokens),
-        output=again(view.output),
-        norms={place: again(norms) for place, norms in view.norms.items()},
-        attention={layer: again(attention) for layer, attention in view.attention.items()},
-        labels=None if view.labels is None else again(view.labels),
-    )
+    return view if times == 1 else mapped(view, lambda x: x.repeat(times, *(1 for _ in x.shape[1:])))
