@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types bench parity readme clean
+.PHONY: demo test test-slow lint types bench parity readme clean
 
 demo: .venv/ready
 	$(BIN)/registerlens demo --out demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2
+
+# What takes long: tutorials, the demo, benchmarks at a tiny scale, real DINOv2-S, kills in a row, a Ray cluster.
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

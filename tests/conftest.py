@@ -2,13 +2,14 @@
 
 import os
 
+os.environ |= {"OMP_NUM_THREADS": "1"}  # pytest -n 2 runs two processes, and tests start others
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 install_import_hook("registerlens", "beartype.beartype")
-torch.set_num_threads(1)  # pytest -n 2 runs two processes
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

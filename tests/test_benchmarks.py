@@ -39,6 +39,7 @@ def in_process(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "peak_memory", here)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_tiny_run_writes_a_complete_report(
     benchmarks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -57,7 +58,7 @@ def test_a_tiny_run_writes_a_complete_report(
         "forward": 6,
         "trace": 4,
         "cache": 6,
-        "neurons": 11,
+        "neurons": 9,
         "sinks": 4,
         "kernels": 4,
         "screening": 5,
@@ -74,6 +75,7 @@ def test_a_tiny_run_writes_a_complete_report(
     assert printed.count("Missed:") == sum(row["reached"] is False for row in rows)
 
 
+@pytest.mark.slow
 def test_only_runs_what_was_asked_for(benchmarks: ModuleType, tmp_path: Path) -> None:
     assert benchmarks.main(["--tiny", "--pairs", "1", "--only", "forward", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "benchmarks.json").read_text())["rows"]
@@ -121,6 +123,7 @@ def test_the_ratio_is_the_median_of_pairs(benchmarks: ModuleType) -> None:
     assert share.reached is False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak of loading counts too")
 def test_peak_memory_sees_the_task_and_nothing_before_it(
     benchmarks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -121,6 +121,7 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip().endswith("[]") and "trace" in done.stdout
 
 
+@pytest.mark.slow
 def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path, monkeypatch):
     few = shipped_photographs()[:9]
     monkeypatch.setattr(demo, "EXPLAINED", 2)  # every section all the same

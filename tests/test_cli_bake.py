@@ -72,6 +72,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow
 def test_the_loaders_give_the_edited_models_in_a_fresh_process(run, folder, tmp_path):
     for name, (library, options) in BAKED.items():
         baked = tmp_path / "new" / name

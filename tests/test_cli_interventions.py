@@ -184,6 +184,7 @@ def test_register_with_a_bias_writes_it(run, folder, tmp_path):
 # report --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_report_has_the_neurons_and_the_register(run, tmp_path):
     code, out, _ = run("report", "tiny", "--out", tmp_path / "p.html", "--shown", 2, "--evaluated", 8)
     text = (tmp_path / "p.html").read_text()
@@ -192,6 +193,7 @@ def test_report_has_the_neurons_and_the_register(run, tmp_path):
     assert text.count('<div class="maps"') == 3 * 2 and "over 8 images" in text
 
 
+@pytest.mark.slow
 def test_report_explains_on_the_first_images_or_not_at_all(run, tmp_path):
     texts = []
     for n in (8, 0):

@@ -122,6 +122,7 @@ def test_every_kind_of_grid_becomes_its_conditions(place, grid, n, labels):
     assert labels <= {one.label for one in tested}
 
 
+@pytest.mark.slow
 def test_options_may_come_first_and_worker_processes_give_the_same(run, place, tmp_path):
     few = edited(place, "few.yaml", "heads: all, layers: 4-5, modes: [zero, mean]", "heads: [[5, 0]]")
     assert run("--store", tmp_path / "one", few)[0] == 0

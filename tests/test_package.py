@@ -32,6 +32,7 @@ def test_import_is_light_and_has_no_side_effects(tmp_path):
     assert set(registerlens.__all__) <= set(answer["names"])
 
 
+@pytest.mark.slow
 def test_loading_needs_neither_timm_nor_open_clip(tmp_path):
     """A model of ours or of transformers loads where the optional libraries are not installed."""
     probe = """
@@ -68,6 +69,7 @@ def test_close_matches():
     assert errors.close_matches("xyz", ["hook_embed"]) == ""
 
 
+@pytest.mark.slow
 def test_what_is_no_tensor_is_refused_with_the_way_to_make_one():
     """In a process of its own: here the type checks of the tests would answer first."""
     code = """

@@ -28,6 +28,7 @@ def test_no_output_is_stored(path):
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
 
 
+@pytest.mark.slow
 def test_the_second_tutorial_finds_what_it_says():
     printed = run(FOLDER / "02_register_neurons.ipynb")
     assert "they are exactly the flat patches: True" in printed
@@ -39,6 +40,7 @@ def test_the_second_tutorial_finds_what_it_says():
     assert len(norms) == 36 and sum(norm > 5 * sorted(norms)[12] for norm in norms) == 12
 
 
+@pytest.mark.slow
 def test_the_first_tutorial_finds_what_it_says():
     printed = run(FOLDER / "01_which_norm_which_layer.ipynb")
     assert "Outlier tokens: present. They arise in block 1, after its MLP" in printed

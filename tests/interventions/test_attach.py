@@ -525,6 +525,7 @@ assert counter.frame_count == 2, counter.frame_count
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph_and_notices_attaching_and_removing():
     """In a process without the type checks, which would break the graph."""
     command = [sys.executable, "-W", "ignore", "-c", COMPILED]

@@ -72,6 +72,7 @@ def planted_in_small(seed):
     return planted, truth, torch.cat(fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decade", range(5))
 def test_exactly_the_planted_ones_in_first_place(decade):
     for seed in range(10 * decade, 10 * decade + 10):
@@ -89,6 +90,7 @@ def photographs(dinov2_small):
     return torch.cat([plain.flip(-1), larger[:, :, 76:, 76:]]), torch.cat([plain, larger[:, :, 38:262, 38:262]])[:14]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "n"), [(5, 3), (2, 1)])
 def test_planted_in_the_real_dinov2_small(dinov2_small, photographs, layer, n):
     calibration, images = photographs
@@ -98,6 +100,7 @@ def test_planted_in_the_real_dinov2_small(dinov2_small, photographs, layer, n):
     assert got.search.detection.onset == f"{layer}.mlp" and got.search.top_layer == layer
 
 
+@pytest.mark.slow
 def test_the_real_dinov2_small_has_none(dinov2_small, photographs):
     with pytest.raises(NoOutliersError, match="Finding register neurons needs outlier tokens") as caught:
         rl.find_register_neurons(dinov2_small, photographs[1])

@@ -60,6 +60,7 @@ def test_from_module_and_our_folder_give_the_same_model(dinov2_small, reference,
         assert all(torch.equal(tensor, state[key]) for key, tensor in vit.state_dict().items())
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32(dinov2_small, record_property):
     images = photographs((140, 140), dinov2_small)
     half = copy.deepcopy(dinov2_small).to(torch.bfloat16)

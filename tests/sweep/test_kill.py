@@ -38,6 +38,7 @@ def kill(process):
     return process.exitcode
 
 
+@pytest.mark.slow
 def test_ten_kills_in_a_row_at_random_moments(tmp_path):
     """Each run is killed when it has written a random number of parts (none, for some), and a random moment later."""
     draw, counts, seen = random.Random(0), [], {}

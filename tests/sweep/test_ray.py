@@ -27,6 +27,8 @@ from ray.cluster_utils import Cluster  # noqa: E402  (after its settings)
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "worker_niceness": 0,
     "health_check_initial_delay_ms": 0,

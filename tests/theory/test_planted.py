@@ -65,6 +65,7 @@ def ranked(means, n):
     return {divmod(index, width) for index in means.flatten().topk(n).indices.tolist()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_twenty_seeds_are_traced_to_their_layer(layer):
     for seed in range(20):
@@ -305,6 +306,7 @@ def test_equal_seeds_give_equal_bits():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("firing", ["together", "alone"])
 def test_mean_activation_at_outliers_ranks_the_planted_first(firing):
     for seed in range(24):
@@ -367,6 +369,7 @@ def test_planting_on_the_embedded_model_moves_nothing_before_its_own_onset():
     assert (fires & (batch.roles == FLAT)).sum() > 0.9 * fires.sum()
 
 
+@pytest.mark.slow
 def test_the_real_dinov2_small_on_photographs(dinov2_small):
     photographs = rl.load_images(shipped_photographs(), dinov2_small)
     crops = torch.nn.functional.interpolate(photographs[..., 16:-16, 8:-24], size=224, mode="bilinear", antialias=True)
