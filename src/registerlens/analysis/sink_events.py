@@ -64,26 +64,40 @@ def strongest_key_of(
         >>> torch.allclose(strongest_key_of(q, k).column, strongest_key(pattern).column)
         True
     """
-    scaled = rearrange(q * q.shape[-1] ** -0.5, "batch query head d_head -> batch head query d_head")
-    keys = rearrange(k, "batch key head d_head -> batch head d_head key").contiguous()
-    batch, head, n, _ = scaled.shape
-    received = torch.zeros(batch, head, keys.shape[-1], dtype=torch.float32, device=q.device)
-    log_mass = torch.empty(batch, head, n, dtype=torch.float32, device=q.device)
-    step = max(1, _SCORES_AT_ONCE // (batch * head * keys.shape[-1]))
+    batch, n, head, _ = q.shape
+    scaled = rearrange(q * q.shape[-1] ** -0.5, "batch query head d_head -> (batch head) query d_head")
+    keys = rearrange(k, "batch key head d_head -> (batch head) d_head key")
+    received = torch.empty(len(keys), keys.shape[-1], dtype=torch.float32, device=q.device)
+    log_mass = torch.empty(len(keys), n, dtype=torch.float32, device=q.device)
     # By Cauchy-Schwarz. Where no exponential can overflow, the two passes that look for the highest score are saved.
-    small = bool(scaled.norm(dim=-1).amax() * keys.norm(dim=2).amax() <= _LARGEST_EXPONENT)
-    for start in range(0, n, step):
-        some = slice(start, start + step)
-        scores = (scaled[:, :, some] @ keys).float()
-        highest = 0.0 if small else scores.amax(-1, keepdim=True)
-        weights = (scores if small else scores.sub_(highest)).exp_()
-        mass = weights.sum(-1, keepdim=True)
-        received += (mass.reciprocal().mT @ weights)[:, :, 0]
-        log_mass[:, :, some] = (mass.log() + highest)[..., 0]
+    small = scaled.norm(dim=-1).amax(-1) * keys.norm(dim=1).amax(-1) <= _LARGEST_EXPONENT
+    for rows, plain in ((small.nonzero()[:, 0], True), ((~small).nonzero()[:, 0], False)):
+        if len(rows):
+            received[rows], log_mass[rows] = _reduced(scaled[rows], keys[rows], plain)
     average, position = (received / n).max(-1)
-    key = keys.gather(-1, position[..., None, None].expand(-1, -1, keys.shape[2], 1))
+    key = keys.gather(-1, position[:, None, None].expand(-1, keys.shape[1], 1))
     column = ((scaled @ key)[..., 0].float() - log_mass).exp()
-    return _strongest(position, average, column, queries)
+    shape = (batch, head)
+    return _strongest(position.unflatten(0, shape), average.unflatten(0, shape), column.unflatten(0, shape), queries)
+
+
+def _reduced(
+    scaled: Float[Tensor, "row query d_head"], keys: Float[Tensor, "row d_head key"], plain: bool
+) -> tuple[Float[Tensor, "row key"], Float[Tensor, "row query"]]:
+    """What each key receives from all queries together, and the logarithm of each query's sum of exponentials.
+
+    `plain` promises scores so small that they can be exponentiated as they are.
+    """
+    received = torch.zeros(len(keys), keys.shape[-1], dtype=torch.float32, device=keys.device)
+    masses = []
+    for some in scaled.split(max(1, _SCORES_AT_ONCE // (len(keys) * keys.shape[-1])), 1):
+        scores = (some @ keys).float()
+        highest = 0.0 if plain else scores.amax(-1, keepdim=True)
+        weights = (scores if plain else scores.sub_(highest)).exp_()
+        mass = weights.sum(-1, keepdim=True)
+        received += (mass.reciprocal().mT @ weights)[:, 0]
+        masses.append((mass.log() + highest)[..., 0])
+    return received, torch.cat(masses, 1)
 
 
 def _strongest(position: Tensor, received: Tensor, column: Tensor, queries: float) -> StrongestKey:
