@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import registerlens as rl
-from benchmarks.harness import FULL, TINY, Row, Scale, Task, in_pairs, peak_memory
+from benchmarks.harness import FULL, TINY, Row, Scale, Task, flat_memory, in_pairs
 from benchmarks.neurons import photographs, planted
 from registerlens.theory.kernels import check_kernels
 from registerlens.theory.observed import observe
@@ -26,7 +26,7 @@ def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Rows on weights, on images, and on memory."""
     yield from _weights(scale, pairs)
     yield _images(scale, pairs)
-    yield _memory(scale)
+    yield flat_memory(stream, scale, benchmark="kernels", what="kernel checks")
 
 
 def random_vit_large(scale: Scale) -> tuple[rl.HookedViT, rl.RegisterNeurons]:
@@ -102,22 +102,6 @@ def _images(scale: Scale, pairs: int) -> Row:
         peer="our plain forward",
         at_most=1.5,
         missed_because="an eighth of the images passes twice, to find where outliers arise",
-    )
-
-
-def _memory(scale: Scale) -> Row:
-    few, many = (peak_memory(stream, tiny=scale.tiny, n_images=n) for n in scale.streamed)
-    return Row(
-        benchmark="kernels",
-        what=f"kernel checks, peak memory of the process, {scale.streamed[1]} images in a stream",
-        peer=f"{scale.streamed[0]} images",
-        ours=many["peak"],
-        theirs=few["peak"],
-        ratio=many["peak"] / few["peak"],
-        unit="MiB",
-        at_most=1.05,
-        missed_because="peaks vary by some 10% from run to run with how the heap happens to be filled",
-        details={"few": few, "many": many},
     )
 
 

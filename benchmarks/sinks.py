@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 
-from benchmarks.harness import FULL, TINY, Row, Scale, Task, in_pairs, peak_memory
+from benchmarks.harness import FULL, TINY, Row, Scale, Task, flat_memory, in_pairs
 from benchmarks.models import dinov2, pixels
 from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
 from registerlens.model.vit import HookedViT
@@ -18,19 +18,7 @@ def run(scale: Scale, pairs: int) -> Iterator[Row]:
     for size, batch in scale.sizes:
         yield _against_forward(vit, size, batch, pairs)
     yield _against_forward(vit, *scale.sizes[0], pairs, everything=True)
-    few, many = (peak_memory(stream, tiny=scale.tiny, n_images=n) for n in scale.streamed)
-    yield Row(
-        benchmark="sinks",
-        what=f"classify_sinks, peak memory of the process, {scale.streamed[1]} streamed images",
-        peer=f"{scale.streamed[0]} streamed images",
-        ours=many["peak"],
-        theirs=few["peak"],
-        ratio=many["peak"] / few["peak"],
-        unit="MiB",
-        at_most=1.05,
-        missed_because="peaks vary by some 10% from run to run with how the heap happens to be filled",
-        details={"few": few, "many": many},
-    )
+    yield flat_memory(stream, scale, benchmark="sinks", what="classify_sinks")
 
 
 def _against_forward(vit: HookedViT, size: int, batch: int, pairs: int, everything: bool = False) -> Row:

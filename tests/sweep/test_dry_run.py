@@ -36,17 +36,23 @@ def test_counts_by_hand():
 
 
 def test_the_limit_of_uniform_ablations():
-    """A clean run and on average half of the blocks: (n + 1) / 2n of the naive loop, and the clean run's own share."""
+    """A clean run, and of the conditions on average half of the blocks, (n + 1) / 2n; the naive loop has one, too."""
     uniform = grid(ablate_head, layer=range(4), head=range(3))
-    assert plan_sweep(VIT, pixels(2), uniform).share == pytest.approx(5 / 8 + 1 / 12)
+    assert plan_sweep(VIT, pixels(2), uniform).share == pytest.approx((12 * 5 / 8 + 1) / 13)
     last = grid(ablate_head, layer=[3], head=range(3))
-    assert plan_sweep(VIT, pixels(2), last).share == pytest.approx(1 / 4 + 1 / 3)
+    assert plan_sweep(VIT, pixels(2), last).share == pytest.approx((3 / 4 + 1) / 4)
+
+
+def test_it_plans_what_is_run():
+    plan, result = plan_sweep(VIT, pixels(12), HEADS), rl.run_sweep(VIT, pixels(12), HEADS)
+    assert (plan.n_rows, plan.n_metrics) == (result.table.num_rows, len(result.metrics))
+    assert plan.n_conditions == len(result.conditions) == 7  # the clean run is added
 
 
 def test_the_sizes_are_those_of_a_table():
     plan = plan_sweep(VIT, pixels(12), HEADS, METRICS)
     names = TensorSource(pixels(12)).shard(0).names
-    rows = [{"condition": one.key, "shard": 0, "image": name} for one in HEADS for name in names]
+    rows = [{"condition": one.key, "shard": 0, "image": name} for one in (Condition(), *HEADS) for name in names]
     schema = pa.schema([("condition", pa.string()), ("shard", pa.int32()), ("image", pa.string())])
     real = pa.Table.from_pylist(rows, schema)
     for metric in METRICS:
@@ -55,7 +61,7 @@ def test_the_sizes_are_those_of_a_table():
     assert plan.raw_bytes == pytest.approx(real.nbytes, rel=0.01)
     large = plan_sweep(VIT, torch.zeros(256, 3, 24, 32), grid(ablate_head, layer=range(4), head=range(3)), METRICS)
     assert 3 * 3 < large.stored_row_bytes < large.raw_row_bytes  # no less than the bits of random float32 numbers
-    assert large.stored_bytes == large.n_rows * large.stored_row_bytes and large.n_rows == 12 * 256
+    assert large.stored_bytes == large.n_rows * large.stored_row_bytes and large.n_rows == 13 * 256
 
 
 def test_the_calibration_is_one_pass_after_a_warm_up():
@@ -78,10 +84,10 @@ def test_several_models_and_image_sets():
         ("deep", "few"): (3, 2, 6),
         ("deep", "many"): (20, 3, 6),
     }
-    assert plan.n_rows == 2 * 6 * 23
+    assert plan.n_rows == 2 * 7 * 23
     said = str(plan)
-    assert "Conditions: 24. Tasks: 10. Rows: 276." in said and "deep on 20 many: conditions: 6, groups: 1" in said
-    with pytest.raises(ConfigError, match=r"about the images 'images'; there are \['few', 'many'\]"):
+    assert "Conditions: 28. Tasks: 10. Rows: 322." in said and "deep on 20 many: conditions: 7, groups: 1" in said
+    with pytest.raises(ConfigError, match=r"about the images 'images', but there are \['few', 'many'\]"):
         plan_sweep({"model": VIT}, sources, HEADS)
 
 

@@ -136,7 +136,7 @@ REFUSED = {
     "a neuron that is not there": (
         {"conditions": neurons(13)},
         InterventionError,
-        r"2 of 27 .*(?s:.)*layer=0 neuron=12",
+        r"2 of 26 .*(?s:.)*layer=0 neuron=12",
     ),
     "an unknown model": ({"conditions": [replace(neurons(1)[0], model="big")]}, InterventionError, "no model 'big'"),
     "unknown images": ({"conditions": [replace(neurons(1)[0], images="imagse")]}, ConfigError, "Did you mean 'images'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -207,20 +208,20 @@ def attribute_edges(
 # What a head computes ------------------------------------------------------------------------------------------------
 
 
-class _Reader:
+class _Reader(ABC):
     """A quantity of each head: the hook point inside attention where it is read, and how."""
 
     name: str
     words: str
     point: str
 
+    @abstractmethod
     def prepare(self, batch: Tensor, labels: Tensor | None) -> list[Any]:
         """Make ready for a batch; returns hooks for its clean run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, layer: int, x: Tensor, layout: TokenLayout) -> Float[Tensor, "batch head"]:
         """From the tensor at the hook point to the quantity; NaN where an image has none."""
-        raise NotImplementedError
 
 
 class _ToOutlier(_Reader):

@@ -10,22 +10,20 @@ from time import perf_counter
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.data.sources import Shard, Source, TensorSource
-from registerlens.errors import ConfigError, ImageError
+from registerlens.data.sources import Shard, Source
+from registerlens.errors import ImageError
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.fitting import n_passes
-from registerlens.sweep.grid import Conditions, by_name
+from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.tasks import GROUP, group_conditions
+from registerlens.sweep.parts import part_schema, to_bytes
+from registerlens.sweep.tasks import GROUP, Task, group_conditions
 
-USUAL_METRICS = 8
-"""Columns that are assumed where no metrics are given."""
 WIDTH = 40
 """Characters of the longest bar of the histogram."""
 
@@ -167,19 +165,20 @@ def plan_sweep(
     shard_size: int = 256,
     group_size: int = GROUP,
 ) -> SweepPlan:
-    """Dry run: what `run_sweep` with the same arguments will do. One batch goes twice through each model.
+    """Dry run: what `run_sweep` with the same arguments will do, clean runs included; one batch goes twice through each
+    model.
 
     Args:
         vit: the model, or the models by the names that conditions use.
         images: preprocessed, or a source, or those by the names that conditions use.
         conditions: fitted or not; they are checked against the models.
-        metrics: the columns; None assumes eight.
+        metrics: as for `run_sweep`.
         batch_size: images at once.
         shard_size: images of a shard, where a tensor is given.
         group_size: conditions of a task at most.
 
     Raises:
-        ConfigError: a condition is about images that are not given.
+        ConfigError: what `run_sweep` refuses, such as a condition about images that are not given.
         ImageError: there are no images.
         InterventionError: conditions do not fit their models; all are counted, the first few told.
 
@@ -190,30 +189,23 @@ def plan_sweep(
         >>> heads = grid(lambda layer: rl.Ablate(rl.Heads([(layer, 0)])), layer=range(6))
         >>> plan = plan_sweep(vit, torch.rand(8, 3, 48, 48), heads)
         >>> plan.n_conditions, plan.n_tasks, plan.n_rows, plan.runs[0].forwards
-        (6, 1, 48, 4.5)
+        (7, 1, 56, 4.5)
     """
-    models = by_name(vit)
-    given = images if isinstance(images, Mapping) else {"images": images}
-    sources = {
-        name: TensorSource(one, shard_size=shard_size) if isinstance(one, Tensor) else one
-        for name, one in given.items()
-    }
-    conditions = Conditions(tuple(conditions)).check(models)
-    if missing := [one.images for one in conditions if one.images not in sources]:
-        raise ConfigError(f"A condition is about the images {missing[0]!r}; there are {list(sources)}.")
-    by_key = {one.key: one for one in conditions}
+    models, sources = as_models(vit), as_sources(images, None, shard_size)
+    planned = as_conditions(conditions, models, sources)
+    names = [one.name for one in as_metrics(metrics, models, sources)]
+    by_key = {one.key: one for one in planned}
     groups: dict[tuple[str, str], list[list[Condition]]] = {}
-    for keys in group_conditions(conditions.listed, models, group_size):
+    for keys in group_conditions(planned.listed, models, group_size):
         group = [by_key[key] for key in keys]
         groups.setdefault((group[0].model, group[0].images), []).append(group)
     runs = tuple(_run(place, models, sources, mine, batch_size) for place, mine in groups.items())
     (_, first_images), first_groups = next(iter(groups.items()))
-    n_metrics = USUAL_METRICS if metrics is None else len(metrics)
     first_shard = _first_shard(sources[first_images])
-    raw, stored = _row_bytes(first_groups[0], first_shard.names, n_metrics)
+    raw, stored = _row_bytes(first_groups[0], first_shard.names, names)
     return SweepPlan(
         runs=runs,
-        n_metrics=n_metrics,
+        n_metrics=len(names),
         batch_size=min(batch_size, len(first_shard.names)),
         raw_row_bytes=raw,
         stored_row_bytes=stored,
@@ -279,20 +271,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _row_bytes(group: Sequence[Condition], names: Sequence[str], n_metrics: int) -> tuple[float, float]:
+def _row_bytes(group: Sequence[Condition], names: Sequence[str], metrics: Sequence[str]) -> tuple[float, float]:
     """Bytes of a row, raw and as Parquet, from a part of that group and shard filled with random numbers."""
     n_rows = len(group) * len(names)
     generator = torch.Generator().manual_seed(0)
-    columns: dict[str, pa.Array] = {
-        "condition": pa.array([one.key for one in group for _ in names], pa.string()),
-        "shard": pa.array([0] * n_rows, pa.int32()),
-        "image": pa.array([name for _ in group for name in names], pa.string()),
-    }
-    for i in range(n_metrics):
-        columns[f"metric {i}"] = pa.array(torch.rand(n_rows, generator=generator).double().numpy())
-    table, sink = pa.table(columns), pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return table.nbytes / n_rows, sink.getvalue().size / n_rows
+    columns = [
+        [one.key for one in group for _ in names],
+        [0] * n_rows,
+        list(names) * len(group),
+        *(torch.rand(n_rows, generator=generator).double().numpy() for _ in metrics),
+    ]
+    schema = part_schema(metrics)
+    table = pa.table([pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema)
+    return table.nbytes / n_rows, len(to_bytes(table, Task(0, 0))) / n_rows
 
 
 # Words --------------------------------------------------------------------------------------------------------------

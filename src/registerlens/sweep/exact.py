@@ -1,22 +1,24 @@
-"""The exact effect of ablating single neurons: many of one layer at once, each from the residual stream before it."""
+"""The exact effect of ablating single neurons: a sweep with one condition a neuron."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from registerlens.analysis.neurons import Pair
+from registerlens.analysis.neurons import Pair, RegisterNeurons
 from registerlens.data.batches import Images, count
+from registerlens.data.sources import Shard
+from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
-from registerlens.sweep.metrics import Metric, View
+from registerlens.sweep.conditions import Condition
+from registerlens.sweep.metrics import Metric
 from registerlens.sweep.moments import Moments
-from registerlens.sweep.stations import Replacement, Station, labelled, stations
-from registerlens.sweep.views import mapped
+from registerlens.sweep.runner import run_task
+from registerlens.sweep.stations import Replacement, labelled
 
 
 def exact_effects(
@@ -52,42 +54,21 @@ def exact_effects(
     effects = Moments(len(pairs))
     if not pairs:
         return effects
-    by_layer: dict[int, list[int]] = {}
-    for i, (layer, _) in enumerate(pairs):
-        by_layer.setdefault(layer, []).append(i)
-    neurons = torch.tensor([neuron for _, neuron in pairs], dtype=torch.long)
+    conditions = [Condition(), *(Condition(interventions=(_ablation(pair, replacement.reference),)) for pair in pairs)]
     batches = labelled(images, labels, batch_size)
-    with torch.no_grad():
-        for batch, mine in track(batches, "exact ablations", count(images), lambda item: len(item[0])):
-            changes = torch.full((len(batch), len(pairs)), torch.nan)
-            clean: View | None = None
-            for station in stations(vit, batch, metric, by_layer, mine):
-                clean = station.go_on() if clean is None else clean
-                value = station.value(clean, clean)
-                at_once = max(1, stack // len(batch))
-                for some in torch.tensor(by_layer[station.layer]).split(at_once):
-                    edited = _ablated(station, clean, neurons[some], replacement)
-                    changes[:, some] = (edited - value).T.float().cpu()
-            effects.add(changes)
+    for batch, mine in track(batches, "exact ablations", count(images), lambda item: len(item[0])):
+        shard = Shard(names=tuple(map(str, range(len(batch)))), images=batch, labels=mine)
+        table = run_task(vit, shard, conditions, [metric], index=0, batch_size=len(batch), stack=stack)
+        values = torch.tensor(table[metric.name].to_numpy()).unflatten(0, (len(conditions), len(batch)))
+        effects.add((values[1:] - values[0]).T)
     return effects
 
 
-def _ablated(
-    station: Station, clean: View, neurons: Int[Tensor, " condition"], replacement: Replacement
-) -> Float[Tensor, "condition batch"]:
-    """The metric with each of these neurons of the station's layer ablated, one a copy of the batch."""
-    n = len(neurons)
-    copies = torch.arange(n, device=station.resid.device)
-
-    def ablate(post: Tensor, hook: Any) -> Tensor:
-        new = replacement.at(hook.layer(), station.layout, post)[:, neurons].T  # condition, pos or 1
-        apart = post.clone().unflatten(0, (n, -1))
-        apart[copies, :, :, neurons.to(post.device)] = new[:, None].expand(*apart.shape[:3])
-        return apart.flatten(0, 1)
-
-    def repeat(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor] * n)
-
-    many = station.repeated(n)
-    edited = many.go_on([(f"blocks.{station.layer}.mlp.hook_post", ablate)])
-    return many.value(edited, mapped(clean, repeat)).unflatten(0, (n, -1))
+def _ablation(pair: Pair, reference: Reference | None) -> Ablate:
+    """The ablation of one neuron, to zero or to what a reference for whole layers says of it."""
+    target = RegisterNeurons.from_pairs([pair])
+    if reference is None:
+        return Ablate(target)
+    point, neuron = f"blocks.{pair[0]}.mlp.hook_post", pair[1]
+    mean, std = ({point: kind[point][:, neuron : neuron + 1]} for kind in (reference.mean, reference.std))
+    return Ablate(target, "mean", reference=Reference(mean=mean, std=std, bank={}, n_images=reference.n_images))

@@ -15,9 +15,10 @@ from registerlens.errors import ConfigError, InterventionError, RegisterLensErro
 from registerlens.interventions.base import Host, Intervention, plan
 from registerlens.sweep.conditions import CLEAN, EDIT, Condition, Factor
 from registerlens.sweep.levels import Axis, levels
+from registerlens.sweep.metrics import COLUMNS
 from registerlens.sweep.planned import PlannedAblation, plannable
 
-COLUMNS = ("condition", "label", "model", "images", "control_of", "shard", "image")
+RESERVED = (*COLUMNS, "label", "model", "images", "control_of")
 """Columns of the result that say which condition it is; no factor may have such a name."""
 TOLD = 5
 """Problems that a message names."""
@@ -55,7 +56,7 @@ class Conditions:
                     f"same factors on the same model and images. Leave one out."
                 )
             first[one.key] = one
-            if wrong := [name for name in one.factors if name in COLUMNS]:
+            if wrong := [name for name in one.factors if name in RESERVED]:
                 raise ConfigError(
                     f"{wrong[0]!r} cannot be a factor: the result has a column of that name for every condition. "
                     f"Models and image sets are chosen by .over(models=[...], images=[...])."

@@ -89,13 +89,12 @@ def as_conditions(
         InterventionError: a condition does not fit its model; all are counted, the first few told.
         ShapeError: a model cannot take its images.
     """
-    given = Conditions.of(conditions) if (conditions := list(conditions)) else ()
+    given = Conditions.of(conditions).check(models) if (conditions := list(conditions)) else ()
     places = dict.fromkeys((one.model, one.images) for one in given) or {
         (next(iter(models)), next(iter(sources))): None
     }
     has_clean = {(one.model, one.images) for one in given if not one.interventions}
     clean = [Condition(model=model, images=images) for model, images in places if (model, images) not in has_clean]
-    every = Conditions((*clean, *given)).check(models)
     for model, images in places:
         if images not in sources:
             raise ConfigError(
@@ -105,7 +104,7 @@ def as_conditions(
         source = sources[images]
         if isinstance(source, TensorSource):  # others are read later
             models[model].layout(source.images[:1])
-    return every
+    return Conditions((*clean, *given))
 
 
 def as_metrics(

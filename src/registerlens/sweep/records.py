@@ -16,8 +16,6 @@ from registerlens.errors import ConfigError
 from registerlens.sweep.conditions import Condition, Factor
 
 Kind = Literal["clean", "control", "tested"]
-KEYS = ("condition", "shard", "image")
-"""Columns of the table that are no metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from registerlens.errors import ConfigError, close_matches
 from registerlens.files import reading, whole_file, write_json
 from registerlens.sweep.aggregate import NUMBERS, Comparison, aggregate, compare
 from registerlens.sweep.conditions import Condition, Factor
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.records import KEYS, Places, Swept, places_of
+from registerlens.sweep.metrics import COLUMNS, Metric
+from registerlens.sweep.records import Places, Swept, places_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -76,7 +76,7 @@ class SweepResult:
             ConfigError: a column is missing, a row is of an unknown condition, or stands there twice.
         """
         words = _words(metrics)
-        if missing := [name for name in (*KEYS, *words) if name not in table.column_names]:
+        if missing := [name for name in (*COLUMNS, *words) if name not in table.column_names]:
             raise ConfigError(f"The table lacks the columns {missing}; it has {table.column_names}.")
         for name in ("condition", "image"):  # names stand there many times
             if not pa.types.is_dictionary(table.schema.field(name).type):

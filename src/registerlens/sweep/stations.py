@@ -65,12 +65,6 @@ class Station:
             labels=self.labels,
         )
 
-    def repeated(self, times: int) -> Station:
-        """So many copies of the batch, one after the other."""
-        labels = None if self.labels is None else torch.cat([self.labels] * times)
-        seen = self.seen.map(lambda tensor: torch.cat([tensor] * times))
-        return replace(self, resid=self.resid.repeat(times, 1, 1), labels=labels, seen=seen)
-
     def first(self, n: int) -> Station:
         """The first images of the batch alone."""
         return replace(
