@@ -96,6 +96,8 @@ def test_added_conditions_are_fitted_and_old_fits_stay(tmp_path):
     source = TensorSource(pixels(6, seed=9), shard_size=4)
     sweep(tmp_path, conditions=few, reference_images=source)
     before = part_files(tmp_path)
+    with pytest.raises(ConfigError, match="needed for 2 of the edits"):  # on other images than the rest, they would mix
+        sweep(tmp_path, conditions=more)
     result = sweep(tmp_path, conditions=more, reference_images=source)
     assert before.items() <= part_files(tmp_path).items()
     alone = sweep(None, conditions=more, reference_images=source)
