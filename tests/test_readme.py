@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from readme import with_families
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -17,6 +18,15 @@ def test_the_first_example_runs(capsys, tmp_path, monkeypatch):
     assert "\nabsent\n" in printed
     assert "TestTimeRegisters: Worked" in printed
     assert (tmp_path / "register_neurons.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_examples_that_need_no_other_model_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", README, flags=re.S)[:3]:
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["result"].n_images == 64 and (tmp_path / "results" / "manifest.json").is_file()
 
 
 def test_make_commands_exist():
