@@ -1,15 +1,41 @@
 """What every test shares: no network, runtime type checks of the whole package, and the real DINOv2-S."""
 
 import os
+import zlib
 
 os.environ |= {"OMP_NUM_THREADS": "1"}  # pytest -n 2 runs two processes, and tests start others
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-install_import_hook("registerlens", "beartype.beartype")
 torch.set_num_threads(1)
+
+
+# Shapes are checked at run time, which costs as much as the tests themselves, so: in every test function's first case
+# (the first in each process), and in a third of the further ones. Functions inside functions are left out: they would
+# be compiled again at every call of the outer one.
+_typed = jaxtyping.jaxtyped
+
+
+def _unless_nested(fn=None, **kwargs):
+    if fn is None:
+        return lambda fn: _unless_nested(fn, **kwargs)
+    return fn if "<locals>" in getattr(fn, "__qualname__", "") else _typed(fn, **kwargs)
+
+
+jaxtyping.jaxtyped = _unless_nested
+jaxtyping.install_import_hook("registerlens", "beartype.beartype")
+_SEEN = set()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    function = item.nodeid.split("[")[0]
+    checked = function not in _SEEN or zlib.crc32(item.nodeid.encode()) % 3 == 0
+    _SEEN.add(function)
+    jaxtyping.config.update("jaxtyping_disable", not checked)
+    return (yield)
 
 
 @pytest.fixture(scope="session")
