@@ -88,8 +88,8 @@ def attention_circuit(
         NoOutliersError: the model has no outliers on these images.
         ShapeError: images are no batch, or smaller than a patch.
 
-    Source: Elhage et al. 2021 (frozen norms, direct contributions); Jiang et al. 2025, section 3 (the path); Wang et al.
-        2022 (2211.00593; path patching).
+    Source: Elhage et al. 2021 (frozen norms, direct contributions); Jiang et al. 2025, section 3 (the path); Wang et
+        al. 2022 (2211.00593; path patching).
 
     Example:
         >>> import registerlens as rl
@@ -110,8 +110,8 @@ def attention_circuit(
     options: dict[str, Any] = {"with_output": no_output is None}
     found, n = Collected(), 0
     with torch.inference_mode():
-        for batch, seen in _sights(vit, images, detection, block, batch_size, "measuring contributions"):
-            n += len(batch)
+        for n_here, _, seen in _sights(vit, images, detection, block, batch_size, "measuring contributions"):
+            n += n_here
             if seen is not None:
                 found.add(contributions(vit, seen, neurons, target, **options))
         if not n or "stream" not in found:
@@ -124,7 +124,7 @@ def attention_circuit(
         effects = None
         if check:
             effects, some = Collected(), _some(neurons, shown)
-            for batch, seen in _sights(vit, images, detection, block, batch_size, "cutting edges"):
+            for _, batch, seen in _sights(vit, images, detection, block, batch_size, "cutting edges"):
                 if seen is not None:
                     effects.add(check_edges(vit, batch, seen, some, Heads(shown.heads), target, **options))
     parts = parts_table(measured, shown)
@@ -169,7 +169,7 @@ def _block(vit: HookedViT, neurons: RegisterNeurons, detection: Detection, block
     last = max(layer for layer, _ in neurons.pairs)
     if block is None:
         onset = -1 if detection.onset is None else layer_of(detection.onset)
-        block = max(last, onset)
+        block = max(last, min(onset, vit.cfg.n_layers - 2))  # some head must come after it
     if block < last:
         late = [pair for pair in neurons.pairs if pair[0] > block]
         raise InterventionError(
@@ -186,15 +186,12 @@ def _block(vit: HookedViT, neurons: RegisterNeurons, detection: Detection, block
 
 def _sights(
     vit: HookedViT, images: Images, detection: Detection, block: int, batch_size: int, doing: str
-) -> Iterator[tuple[Tensor, Sight | None]]:
-    """Each batch with what its run left: of images with an outlier and an ordinary patch; None where there is none."""
+) -> Iterator[tuple[int, Tensor, Sight | None]]:
+    """Of each batch: how many images, those with an outlier and an ordinary patch, and what their run left, if any."""
     for batch in track(in_batches(images, batch_size), doing, count(images), len):
         used, tokens = locate(vit, batch, detection)
-        if tokens is None:
-            yield batch, None
-            continue
-        batch = batch.to(vit.device)[used]
-        yield batch, look(vit, batch, tokens, block)
+        some = batch.to(vit.device)[used]
+        yield len(batch), some, None if tokens is None else look(vit, some, tokens, block)
 
 
 def _nothing(n: int, detection: Detection) -> str:

@@ -131,7 +131,7 @@ def parts_table(measured: Measured, shown: Shown) -> pd.DataFrame:
     return frame
 
 
-def _gross(parts: pd.DataFrame) -> pd.Series:
+def _gross(parts: pd.DataFrame) -> Any:
     """The sum of magnitudes that flow into each row's receiver."""
     return parts["value"].abs().groupby(parts["receiver"]).transform("sum")
 
@@ -172,7 +172,7 @@ def edges_table(
                     add(head_name(layer, head), receiver, values[:, i], cutting, via)
         close(receiver, measured.field(receiver, "whole"))
     frame = tabulate(rows, measured.times, ("sender", "receiver", "via"))
-    frame["share"] = frame["value"] / frame["receiver"].map(gross)
+    frame["share"] = frame["value"] / gross[frame["receiver"]].to_numpy()
     live, held = (tabulate([({}, effect[:, i]) for effect in cut], measured.times, (), "effect") for i in (0, 1))
     frame = frame.assign(effect=live["effect"], effect_low=live["low"], effect_high=live["high"])
     return frame.assign(effect_held=held["effect"])
@@ -216,7 +216,7 @@ _CUT = ("effect", "effect_attention", "effect_held")
 def paths_table(measured: Measured, shown: Shown, effects: Collected | None) -> pd.DataFrame:
     """Every shown neuron's path through every shown head, strongest first."""
     scores, attention = measured.mean("scores"), measured.mean("attention")[..., 0]
-    rows, cut = list[Row](), list[np.ndarray]()
+    rows: list[Row] = []
     for column, (layer, head) in enumerate(shown.heads):
         at = measured.at(layer)
         gross = abs(scores[:, at, head]).sum()

@@ -99,8 +99,8 @@ class AttentionCircuit:
         Where neurons write the same direction, a norm that takes its scale anew hides each of them: the live effect of
         one neuron on a score is far smaller than its part of the score.
         """
-        kinds = self.nodes.set_index("name")["kind"]
-        frame = self.edges
+        kinds: Any = self.nodes.set_index("name")["kind"]
+        frame: Any = self.edges
         groups = {
             f"{a} -> {b}": frame[(frame["sender"].map(kinds) == a) & (frame["receiver"].map(kinds) == b)]
             for a, b in (("neuron", "stream"), ("stream", "head"), ("head", "reader"), ("head", "output"))
@@ -176,7 +176,7 @@ class AttentionCircuit:
         folder = Path(folder)
         arrays = {name: tensor.numpy() for name, tensor in read_tensors(folder / f"{_FILE}.safetensors").items()}
         with reading(folder / f"{_FILE}.json") as told:
-            tables = {
+            tables: dict[str, Any] = {
                 table: pd.DataFrame(
                     {
                         name: told["texts"][table][name]
@@ -204,7 +204,7 @@ _PLAIN = (
 """Fields that are JSON as they are."""
 
 
-def _agreement(edges: pd.DataFrame) -> dict[str, float]:
+def _agreement(edges: Any) -> dict[str, float]:
     there = edges[np.isfinite(edges["effect"]) & np.isfinite(edges["value"])]
     value, effect, held = (there[name].to_numpy(dtype=float) for name in ("value", "effect", "effect_held"))
     varied = len(there) > 2 and np.ptp(value) > 0 and np.ptp(effect) > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from registerlens.circuits.graph import OUTPUT, STREAM
 from registerlens.circuits.records import AttentionCircuit
 
@@ -21,8 +23,9 @@ def circuit_in_words(circuit: AttentionCircuit) -> str:
 
 
 def _stream(circuit: AttentionCircuit) -> list[str]:
-    nodes = circuit.nodes.set_index("name")
-    into = circuit.edges[circuit.edges["receiver"] == STREAM]
+    nodes: Any = circuit.nodes.set_index("name")
+    edges: Any = circuit.edges
+    into = edges[edges["receiver"] == STREAM]
     whole = nodes.loc[STREAM, "whole"]
     kept = into[into["sender"].map(nodes["kind"]) == "neuron"].sort_values("value", key=abs, ascending=False)
     share = kept["value"].sum() / whole
@@ -35,14 +38,15 @@ def _stream(circuit: AttentionCircuit) -> list[str]:
 
 
 def _heads(circuit: AttentionCircuit) -> list[str]:
-    heads = circuit.nodes[circuit.nodes["kind"] == "head"].sort_values("attention", ascending=False)
+    nodes: Any = circuit.nodes
+    heads = nodes[nodes["kind"] == "head"].sort_values("attention", ascending=False)
     if not len(heads):
         return ["No head after it pays the outliers a share of attention that is shown."]
-    edges = circuit.edges.set_index(["sender", "receiver"])["value"]
+    edges: Any = circuit.edges.set_index(["sender", "receiver"])["value"]
     told = ", ".join(
-        f"{row.name_[5:]} ({row.attention:.0%} of its attention; score {row.whole:.3g}, of it "
-        f"{edges[STREAM, row.name_]:.3g} by the stream)"
-        for row in heads.rename(columns={"name": "name_"}).head(4).itertuples()
+        f"{row['layer']}.{row['index']} ({row['attention']:.0%} of its attention; score {row['whole']:.3g}, of it "
+        f"{edges[STREAM, row['name']]:.3g} by the stream)"
+        for row in heads.head(4).to_dict("records")
     )
     lines = [f"{len(heads)} heads look at the outliers, most of all {told}."]
     if circuit.checked:
@@ -55,11 +59,13 @@ def _heads(circuit: AttentionCircuit) -> list[str]:
 
 
 def _ends(circuit: AttentionCircuit) -> list[str]:
-    nodes, lines = circuit.nodes.set_index("name"), []
+    lines: list[str] = []
+    nodes: Any = circuit.nodes.set_index("name")
+    edges: Any = circuit.edges
     for receiver in (circuit.reader, OUTPUT):
         if receiver not in nodes.index:
             continue
-        into = circuit.edges[circuit.edges["receiver"] == receiver]
+        into = edges[edges["receiver"] == receiver]
         taken = into[into["via"] == "outliers"]["value"].sum()
         whole = nodes.loc[receiver, "whole"]
         what = f"norm of {receiver}" if receiver != OUTPUT else f"output ({circuit.output})"
