@@ -72,7 +72,7 @@ def attention_circuit(
         min_share: a neuron is shown if it has this share of all magnitudes in the outlier stream; a head, if it pays
             this share of all attention to outliers, or writes this share of the reader's stream from them.
         check: cut every shown edge alone and measure what its receiver computes then, norms and softmax included.
-            Costs one more pass, and the attention of each shown head's block once for every shown neuron.
+            Costs two more passes, and the last norm and the head twice for every shown attention head.
         block: the outliers' stream is taken after this block; default: the onset's, or the last neuron's if later.
         target: which output (a class); default: the projection on the output's own direction.
         detection: which patches are outliers; default: found here.

@@ -61,8 +61,8 @@ class Contributions:
     """To the norm of the outliers' stream."""
     stream_norm: Float[Tensor, " batch"]
     """That norm, mean over the image's outliers."""
-    scores: Float[Tensor, "batch part layer head"]
-    """To the readers' mean score with the outliers: `stream_parts`, then `LATER`."""
+    scores: Float[Tensor, "batch source layer head"]
+    """To the readers' mean score with the outliers: a source is one of `stream_parts`, then of `LATER`."""
     score: Float[Tensor, "batch layer head"]
     """That score."""
     attention: Float[Tensor, "batch layer head via"]

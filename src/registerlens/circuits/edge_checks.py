@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,8 +20,10 @@ from registerlens.circuits.contributions import mean_reader, written
 from registerlens.circuits.readings import direction_of, project, run_head
 from registerlens.circuits.sighting import VIA, Sight
 from registerlens.interventions.targets import Heads
+from registerlens.model.attention import final_point
 from registerlens.model.block import Block
 from registerlens.model.norms import Norm
+from registerlens.model.rotary import Rotation
 from registerlens.model.vit import HookedViT
 
 NORMS = ("live", "held")
@@ -59,8 +61,8 @@ def check_edges(
 ) -> EdgeEffects:
     """Patch every edge between these neurons, the outliers' stream, these heads, the reader and the output.
 
-    Cost: the attention of each head's block runs twice for every neuron; the last norm and the model's head twice for
-    every attention head and group of keys.
+    Cost: the attention of each head's block runs once; the keys of the outliers are made twice for every neuron; the
+    last norm and the model's head run twice for every attention head and group of keys.
     """
     writes = written(vit, seen, neurons)[: len(neurons)]
     senders = torch.cat([seen.stream[None], writes, writes.sum(0, keepdim=True)])
@@ -96,57 +98,63 @@ def _without_in_keys(
         columns = [i for i, (of, _) in enumerate(heads.pairs) if of == layer]
         chosen = [heads.pairs[i][1] for i in columns]
         for sender, part in enumerate(senders):
-            for norm in range(len(NORMS)):
-                scores, paid = keys.without(part, held=NORMS[norm] == "held")
+            for norm, name in enumerate(NORMS):
+                scores, paid = keys.without(part, held=name == "held")
                 score[:, norm, sender, columns] = (seen.tokens.mean(seen.scores[layer].T) - scores)[:, chosen]
                 attention[:, norm, sender, columns] = (seen.pattern[layer][..., 0] - paid)[:, chosen]
     return score, attention
 
 
 class _Keys:
-    """A block's attention, which can be run with other keys of the outlier tokens."""
+    """The readers' attention in one block, with other keys of the outlier tokens and all else as in the clean run."""
 
     def __init__(self, vit: HookedViT, layer: int, resid: Float[Tensor, "batch pos d_model"], seen: Sight) -> None:
-        self.vit, self.block, self.name = vit, cast(Block, vit.blocks[layer]), f"blocks.{layer}.attn"
-        self.tokens, self.stream = seen.tokens, seen.before[layer]
-        self.rotation = None if vit.rotary is None else vit.rotary(seen.tokens.layout, vit.embed.patch.weight)[layer]
-        self.input = self.block.ln1(resid)
-        self.scale: Tensor | None = None
-        self.key_norm = [f"{self.name}.k_norm.norm.hook_scale"] if self.block.attn.k_norm is not None else []
-        if self.key_norm:
-            with vit.hooks([(self.key_norm, lambda scale, hook: setattr(self, "scale", scale.clone()))]):
-                self.block.attn(self.input, self.rotation)
+        self.block, self.tokens, self.stream = cast(Block, vit.blocks[layer]), seen.tokens, seen.before[layer]
+        places, dtype, met = seen.tokens.places, seen.stream.dtype, dict[str, Tensor]()
+        self.rotation = turn = None
+        if vit.rotary is not None:
+            turn = vit.rotary(seen.tokens.layout, vit.embed.patch.weight)[layer]
+            at = seen.tokens.position
+            self.rotation = Rotation(turn.cos[at], turn.sin[at], turn.interleaved)
+        name = f"blocks.{layer}.attn"
+        hooks: list[Any] = [
+            (f"{name}.{final_point(vit.cfg, 'q')}", lambda q, hook: met.update(q=q[:, places].to(dtype))),
+            (f"{name}.hook_attn_scores", lambda scores, hook: met.update(scores=scores[:, :, places].to(dtype))),
+        ]
+        with vit.hooks(hooks):
+            self.block.attn(self.block.ln1(resid), turn)
+        self.queries = met["q"][seen.tokens.image] * vit.cfg.d_head**-0.5  # [token, reader, head, d_head]
+        outliers = seen.tokens.groups[:, None, None, :, 0] > 0
+        self.others = met["scores"].masked_fill(outliers, -torch.inf).logsumexp(-1)  # [batch, head, reader]
 
     def without(
         self, part: Float[Tensor, "token d_model"], *, held: bool
     ) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head"]]:
         """The readers' mean score with the outliers and attention to them, one part missing from the outliers' keys."""
-        tokens, attn, met = self.tokens, self.block.attn, dict[str, Tensor]()
-        rows = (tokens.image, tokens.position)
-        left = _normed(self.block.ln1, self.stream - part, self.stream if held else self.stream - part)
-        keys = einsum(left.to(attn.W_K.dtype), attn.W_K, "token d_model, head d_model d -> token head d") + attn.b_K
+        tokens = self.tokens
+        scores = einsum(self.queries, self._keys(part, held=held), "token q head d, token head d -> token head q")
+        mean = einsum(scores, tokens.readers[tokens.image], "token head q, token q -> token head")
+        # The softmax of the outliers against all other keys, whose scores have not changed.
+        odds = torch.zeros_like(self.others, dtype=torch.float64)
+        odds = odds.index_add(0, tokens.image, (scores - self.others[tokens.image]).double().clamp_max(500).exp())
+        paid = (odds / (1 + odds)).to(scores.dtype)
+        return tokens.mean(mean.T), einsum(paid, tokens.readers, "b head q, b q -> b head")
 
-        def replace(k: Tensor, hook: Any) -> Tensor:
-            edited = k.clone()
-            edited[rows] = keys
-            return edited
+    def _keys(self, part: Float[Tensor, "token d_model"], *, held: bool) -> Float[Tensor, "token head d_head"]:
+        """The outliers' keys as the scores take them."""
+        attn, left = self.block.attn, self.stream - part
+        k = self._project(_normed(self.block.ln1, left, self.stream if held else left))
+        if attn.k_norm is not None:
+            scale_of = self._project(_normed(self.block.ln1, self.stream, self.stream)) if held else k
+            pattern = "token (group key) d -> token group (key d)"
+            groups = (rearrange(x, pattern, key=attn.k_norm.together) for x in (k, scale_of))
+            normed = _normed(attn.k_norm.norm, *groups)
+            k = rearrange(normed, "token group (key d) -> token (group key) d", key=attn.k_norm.together)
+        return k if self.rotation is None else self.rotation(k[None])[0]
 
-        def read(x: Tensor) -> Float[Tensor, "batch key head"]:
-            return einsum(x[:, :, tokens.places].to(part.dtype), tokens.readers, "b head q key, b q -> b key head")
-
-        def keep_scores(x: Tensor, hook: Any) -> None:
-            met["scores"] = tokens.mean(read(x)[rows].T)
-
-        def keep_pattern(x: Tensor, hook: Any) -> None:
-            met["pattern"] = einsum(read(x), tokens.groups[..., 0], "b key head, b key -> b head")
-
-        hooks: list[Any] = [(f"{self.name}.hook_k", replace), (f"{self.name}.hook_attn_scores", keep_scores)]
-        hooks.append((f"{self.name}.hook_pattern", keep_pattern))
-        if held and self.key_norm:
-            hooks.append((self.key_norm, lambda scale, hook: self.scale))
-        with self.vit.hooks(hooks):
-            attn(self.input, self.rotation)
-        return met["scores"], met["pattern"]
+    def _project(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token head d_head"]:
+        attn = self.block.attn
+        return einsum(x, attn.W_K.to(x.dtype), "token d_model, head d_model d -> token head d") + attn.b_K.to(x.dtype)
 
 
 def _normed(

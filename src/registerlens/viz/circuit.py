@@ -13,12 +13,13 @@ from jaxtyping import Float
 from registerlens.circuits.graph import REST, STREAM
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.circuits.sighting import VIA
-from registerlens.viz.theme import BLUE, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink, paper
+from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink, paper
 
 Point = tuple[float, float]
 
-_COLOURS = {"neuron": ORANGE, "stream": PURPLE, "head": SKY, "rest": GREY}
-_SIZES = {"neuron": 13, "stream": 26, "head": 16, "reader": 26, "output": 26, "rest": 7}
+_ADDS: dict[Mode, str] = {"light": BLUE, "dark": SKY}
+_COLOURS = {"neuron": ORANGE, "stream": PURPLE, "head": GREEN, "rest": GREY}
+_SIZES = {"rest": 7, "neuron": 13, "stream": 26, "head": 16, "reader": 26, "output": 26}
 _NAMES = {"neuron": "neurons", "stream": "outlier stream", "head": "heads", "rest": "all that is not shown"}
 _WIDEST = 14.0
 """Pixels of an edge that is all of what its receiver gets."""
@@ -42,15 +43,15 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
         True
     """
     drawing = _Drawing(circuit, _places(circuit))
-    figure = go.Figure()
-    for row in circuit.edges.to_dict("records"):
-        figure.add_trace(drawing.edge(row))
-    for kind in ("rest", "neuron", "stream", "head", "reader", "output"):
-        if kind in set(circuit.nodes["kind"]):
-            figure.add_trace(drawing.nodes(kind, mode))
-    for colour, name in ((BLUE, "adds"), (RED, "takes away")):
-        line = {"color": colour, "width": 5}
-        figure.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=name))
+    kinds = [kind for kind in _SIZES if kind in set(circuit.nodes["kind"])]
+    signs = ((_ADDS[mode], "adds"), (RED, "takes away"))
+    figure = go.Figure(
+        [
+            *(drawing.edge(row, mode) for row in circuit.edges.to_dict("records")),
+            *(drawing.nodes(kind, mode) for kind in kinds),
+            *(go.Scatter(x=[None], y=[None], mode="lines", line={"color": c, "width": 5}, name=n) for c, n in signs),
+        ]
+    )
     rows = max((place[1] for place in drawing.places.values()), default=0.0)
     figure.update_layout(
         title={"text": _title(circuit), "font": {"size": 15}, "x": 0.01, "y": 0.98, "yanchor": "top"},
@@ -119,10 +120,10 @@ class _Drawing:
     circuit: AttentionCircuit
     places: dict[str, Point]
 
-    def edge(self, row: dict[str, Any]) -> go.Scatter:
+    def edge(self, row: dict[str, Any], mode: Mode) -> go.Scatter:
         """One edge as a curve."""
         rest = row["sender"].startswith(REST)
-        colour = GREY if rest else BLUE if row["value"] >= 0 else RED
+        colour = GREY if rest else _ADDS[mode] if row["value"] >= 0 else RED
         # Several groups of keys make several edges between the same nodes.
         bend = -0.35 * VIA.index(row["via"]) if row["via"] else 0.0
         x, y = _curve(self.places[row["sender"]], self.places[row["receiver"]], bend)
@@ -222,7 +223,7 @@ def _label(row: dict[str, Any]) -> str:
         return f"{row['layer']}:{row['index']} "
     if row["kind"] == "head":
         return f"{row['layer']}.{row['index']} ({row['attention']:.0%})"
-    return f" {row['name']}"
+    return f"  {row['name']}<br>  {row['unit']} {row['whole']:.3g}"
 
 
 def _number(row: dict[str, Any]) -> str:
