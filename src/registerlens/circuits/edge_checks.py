@@ -78,8 +78,9 @@ def _shortened(
     x: Float[Tensor, "place d_model"], part: Float[Tensor, "*part place d_model"]
 ) -> Float[Tensor, "norm *part place"]:
     """By how much the norm falls without the part, and the length along the clean direction."""
-    norm, left = x.norm(dim=-1), x - part
-    return torch.stack([norm - left.norm(dim=-1), norm - (left * x).sum(-1) / norm])
+    wide = x.double()  # a small difference of large numbers
+    norm, left = wide.norm(dim=-1), wide - part
+    return torch.stack([norm - left.norm(dim=-1), norm - (left * wide).sum(-1) / norm]).to(x.dtype)
 
 
 # In a head's keys ----------------------------------------------------------------------------------------------------

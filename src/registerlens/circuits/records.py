@@ -81,7 +81,7 @@ class AttentionCircuit:
     parts: pd.DataFrame
     """What each node's inflow is made of, unpruned: receiver, part, value, low, high, share."""
 
-    def to_dataframe(self, table: Table = "edges") -> pd.DataFrame:
+    def to_dataframe(self, table: str = "edges") -> pd.DataFrame:
         """A copy of one table: "edges", "nodes", "paths" or "parts".
 
         Raises:
@@ -204,7 +204,7 @@ _PLAIN = (
 """Fields that are JSON as they are."""
 
 
-def _agreement(edges: Any) -> dict[str, float]:
+def _agreement(edges: Any) -> dict[str, Any]:
     there = edges[np.isfinite(edges["effect"]) & np.isfinite(edges["value"])]
     value, effect, held = (there[name].to_numpy(dtype=float) for name in ("value", "effect", "effect_held"))
     varied = len(there) > 2 and np.ptp(value) > 0 and np.ptp(effect) > 0

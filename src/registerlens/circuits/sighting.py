@@ -67,9 +67,10 @@ def reads_by_cls(cfg: ViTConfig) -> bool:
 
 def locate(vit: HookedViT, batch: Tensor, detection: Detection) -> tuple[Bool[Tensor, " batch"], Located | None]:
     """Which images can be used, those with an outlier and an ordinary patch, and the tokens of these."""
+    layout = vit.layout(batch)  # first, for its clear errors
     above = detection.cutoff.above(patch_norms(vit, batch, detection.sublayer))
     used = above.any(1) & ~above.all(1)
-    above, layout = above[used], vit.layout(batch)
+    above = above[used]
     if not len(above):
         return used, None
     image, patch = above.nonzero(as_tuple=True)
