@@ -1,0 +1,1 @@
+"""Circuits: which parts of a model make what happens at outlier tokens, and tools to test such claims."""

@@ -1,0 +1,237 @@
+"""From contributions image by image to the circuit's tables: what is shown, what is the rest, means with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.circuits.collect import Collected
+from registerlens.circuits.contributions import LATER, reader_parts, stream_parts
+from registerlens.circuits.edge_checks import NORMS
+from registerlens.circuits.sighting import VIA
+from registerlens.config import ViTConfig
+from registerlens.evaluation.intervals import mean_intervals
+
+STREAM, OUTPUT, REST = "outlier stream", "output", "rest of "
+"""Names of nodes."""
+
+Row = tuple[dict[str, Any], Float[np.ndarray, " image"]]
+"""Columns of a row, and its number an image."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which neurons and heads are nodes."""
+
+    neurons: tuple[int, ...]
+    """Places in the list of neurons."""
+    heads: tuple[tuple[int, int], ...]
+    """(layer, head)."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the tables are made from."""
+
+    cfg: ViTConfig
+    neurons: RegisterNeurons
+    block: int
+    reader: str
+    found: Collected
+    times: Float[np.ndarray, "image sample"]
+    """Bootstrap samples, as `intervals.resample` makes them."""
+
+    def mean(self, name: str) -> np.ndarray:
+        """Mean over images of one array."""
+        return self.found[name].mean(0)
+
+    @property
+    def receivers(self) -> tuple[str, ...]:
+        """The ends of the path: the reader, and the output where it is part of it."""
+        return (self.reader, OUTPUT) if "output_whole" in self.found else (self.reader,)
+
+    @property
+    def written(self) -> list[str]:
+        """Names of what the outlier stream is made of."""
+        return stream_parts(self.cfg, self.neurons, self.block)
+
+    def field(self, receiver: str, name: str) -> np.ndarray:
+        """An array of the reader or the output."""
+        return self.found[f"{'output' if receiver == OUTPUT else 'reader'}_{name}"]
+
+    def at(self, layer: int) -> int:
+        """Where a block stands in arrays of later blocks."""
+        return layer - self.block - 1
+
+
+def head_name(layer: int, head: int) -> str:
+    """A head's node.
+
+    Example:
+        >>> head_name(3, 0)
+        'head 3.0'
+    """
+    return f"head {layer}.{head}"
+
+
+def select(measured: Measured, min_share: float) -> Shown:
+    """Neurons with this share of the outlier stream; heads with this share of all attention to outliers, or whose
+    write from outliers has this share of the reader's stream."""
+    stream, attention, heads = (measured.mean(name) for name in ("stream", "attention", "reader_heads"))
+    gross = abs(heads).sum() + abs(measured.mean("reader_rest")).sum()
+    neurons = abs(stream[: len(measured.neurons)]) >= min_share * abs(stream).sum()
+    sinks = attention[..., 0] >= min_share * attention[..., 0].sum()
+    kept = sinks | (abs(heads[..., 0]) >= min_share * gross)
+    return Shown(
+        tuple(np.flatnonzero(neurons).tolist()),
+        tuple((measured.block + 1 + layer, head) for layer, head in np.argwhere(kept).tolist()),
+    )
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def tabulate(rows: Sequence[Row], times: np.ndarray, columns: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """Rows of columns, then the mean of their numbers with its interval, which one image does not have."""
+    frame = pd.DataFrame([labels for labels, _ in rows], columns=list(columns))
+    numbers = np.stack([numbers for _, numbers in rows]) if rows else np.zeros((0, len(times)))
+    found = np.stack(mean_intervals(numbers, times))
+    if len(times) < 2:
+        found[1:] = np.nan
+    frame[value], frame["low"], frame["high"] = found
+    return frame
+
+
+def parts_table(measured: Measured, shown: Shown) -> pd.DataFrame:
+    """What the inflow of each shown node is made of, with the share of all magnitudes there."""
+    found, rows = measured.found, list[Row]()
+
+    def add(receiver: str, names: Sequence[str], numbers: Float[np.ndarray, "image part"], via: str = "") -> None:
+        for name, values in zip(names, numbers.T, strict=True):
+            rows.append(({"receiver": receiver, "part": name, "via": via}, values))
+
+    add(STREAM, measured.written, found["stream"])
+    for layer, head in shown.heads:
+        add(head_name(layer, head), [*measured.written, *LATER], found["scores"][:, :, measured.at(layer), head])
+    rest = reader_parts(measured.cfg, measured.block)
+    for receiver in measured.receivers:
+        heads = measured.field(receiver, "heads")
+        names = [head_name(measured.block + 1 + i, head) for i, head in np.ndindex(heads.shape[1:3])]
+        for i, via in enumerate(VIA):
+            add(receiver, names, heads[..., i].reshape(len(heads), -1), via)
+        add(receiver, rest if receiver != OUTPUT else [*rest, "other tokens"], measured.field(receiver, "rest"))
+    frame = tabulate(rows, measured.times, ("receiver", "part", "via"))
+    frame["share"] = frame["value"] / _gross(frame)
+    return frame
+
+
+def _gross(parts: pd.DataFrame) -> Any:
+    """The sum of magnitudes that flow into each row's receiver."""
+    return parts["value"].abs().groupby(parts["receiver"]).transform("sum")
+
+
+def edges_table(
+    measured: Measured, shown: Shown, parts: pd.DataFrame, effects: Collected | None, min_share: float
+) -> pd.DataFrame:
+    """Every shown edge, and for each node one from the rest, so that the inflow adds up to the node's quantity."""
+    rows, cut = list[Row](), list[Float[np.ndarray, "image norm"]]()
+    unknown = np.full((len(measured.times), len(NORMS)), np.nan)
+    gross = _gross(parts).groupby(parts["receiver"]).first()
+
+    def add(sender: str, receiver: str, values: np.ndarray, effect: np.ndarray, via: str = "") -> None:
+        rows.append(({"sender": sender, "receiver": receiver, "via": via}, values))
+        cut.append(effect)
+
+    def close(receiver: str, whole: np.ndarray) -> None:
+        into = [values for labels, values in rows if labels["receiver"] == receiver]
+        add(f"{REST}{receiver}", receiver, whole - np.sum(into, 0) if into else whole, unknown)
+
+    def effect(name: str, *index: int) -> np.ndarray:
+        return unknown if effects is None else effects[name][(slice(None), slice(None), *index)]
+
+    found, n = measured.found, len(measured.written)
+    for row, i in enumerate(shown.neurons):
+        add(measured.written[i], STREAM, found["stream"][:, i], effect("stream", row))
+    close(STREAM, found["stream_norm"])
+    for column, (layer, head) in enumerate(shown.heads):
+        score = found["scores"][:, :n, measured.at(layer), head].sum(1)
+        add(STREAM, head_name(layer, head), score, effect("score", 0, column))
+        close(head_name(layer, head), found["score"][:, measured.at(layer), head])
+    for receiver in measured.receivers:
+        for column, (layer, head) in enumerate(shown.heads):
+            values = measured.field(receiver, "heads")[:, measured.at(layer), head]
+            for i, via in enumerate(VIA):
+                if i == 0 or abs(values[:, i].mean()) >= max(min_share * gross[receiver], _NOTHING):
+                    cutting = effect("output" if receiver == OUTPUT else "reader", column, i)
+                    add(head_name(layer, head), receiver, values[:, i], cutting, via)
+        close(receiver, measured.field(receiver, "whole"))
+    frame = tabulate(rows, measured.times, ("sender", "receiver", "via"))
+    frame["share"] = frame["value"] / gross[frame["receiver"]].to_numpy()
+    live, held = (tabulate([({}, effect[:, i]) for effect in cut], measured.times, (), "effect") for i in (0, 1))
+    frame = frame.assign(effect=live["effect"], effect_low=live["low"], effect_high=live["high"])
+    return frame.assign(effect_held=held["effect"])
+
+
+_NOTHING = 1e-12
+"""Below this a group of keys has no tokens."""
+
+
+def nodes_table(measured: Measured, shown: Shown, edges: pd.DataFrame, effects: Collected | None) -> pd.DataFrame:
+    """Every node with its quantity, in the order of the path."""
+    found, unknown = measured.found, np.full(len(measured.times), np.nan)
+    rows: list[Row] = []
+
+    def add(name: str, kind: str, whole: np.ndarray, unit: str, place: tuple[int, int] = (-1, -1)) -> None:
+        labels = {"name": name, "kind": kind, "layer": place[0], "index": place[1], "unit": unit}
+        rows.append((labels | {"attention": np.nan, "attention_without": np.nan}, whole))
+
+    for i in shown.neurons:
+        add(measured.written[i], "neuron", unknown, "", measured.neurons.pairs[i])
+    add(STREAM, "stream", found["stream_norm"], "norm", (measured.block, -1))
+    for column, (layer, head) in enumerate(shown.heads):
+        at = measured.at(layer)
+        add(head_name(layer, head), "head", found["score"][:, at, head], "score", (layer, head))
+        paid = found["attention"][:, at, head, 0].mean()
+        rows[-1][0]["attention"] = paid
+        if effects is not None:
+            rows[-1][0]["attention_without"] = paid - effects["attention"][:, 0, -1, column].mean()
+    for receiver in measured.receivers:
+        kind = "output" if receiver == OUTPUT else "reader"
+        add(receiver, kind, measured.field(receiver, "whole"), "projection" if kind == "output" else "norm")
+    for sender in edges["sender"][edges["sender"].str.startswith(REST)]:
+        add(sender, "rest", unknown, "")
+    columns = ("name", "kind", "layer", "index", "unit", "attention", "attention_without")
+    return tabulate(rows, measured.times, columns, "whole")
+
+
+_CUT = ("effect", "effect_attention", "effect_held")
+
+
+def paths_table(measured: Measured, shown: Shown, effects: Collected | None) -> pd.DataFrame:
+    """Every shown neuron's path through every shown head, strongest first."""
+    scores, attention = measured.mean("scores"), measured.mean("attention")[..., 0]
+    rows: list[Row] = []
+    for column, (layer, head) in enumerate(shown.heads):
+        at = measured.at(layer)
+        gross = abs(scores[:, at, head]).sum()
+        for row, i in enumerate(shown.neurons):
+            share = scores[i, at, head] / gross if gross > 0 else 0.0
+            place = dict(zip(("layer", "neuron"), measured.neurons.pairs[i], strict=True))
+            labels = {**place, "head_layer": layer, "head": head, "share": share, "attention": attention[at, head]}
+            labels["strength"] = share * attention[at, head] / attention.sum()
+            told = [np.nan] * 3
+            if effects is not None:
+                places = (("score", 0), ("attention", 0), ("score", 1))
+                told = [effects[name][:, norm, row + 1, column].mean() for name, norm in places]
+            labels |= dict(zip(_CUT, told, strict=True))
+            rows.append((labels, measured.found["scores"][:, i, at, head]))
+    columns = ("layer", "neuron", "head_layer", "head", "share", "attention", "strength", *_CUT)
+    frame = tabulate(rows, measured.times, columns, "score")
+    order = np.argsort(-np.abs(frame["strength"].to_numpy(dtype=float)), kind="stable")
+    return frame.iloc[order].reset_index(drop=True)

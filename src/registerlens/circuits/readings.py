@@ -1,0 +1,236 @@
+"""What reads the residual stream, as linear functionals: quantity = vector . stream + constant, at frozen norms.
+
+Norm scales, queries and rotations are constants taken from the run, so that the contributions of all writers add up.
+Everything here runs backwards: from what a receiver takes to the vector that it reads the stream with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.errors import ConfigError
+from registerlens.model.block import Block
+from registerlens.model.norms import Norm
+from registerlens.model.rotary import Rotation
+from registerlens.model.vit import HookedViT
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A linear functional of the stream at some places."""
+
+    vectors: Float[Tensor, "*place d_model"]
+    """What the stream is multiplied with."""
+    constants: Float[Tensor, "*place"]
+    """What is added: biases of norms and weights."""
+
+
+def through_norm(
+    norm: Norm, x: Float[Tensor, "*place width"], reading: Float[Tensor, "*place width"]
+) -> tuple[Float[Tensor, "*place width"], Float[Tensor, "*place"]]:
+    """From a reading of norm(x) to one of x, with the scale frozen: the vector, and the bias's constant.
+
+    Example:
+        >>> from registerlens.model.norms import LayerNorm
+        >>> norm, x, reading = LayerNorm(4, 1e-6), torch.arange(4.0), torch.tensor([1.0, 0.0, 0.0, 0.0])
+        >>> vector, constant = through_norm(norm, x, reading)
+        >>> bool(torch.isclose(vector @ x + constant, norm(x) @ reading))
+        True
+    """
+    scale = (norm.centre(x).square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    bias = norm.affine(torch.zeros_like(norm.w)).to(x.dtype)
+    # Taking out the mean is a symmetric projection: it is its own adjoint.
+    return norm.centre(norm.w.to(x.dtype) * reading) / scale, reading @ bias
+
+
+def read_keys(
+    vit: HookedViT,
+    layer: int,
+    stream: Float[Tensor, "token d_model"],
+    positions: Int[Tensor, " token"],
+    queries: Float[Tensor, "token head d_head"],
+    layout: TokenLayout,
+) -> Reading:
+    """How the heads of a block read tokens as keys: q . k / sqrt(d_head) as a functional of what enters the block.
+
+    Args:
+        vit: the model.
+        layer: the block.
+        stream: the residual stream before it.
+        positions: where in the sequence each token stands.
+        queries: for each token the query it is scored by, as the scores take it: normalised and turned.
+        layout: of the sequence.
+
+    Returns:
+        vectors [token, head, d_model].
+    """
+    block = cast(Block, vit.blocks[layer])
+    attn, dtype = block.attn, stream.dtype
+    g = queries * attn.d_head**-0.5
+    if vit.rotary is not None:
+        turn = vit.rotary(layout, vit.embed.patch.weight)[layer]
+        back = Rotation(turn.cos[positions], -turn.sin[positions], turn.interleaved)
+        g = back(g[None])[0]
+    # One copy of all keys for each head's score: a norm over all heads mixes them.
+    own = torch.eye(attn.n_heads, dtype=dtype, device=g.device)
+    spread = einsum(g, own, "token head d, head key -> token head key d")
+    constants = torch.zeros_like(g[..., 0])
+    if attn.k_norm is not None:
+        wide = block.ln1.normalise(stream.to(block.ln1.w.dtype)).to(dtype)
+        k = einsum(wide, attn.W_K.to(dtype), "token d_model, key d_model d -> token key d") + attn.b_K.to(dtype)
+        pattern = "token ... (group key) d -> token ... group (key d)"
+        groups = rearrange(k[:, None], pattern, key=attn.k_norm.together).expand(-1, attn.n_heads, -1, -1)
+        spread, biases = through_norm(attn.k_norm.norm, groups, rearrange(spread, pattern, key=attn.k_norm.together))
+        spread = rearrange(spread, "token head group (key d) -> token head (group key) d", d=attn.d_head)
+        constants = constants + biases.sum(-1)
+    constants = constants + einsum(spread, attn.b_K.to(dtype), "token head key d, key d -> token head")
+    read = einsum(spread, attn.W_K.to(dtype), "token head key d, key d_model d -> token head d_model")
+    vectors, biases = through_norm(block.ln1, stream[:, None].expand_as(read), read)
+    return Reading(vectors, constants + biases)
+
+
+def read_writes(
+    vit: HookedViT, layer: int, z: Float[Tensor, "*place head d_head"], reading: Float[Tensor, "*place d_model"]
+) -> tuple[Float[Tensor, "*place head d_head"], Float[Tensor, "*place"]]:
+    """From a reading of what attention writes to one of the heads' z, any norm before W_O frozen, and its constant."""
+    attn = cast(Block, vit.blocks[layer]).attn
+    by_head = einsum(reading, attn.W_O.to(reading.dtype), "... d_model, head d d_model -> ... head d")
+    if attn.ln is None:
+        return by_head, torch.zeros_like(reading[..., 0])
+    flat, constants = through_norm(attn.ln, z.flatten(-2), by_head.flatten(-2))
+    return rearrange(flat, "... (head d) -> ... head d", d=attn.d_head), constants
+
+
+# The output ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OutputReading:
+    """How the model's output reads the final stream."""
+
+    vectors: Float[Tensor, "batch pos d_model"]
+    """Each token's; zero where the output does not look at it."""
+    constants: Float[Tensor, "batch pos"]
+    """Each token's share of the final norm's bias."""
+    bias: Float[Tensor, " batch"]
+    """The head's own bias, and that of a norm after pooling."""
+    whole: Float[Tensor, " batch"]
+    """The quantity itself."""
+
+
+def why_no_output(cfg: ViTConfig) -> str | None:
+    """Why the output is not linear in the final stream even with norms frozen; None where it is.
+
+    Example:
+        >>> why_no_output(ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=(8, 8), patch_size=(4, 4)))
+    """
+    if cfg.attn_pool is not None:
+        return "The output is not part of the circuit: attention pooling stands between the tokens and the output."
+    return None
+
+
+def output_words(cfg: ViTConfig, target: int | None) -> str:
+    """What of the output is measured, in words."""
+    what = "the output's own direction" if target is None else f"output {target}"
+    return f"{what}{' before its tanh' if cfg.head_act else ''}"
+
+
+def check_target(cfg: ViTConfig, target: int | None) -> None:
+    """Raise a ConfigError unless the output has that class."""
+    if target is None:
+        return
+    width = cfg.d_out or cfg.d_pooled
+    if not 0 <= target < width:
+        raise ConfigError(
+            f"target must be an output from 0 to {width - 1}, or None for its own direction, got {target}."
+        )
+
+
+def run_head(
+    vit: HookedViT, final: Float[Tensor, "batch pos d_model"], layout: TokenLayout
+) -> tuple[Float[Tensor, "batch *width"], Float[Tensor, "batch *out"]]:
+    """From the final stream to what the head pools and to its output before any tanh; axis `pos` where none pools."""
+    head = vit.head
+    tokens = vit.ln_final(final.to(vit.dtype))
+    pooled = head.pool(tokens, layout) if head.pooling else tokens
+    normed = pooled if head.ln is None else head.ln(pooled)
+    out = normed if head.linear is None else head.linear(normed)
+    return pooled.to(final.dtype), out.to(final.dtype)
+
+
+def direction_of(out: Float[Tensor, "batch *out"], target: int | None) -> Float[Tensor, "batch *out"]:
+    """The vector that the output is projected on: one class, or the output's own unit vector."""
+    if target is None:
+        return out / out.norm(dim=-1, keepdim=True)
+    direction = torch.zeros_like(out)
+    direction[..., target] = 1
+    return direction
+
+
+def project(
+    out: Float[Tensor, "batch *out"], direction: Float[Tensor, "batch *out"], readers: Float[Tensor, "batch pos"]
+) -> Float[Tensor, " batch"]:
+    """The quantity: the projection, where nothing is pooled its mean over the readers."""
+    projected = (direction * out).sum(-1)
+    return (projected * readers).sum(1) if projected.ndim == 2 else projected
+
+
+def read_output(
+    vit: HookedViT,
+    final: Float[Tensor, "batch pos d_model"],
+    layout: TokenLayout,
+    readers: Float[Tensor, "batch pos"],
+    target: int | None,
+) -> OutputReading:
+    """The output's functional of the final stream: one class, or the projection on the output's own direction.
+
+    Where nothing is pooled the quantity is the mean over the reading tokens, of each on its own output.
+
+    Args:
+        vit: the model.
+        final: the stream after the last block.
+        layout: of the sequence.
+        readers: how much each token counts as a reader; sums to 1.
+        target: an output; None for the own direction.
+    """
+    head = vit.head
+    pooled, out = run_head(vit, final, layout)
+    direction = direction_of(out, target)
+    g, bias = direction, torch.zeros_like(out[..., 0])
+    if head.linear is not None:
+        g = direction @ head.linear.weight.to(out.dtype)
+        bias = bias if head.linear.bias is None else direction @ head.linear.bias.to(out.dtype)
+    if head.ln is not None:
+        g, more = through_norm(head.ln, pooled, g)
+        bias = bias + more
+    if head.pooling:
+        shares = _shares(head.pooling, layout).to(g)
+        g = einsum(rearrange(g, "b (part d) -> b part d", part=len(shares)), shares, "b part d, part pos -> b pos d")
+    else:
+        g, bias = g * readers[..., None], (bias * readers).sum(1)
+    vectors, constants = g, torch.zeros_like(g[..., 0])
+    if isinstance(vit.ln_final, Norm):
+        vectors, constants = through_norm(vit.ln_final, final, g)
+    return OutputReading(vectors, constants, bias, project(out, direction, readers))
+
+
+def _shares(pooling: Sequence[str], layout: TokenLayout) -> Float[Tensor, "part pos"]:
+    """How much of each token goes into each pooled part."""
+    shares = torch.zeros(len(pooling), layout.n_tokens)
+    for row, part in zip(shares, pooling, strict=True):
+        places = {
+            "cls": layout.cls,
+            "distillation": layout.distillation,
+            "mean": layout.patches,
+            "mean_all": slice(layout.patches.stop),
+        }[part]
+        row[places] = 1.0
+    return shares / shares.sum(1, keepdim=True)

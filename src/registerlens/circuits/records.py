@@ -1,0 +1,217 @@
+"""The result: a circuit as tables of nodes, edges, paths and parts, in words, as a graph and as a figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save_file
+
+from registerlens.analysis.detection import Detection, detection_from_dict, detection_to_dict
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.config import ViTConfig
+from registerlens.errors import ConfigError
+from registerlens.files import read_tensors, reading, whole_file, write_json
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import plotly.graph_objects as go
+
+Table = Literal["edges", "nodes", "paths", "parts"]
+_FILE = "attention_circuit"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AttentionCircuit:
+    """The path from register neurons over the outlier tokens and the heads that sink in them to [CLS] and the output.
+
+    Every number is a mean over images. What flows into a node adds up to the node's quantity: a node "rest of ..."
+    holds what is not shown. Quantities: of the outlier stream, and of [CLS] (or the mean patch), the residual norm; of
+    a head its score q . k / sqrt(d_head) of the reader's query with the outliers; of the output a logit, or its norm.
+    """
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    detection: Detection
+    """Which patches are outliers."""
+    neurons: RegisterNeurons
+    """The neurons that were asked about."""
+    block: int
+    """The outliers' stream is taken after this block; heads of later blocks read it."""
+    reader: str
+    """Where the path ends: "[CLS]", or "mean patch" (the mean over ordinary patches), where there is no [CLS], or the
+    output is a mean of other tokens."""
+    output: str | None
+    """What of the output is measured, in words; None where it is no part of the circuit."""
+    min_share: float
+    """The smallest share of a node's inflow that is shown."""
+    n_images: int
+    """Images that went through."""
+    n_used: int
+    """Of these, with an outlier and an ordinary patch; means are over them."""
+    checked: bool
+    """Whether edges were patched one by one."""
+    sum_error: float
+    """Largest relative difference between a sum of parts and its whole, over batches and receivers."""
+    neuron_share: float
+    """Of what all neurons contribute to the outliers' stream, the part of the given ones."""
+    onset_share: float
+    """The same in the given neurons' blocks alone."""
+    notes: tuple[str, ...]
+    """What a reader of the numbers should know."""
+    nodes: pd.DataFrame
+    """name, kind ("neuron", "stream", "head", "reader", "output", "rest"), layer, index (-1: none), whole and unit (the
+    node's quantity; NaN for what only sends), low, high, attention (a head's, to outliers) and attention_without (what
+    is left of it when the shown neurons' writes are taken out of the outliers' keys; NaN if unchecked)."""
+    edges: pd.DataFrame
+    """sender, receiver, via (the group of keys that a head took it from), value, low, high (95% bootstrap interval),
+    share (of all magnitudes that flow into the receiver), effect (by how much the receiver's quantity falls when this
+    edge alone is cut, and its norms take their scales anew; NaN if unchecked), effect_low, effect_high, effect_held
+    (the same with scales and directions held, where it must be the value)."""
+    paths: pd.DataFrame
+    """Neuron by head, strongest first: layer, neuron, head_layer, head, score (the neuron's part of the head's score),
+    low, high, share (of all magnitudes in that score), attention (of the head, to outliers), strength (share times the
+    head's share of all attention to outliers), effect and effect_attention (by how much score and attention fall when
+    the neuron's write is taken out of the head's keys), effect_held (of the score, with scales held)."""
+    parts: pd.DataFrame
+    """What each node's inflow is made of, unpruned: receiver, part, value, low, high, share."""
+
+    def to_dataframe(self, table: str = "edges") -> pd.DataFrame:
+        """A copy of one table: "edges", "nodes", "paths" or "parts".
+
+        Raises:
+            ConfigError: there is no such table.
+        """
+        if table not in get_args(Table):
+            raise ConfigError(f"table must be one of {list(get_args(Table))}, got {table!r}.")
+        return getattr(self, table).copy()
+
+    @property
+    def agreement(self) -> pd.DataFrame:
+        """How well attributions foretell what cutting an edge does, one row a kind of edge: edge, n, correlation (NaN
+        for fewer than 3), difference (sum of |effect - value| over sum of |value|), difference_held (with scales held).
+
+        Where neurons write the same direction, a norm that takes its scale anew hides each of them: the live effect of
+        one neuron on a score is far smaller than its part of the score.
+        """
+        kinds: Any = self.nodes.set_index("name")["kind"]
+        frame: Any = self.edges
+        groups = {
+            f"{a} -> {b}": frame[(frame["sender"].map(kinds) == a) & (frame["receiver"].map(kinds) == b)]
+            for a, b in (("neuron", "stream"), ("stream", "head"), ("head", "reader"), ("head", "output"))
+        }
+        groups["neuron -> head"] = self.paths.rename(columns={"score": "value"})
+        rows = [{"edge": name, **_agreement(group)} for name, group in groups.items()]
+        columns = ["edge", "n", "correlation", "difference", "difference_held"]
+        return pd.DataFrame([row for row in rows if row["n"]], columns=columns)
+
+    def describe(self) -> str:
+        """The result in words."""
+        from registerlens.circuits.wording import circuit_in_words  # noqa: PLC0415  (words stand on results)
+
+        return circuit_in_words(self)
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """A directed multigraph (networkx): nodes by name, an edge for each group of keys; columns as attributes.
+
+        Example:
+            >>> circuit = AttentionCircuit.load("folder").to_networkx()  # doctest: +SKIP
+        """
+        import networkx as nx  # noqa: PLC0415  (torch brings it along; only this needs it)
+
+        graph = nx.MultiDiGraph(model=self.model, reader=self.reader, block=self.block)
+        for row in self.nodes.to_dict("records"):
+            graph.add_node(row.pop("name"), **row)
+        for row in self.edges.to_dict("records"):
+            graph.add_edge(row.pop("sender"), row.pop("receiver"), key=row["via"], **row)
+        return graph
+
+    def plot(self, mode: Literal["light", "dark"] = "light") -> go.Figure:
+        """Layers from left to right; an edge's width is its share, its colour the sign; numbers on hovering."""
+        from registerlens.viz.circuit import circuit_figure  # noqa: PLC0415  (viz stands on results)
+
+        return circuit_figure(self, mode)
+
+    def __repr__(self) -> str:
+        kinds = self.nodes["kind"].value_counts()
+        return (
+            f"AttentionCircuit({self.model}: {kinds.get('neuron', 0)} of {len(self.neurons)} neurons -> outlier stream "
+            f"after block {self.block} -> {kinds.get('head', 0)} heads -> {self.reader}; {len(self.edges)} edges, "
+            f"{self.n_used} of {self.n_images} images)"
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write attention_circuit.json (names, words) and attention_circuit.safetensors (numbers); returns the
+        folder."""
+        from registerlens import __version__  # noqa: PLC0415
+
+        folder, arrays, texts = Path(folder), {}, {}
+        for table in get_args(Table):
+            for column, values in getattr(self, table).items():
+                if values.dtype.kind in "if":
+                    arrays[f"{table}.{column}"] = np.ascontiguousarray(values.to_numpy())
+                else:
+                    texts.setdefault(table, {})[column] = values.tolist()
+        columns = {table: list(getattr(self, table)) for table in get_args(Table)}
+        with whole_file(folder / f"{_FILE}.safetensors") as temporary:
+            save_file(arrays, temporary)
+        told: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        told |= {"config": self.config.to_dict(), "neurons": self.neurons.to_dict(), "notes": list(self.notes)}
+        told |= {"detection": detection_to_dict(self.detection), "columns": columns, "texts": texts}
+        write_json(folder / f"{_FILE}.json", {"version": __version__, "in_words": self.describe(), **told})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AttentionCircuit:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        arrays = {name: tensor.numpy() for name, tensor in read_tensors(folder / f"{_FILE}.safetensors").items()}
+        with reading(folder / f"{_FILE}.json") as told:
+            tables: dict[str, Any] = {
+                table: pd.DataFrame(
+                    {
+                        name: told["texts"][table][name]
+                        if name in told["texts"].get(table, {})
+                        else arrays[f"{table}.{name}"]
+                        for name in told["columns"][table]
+                    }
+                )
+                for table in get_args(Table)
+            }
+            return cls(
+                **{name: told[name] for name in _PLAIN},
+                config=ViTConfig.from_dict(told["config"]),
+                detection=detection_from_dict(told["detection"]),
+                neurons=RegisterNeurons.from_dict(told["neurons"]),
+                notes=tuple(told["notes"]),
+                **tables,
+            )
+
+
+_PLAIN = (
+    *("model", "block", "reader", "output", "min_share", "n_images", "n_used", "checked", "sum_error"),
+    *("neuron_share", "onset_share"),
+)
+"""Fields that are JSON as they are."""
+
+
+def _agreement(edges: Any) -> dict[str, Any]:
+    there = edges[np.isfinite(edges["effect"]) & np.isfinite(edges["value"])]
+    value, effect, held = (there[name].to_numpy(dtype=float) for name in ("value", "effect", "effect_held"))
+    varied = len(there) > 2 and np.ptp(value) > 0 and np.ptp(effect) > 0
+    gross = abs(value).sum() or np.nan
+    return {
+        "n": len(there),
+        "correlation": float(np.corrcoef(value, effect)[0, 1]) if varied else np.nan,
+        "difference": float(abs(effect - value).sum() / gross),
+        "difference_held": float(abs(held - value).sum() / gross),
+    }
