@@ -1,0 +1,1 @@
+"""Circuits: which parts of a model act on which, along exact paths."""
