@@ -95,30 +95,19 @@ class DirectContributions(Stored):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a component: component, layer and index (-1 where it has none), contribution, standard error."""
-        rows: list[tuple[str, Any, Any]] = [
+        single = ("embedding", "position", "constant", "remainder")
+        parts: list[tuple[str, Any, Any]] = [
             ("head", self.heads, self.heads_error),
             ("neuron", self.neurons, self.neurons_error),
-            ("attention bias", self.attn_bias[:, None], None),
-            ("MLP bias", self.mlp_bias[:, None], None),
+            ("attention bias", self.attn_bias, np.nan),
+            ("MLP bias", self.mlp_bias, np.nan),
+            *((name, np.array(getattr(self, name)), np.nan) for name in single),
         ]
         tables = []
-        for name, values, error in rows:
-            layer, index = np.indices(values.shape)
-            one = {"component": name, "layer": layer.ravel(), "index": index.ravel() if error is not None else -1}
-            error = np.full(values.shape, np.nan) if error is None else error
-            tables.append(pd.DataFrame(one | {"contribution": values.ravel(), "standard_error": error.ravel()}))
-        single = ("embedding", "position", "constant", "remainder")
-        tables.append(
-            pd.DataFrame(
-                {
-                    "component": single,
-                    "layer": -1,
-                    "index": -1,
-                    "contribution": [getattr(self, name) for name in single],
-                    "standard_error": np.nan,
-                }
-            )
-        )
+        for name, values, error in parts:
+            where = [axis.ravel() for axis in np.indices(values.shape)] + [np.array(-1)] * (2 - values.ndim)
+            one = {"component": name, "layer": where[0], "index": where[1], "contribution": values.ravel()}
+            tables.append(pd.DataFrame(one | {"standard_error": np.ravel(error) if values.ndim == 2 else error}))
         return pd.concat(tables, ignore_index=True)
 
     def describe(self) -> str:
@@ -183,7 +172,8 @@ def direct_contributions(
         ImageError: there are no images.
         ShapeError: the class does not exist, or the vector does not fit.
 
-    Source: Gandelsman et al. 2024 (2310.05916), equations 5 to 8, for heads and what they attend to; Elhage et al. 2021.
+    Source: Gandelsman et al. 2024 (2310.05916), equations 5 to 8, for heads and what they
+    attend to; Elhage et al. 2021.
 
     Example:
         >>> import registerlens as rl
@@ -229,8 +219,8 @@ def direct_contributions(
         largest_remainder=largest,
         heads_error=sums["heads"].standard_error,
         neurons_error=sums["neurons"].standard_error,
-        **{name: float(sums[name].mean) for name in single},
-        **{name: sums[name].mean for name in arrays},
+        **cast(Any, {name: float(sums[name].mean) for name in single}),
+        **cast(Any, {name: sums[name].mean for name in arrays}),
     )
 
 

@@ -53,8 +53,8 @@ def paired(
             raise ShapeError(f"The images of a pair must have one size, got {list(one.shape)} and {list(other.shape)}.")
         rows = slice(n, n + len(one))
         mine = None if labels is None else labels[rows]
-        if mine is not None and len(mine) < len(one):
-            raise ShapeError(f"{len(labels or ())} labels for {rows.stop} pairs or more; one for each is needed.")
+        if labels is not None and len(labels) < rows.stop:
+            raise ShapeError(f"{len(labels)} labels for {rows.stop} pairs or more; one for each is needed.")
         n = rows.stop
         batch = PairBatch(one.to(vit.device), other.to(vit.device), mine, rows)
         differ = differ or not bool(batch.identical.all())

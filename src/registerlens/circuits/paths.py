@@ -140,8 +140,8 @@ def path_patching(
         corrupted: as many, of the same sizes, in the same batches: an outlier taken away, another class, ...
         sender: one hook point, or a `Site` that chooses its heads, neurons or tokens.
         receivers: hook points or sites after the sender; of a glob, those after it count.
-        metric: "largest_norm", "class_logit", "cls" (see `screen_neurons`), a `Metric`, or a function of (edited, clean)
-            that gives one number an image.
+        metric: "largest_norm", "class_logit", "cls" (see `screen_neurons`), a `Metric`, or a function of
+            (edited, clean) that gives one number an image.
         labels: one a pair, where the metric wants them.
         batch_size: pairs at once when tensors are given.
         seed: of the bootstrap intervals.
@@ -150,8 +150,8 @@ def path_patching(
         ConfigError: the sender is several points, or a receiver comes before it.
         HookNameError: there is no such hook point.
         ImageError: there are no pairs, or all are one image twice.
-        ShapeError: pairs do not fit, a site has no such heads, neurons or tokens, or the metric does not give one number
-            an image.
+        ShapeError: pairs do not fit, a site has no such heads, neurons or tokens, or the metric does not give one
+            number an image.
 
     Source: Wang et al. 2022 (2211.00593), section 3 and appendix; Goldowsky-Dill et al. 2023 (2304.05969).
 
@@ -265,7 +265,7 @@ def _hear(
     layout: TokenLayout,
     clean: dict[str, Tensor],
     sent: Tensor,
-    resid: Any,
+    resid: dict[int, Tensor],
 ) -> dict[str, Tensor]:
     """What each receiver is when it hears of the sender directly."""
     heard: dict[str, Tensor] = {}

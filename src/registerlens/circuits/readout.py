@@ -49,8 +49,8 @@ def space_of(vit: HookedViT, width: int, space: Space | None) -> Space:
         if own == width and space in (None, one):
             return "output" if one == "output" else "tokens"
     raise ShapeError(
-        f"A direction of {width} numbers does not fit{'' if space is None else f' space={space!r}'}: the model's output "
-        f"has {fits['output']}, a token after the final norm {fits['tokens']}."
+        f"A direction of {width} numbers does not fit{'' if space is None else f' space={space!r}'}: the model's "
+        f"output has {fits['output']}, a token after the final norm {fits['tokens']}."
     )
 
 
@@ -80,7 +80,7 @@ class Readout:
     vector: Float[Tensor, " width"]
     """In its space: a unit vector of the output for a class."""
     parts: dict[str, Float[Tensor, " d_model"]]
-    """What each pooled token is multiplied with before the final norm divides: the norms' weights folded in, float64."""
+    """What each pooled token is multiplied with before the final norm divides; norms' weights folded in, float64."""
     pooled_constant: float
     """What the final norm's bias adds, before a norm after pooling divides."""
     constant: float

@@ -63,8 +63,8 @@ class Site:
             parts.append("patches of each image")
         elif isinstance(self.positions, tuple):
             parts.append(f"patches {' '.join(map(str, self.positions))}")
-        elif self.positions is not None:
-            parts.append({"cls": "[CLS]"}.get(self.positions, self.positions.replace("_", " ")))
+        elif isinstance(self.positions, str):
+            parts.append("[CLS]" if self.positions == "cls" else self.positions.replace("_", " "))
         return ", ".join(parts)
 
     def mask(
@@ -82,11 +82,11 @@ class Site:
         """
         mask = torch.ones([1] * x.ndim, dtype=torch.bool, device=x.device)
         by_query = self.name.endswith(_BY_QUERY)
-        if self.heads is not None:
+        if isinstance(self.heads, tuple):
             axis = 1 if by_query else 2
             apart = by_query or (x.ndim == 4 and ".norm." not in self.name)
             mask = mask & self._chosen(x, axis if apart else None, "heads", self.heads)
-        if self.neurons is not None:
+        if isinstance(self.neurons, tuple):
             mask = mask & self._chosen(x, None if by_query else x.ndim - 1, "neurons", self.neurons)
         if self.positions is not None:
             axis = 2 if by_query else 1
