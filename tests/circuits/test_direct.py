@@ -29,7 +29,7 @@ VARIANTS = [
     ("full", dict(pooling=("cls", "distillation"), pool_norm=True)),
     ("rotary", dict(pooling=("mean_all",))),
     ("full", dict(pooling=("cls", "mean"), d_out=None, head_act=None)),
-    ("full", dict(pooling=("cls",), final_norm=False)),
+    ("full", dict(pooling=("cls",), final_norm=False, head_act=None)),
 ]
 
 
@@ -76,19 +76,17 @@ def by_hand(vit, batch, direction):
         neurons.append([share(post[:, n, None] * block.mlp.W_out[n]).mean().item() for n in range(40)])
         pattern, v = cache[f"blocks.{layer}.attn.hook_pattern"][:, :, 0], cache[f"blocks.{layer}.attn.hook_v"]
         writes = pattern.transpose(1, 2)[..., None] * torch.einsum("bkhd,hdm->bkhm", v, block.attn.W_O)
-        by_token.append(
-            [[share(writes[:, key, head]) for key in range(v.shape[1])] for head in range(4)]
-        )
+        by_token.append([[share(writes[:, key, head]) for key in range(v.shape[1])] for head in range(4)])
     return np.array(heads), np.array(neurons), by_token
 
 
 def test_heads_neurons_and_keys_are_those_written_out():
     vit = build("full").double()
     batch = images(vit, 3).double()
-    batch[:, :, :8, 8:16] *= 40  # one patch stands out, so that there is something to call an outlier
-    outliers = rl.find_outliers(vit, batch, layer="embed", threshold=3.0)
+    norms = rl.find_outliers(vit, batch, layer="embed").norms
+    outliers = rl.find_outliers(vit, batch, layer="embed", threshold=float(norms.quantile(0.8)))
     mask = outliers.mask
-    assert mask.any() and not mask.all()
+    assert mask.any(1).all() and mask.sum() < 9
     with torch.no_grad():
         heads, neurons, by_token = by_hand(vit, batch, vit.head.linear.weight[2])
         found = direct_contributions(vit, batch, 2, detection=outliers.detection, batch_size=2)
@@ -153,10 +151,11 @@ def test_directions_of_tokens_are_read_at_cls_or_the_mean_patch_also_where_a_hea
 
 
 def test_in_float32_and_half_precision_rounding_is_reported():
-    vit, batch = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(4, 3, 48, 48)
+    vit = build("full")
+    batch = images(vit, 2)
     detection = detection_of(vit, batch)
     assert direct_contributions(vit, batch, 0, detection=detection).largest_remainder < 1e-4
-    half = rl.HookedViT.from_pretrained("registerlens:tiny").to(torch.bfloat16)
+    half = build("full").to(torch.bfloat16)
     rounded = direct_contributions(half, batch.bfloat16(), 0, detection=detection).largest_remainder
     assert 1e-4 < rounded < 0.5
 

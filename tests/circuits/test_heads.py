@@ -45,7 +45,9 @@ def test_eigenvalues_are_those_of_the_full_matrices(name):
     d = vit.cfg.d_head
     with torch.no_grad():
         for layer, head in ((0, 0), (2, 3)):
-            for got, full in zip((found.qk_eigenvalues, found.ov_eigenvalues), full_matrices(vit, layer, head), strict=True):
+            for got, full in zip(
+                (found.qk_eigenvalues, found.ov_eigenvalues), full_matrices(vit, layer, head), strict=True
+            ):
                 values = torch.linalg.eigvals(full)
                 values = values[values.abs().argsort(descending=True)]
                 assert values[d:].abs().max() < 1e-6 * values[0].abs()  # the others are zero
@@ -117,7 +119,9 @@ def test_gains_are_one_in_the_root_mean_square_over_random_directions():
     np.testing.assert_allclose((gains**2).mean(0) ** 0.5, 1, atol=0.15)
     found = head_circuits(vit, directions[0], n_null=400, seed=3)
     assert (found.null[..., 0] < found.null[..., 1]).all() and (found.null[..., 1] < found.null[..., 2]).all()
-    beyond = np.mean([np.abs(head_circuits(vit, u, n_null=400).beyond_null("key_gain")).mean() for u in directions[:20]])
+    beyond = np.mean(
+        [np.abs(head_circuits(vit, u, n_null=400).beyond_null("key_gain")).mean() for u in directions[:20]]
+    )
     assert 0.01 < beyond < 0.12  # 5% of random directions lie outside
 
 

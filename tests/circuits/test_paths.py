@@ -82,7 +82,13 @@ def test_paths_are_those_of_residual_algebra(model, sender, chosen, receiver, he
     clean, corrupted = pair_of(vit)
     axis = "neurons" if sender.endswith("post") else "heads"
     found = path_patching(
-        vit, clean, corrupted, Site(sender, **{axis: chosen}), Site(receiver, heads=heads), metric=output_norm, batch_size=2
+        vit,
+        clean,
+        corrupted,
+        Site(sender, **{axis: chosen}),
+        Site(receiver, heads=heads),
+        metric=output_norm,
+        batch_size=2,
     )
     was, sent = caches(vit, clean, corrupted)
     with torch.no_grad():
@@ -110,7 +116,9 @@ def test_several_receivers_hear_of_the_sender_alone_and_not_of_each_other():
         before = vit(clean).flatten(1)
     expected = after.norm(dim=1) + after[:, 0] - before.norm(dim=1) - before[:, 0]
     np.testing.assert_allclose(found.together, expected.numpy(), atol=1e-11)
-    alone = [path_patching(vit, clean, corrupted, "blocks.0.mlp.hook_post", name, metric=output_norm) for name in places]
+    alone = [
+        path_patching(vit, clean, corrupted, "blocks.0.mlp.hook_post", name, metric=output_norm) for name in places
+    ]
     np.testing.assert_allclose(found.effects, np.stack([one.together for one in alone]), atol=1e-12)
     assert np.abs(found.effects.sum(0) - found.together).max() > 1e-6  # they interact: the model is not linear
     assert found.receivers == tuple(places)
@@ -298,7 +306,12 @@ BAD = [
 def test_bad_input_is_told(options, error, words):
     vit = build("full")
     clean, corrupted = pair_of(vit)
-    options = {"clean": clean, "corrupted": corrupted, "sender": "blocks.1.mlp.hook_post", "metric": output_norm} | options
+    options = {
+        "clean": clean,
+        "corrupted": corrupted,
+        "sender": "blocks.1.mlp.hook_post",
+        "metric": output_norm,
+    } | options
     if error is None:
         path_patching(vit, **options)
         return
@@ -319,14 +332,16 @@ def test_more_bad_input_is_told():
         Site("blocks.0.attn.hook_z", heads=[])
     pooled = build("attention-pooled")
     with pytest.raises(ShapeError, match="no token axis"):
-        path_patching(
-            pooled, *pair_of(pooled), Site("head.attn.hook_out", positions="patches"), metric=output_norm
-        )
+        path_patching(pooled, *pair_of(pooled), Site("head.attn.hook_out", positions="patches"), metric=output_norm)
 
 
 def test_where_points_lie():
     vit = build("attention-pooled")
-    assert [block_of(name, vit) for name in ("hook_tokens", "blocks.1.ln2.hook_scale", "ln_final.hook_scale")] == [None, 1, 2]
+    assert [block_of(name, vit) for name in ("hook_tokens", "blocks.1.ln2.hook_scale", "ln_final.hook_scale")] == [
+        None,
+        1,
+        2,
+    ]
     assert sublayer_output("blocks.1.ln2.hook_scale") == "blocks.1.hook_mlp_out"
     assert sublayer_output("blocks.1.attn.q_norm.hook_normalized") == "blocks.1.hook_attn_out"
     assert sublayer_output("hook_embed") is None

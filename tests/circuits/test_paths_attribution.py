@@ -139,7 +139,13 @@ BAD = [
 def test_bad_input_is_told(options, error, words):
     vit = build("full")
     clean, corrupted = pair_of(vit)
-    options = {"names": "blocks.1.attn.hook_z", "metric": metric, "corrupted": corrupted, "exact": 4, "sample": 4} | options
+    options = {
+        "names": "blocks.1.attn.hook_z",
+        "metric": metric,
+        "corrupted": corrupted,
+        "exact": 4,
+        "sample": 4,
+    } | options
     with pytest.raises(error, match=words):
         attribution_patching(vit, clean, **options)
 
@@ -151,7 +157,9 @@ def test_distances_have_attributions_along_the_way():
     def distance(e, c):
         return (e.output - c.output).square().flatten(1).sum(1)
 
-    found = attribution_patching(vit, clean, corrupted, "blocks.1.mlp.hook_post", metric=distance, steps=8, exact=0, sample=0)
+    found = attribution_patching(
+        vit, clean, corrupted, "blocks.1.mlp.hook_post", metric=distance, steps=8, exact=0, sample=0
+    )
     assert found.by_name[0] == pytest.approx(found.whole[0], rel=1e-3)
 
 

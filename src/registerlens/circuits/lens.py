@@ -97,7 +97,7 @@ class PatchLens(Stored):
 def patch_lens(
     vit: HookedViT,
     images: Float[Tensor, "image channel height width"],
-    directions: Float[Tensor, "width direction"] | None = None,
+    directions: Float[Tensor, "d_read direction"] | None = None,
     *,
     classes: Sequence[int] | None = None,
     sublayers: Sequence[str] | None = None,
@@ -184,7 +184,7 @@ class _Reader:
     """From the stream at some tokens to a number for each class or direction."""
 
     vit: HookedViT
-    directions: Float[Tensor, "width direction"] | None
+    directions: Float[Tensor, "d_read direction"] | None
     space: Space
     cosine: bool
 

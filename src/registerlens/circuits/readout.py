@@ -17,7 +17,7 @@ from registerlens.model.vit import HookedViT
 from registerlens.theory.subspaces import fold
 
 Space = Literal["output", "tokens"]
-Direction = int | Float[Tensor, " width"]
+Direction = int | Float[Tensor, " d_read"]
 """A class, or a vector: of the model's output (such as a text direction), or of its tokens after the final norm."""
 PARTS = {
     "cls": "[CLS]",
@@ -77,7 +77,7 @@ class Readout:
     vit: HookedViT
     words: str
     space: Space
-    vector: Float[Tensor, " width"]
+    vector: Float[Tensor, " d_read"]
     """In its space: a unit vector of the output for a class."""
     parts: dict[str, Float[Tensor, " d_model"]]
     """What each pooled token is multiplied with before the final norm divides; norms' weights folded in, float64."""
