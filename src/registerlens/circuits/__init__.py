@@ -1,1 +1,1 @@
-"""Circuits: which parts of a model make what happens at outlier tokens, and tools to test such claims."""
+"""Circuits: the path from register neurons to [CLS], and generic tools: patching, lenses, direct contributions."""

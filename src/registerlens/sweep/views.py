@@ -113,10 +113,11 @@ def run_from(
         stack.enter_context(vit.hooks(watched.since(start).hooks(vit, layout, norms, attention)))
         options: dict[str, Any] = {} if layer is None else {"start_at_layer": layer, "layout": layout}
         tokens = vit(x, return_type="tokens", **options)
+        output = vit.head(tokens, layout)
     return View(
         layout=layout,
         tokens=tokens,
-        output=vit.head(tokens, layout),
+        output=output,
         norms=norms,
         attention=attention,
         labels=None if before is None else before.labels,
