@@ -199,7 +199,9 @@ def _problems(config: TrainingConfig) -> list[str]:
     rates = {name: getattr(config, name) for name in ("learning_rate", "clip_norm")}
     wrong |= {f"{name} must be above 0, got {value}.": not 0 < value < math.inf for name, value in rates.items()}
     decays = {"momentum": config.momentum, "beta2": config.beta2 or 0.0}
-    wrong |= {f"{name} must be at least 0 and below 1, got {value}.": not 0 <= value < 1 for name, value in decays.items()}
+    wrong |= {
+        f"{name} must be at least 0 and below 1, got {value}.": not 0 <= value < 1 for name, value in decays.items()
+    }
     return [problem for problem, holds in wrong.items() if holds]
 
 

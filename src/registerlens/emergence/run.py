@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from registerlens.data.synthetic import SyntheticBatch, synthetic_images
+from registerlens.config import TokenLayout
+from registerlens.data.synthetic import FLAT, SyntheticBatch, synthetic_images
 from registerlens.emergence.config import TrainingConfig
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, reading, whole_file, write_json
@@ -41,6 +45,23 @@ def held_out_images(config: TrainingConfig, n: int, part: int = 0) -> SyntheticB
         torch.Size([2, 3, 48, 48])
     """
     return synthetic_images(n, seed_of(HELD_OUT, part), config.task)
+
+
+def labels_of(batch: SyntheticBatch, layout: TokenLayout) -> Int[Tensor, "batch pos attribute"]:
+    """Labels for `evaluate_intervention` and `emergence_criteria`: -1 on flat patches and trained registers, which have
+    nothing to report; the image's own on [CLS].
+
+    Example:
+        >>> batch = synthetic_images(2, 0)
+        >>> labels = labels_of(batch, TokenLayout(grid=(6, 6), n_prefix=1, n_trained_registers=4))
+        >>> labels.shape, bool((labels[:, 0] == batch.image_labels).all()), labels[0, 1:5].unique().tolist()
+        (torch.Size([2, 41, 4]), True, [-1])
+    """
+    labels = torch.full((len(batch.labels), layout.n_tokens, batch.labels.shape[-1]), -1)
+    labels[:, layout.patches] = batch.labels.masked_fill((batch.roles == FLAT)[..., None], -1)
+    if layout.cls is not None:
+        labels[:, layout.cls] = batch.image_labels
+    return labels
 
 
 @dataclass(frozen=True)
@@ -168,8 +189,13 @@ def _few(steps: Sequence[int]) -> str:
     return f"{list(steps)}" if len(steps) < 9 else f"{steps[0]}, {steps[1]}, ..., {steps[-1]}"
 
 
-def _differences(there: TrainingConfig, given: TrainingConfig) -> list[str]:
-    """The settings in which two configurations differ, in words."""
+def flat_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Every setting by its dotted name.
+
+    Example:
+        >>> flat_settings(TrainingConfig())["task.noise"]
+        0.6
+    """
 
     def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -177,7 +203,10 @@ def _differences(there: TrainingConfig, given: TrainingConfig) -> list[str]:
             found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
         return found
 
-    ours, theirs = flat(there.to_dict()), flat(given.to_dict())
+    return flat(config.to_dict())
+
+
+def _differences(there: TrainingConfig, given: TrainingConfig) -> list[str]:
+    """The settings in which two configurations differ, in words."""
+    ours, theirs = flat_settings(there), flat_settings(given)
     return [f"{key} is {ours[key]!r} there, {theirs[key]!r} here" for key in ours if ours[key] != theirs[key]]
-
-

@@ -219,7 +219,10 @@ def _measure(vit: HookedViT, config: TrainingConfig) -> dict[str, float]:
     return (
         {"loss_held_out": loss}
         | {f"accuracy_{name}": float(ones.float().mean()) for name, ones in told.items()}
-        | {f"largest_over_median_{at}": float(x) for at, x in zip(found.sublayers, found.largest_over_median, strict=True)}
+        | {
+            f"largest_over_median_{at}": float(x)
+            for at, x in zip(found.sublayers, found.largest_over_median, strict=True)
+        }
         | {f"sink_{layer}": float(sink) for layer, sink in enumerate(found.mean_sink)}
     )
 
