@@ -248,7 +248,7 @@ def emergence_criteria(
 def _choose(
     vit: HookedViT, images: Tensor, detection: Detection, top_k: Literal["auto"] | int, batch_size: int
 ) -> tuple[RegisterNeurons, float, float]:
-    """The register neurons; the share of neurons that tell outliers apart, in the onset block and of the whole model."""
+    """Register neurons; the share of neurons that tell outliers apart, in the onset block and of the whole model."""
     options: dict[str, Any] = {"detection_layer": detection.sublayer, "top_layer": detection.layer, "top_k": top_k}
     found = find_register_neurons(vit, images, batch_size=batch_size, **options)
     assert found.search is not None
@@ -260,7 +260,7 @@ def _choose(
 def _edits(
     vit: HookedViT, images: Tensor, neurons: RegisterNeurons, batch_size: int, seed: int
 ) -> dict[str, Intervention | None]:
-    """What is done under every condition; None is done here and now: nothing, or a patch of each image."""
+    """What is done under every condition; None is nothing."""
     activity = neuron_activity(vit, images, list(neurons.by_layer()), batch_size)
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -303,12 +303,13 @@ class _Evaluation:
             self.masks.append(ruler.mask)
             generator = torch.Generator().manual_seed(seed + len(self.masks))
             for name, edit in edits.items():
-                if isinstance(edit, MoveOutliers):
-                    edit = replace(edit, positions=_one_normal_patch(ruler.mask, generator))
-                if edit is not None:
-                    with vit.edit(edit):
-                        seen = observe(vit, images)
-                    self.rows[name].append(ruler.measure(seen, edit.aim(Scene(seen.layout, images))))
+                if edit is None:
+                    continue
+                moving = isinstance(edit, MoveOutliers)
+                here = replace(edit, positions=_one_normal_patch(ruler.mask, generator)) if moving else edit
+                with vit.edit(here):
+                    seen = observe(vit, images)
+                self.rows[name].append(ruler.measure(seen, here.aim(Scene(seen.layout, images))))
 
     def mean(self, metric: str, condition: str) -> float:
         """Over all images; NaN where a condition has no such thing."""

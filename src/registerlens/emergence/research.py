@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria, emergence_criteria
 from registerlens.emergence.run import TrainingRun, flat_settings, held_out_images, labels_of
@@ -69,7 +71,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                 "seeds": " ".join(map(str, mine["seed"])),
                 "emerged": f"{(ended['outliers'] == 'present').sum()} of {len(mine)}",
                 "criteria": " ".join(map(str, mine["criteria"])),
-                "minutes": round(float(mine["minutes"].mean()), 1),
+                "minutes": round(float(np.mean(mine["minutes"])), 1),
             }
         )
     return pd.DataFrame(rows)

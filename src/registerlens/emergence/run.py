@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,10 @@ class TrainingRun:
         if (folder / "config.json").exists():
             there = cls.open(folder)
             if there.config != config:
+                differences = "; ".join(_differences(there.config, config))
                 raise ConfigError(
-                    f"'{folder}' holds a run of another configuration: {'; '.join(_differences(there.config, config))}. "
-                    f"Give another folder, or that configuration."
+                    f"'{folder}' holds a run of another configuration: {differences}. Give another folder, or that "
+                    f"configuration."
                 )
             return there
         if folder.is_dir() and any(folder.iterdir()):
@@ -124,8 +126,9 @@ class TrainingRun:
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
-        """Steps of the checkpoints, in ascending order."""
-        return tuple(sorted(int(path.name[5:]) for path in (self.folder / "checkpoints").glob("step_*")))
+        """Steps of the checkpoints that are whole, in ascending order."""
+        whole = (self.folder / "checkpoints").glob("step_*/config.json")  # of a model's two files the last
+        return tuple(sorted(int(path.parent.name[5:]) for path in whole))
 
     @property
     def finished(self) -> bool:
@@ -176,9 +179,10 @@ class TrainingRun:
         return pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics and checkpoints of later steps than the one training goes on from: they will be made again."""
-        import shutil  # noqa: PLC0415
-
+        """Drop metrics and checkpoints of later steps than the one training goes on from, and what a kill left half
+        written: all of it will be made again."""
+        for path in self.folder.rglob(".*"):
+            path.unlink()
         for path in [*(self.folder / "metrics").glob("step_*"), *(self.folder / "checkpoints").glob("step_*")]:
             if int(path.stem[5:]) > step:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

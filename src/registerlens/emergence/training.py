@@ -165,7 +165,11 @@ def _update(run: TrainingRun, vit: HookedViT, optimiser: torch.optim.Optimizer, 
 
 
 def _check(run: TrainingRun, step: int, since: _Since) -> None:
-    """Give up before the weights take damage."""
+    """Give up before the weights take damage.
+
+    Raises:
+        DivergedError: the loss or the gradient is not finite, or the loss exploded.
+    """
     config, loss, gradient = run.config, since.losses[-1], since.gradients[-1]
     guessing = math.log(config.task.n_classes + 1) * (1 + config.image_weight)
     if loss <= EXPLODED * guessing and math.isfinite(gradient):
@@ -181,9 +185,10 @@ def _check(run: TrainingRun, step: int, since: _Since) -> None:
     }
     write_json(run.diverged_file, seen)
     raise DivergedError(
-        f"Training diverged at step {step}: loss {loss:.4g} (guessing has {guessing:.3g}), gradient norm {gradient:.4g}, "
-        f"learning rate {config.learning_rate_at(step):.3g}; losses before: {', '.join(seen['losses_before'])}. "
-        f"Kept: the checkpoint of step {kept} in '{run.folder}'. Lower learning_rate or clip_norm, or lengthen warm_up."
+        f"Training diverged at step {step}: loss {loss:.4g} (guessing has {guessing:.3g}), gradient norm "
+        f"{gradient:.4g}, learning rate {config.learning_rate_at(step):.3g}; losses before: "
+        f"{', '.join(seen['losses_before'])}. Kept: the checkpoint of step {kept} in '{run.folder}'. Lower "
+        f"learning_rate or clip_norm, or lengthen warm_up."
     )
 
 
@@ -216,14 +221,12 @@ def _measure(vit: HookedViT, config: TrainingConfig) -> dict[str, float]:
     if layout.cls is not None:
         told["image"] = right[:, layout.cls] == batch.image_labels
     found = trace(vit, batch.images, batch_size=WATCHED)
+    norms = zip(found.sublayers, found.largest_over_median.tolist(), strict=True)
     return (
         {"loss_held_out": loss}
         | {f"accuracy_{name}": float(ones.float().mean()) for name, ones in told.items()}
-        | {
-            f"largest_over_median_{at}": float(x)
-            for at, x in zip(found.sublayers, found.largest_over_median, strict=True)
-        }
-        | {f"sink_{layer}": float(sink) for layer, sink in enumerate(found.mean_sink)}
+        | {f"largest_over_median_{sublayer}": ratio for sublayer, ratio in norms}
+        | {f"sink_{layer}": sink for layer, sink in enumerate(found.mean_sink.tolist())}
     )
 
 
