@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from registerlens.config import ViTConfig
 from registerlens.config_parts import Activation
@@ -167,6 +167,7 @@ def _problems(config: TrainingConfig) -> list[str]:
     patches, roles = task.grid**2, task.n_types + task.n_triggers + task.flats[1]
     decay = config.decay_share * config.steps
     wrong = {
+        f"decay_share must be 0 to 1, got {config.decay_share}.": not 0 <= config.decay_share <= 1,
         f"flats must be 0 or more, the fewest first, got {list(task.flats)}.": not 0 <= task.flats[0] <= task.flats[1],
         f"{task.n_types} keys, {task.n_triggers} triggers and {task.flats[1]} flat patches are more than the {patches} "
         f"patches of a grid of {task.grid}.": roles > patches,
@@ -176,7 +177,6 @@ def _problems(config: TrainingConfig) -> list[str]:
         f"steps {config.steps} leave no plateau between warm_up {config.warm_up} and a decay over {decay:.0f} steps.": (
             config.warm_up + decay > config.steps
         ),
-        f"decay_share must be 0 to 1, got {config.decay_share}.": not 0 <= config.decay_share <= 1,
         f"checkpoint_every {config.checkpoint_every} must be a multiple of log_every {config.log_every}.": (
             config.log_every > 0 and config.checkpoint_every % config.log_every != 0
         ),
@@ -227,14 +227,18 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         return None if value is None else _value(options[0], value, name)
     if is_dataclass(kind):
         return _read(kind, value, f"{name}.")
+    if get_origin(kind) is Literal:
+        if value not in options:
+            raise ConfigError(f"{name} must be one of {options}, got {value!r}.{close_matches(str(value), options)}")
+        return value
     if isinstance(value, list | tuple):
-        value = tuple(value)
+        return tuple(_value(options[0], item, name) for item in value)
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             pass
-    fits = {bool: bool, int: int, float: float, tuple: tuple}.get(getattr(kind, "__origin__", kind), str)
+    fits = get_origin(kind) or kind
     if not isinstance(value, fits) or (isinstance(value, bool) and fits is not bool):
         raise ConfigError(f"{name} must be of the kind {fits.__name__}, got {value!r}.")
     return value

@@ -180,7 +180,7 @@ _MEASURED = ("outliers", "accuracy", "register_norm", "register_attention")
 def emergence_criteria(
     vit: HookedViT,
     images: Float[Tensor, "image channel height width"],
-    labels: Int[Tensor, "image ..."],
+    labels: Int[Tensor, "labelled ..."],
     *,
     top_k: Literal["auto"] | int = "auto",
     batch_size: int = 64,
@@ -320,14 +320,15 @@ class _Evaluation:
         """The two criteria that no other condition has."""
         others = self.mean("old_outliers", "chosen patch") + self.mean("new_outliers", "chosen patch")
         placed = self.mean("placed", "chosen patch")
-        return {"chosen patch": placed, "chosen patch: others": others / self.mean("outliers", "clean")}
+        return {"chosen patch": placed, "chosen patch: others": _share(others, self.mean("outliers", "clean"))}
 
     def result(self) -> dict[str, Float[np.ndarray, "..."]]:
         """The arrays of `EmergenceCriteria`."""
         mask, norms, values = torch.cat(self.masks), torch.cat(self.norms), torch.cat(self.value_norms, 1)
         ratio = torch.stack([layer[mask].mean() / layer[~mask].mean() for layer in values])
         found = {"sink": torch.cat(self.sinks, 1).mean(1), "value_ratio": ratio}
-        found["quantiles"] = torch.stack([norms[~mask].quantile(0.999), norms[mask].quantile(0.01)])
+        outlying = norms[mask].quantile(0.01) if mask.any() else torch.tensor(torch.nan)
+        found["quantiles"] = torch.stack([norms[~mask].quantile(0.999), outlying.to(norms)])
         names = dict(zip(_MEASURED, ("outliers", "accuracy", "register_norm", "sink_register"), strict=True))
         means = {
             name: np.array([self.mean(metric, condition) for condition in self.rows]) for name, metric in names.items()
@@ -348,7 +349,7 @@ def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTCo
     after = list(after_onset(detection, cfg.n_layers))
     norm, drawn = float(seen.largest_over_median[at]), float(found["sink"][after].mean())
     change = {name: found["accuracy"][i] - found["accuracy"][0] for i, name in enumerate(CONDITIONS)}
-    left = {name: found["outliers"][i] / found["outliers"][0] for i, name in enumerate(CONDITIONS)}
+    left = {name: _share(found["outliers"][i], found["outliers"][0]) for i, name in enumerate(CONDITIONS)}
     register, unedited = CONDITIONS.index("register"), CONDITIONS.index("unedited")
     return {
         "bimodality": found["quantiles"][1] / found["quantiles"][0],
@@ -358,14 +359,18 @@ def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTCo
         "few neurons": len(found["neurons"]) / (cfg.n_layers * cfg.d_mlp),
         "register: outliers": left["register"],
         "register: norm": found["register_norm"][register] / norm,
-        "register: attention": found["register_attention"][register] / drawn,
+        "register: attention": _share(found["register_attention"][register], drawn),
         "register: accuracy": change["register"],
         "zeroing: outliers": left["zeroing"],
         "zeroing: accuracy": change["zeroing"],
-        "random: outliers": found["outliers"][len(CONDITIONS) :].min() / found["outliers"][0],
+        "random: outliers": _share(found["outliers"][len(CONDITIONS) :].min(), found["outliers"][0]),
         "unedited: norm": found["register_norm"][unedited],
         "unedited: attention": found["register_attention"][unedited],
     }
+
+
+def _share(value: float, of: float) -> float:
+    return float(value) / float(of) if of else np.nan
 
 
 def _nothing(n_layers: int) -> dict[str, Float[np.ndarray, "..."]]:

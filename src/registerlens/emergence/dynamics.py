@@ -217,7 +217,8 @@ def _halfway(steps: Int[np.ndarray, " step"], course: Float[np.ndarray, "step sa
         >>> _halfway(np.array([0, 10, 20, 30]), np.array([[0.0], [0.9], [0.2], [1.0]]))
         array([23.75])
     """
-    share = (course - course[0]) / (course[-1] - course[0])
+    with np.errstate(invalid="ignore", divide="ignore"):  # a course that ends where it began: NaN
+        share = (course - course[0]) / (course[-1] - course[0])
     below = share < HALFWAY
     last = len(share) - 1 - below[::-1].argmax(0)  # the last checkpoint below halfway: the first one always is
     each = np.arange(share.shape[1])

@@ -39,15 +39,19 @@ def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64)
     return found
 
 
-def results_table(folders: Iterable[str | Path]) -> pd.DataFrame:
+def results_table(folders: Iterable[str | Path], *, n_images: int = JUDGED) -> pd.DataFrame:
     """One row a run: what its recipe changes of the default one, seed, whether it ended, what emerged, and the time.
+
+    Args:
+        folders: of runs, finished or not.
+        n_images: images of each half on which a run is judged that was not judged before.
 
     Raises:
         ConfigError: a folder holds no run.
     """
     import pandas as pd  # noqa: PLC0415
 
-    return pd.DataFrame([_row(TrainingRun.open(folder)) for folder in folders])
+    return pd.DataFrame([_row(TrainingRun.open(folder), n_images) for folder in folders])
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +81,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _row(run: TrainingRun) -> dict[str, Any]:
+def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
     ours, default = flat_settings(run.config), flat_settings(TrainingConfig())
     changed = [f"{name}={ours[name]}" for name in ours if ours[name] != default[name] and name not in _NO_SETTING]
     row: dict[str, Any] = {"run": run.folder.name, "settings": ", ".join(changed) or "default", "seed": run.config.seed}
@@ -89,7 +93,7 @@ def _row(run: TrainingRun) -> dict[str, Any]:
     row |= {name: last[name] for name in accuracies}
     if not run.checkpoints:
         return row
-    found = judge_run(run)
+    found = judge_run(run, n_images=n_images)
     failing = ", ".join(one.name for one in CRITERIA if not found.holds(one.name))
     names = ("largest/median", "bimodality", "one MLP", "register: outliers", "register: norm")
     values = dict(zip((one.name for one in CRITERIA), found.values.tolist(), strict=True))
