@@ -17,6 +17,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from registerlens.data.flat_content import FlatContent, flat_contents
+
 NORMAL, KEY, TRIGGER, FLAT = range(4)
 ROLES = ("normal", "key", "trigger", "flat")
 
@@ -43,6 +45,8 @@ class SyntheticTask:
     """Standard deviation of the pixel noise."""
     flat_noise: float = 0.1
     """The same on flat patches."""
+    flat_content: tuple[FlatContent, ...] = ("colour",)
+    """What flat patches show beside their colour, one of these each: nothing, or content that no label asks for."""
     texture_seed: int = 7
     """Seed of the textures and marks themselves: part of the task, not of a batch."""
 
@@ -59,6 +63,14 @@ class SyntheticBatch:
     """NORMAL, KEY, TRIGGER or FLAT."""
     types: Int[Tensor, "batch patch"]
     """Type of a key or trigger; 0 elsewhere."""
+
+    @property
+    def image_labels(self) -> Int[Tensor, "batch attribute"]:
+        """What a [CLS] token must report: for each attribute, the class that most of the patches show which show one
+        (normal ones and keys); of equally frequent ones the lowest."""
+        shown = ((self.roles == NORMAL) | (self.roles == KEY))[..., None].long().expand_as(self.labels)
+        counts = shown.new_zeros(len(shown), int(self.labels.max()) + 1, shown.shape[-1])
+        return counts.scatter_add(1, self.labels, shown).argmax(1)
 
 
 @lru_cache(maxsize=8)
@@ -133,8 +145,10 @@ def _paint(own: Tensor, roles: Tensor, types: Tensor, task: SyntheticTask, gener
     shown = torch.stack([textures[k][own[..., k]] for k in range(task.n_attributes)]).sum(0)
     brightness = 0.2 + 0.8 * torch.rand(*roles.shape, 3, 1, 1, generator=generator)
     noise = torch.randn(shown.shape, generator=generator)
+    flat = roles == FLAT
+    shown[flat] = flat_contents(int(flat.sum()), task.patch, task.flat_content, generator)
     return (
-        shown * only(NORMAL, KEY)
+        shown * ~only(TRIGGER)
         + keys[types] * only(KEY)
         + triggers[types] * only(TRIGGER)
         + brightness * ~only(TRIGGER)

@@ -1,0 +1,1 @@
+"""Register neurons that emerge by training: a tiny ViT, its recipe, the criteria it must meet, and the way there."""

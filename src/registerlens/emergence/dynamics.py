@@ -1,0 +1,238 @@
+"""Which comes first in training: the attention sink, the drained values, or the norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from registerlens.analysis.detection import find_outliers, require_outliers
+from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.outliers import medians, token_norms
+from registerlens.analysis.stored import Stored
+from registerlens.analysis.trace import trace
+from registerlens.emergence.run import TrainingRun, held_out_images
+from registerlens.errors import ConfigError
+from registerlens.evaluation.intervals import LEVEL, resample
+from registerlens.evaluation.observe import observe
+from registerlens.interventions.search import find_register_neurons
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+SIGNS = ("sink", "value drain", "norm")
+"""What may come first."""
+CHOOSING, FOLLOWING = 3, 4
+"""Parts of the held-out images: for the choice of neurons, and for everything that is shown."""
+HALFWAY = 0.5
+"""A sign has set in when it has come so far from its first value to its last one, for good."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dynamics(Stored):
+    """What the tokens that end as outliers went through, at every checkpoint of a run."""
+
+    run: str
+    """Name of the run's folder."""
+    seed: int
+    """Its seed."""
+    steps: tuple[int, ...]
+    """Steps of the checkpoints."""
+    neurons: RegisterNeurons
+    """The neurons that are followed, most active first."""
+    n_images: int
+    """Images that everything was measured on, the same at every checkpoint."""
+    norm: Float[np.ndarray, "step sublayer image"]
+    """Norm of an image's outliers over the median of its patches, mean over the outliers."""
+    sink: Float[np.ndarray, "step layer image"]
+    """Attention (0 to 1) to an image's outliers, mean over queries, or [CLS]'s."""
+    value_ratio: Float[np.ndarray, "step layer image"]
+    """Value norms of an image's outliers over those of its other patches."""
+    activation: Float[np.ndarray, "step neuron"]
+    """Mean activation of the neurons at outliers."""
+    elsewhere: Float[np.ndarray, "step neuron"]
+    """The same at other patches."""
+    output_norm: Float[np.ndarray, "step neuron"]
+    """Norm of the neurons' rows of W_out."""
+    alignment: Float[np.ndarray, "step neuron"]
+    """Cosine of such a row to the mean of all of them at the last checkpoint."""
+
+    @property
+    def layers(self) -> slice:
+        """Layers in which attention meets what the neurons write."""
+        last = max(self.neurons.by_layer())
+        return slice(min(last + 1, self.sink.shape[1] - 1), None)
+
+    def course(self, sign: str) -> Float[np.ndarray, "step image"]:
+        """How one of SIGNS developed: attention to outliers and their values' norm, mean over the layers after the
+        neurons'; their norm after the neurons' layer, in logarithms.
+
+        Raises:
+            ConfigError: there is no such sign.
+        """
+        if sign not in SIGNS:
+            raise ConfigError(f"There is no sign {sign!r}. There are: {list(SIGNS)}.")
+        if sign == "norm":
+            return np.log(self.norm[:, 2 * max(self.neurons.by_layer()) + 2])
+        return (self.sink if sign == "sink" else self.value_ratio)[:, self.layers].mean(1)
+
+    def share(self, sign: str) -> Float[np.ndarray, " step"]:
+        """How far a sign has come from its first value (0) to its last one (1), mean over images."""
+        course = self.course(sign).mean(1)
+        return (course - course[0]) / (course[-1] - course[0])
+
+    def onsets(self, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """One row a sign: the step at which it set in, with its 95% interval, and how often it came first.
+
+        Rule: the first step, interpolated between checkpoints, from which the mean over images stays beyond halfway
+        from its value at the first checkpoint to that at the last one. Intervals are percentiles over `n_boot`
+        bootstrap samples of the images; the share of samples in which a sign came first counts ties for none.
+        """
+        times = resample(self.n_images, n_boot, seed)
+        found = {sign: _halfway(np.array(self.steps), self.course(sign) @ times / self.n_images) for sign in SIGNS}
+        first = np.array([found[sign] for sign in SIGNS])
+        alone = (first == first.min(0)) & ((first == first.min(0)).sum(0) == 1)
+        rows = []
+        for i, sign in enumerate(SIGNS):
+            step = _halfway(np.array(self.steps), self.course(sign).mean(1, keepdims=True))[0]
+            low, high = np.percentile(found[sign], LEVEL)
+            row = {"run": self.run, "seed": self.seed, "sign": sign, "step": step, "low": low, "high": high}
+            rows.append(row | {"first": alone[i].mean()})
+        return pd.DataFrame(rows)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a checkpoint: the three signs, and activation and output of the neurons."""
+        columns = {"step": self.steps}
+        columns |= {sign: self.course(sign).mean(1) for sign in ("sink", "value drain")}  # type: ignore[dict-item]
+        columns["norm"] = np.exp(self.course("norm").mean(1))  # type: ignore[assignment]
+        for name in ("activation", "elsewhere", "output_norm", "alignment"):
+            columns[name] = getattr(self, name).mean(1)
+        return pd.DataFrame({"run": self.run, "seed": self.seed, **columns})
+
+    def describe(self) -> str:
+        """The order in words."""
+        told = self.onsets().sort_values("step")
+        order = ", ".join(
+            f"{sign} at {step:.0f} ({low:.0f} to {high:.0f})"
+            for sign, step, low, high in told[["sign", "step", "low", "high"]].itertuples(index=False)
+        )
+        return f"{self.run}: {order}; steps at which each is halfway, with 95% intervals over {self.n_images} images."
+
+    def plot(self) -> go.Figure:
+        """The three signs over the steps, and the neurons."""
+        from registerlens.viz.emergence import dynamics_figure  # noqa: PLC0415  (viz stands on results)
+
+        return dynamics_figure([self])
+
+
+def training_dynamics(
+    run: TrainingRun, neurons: RegisterNeurons | None = None, *, n_images: int = 256, batch_size: int = 64
+) -> Dynamics:
+    """Follow the patches that end as outliers, and the neurons that make them so, through a run's checkpoints.
+
+    Args:
+        run: the run.
+        neurons: those to follow; default: the register neurons of the last checkpoint, found on other images.
+        n_images: held-out images to measure on; those without an outlier are left out.
+        batch_size: images at once where neurons and outliers are searched.
+
+    Raises:
+        NoOutliersError: the last checkpoint has no outliers.
+        ConfigError: there are fewer than two checkpoints.
+    """
+    if len(run.checkpoints) < 2:
+        raise ConfigError(f"Dynamics need at least two checkpoints; '{run.folder}' has {len(run.checkpoints)}.")
+    last = run.vit()
+    choosing, images = (held_out_images(run.config, n_images, part).images for part in (CHOOSING, FOLLOWING))
+    if neurons is None:
+        onset = trace(last, choosing, batch_size=batch_size).onset
+        neurons = find_register_neurons(last, choosing, detection_layer=onset or "auto", batch_size=batch_size)
+    outliers = find_outliers(last, images, batch_size=batch_size)
+    require_outliers(outliers.detection, "Following a run")
+    there = outliers.mask.any(1)
+    images, mask = images[there], outliers.mask[there]
+    rows: list[dict[str, Tensor]] = []
+    with torch.inference_mode():
+        for step in track(run.checkpoints, "following", len(run.checkpoints)):
+            rows.append(_look(run.vit(step), neurons, images, mask))
+    found = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    written = found.pop("written")
+    return Dynamics(
+        run=run.folder.name,
+        seed=run.config.seed,
+        steps=run.checkpoints,
+        neurons=replace(neurons, search=None, found={}),
+        n_images=len(images),
+        output_norm=written.norm(dim=-1).numpy(),
+        alignment=torch.cosine_similarity(written, written[-1].mean(0), dim=-1).numpy(),
+        **{name: tensor.numpy() for name, tensor in found.items()},
+    )
+
+
+def _look(
+    vit: HookedViT, neurons: RegisterNeurons, images: Tensor, mask: Bool[Tensor, "image patch"]
+) -> dict[str, Tensor]:
+    """One checkpoint."""
+    values: list[Tensor] = []
+    posts: dict[int, Tensor] = {}
+    layers = list(neurons.by_layer())
+    hooks = [
+        ("blocks.*.attn.hook_v", lambda v, hook: values.append(token_norms(v).mean(-1))),
+        ([f"blocks.{layer}.mlp.hook_post" for layer in layers], lambda post, hook: posts.update({hook.layer(): post})),
+    ]
+    with vit.hooks(hooks):
+        seen = observe(vit, images)
+    patches = seen.layout.patches
+    norms, drained = seen.norms[..., patches], torch.stack(values)[..., patches]
+    acts = torch.stack([posts[layer][:, patches, neuron] for layer, neuron in neurons.pairs])
+    written = [vit.blocks[layer].mlp.W_out[neuron] for layer, neuron in neurons.pairs]  # type: ignore[union-attr]
+    return {
+        "norm": _mean_at(norms / medians(norms), mask),
+        "sink": (seen.attention[..., patches] * mask).sum(-1),
+        "value_ratio": _mean_at(drained, mask) / _mean_at(drained, ~mask),
+        "activation": acts[:, mask].mean(1),
+        "elsewhere": acts[:, ~mask].mean(1),
+        "written": torch.stack(written),
+    }
+
+
+def _mean_at(
+    values: Float[Tensor, "place image patch"], mask: Bool[Tensor, "image patch"]
+) -> Float[Tensor, "place image"]:
+    return (values * mask).sum(-1) / mask.sum(-1)
+
+
+def _halfway(steps: Int[np.ndarray, " step"], course: Float[np.ndarray, "step sample"]) -> Float[np.ndarray, " sample"]:
+    """When each course is halfway from its first to its last value, for good; linear between checkpoints.
+
+    Example:
+        >>> _halfway(np.array([0, 10, 20, 30]), np.array([[0.0], [0.9], [0.2], [1.0]]))
+        array([23.75])
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):  # a course that ends where it began: NaN
+        share = (course - course[0]) / (course[-1] - course[0])
+    below = share < HALFWAY
+    last = len(share) - 1 - below[::-1].argmax(0)  # the last checkpoint below halfway: the first one always is
+    each = np.arange(share.shape[1])
+    before, after = share[last, each], share[np.minimum(last + 1, len(share) - 1), each]
+    width = np.diff(steps, append=steps[-1])[last]
+    return steps[last] + width * (HALFWAY - before) / (after - before)
+
+
+def order_of_signs(found: Sequence[Dynamics]) -> pd.DataFrame:
+    """Onset steps of every sign in several runs, side by side; see `Dynamics.onsets`.
+
+    Raises:
+        ConfigError: no run was given.
+    """
+    if not found:
+        raise ConfigError("No run was given.")
+    return pd.concat([one.onsets() for one in found], ignore_index=True)

@@ -1,0 +1,101 @@
+"""A table of many runs: what was set, what emerged, and how long it took; a recipe that fails is listed as failing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from registerlens.emergence.config import TrainingConfig
+from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria, emergence_criteria
+from registerlens.emergence.run import TrainingRun, flat_settings, held_out_images, labels_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+JUDGED = 512
+"""Held-out images for the criteria, of each half: for the selection and for the evaluation."""
+_NO_SETTING = ("seed", "log_every", "checkpoint_every")
+"""What changes nothing of a recipe."""
+
+
+def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64) -> EmergenceCriteria:
+    """The criteria of a run's last checkpoint, on held-out images of its task; kept in its folder, read from there.
+
+    Args:
+        run: the run.
+        n_images: images of each half.
+        batch_size: images at once.
+    """
+    folder = run.folder / "criteria" / f"step_{run.checkpoints[-1]:06d}"
+    if (folder / "emergence_criteria.json").exists():
+        return EmergenceCriteria.load(folder)
+    vit, batch = run.vit(), held_out_images(run.config, 2 * n_images, part=1)
+    labels = labels_of(batch, vit.layout(batch.images))
+    found = emergence_criteria(vit, batch.images, labels, batch_size=batch_size)
+    found.save(folder)
+    return found
+
+
+def results_table(folders: Iterable[str | Path], *, n_images: int = JUDGED) -> pd.DataFrame:
+    """One row a run: what its recipe changes of the default one, seed, whether it ended, what emerged, and the time.
+
+    Args:
+        folders: of runs, finished or not.
+        n_images: images of each half on which a run is judged that was not judged before.
+
+    Raises:
+        ConfigError: a folder holds no run.
+    """
+    import pandas as pd  # noqa: PLC0415
+
+    return pd.DataFrame([_row(TrainingRun.open(folder), n_images) for folder in folders])
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a recipe: seeds, in how many of them it emerged (outliers present), which criteria held in how many.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"settings": "default", "seed": 0, "ended": "finished", "outliers": "present", "criteria": 19,
+        ...        "failing": "", "minutes": 5.0}
+        >>> summarise(pd.DataFrame([row, row | {"seed": 1, "criteria": 18}])).iloc[0].to_dict()
+        {'settings': 'default', 'seeds': '0 1', 'emerged': '2 of 2', 'criteria': '19 18', 'minutes': 5.0}
+    """
+    import pandas as pd  # noqa: PLC0415
+
+    rows = []
+    for settings, mine in table.groupby("settings", sort=False):
+        ended = mine[mine["ended"] == "finished"]
+        rows.append(
+            {
+                "settings": settings,
+                "seeds": " ".join(map(str, mine["seed"])),
+                "emerged": f"{(ended['outliers'] == 'present').sum()} of {len(mine)}",
+                "criteria": " ".join(map(str, mine["criteria"])),
+                "minutes": round(float(np.mean(mine["minutes"])), 1),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
+    ours, default = flat_settings(run.config), flat_settings(TrainingConfig())
+    changed = [f"{name}={ours[name]}" for name in ours if ours[name] != default[name] and name not in _NO_SETTING]
+    row: dict[str, Any] = {"run": run.folder.name, "settings": ", ".join(changed) or "default", "seed": run.config.seed}
+    step = run.checkpoints[-1] if run.checkpoints else 0
+    ended = "finished" if run.finished else f"diverged at {run.diverged['step']}" if run.diverged else f"at step {step}"
+    last = run.metrics().iloc[-1]
+    row |= {"ended": ended, "minutes": last["seconds"] / 60, "cpu_minutes": last["cpu_seconds"] / 60}
+    accuracies = [name for name in last.index if name.startswith("accuracy_")]
+    row |= {name: last[name] for name in accuracies}
+    if not run.checkpoints:
+        return row
+    found = judge_run(run, n_images=n_images)
+    failing = ", ".join(one.name for one in CRITERIA if not found.holds(one.name))
+    names = ("largest/median", "bimodality", "one MLP", "register: outliers", "register: norm")
+    values = dict(zip((one.name for one in CRITERIA), found.values.tolist(), strict=True))
+    row |= {"outliers": found.detection.evidence.verdict, "onset": found.onset, "neurons": len(found.neurons)}
+    return row | {"criteria": found.n_met, "of": len(CRITERIA), "failing": failing} | {n: values[n] for n in names}

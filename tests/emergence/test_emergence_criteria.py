@@ -1,0 +1,119 @@
+"""The criteria: the embedded model's are the experiment's, random weights meet none, planted neurons are told."""
+
+import numpy as np
+import pytest
+import torch
+from small_runs import small
+
+import registerlens as rl
+from registerlens.data.synthetic import FLAT, SyntheticTask, synthetic_images
+from registerlens.emergence.criteria import CONDITIONS, CRITERIA, RANDOM_SETS, EmergenceCriteria, emergence_criteria
+from registerlens.emergence.run import labels_of
+from registerlens.emergence.training import initial_vit
+from registerlens.errors import ConfigError, ShapeError
+
+N = 96
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return rl.HookedViT.from_pretrained("registerlens:tiny")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return synthetic_images(2 * N, 2002)
+
+
+@pytest.fixture(scope="module")
+def found(tiny, batch):
+    return emergence_criteria(tiny, batch.images, labels_of(batch, tiny.layout(batch.images)))
+
+
+def test_the_embedded_models_table(found):
+    """The experiment's own numbers for h2, which it took on other images."""
+    frame = found.to_dataframe().set_index("criterion")
+    value = frame["value"]
+    assert frame["holds"].all() and found.n_met == len(CRITERIA)
+    assert found.onset == "1.mlp" and set(found.neurons.pairs) == {(1, n) for n in (183, 103, 219, 125, 55, 128, 177)}
+    at = dict(zip(("embed", "0.attn", "0.mlp", "1.attn", "1.mlp"), found.largest_over_median, strict=False))
+    assert (at["1.attn"], at["1.mlp"]) == (pytest.approx(1.70, rel=0.03), pytest.approx(18.8, rel=0.03))
+    assert found.untrained.max() == pytest.approx(1.31, abs=0.05)
+    assert found.quantiles == pytest.approx([1.97, 10.7], rel=0.15)
+    assert found.value_ratio[2:] == pytest.approx([0.42, 0.20, 0.20, 0.30], abs=0.02)
+    register = found.conditions().set_index("condition")
+    assert register["outliers"]["clean"] == pytest.approx(1.97, abs=0.15)
+    assert register["outliers"]["register"] == 0 and register["accuracy"]["register"] >= 0.9995
+    assert register["register_norm"]["register"] == pytest.approx(19.1, rel=0.02)
+    assert register["register_attention"]["register"] == pytest.approx(0.77, abs=0.03)
+    assert register["accuracy"]["zeroing"] == pytest.approx(0.928, abs=0.02)
+    assert register["register_norm"]["unedited"] == pytest.approx(1.65, abs=0.03)
+    assert register["register_attention"]["unedited"] < 0.005
+    random = register.filter(like="random", axis=0)
+    assert len(random) == RANDOM_SETS and random["outliers"].min() > 0.99 * register["outliers"]["clean"]
+    assert 0.02 < value["AUC, onset block"] < 0.06 and 0.005 < value["AUC, all"] < 0.02  # "4 to 6%", "1 to 2%"
+
+
+def test_numbers_computed_again_without_the_machinery(found, tiny, batch):
+    images, flat = batch.images[N:], batch.roles[N:] == FLAT
+    with torch.inference_mode():
+        _, cache = tiny.run_with_cache(images)
+    relative = cache["blocks.1.hook_resid_post"].norm(dim=-1)
+    relative = relative / relative.quantile(0.5, dim=1, keepdim=True)
+    outlier = relative > found.detection.cutoff.value
+    assert (outlier != flat).sum() <= 2
+    expected = [np.quantile(relative[~outlier], 0.999), np.quantile(relative[outlier], 0.01)]
+    assert found.quantiles == pytest.approx(expected, rel=1e-4)
+    drawn = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"].mean((1, 2)) for i in range(6)])
+    assert found.sink == pytest.approx((drawn * outlier).sum(-1).mean(1).numpy(), rel=1e-4)
+    norms = torch.stack([cache[f"blocks.{i}.attn.hook_v"].norm(dim=-1).mean(-1) for i in range(6)])
+    ratio = [float(layer[outlier].mean() / layer[~outlier].mean()) for layer in norms]
+    assert found.value_ratio == pytest.approx(ratio, rel=1e-4)
+    value = found.to_dataframe().set_index("criterion")["value"]
+    assert value["sink"] == pytest.approx(found.sink[2:].mean())
+    mean = np.log(found.largest_over_median)
+    assert value["one MLP"] == pytest.approx((mean[4] - mean[3]) / (mean[4] - mean[0]))
+
+
+def test_it_is_evaluated_on_other_images_than_it_is_chosen_on(found, tiny, batch):
+    """Images without flat patches in the second half: what was chosen stays, what is measured finds nothing."""
+    bare = synthetic_images(N, 5, SyntheticTask(flats=(0, 0)))
+    images, roles = torch.cat([batch.images[:N], bare.images]), torch.cat([batch.roles[:N], bare.roles])
+    labels = torch.cat([batch.labels[:N], bare.labels]).masked_fill((roles == FLAT)[..., None], -1)
+    other = emergence_criteria(tiny, images, labels)
+    assert other.neurons == found.neurons and other.detection == found.detection
+    assert other.outliers[0] == 0 and other.n_met < 10 and other.describe()
+
+
+def test_random_weights_meet_none():
+    batch = synthetic_images(64, 0, small().task)
+    vit = initial_vit(small())
+    none = emergence_criteria(vit, batch.images, labels_of(batch, vit.layout(batch.images)))
+    frame = none.to_dataframe()
+    assert none.n_met == 0 and not len(none.neurons) and none.onset is None and not frame["holds"].any()
+    assert frame["value"].isna().sum() == len(CRITERIA) - 1  # the norm over the median is told all the same
+    assert "nothing has emerged" in none.describe() and len(none.conditions()) == len(CONDITIONS) + RANDOM_SETS
+
+
+def test_it_comes_back_from_files(found, tmp_path):
+    again = EmergenceCriteria.load(found.save(tmp_path))
+    assert np.array_equal(again.values, found.values) and again.neurons == found.neurons
+    assert again.describe() == found.describe() and again.to_dataframe().equals(found.to_dataframe())
+
+
+def test_thresholds_have_two_sides(found):
+    assert [one.holds(one.threshold) for one in CRITERIA] == [True] * len(CRITERIA)
+    for one in CRITERIA:
+        assert not one.holds(one.threshold + (-0.01 if one.side == ">=" else 0.01)) and not one.holds(float("nan"))
+    with pytest.raises(ConfigError, match="No criterion 'sinks'"):
+        found.holds("sinks")
+
+
+def test_too_few_images_and_labels_that_do_not_fit(tiny, batch):
+    labels = labels_of(batch, tiny.layout(batch.images))
+    with pytest.raises(ShapeError, match=r"at least 32 images"):
+        emergence_criteria(tiny, batch.images[:31], labels[:31])
+    with pytest.raises(ShapeError, match=r"got 64 and 60"):
+        emergence_criteria(tiny, batch.images[:64], labels[:60])
+    with pytest.raises(ShapeError, match="do not fit an output"):
+        emergence_criteria(tiny, batch.images[:64], labels[:64, :30])
