@@ -20,7 +20,11 @@ ROOT = Path(__file__).parent.parent
 GROUPS = {
     "models": ("Models and tokens", ("config", "loading", "model"), "Load a vision transformer; name its parts."),
     "images": ("Images", ("data",), "From files, arrays, datasets and shards to batches of preprocessed pixels."),
-    "measurements": ("Measurements", ("analysis",), "What a model does: norms, outliers, sinks, neurons, and evidence."),
+    "measurements": (
+        "Measurements",
+        ("analysis",),
+        "What a model does: norms, outliers, sinks, neurons, and evidence.",
+    ),
     "interventions": ("Interventions", ("interventions",), "Edits for `vit.edit(...)`, `rl.attach(...)` and sweeps."),
     "evaluation": ("Evaluation", ("evaluation",), "What an edit does, beside its controls."),
     "theory": ("Theory", ("theory",), "The paper's propositions as exact models, and their conditions on real ones."),
@@ -28,7 +32,11 @@ GROUPS = {
     "sweeps": ("Sweeps", ("sweep",), "Many edits on many images, resumable; first-order screening; plans."),
     "figures": ("Figures and widgets", ("viz", "explorer", "comfort"), "Figures from results, and views to explore."),
     "emergence": ("Emergence", ("emergence",), "Training the small models in which register neurons emerge."),
-    "errors": ("Errors", ("errors",), "Every error raised on purpose. Each has [a page of its own](../errors/index.md)."),
+    "errors": (
+        "Errors",
+        ("errors",),
+        "Every error raised on purpose. Each has [a page of its own](../errors/index.md).",
+    ),
 }
 """Pages of the API reference: title, the packages whose names they show, what they are about."""
 REST = ("Further names", (), "Names that belong to none of the other pages.")
@@ -48,26 +56,28 @@ def public_names() -> dict[str, list[str]]:
 def api_page(page: str, names: list[str]) -> str:
     """One page of the API reference, as Markdown for mkdocstrings."""
     title, _, about = GROUPS.get(page, REST)
-    note = "" if page == "errors" else "\n\nAll names are to be had from the package itself: `import registerlens as rl`."
+    note = (
+        "" if page == "errors" else "\n\nAll names are to be had from the package itself: `import registerlens as rl`."
+    )
     return f"# {title}\n\n{about}{note}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
+
+
+_ABOUT_ERRORS = """# Errors
+
+Every error that RegisterLens raises on purpose says what it got, what it expected and what to do. Under the traceback,
+in notebooks too, stands a line such as `registerlens help ShapeError`: that command prints the page of the error,
+offline. `except rl.RegisterLensError` catches them all; each is also of the built-in class that fits, so that
+`except ValueError` and `except OSError` work as elsewhere.
+
+| error | when |
+|---|---|
+"""
 
 
 def errors_index() -> str:
     """The table of error pages."""
-    rows = [f"| [`{kind.__name__}`]({kind.__name__}.md) | {_first_line(kind)} |" for kind in errors.kinds()]
-    return "\n".join([
-        "# Errors",
-        "",
-        "Every error that RegisterLens raises on purpose says what it got, what it expected and what to do. Under the",
-        "traceback, in notebooks too, stands a line such as `registerlens help ShapeError`: that command prints the page",
-        "of the error, offline. `except rl.RegisterLensError` catches them all; each is also of the built-in class that",
-        "fits, so that `except ValueError` and `except OSError` work as elsewhere.",
-        "",
-        "| error | when |",
-        "|---|---|",
-        *rows,
-        "",
-    ])
+    rows = [f"| [`{kind.__name__}`]({kind.__name__}.md) | {_first_line(kind)} |\n" for kind in errors.kinds()]
+    return _ABOUT_ERRORS + "".join(rows)
 
 
 def tutorials() -> dict[str, str]:
@@ -75,18 +85,18 @@ def tutorials() -> dict[str, str]:
     return {path.stem: _title(path) for path in sorted((ROOT / "tutorials").glob("*.ipynb"))}
 
 
+_ABOUT_TUTORIALS = """# Tutorials
+
+Notebooks to read here, with their outputs and figures, or to run: they are in the folder `tutorials/` of the repository,
+need no network, and take less than a minute each on two cores.
+
+"""
+
+
 def tutorials_index() -> str:
     """Links to the rendered notebooks, which `tutorials/render.py` puts beside this page."""
-    rows = [f'- <a href="{name}.html">{title}</a>' for name, title in tutorials().items()]
-    return "\n".join([
-        "# Tutorials",
-        "",
-        "Notebooks to read here, with their outputs and figures, or to run: they are in the folder `tutorials/` of the",
-        "repository, need no network, and take less than a minute each on two cores.",
-        "",
-        *rows,
-        "",
-    ])
+    rows = [f'- {name[:2]} <a href="{name}.html">{title}</a>\n' for name, title in tutorials().items()]
+    return _ABOUT_TUTORIALS + "".join(rows)
 
 
 def generated() -> dict[str, str]:

@@ -37,7 +37,7 @@ def hooks():
 
 
 def pages():
-    """Path in the site -> Markdown of every page, written or generated; without the API reference, which is docstrings."""
+    """Path in the site -> Markdown of every page, written or generated, but for the API reference (docstrings)."""
     written = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in (ROOT / "docs").rglob("*.md")}
     return {path: text for path, text in (written | hooks().generated()).items() if not path.startswith("api/")}
 
@@ -62,7 +62,9 @@ def run_page(text, where):
 
 
 def params():
-    return [pytest.param(p, marks=[] if p in AT_ONCE or p.startswith("errors/") else pytest.mark.slow) for p in WITH_CODE]
+    return [
+        pytest.param(p, marks=[] if p in AT_ONCE or p.startswith("errors/") else pytest.mark.slow) for p in WITH_CODE
+    ]
 
 
 @pytest.mark.parametrize("path", params())
@@ -92,7 +94,7 @@ def test_python_is_fenced_so_that_it_is_run():
             assert not hidden, (path, code)
 
 
-# Nothing is left out ---------------------------------------------------------------------------------------------------
+# Nothing is left out -------------------------------------------------------------------------------------------------
 
 
 def test_every_public_name_is_in_the_api_reference_exactly_once():
@@ -131,7 +133,7 @@ def test_citation_names_package_version_and_paper():
     assert "2506.08010" in page and rl.__version__ in page
 
 
-# The site --------------------------------------------------------------------------------------------------------------
+# The site ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,9 @@ def test_every_page_is_there_and_names_no_other_host_to_load_from(site):
         html = (site / path).with_suffix(".html").read_text()
         loaded = re.findall(r'<(?:script|img|iframe|source)[^>]* src="([^"]+)"|<link[^>]* href="([^"]+)"', html)
         assert not [link for pair in loaded for link in pair if link.startswith(("http:", "https:", "//"))], path
-    ids = re.findall(r'id="(registerlens\.[\w.]+)"', "".join(page.read_text() for page in (site / "api").glob("*.html")))
+    ids = re.findall(
+        r'id="(registerlens\.[\w.]+)"', "".join(page.read_text() for page in (site / "api").glob("*.html"))
+    )
     for names in hooks().public_names().values():
         assert all(ids.count(name) == 1 for name in names)
 

@@ -33,11 +33,11 @@ class HookNameError(RegisterLensError, KeyError):
 
 
 class ShapeError(RegisterLensError, ValueError):
-    """A tensor has a shape the model cannot take."""
+    """A tensor has a shape or a kind of number that cannot be used here, or an index lies outside."""
 
 
 class ConfigError(RegisterLensError, ValueError):
-    """An architecture description is inconsistent."""
+    """An option, a configuration, or a file that describes something is inconsistent or incomplete."""
 
 
 class WeightsError(RegisterLensError, ValueError):
