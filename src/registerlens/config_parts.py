@@ -94,6 +94,7 @@ class AttentionPoolConfig:
         if self.n_heads < 1 or self.d_attn % self.n_heads:
             raise ConfigError(
                 f"d_attn={self.d_attn} of the attention pooling is not divisible by {self.n_heads} heads."
+                " Give a multiple."
             )
 
 

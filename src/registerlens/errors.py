@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
 class RegisterLensError(Exception):
-    """Base class: `except RegisterLensError` catches everything this package raises on purpose."""
+    """Base class: `except RegisterLensError` catches everything this package raises on purpose.
+
+    The message says what was got, what was expected and what to do. A note under the traceback, which notebooks show
+    too, names the command that prints the page of the error's class; `str(error)` is without it.
+
+    Example:
+        >>> ShapeError("Expected a batch.").__notes__
+        ['The usual causes, and what to do: registerlens help ShapeError']
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        own = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
+        self.add_note(f"The usual causes, and what to do: registerlens help {own.__name__}")
 
 
 class HookNameError(RegisterLensError, KeyError):
@@ -19,11 +33,11 @@ class HookNameError(RegisterLensError, KeyError):
 
 
 class ShapeError(RegisterLensError, ValueError):
-    """A tensor has a shape the model cannot take."""
+    """A tensor has a shape or a kind of number that cannot be used here, or an index lies outside."""
 
 
 class ConfigError(RegisterLensError, ValueError):
-    """An architecture description is inconsistent."""
+    """An option, a configuration, or a file that describes something is inconsistent or incomplete."""
 
 
 class WeightsError(RegisterLensError, ValueError):
@@ -82,6 +96,10 @@ class MissingExtraError(RegisterLensError, ImportError):
             f"{purpose} needs the package '{package}', which is not installed. "
             f"Install it with: pip install 'registerlens[{extra}]' (in a clone: pip install '.[{extra}]')"
         )
+        self._given = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it is made from other arguments than the message that it holds
+        return type(self), self._given, self.__dict__
 
 
 def close_matches(name: str, known: Iterable[str], n: int = 3) -> str:
@@ -93,3 +111,14 @@ def close_matches(name: str, known: Iterable[str], n: int = 3) -> str:
     """
     matches = get_close_matches(name, list(known), n=n, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+
+
+def kinds() -> list[type[RegisterLensError]]:
+    """Every class of error, the base class first."""
+    found = [value for value in globals().values() if isinstance(value, type) and issubclass(value, RegisterLensError)]
+    return sorted(found, key=lambda kind: kind is not RegisterLensError)
+
+
+def page_of(kind: type[RegisterLensError]) -> Path:
+    """The page, Markdown, about a class of error: what it means, its usual causes, what to do."""
+    return Path(__file__).parent / "assets" / "errors" / f"{kind.__name__}.md"

@@ -41,11 +41,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+        raise ConfigError(f"'{path}' cannot be read: {error}. Check the path and its permissions.") from error
     except ValueError as error:
-        raise ConfigError(f"'{path}' is not valid JSON; it may be truncated: {error}") from error
+        raise ConfigError(
+            f"'{path}' is not valid JSON; it may be truncated: {error}. Write it anew, or restore it from a copy."
+        ) from error
     if not isinstance(value, dict):
-        raise ConfigError(f"'{path}' holds {type(value).__name__} instead of an object.")
+        raise ConfigError(f"'{path}' holds {type(value).__name__} instead of an object. Is it the right file?")
     return value
 
 
@@ -70,7 +72,9 @@ def reading(path: Path) -> Iterator[dict[str, Any]]:
     except KeyError as error:
         raise ConfigError(f"'{path}' lacks {error}; was it written by another version, or edited?") from error
     except (AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"'{path}' does not hold what it should: {error}") from error
+        raise ConfigError(
+            f"'{path}' does not hold what it should: {error}. Write it anew, or restore it from a copy."
+        ) from error
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -86,11 +90,16 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     try:
         tensors = load_file(path)
     except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+        raise ConfigError(f"'{path}' cannot be read: {error}. Check the path and its permissions.") from error
     except SafetensorError as error:
-        raise ConfigError(f"'{path}' is not a valid safetensors file; it may be truncated: {error}") from error
+        raise ConfigError(
+            f"'{path}' is not a valid safetensors file; it may be truncated: {error}"
+            ". Write it anew, or restore it from a copy."
+        ) from error
     if names is not None and set(tensors) != set(names):
-        raise ConfigError(f"'{path}' holds the tensors {sorted(tensors)}, expected {sorted(names)}.")
+        raise ConfigError(
+            f"'{path}' holds the tensors {sorted(tensors)}, expected {sorted(names)}. Is it the right file?"
+        )
     return tensors
 
 

@@ -57,7 +57,10 @@ def linear_cka(x: Float[Tensor, "image feature"], y: Float[Tensor, "_ other"]) -
         1.0
     """
     if len(x) != len(y):
-        raise ShapeError(f"CKA compares representations of the same images, got {len(x)} and {len(y)} of them.")
+        raise ShapeError(
+            f"CKA compares representations of the same images, got {len(x)} and {len(y)} of them."
+            " Give both for the same images, in one order."
+        )
     sums = CKASums()
     sums.add(x, y)
     return sums.result()
@@ -227,7 +230,9 @@ def faithfulness(
                     one.add(full, _last(vit, resid[there], layout, keys), keys, there)
             start += len(batch)
     if not start:
-        raise ImageError("No image to restrict [CLS] on: the tensor or the iterable of batches is empty.")
+        raise ImageError(
+            "No image to restrict [CLS] on: the tensor or the iterable of batches is empty. Give at least one."
+        )
     if outliers is not None and len(outliers.mask) != start:
         raise ShapeError(f"Outliers of {len(outliers.mask)} images for {start} images. Find them on the same images.")
     arrays = {name: np.array([one.result()[name] for one in sums.values()]) for name in _ARRAYS}

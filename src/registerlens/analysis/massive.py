@@ -239,7 +239,9 @@ class _Sums:
 
     def result(self) -> MassiveActivations:
         if not self.n_images:
-            raise ImageError("No image to look for massive activations in: the tensor or the iterable is empty.")
+            raise ImageError(
+                "No image to look for massive activations in: the tensor or the iterable is empty. Give at least one."
+            )
         means = {name: (total / self.n_images).numpy() for name, total in self.totals.items() if name != "channels"}
         return MassiveActivations(
             model=self.model,

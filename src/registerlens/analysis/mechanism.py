@@ -220,11 +220,15 @@ def sink_no_op(
         for batch in in_batches(reference, batch_size):
             bank.add(vit, batch)
         if not bank.n_images:
-            raise ImageError("The reference is empty: the tensor or the iterable of batches holds no image.")
+            raise ImageError(
+                "The reference is empty: the tensor or the iterable of batches holds no image. Give at least one."
+            )
         for batch in track(in_batches(measured, batch_size), "editing sinks", count(measured), len):
             _measure(vit, batch, probe, bank, edits, sums)
     if not sums.n_images:
-        raise ImageError("No image to edit sinks in: the tensor or the iterable of batches is empty.")
+        raise ImageError(
+            "No image to edit sinks in: the tensor or the iterable of batches is empty. Give at least one."
+        )
     return SinkEffects(
         model=vit.source,
         config=vit.cfg,

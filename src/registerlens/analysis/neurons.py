@@ -71,10 +71,12 @@ class RegisterNeurons:
         # One and the same NaN for every unknown score: tuples with it are equal, and so are equal lists of neurons.
         object.__setattr__(self, "scores", tuple(math.nan if math.isnan(score) else score for score in self.scores))
         if len(self.pairs) != len(self.scores):
-            raise ConfigError(f"{len(self.pairs)} neurons with {len(self.scores)} scores.")
+            raise ConfigError(
+                f"{len(self.pairs)} neurons with {len(self.scores)} scores. Give one score for each neuron."
+            )
         if len(set(self.pairs)) < len(self.pairs):
             twice = sorted({pair for pair in self.pairs if self.pairs.count(pair) > 1})
-            raise ConfigError(f"Neurons {twice[:5]} are listed more than once.")
+            raise ConfigError(f"Neurons {twice[:5]} are listed more than once. List each once.")
         if negative := [pair for pair in self.pairs if min(pair) < 0]:
             raise ConfigError(f"Layers and neurons count from 0, got {negative[:5]}.")
 
@@ -165,7 +167,10 @@ class RegisterNeurons:
             ConfigError: the list was not found by a search in this session.
         """
         if self.search is None:
-            raise ConfigError(f"These neurons ({self.source}) come without the scores of a search; there is no curve.")
+            raise ConfigError(
+                f"These neurons ({self.source}) come without the scores of a search; there is no curve."
+                " Find some with rl.find_register_neurons(vit, images)."
+            )
         return self.search.plot()
 
     # Combining -------------------------------------------------------------------------------------------------------

@@ -174,5 +174,8 @@ def output_weights(
 def _output_rows(vit: HookedViT, layer: int) -> Float[Tensor, "neuron d_model"]:
     weights = cast(Block, vit.blocks[layer]).mlp.W_out.detach().double().cpu()
     if not weights.isfinite().all():
-        raise NonFiniteError(f"The output weights of block {layer}'s MLP are NaN or infinite.")
+        raise NonFiniteError(
+            f"The output weights of block {layer}'s MLP are NaN or infinite."
+            " Load the checkpoint anew; one in float16 may have overflowed."
+        )
     return weights

@@ -188,7 +188,7 @@ class _Sums:
     def result(self) -> NeuronScores:
         """Everything, as means."""
         if not self.n_images:
-            raise ImageError("No image to score neurons on: the iterable of batches is empty.")
+            raise ImageError("No image to score neurons on: the iterable of batches is empty. Give at least one.")
         if not self.n_outliers:
             raise ImageError(
                 f"None of the {self.n_images} images has an outlier patch above the threshold. Give more images, or a "

@@ -325,4 +325,6 @@ def random_cosine_p(cosine: Float[np.ndarray, "*shape"], d_model: int) -> Float[
 def _check_finite(vit: HookedViT) -> None:
     bad = [name for name, weight in vit.named_parameters() if not weight.isfinite().all()]
     if bad:
-        raise NonFiniteError(f"Weights are NaN or infinite: {', '.join(bad[:5])}. The checkpoint is damaged.")
+        raise NonFiniteError(
+            f"Weights are NaN or infinite: {', '.join(bad[:5])}. The checkpoint is damaged. Load it anew."
+        )

@@ -200,7 +200,9 @@ class SinkCounts:
         """
         n = self.n_images
         if not n:
-            raise ImageError("No image to find sinks in: the tensor or the iterable of batches is empty.")
+            raise ImageError(
+                "No image to find sinks in: the tensor or the iterable of batches is empty. Give at least one."
+            )
         evidence = max((histogram.judge() for histogram in self.norms), key=lambda found: (found.present, found.gap))
         places = self.places.numpy().copy()
         if evidence.present:

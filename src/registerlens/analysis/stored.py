@@ -56,7 +56,9 @@ class Stored:
         try:
             return cls(**{key: _from_json(value) for key, value in told["values"].items()}, **arrays)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"'{folder}' does not hold a {cls.__name__}: {error!r}.") from error
+            raise ConfigError(
+                f"'{folder}' does not hold a {cls.__name__}: {error!r}. Give a folder that its save(folder) wrote."
+            ) from error
 
 
 def _file_name(kind: type) -> str:

@@ -144,5 +144,6 @@ def random_sets(
     if len(others) < len(listed):
         raise InterventionError(
             f"{len(listed)} of a layer's {d_mlp} neurons are listed: too few others for random sets as large."
+            " List fewer."
         )
     return torch.stack([others[torch.randperm(len(others), generator=generator)[: len(listed)]] for _ in range(draws)])

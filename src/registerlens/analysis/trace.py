@@ -356,7 +356,7 @@ class _Sums:
             ImageError: no image came.
         """
         if not self.n_images:
-            raise ImageError("No image to trace: the tensor or the iterable of batches is empty.")
+            raise ImageError("No image to trace: the tensor or the iterable of batches is empty. Give at least one.")
         n = self.n_images
         return Trace(
             model=self.model,

@@ -62,7 +62,7 @@ def first_and_all(images: Images, n: int, batch_size: int) -> tuple[list[Tensor]
     while sum(map(len, held)) < n and (batch := next(stream, None)) is not None:
         held.append(batch)
     if not held:
-        raise ImageError("No image was given: the tensor or the iterable of batches is empty.")
+        raise ImageError("No image was given: the tensor or the iterable of batches is empty. Give at least one.")
     surplus = sum(map(len, held)) - n
     first = [*held[:-1], held[-1][: len(held[-1]) - max(0, surplus)]]
     return first, chain(held, stream)

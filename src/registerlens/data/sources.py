@@ -94,7 +94,7 @@ class TensorSource:
 
     def __post_init__(self) -> None:
         if not len(self.images):
-            raise ImageError("No image was given: the tensor is empty.")
+            raise ImageError("No image was given: the tensor is empty. Give at least one.")
         check_shard_size(self.shard_size)
         if self.labels is not None and len(self.labels) != len(self.images):
             raise ShapeError(f"{len(self.labels)} labels for {len(self.images)} images; one for each is needed.")
@@ -178,7 +178,9 @@ class FolderSource:
         self.names = tuple(path.relative_to(self.root).as_posix() for path in paths)
         if len(set(self.names)) < len(self.names):
             twice = Counter(self.names).most_common(1)[0][0]
-            raise ImageError(f"'{twice}' is listed twice; the rows of its images could not be told apart.")
+            raise ImageError(
+                f"'{twice}' is listed twice; the rows of its images could not be told apart. List it once."
+            )
         self._sizes = tuple(map(size_of, paths))
         self._labels = None if labels is None else _labels_of(self.names, list(map(str, files)), labels)
 

@@ -76,7 +76,7 @@ class WebDatasetSource:
         self._sizes = tuple(MISSING if (path := _local(url)) is None else size_of(path) for url in self.urls)
         for url, listed in zip(self.urls, self._sizes, strict=True):
             if _local(url) is not None and listed == MISSING:
-                raise SourceError(f"There is no '{url}'. Relative paths start at '{Path.cwd()}'.")
+                raise SourceError(f"There is no '{url}'. Relative paths start at '{Path.cwd()}'. Check the path.")
         short = [basename(url) for url in self.urls]
         self._tars = tuple(short) if len(set(short)) == len(short) else self.urls
 

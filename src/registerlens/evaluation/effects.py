@@ -301,7 +301,9 @@ class _Sums:
 
     def result(self) -> dict[str, Any]:
         if not any(self.n.values()):
-            raise ImageError("No image to evaluate on: the tensor or the iterable of batches is empty.")
+            raise ImageError(
+                "No image to evaluate on: the tensor or the iterable of batches is empty. Give at least one."
+            )
         n = max(self.n.values())
         metrics = tuple(name for name in METRICS if any(name in rows for rows in self.rows.values()))
         nothing = np.full(n, np.nan)
@@ -334,7 +336,7 @@ def _where(
 
 def _check(tested: Mapping[str, Any], images: Images) -> None:
     if not tested:
-        raise ConfigError("No intervention was given.")
+        raise ConfigError("No intervention was given. Give one, such as rl.TestTimeRegisters(neurons).")
     if CLEAN in tested:
         raise ConfigError(f"{CLEAN!r} is the name of the unedited model; call the intervention something else.")
     if not isinstance(images, Tensor) and isinstance(images, Iterable) and iter(images) is images:

@@ -105,7 +105,7 @@ class Fitter:
             ShapeError: the images differ in size, and whole activations are kept.
         """
         if not self.n_images:
-            raise ImageError("No image to fit the ablation on.")
+            raise ImageError("No image to fit the ablation on. Give at least one.")
         mean, std = {}, {}
         for point, (total, square, n) in self.sums.items():
             average = total / n.clamp_min(1)

@@ -80,7 +80,9 @@ class AttentionBias(Intervention):
         """
         register = TestTimeRegisters(neurons) if register is None else register
         if register.n != 1 or register.neurons.pairs != neurons.pairs:
-            raise InterventionError("An attention bias stands for exactly one test-time register of the same neurons.")
+            raise InterventionError(
+                "An attention bias stands for exactly one test-time register of the same neurons. Leave register= out."
+            )
         cfg = vit.cfg
         sums = {kind: torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head) for kind in "kv"}
         total = 0
@@ -98,7 +100,7 @@ class AttentionBias(Intervention):
                         vit(batch.to(vit.device), stop_at_layer=cfg.n_layers)
                 total += len(batch)
         if not total:
-            raise ImageError("No image to fit the attention bias on.")
+            raise ImageError("No image to fit the attention bias on. Give at least one.")
         return cls(neurons, (sums["k"] / total).clone(), (sums["v"] / total).clone(), total)
 
     @property
@@ -114,6 +116,7 @@ class AttentionBias(Intervention):
             raise InterventionError(
                 f"The bias has keys of shape {list(self.k.shape)} [layer, head, d_head], the model needs "
                 f"{list(expected)}. It was fitted on another architecture."
+                " Fit it on this one: rl.AttentionBias.fit(vit, neurons, images)."
             )
         zeroing = [
             Edit(f"blocks.{layer}.mlp.hook_post", partial(_zero, list(listed)))

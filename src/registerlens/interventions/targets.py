@@ -69,7 +69,9 @@ class Tokens:
                 raise InterventionError(f"Patches {wrong[:5]} do not exist: there are 0 to {layout.n_patches - 1}.")
             mask[torch.tensor(self.which, dtype=torch.long) + layout.patches.start] = True
         if not mask.any():
-            raise InterventionError(f"Nothing to ablate: the sequence has no tokens {self.which!r}.")
+            raise InterventionError(
+                f"Nothing to ablate: the sequence has no tokens {self.which!r}. Name others, such as patch indices."
+            )
         return mask
 
 

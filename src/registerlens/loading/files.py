@@ -84,7 +84,7 @@ def _read(path: Path, wanted: Wanted | None = None) -> Any:
         with torch.serialization.safe_globals(list(_HARMLESS)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsError(f"'{path}' could not be read; it may be truncated: {error}") from error
+        raise WeightsError(f"'{path}' could not be read; it may be truncated: {error}. Fetch it anew.") from error
     except Exception as error:  # torch raises pickle.UnpicklingError for anything that could run code
         raise WeightsError(
             f"'{path}' holds more than tensors, and loading it could run code. Save its state_dict as .safetensors."
@@ -115,7 +115,9 @@ def read_checkpoint(fetch: Fetch, wanted: Wanted | None = None) -> dict[str, Ten
         places = read_json(path).get("weight_map", {})
         for shard in sorted({shard for key, shard in places.items() if wanted is None or wanted(key)}):
             if (part := fetch(shard)) is None:
-                raise WeightsError(f"'{path}' lists the shard {shard!r}, which is not there.")
+                raise WeightsError(
+                    f"'{path}' lists the shard {shard!r}, which is not there. Fetch it, or the whole checkpoint anew."
+                )
             state |= read_weights(part, wanted)
         return state
     raise WeightsError(

@@ -57,7 +57,10 @@ def read_config(fetch: Callable[[str], Path | None]) -> tuple[str, Any]:
 
     path = fetch("config.json")
     if path is None:
-        raise UnsupportedArchitectureError("The checkpoint has no config.json, so its architecture is unknown.")
+        raise UnsupportedArchitectureError(
+            "The checkpoint has no config.json, so its architecture is unknown."
+            " Put it beside the weights, or give the weight file with family=."
+        )
     raw = read_json(path)
     try:
         config = AutoConfig.for_model(raw.get("model_type", ""), **{k: v for k, v in raw.items() if k != "model_type"})
@@ -65,6 +68,7 @@ def read_config(fetch: Callable[[str], Path | None]) -> tuple[str, Any]:
         raise UnsupportedArchitectureError(
             f"config.json says model_type={raw.get('model_type')!r}, which this version of transformers does not know. "
             f"Remote code is never run."
+            " Update transformers, or load the model yourself and use from_module."
         ) from error
     classes = raw.get("architectures") or [_base_class(config)]
     return classes[0], config

@@ -45,6 +45,7 @@ class Source:
                 if default is _ABSENT:
                     raise ConfigError(
                         f"The source model says nothing of {path!r}; it is incomplete or of another kind."
+                        " `registerlens models` lists what can be loaded."
                     )
                 return default
         return value
@@ -58,6 +59,7 @@ class Source:
         if key not in self.state:
             raise WeightsError(
                 f"The weights lack {key!r}, which tells the architecture.{close_matches(key, self.state)}"
+                " Give a whole checkpoint."
             )
         return self.state[key]
 
@@ -236,7 +238,10 @@ def describe(family: Family, source: Source, name: str) -> tuple[ViTConfig, Mapp
     source = Source(described, canonical(family, source.state))
     for refusal in family.refuse:
         if refusal.present(source):
-            raise UnsupportedArchitectureError(f"{name}: {family.source_class} with {refusal.part} is not supported.")
+            raise UnsupportedArchitectureError(
+                f"{name}: {family.source_class} with {refusal.part} is not supported."
+                " `registerlens models --markdown` lists what is."
+            )
     cfg = ViTConfig(**{field_name: reader(source) for field_name, reader in family.config.items()})
     return replace(cfg, n_unplaced=_unplaced(family, cfg, source.state)), source.state
 
@@ -361,7 +366,10 @@ def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
         layer = re.match(r"blocks\.(\d+)\.", target)
         weight = family.weights.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", target))
         if weight is None:
-            raise WeightsError(f"{family.library}'s {family.source_class} has no place for {target!r} of {vit.source}.")
+            raise WeightsError(
+                f"{family.library}'s {family.source_class} has no place for {target!r} of {vit.source}."
+                " Take the family that the model came from."
+            )
         weight = weight.among(vit.source_keys.__contains__) if own and vit.source_keys else weight
         for piece in weight.undo(weight.keys, tensor, vit.cfg):
             if piece.may_lack and not (own and piece.key in vit.source_keys) and not piece.tensor.any():

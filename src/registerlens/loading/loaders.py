@@ -170,7 +170,10 @@ def _load_open_clip(target: str, asked: Asked) -> HookedViT:
     options = dict(asked.options) | ({} if asked.config is None else _read_dict(asked.config))
     if Path(target).is_dir():
         if "model_cfg" not in read_json(Path(target) / "open_clip_config.json"):
-            raise ConfigError(f"'{target}/open_clip_config.json' has no 'model_cfg', so the architecture is unknown.")
+            raise ConfigError(
+                f"'{target}/open_clip_config.json' has no 'model_cfg', so the architecture is unknown."
+                " Save the model with open_clip's own function."
+            )
         weights = asked.weights or _first_of(Path(target), open_clip.WEIGHT_FILES)
         model = library.create_model(f"local-dir:{target}", load_weights=False, pretrained_text=False, **options)
         return _with_file(model, f"open_clip:{target}", weights, asked)
@@ -214,7 +217,9 @@ def _first_of(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise WeightsError(f"The folder '{folder}' has a configuration but no weights: none of {list(names)}.")
+    raise WeightsError(
+        f"The folder '{folder}' has a configuration but no weights: none of {list(names)}. Put the weights there."
+    )
 
 
 def _load_torch_hub(library: str) -> Callable[[str, Asked], HookedViT]:

@@ -37,7 +37,9 @@ def load(folder: Path, name: str | None = None) -> HookedViT:
     """
     description = read_json(folder / "config.json")
     if lacking := {"architecture", "preprocess", "source"} - set(description):
-        raise ConfigError(f"'{folder / 'config.json'}' lacks {sorted(lacking)}.")
+        raise ConfigError(
+            f"'{folder / 'config.json'}' lacks {sorted(lacking)}. Save the model again with save_pretrained."
+        )
     state = read_weights(folder / "model.safetensors")
     return build(description | ({"source": name} if name else {}), state, f"'{folder}'")
 
@@ -72,7 +74,9 @@ def build(description: dict[str, Any], state: dict[str, Tensor], where: str) -> 
     try:
         vit.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise WeightsError(f"{where}: the weights do not fit the configuration: {error}") from error
+        raise WeightsError(
+            f"{where}: the weights do not fit the configuration: {error}. Do both belong to one model?"
+        ) from error
     return vit.eval()
 
 

@@ -32,6 +32,7 @@ def _patch(source: Source) -> tuple[int, int]:
     if len(shape) != 4:
         raise WeightsError(
             f"'patch_embed.proj.weight' {list(shape)} is no convolution [width, channel, height, width]."
+            " Are these the weights of a ViT?"
         )
     return shape[2], shape[3]
 

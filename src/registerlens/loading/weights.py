@@ -70,7 +70,10 @@ def ones() -> Weight:
 def _implied(value: Callable[[ViTConfig], Tensor]) -> Weight:
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         if not torch.equal(tensor, value(cfg).to(tensor)):
-            raise WeightsError("A weight that the source model does not have has been changed; there is no key for it.")
+            raise WeightsError(
+                "A weight that the source model does not have has been changed; there is no key for it."
+                " Keep the model with vit.save_pretrained instead."
+            )
         return []
 
     return Weight((), lambda tensors, cfg: value(cfg), undo)
@@ -257,6 +260,9 @@ def averaged(*keys: str) -> Weight:
         return joined / len(given)
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
-        raise WeightsError(f"{list(keys)} were averaged when they were read, and cannot be told apart again.")
+        raise WeightsError(
+            f"{list(keys)} were averaged when they were read, and cannot be told apart again."
+            " Keep the model with vit.save_pretrained instead."
+        )
 
     return Weight(keys, build, undo)

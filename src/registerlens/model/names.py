@@ -32,7 +32,10 @@ def match_names(names_filter: NamesFilter, known: Iterable[str]) -> list[str]:
     if callable(names_filter):
         accepted = [name for name in every if names_filter(name)]
         if not accepted:
-            raise HookNameError(f"The names_filter function accepts none of the model's {len(every)} hook names.")
+            raise HookNameError(
+                f"The names_filter function accepts none of the model's {len(every)} hook names."
+                " List them with: list(vit.hook_dict)"
+            )
         return accepted
     patterns = [names_filter] if isinstance(names_filter, str) else list(names_filter)
     if not patterns:

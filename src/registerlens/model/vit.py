@@ -96,7 +96,10 @@ class HookedViT(HookedRootModule):
         start = 0 if start_at_layer is None else self._layer(start_at_layer)
         stop = self.cfg.n_layers if stop_at_layer is None else self._layer(stop_at_layer)
         if start > stop:
-            raise ShapeError(f"start_at_layer={start_at_layer} comes after stop_at_layer={stop_at_layer}.")
+            raise ShapeError(
+                f"start_at_layer={start_at_layer} comes after stop_at_layer={stop_at_layer}."
+                " Start at the same block or an earlier one."
+            )
         if return_type not in ("output", "tokens"):
             raise ValueError(f"return_type must be 'output' or 'tokens', got {return_type!r}.")
         if start_at_layer is None:
@@ -346,7 +349,10 @@ class HookedViT(HookedRootModule):
             ShapeError: the head does not read exactly one token of d_model numbers.
         """
         if self.head.linear is None or self.head.linear.in_features != self.cfg.d_model:
-            raise ShapeError("Class directions need a linear head over one pooled token; this model has none.")
+            raise ShapeError(
+                "Class directions need a linear head over one pooled token; this model has none."
+                " Project onto a direction of your own."
+            )
         if self.head.attn is not None or self.head.ln is not None:
             between = "attention pooling" if self.head.attn is not None else "a norm after pooling"
             raise ShapeError(

@@ -374,5 +374,8 @@ def _heads(cfg: ViTConfig, neurons: RegisterNeurons, heads: Heads | None) -> dic
         )
     later = [(layer, head) for layer, head in pairs if layer > first]
     if not later:
-        raise InterventionError(f"No head comes after block {first}, where the first of the neurons is, so no edge.")
+        raise InterventionError(
+            f"No head comes after block {first}, where the first of the neurons is, so no edge."
+            " Give neurons of earlier blocks."
+        )
     return {layer: tuple(head for at, head in later if at == layer) for layer in sorted({at for at, _ in later})}

@@ -121,7 +121,7 @@ def top_k(ranking: RegisterNeurons, ks: Iterable[int]) -> dict[int, Level]:
     if not ks:
         raise ConfigError("No k was given: top_k needs numbers of neurons, such as [1, 2, 5, 10].")
     if not len(ranking):
-        raise ConfigError(f"The ranking ({ranking.source}) has no neurons.")
+        raise ConfigError(f"The ranking ({ranking.source}) has no neurons. Give one that has.")
     if wrong := [k for k in ks if not 1 <= k <= len(ranking)]:
         raise ConfigError(
             f"k must be from 1 to {len(ranking)}, the length of the ranking ({ranking.source}), got {wrong[:5]}."
@@ -196,7 +196,7 @@ def _drawn(
     if n < 1:
         raise ConfigError(f"At least one {kind} set is needed, got n={n}.")
     if not len(neurons):
-        raise ConfigError(f"There are no neurons ({neurons.source}) to draw {kind} sets for.")
+        raise ConfigError(f"There are no neurons ({neurons.source}) to draw {kind} sets for. Give some.")
     generator = torch.Generator().manual_seed(seed)
     sets: list[RegisterNeurons] = []
     for _ in range(n):

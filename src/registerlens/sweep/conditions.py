@@ -82,5 +82,7 @@ def _layer_of(point: str) -> int:
         return 0
     kind, _, rest = point.partition(".")
     if kind != "blocks":
-        raise InterventionError(f"A sweep cannot tell before which block '{point}' is edited.")
+        raise InterventionError(
+            f"A sweep cannot tell before which block '{point}' is edited. Edit a hook point of a block, or hook_tokens."
+        )
     return int(rest.partition(".")[0])

@@ -65,6 +65,6 @@ def _metrics(vit: HookedViT, source: Source, batch_size: int) -> dict[str, Metri
     shards = (source.shard(index) for index in range(source.n_shards))
     shard = next((one for one in shards if len(one.names)), None)
     if shard is None:
-        raise ImageError("No image could be read.")
+        raise ImageError("No image could be read. Check the paths in the file.")
     detection: Detection = detect(vit, shard.images, batch_size=batch_size)
     return {one.name: one for one in default_metrics(vit, detection, labels=shard.labels is not None)}

@@ -66,7 +66,10 @@ def with_controls(
     models = by_name(vit)
     wanting = [one for one in conditions if not one.control_of and any(map(_about, one.interventions))]
     if not wanting:
-        raise InterventionError("No condition is about neurons, so that none has random neurons for a control.")
+        raise InterventionError(
+            "No condition is about neurons, so that none has random neurons for a control."
+            " Run them without with_controls."
+        )
     if unknown := [one.model for one in wanting if one.model not in models]:
         raise ConfigError(f"A condition is about the model {unknown[0]!r}; there are {list(models)}.")
     activities = _activities(models, images, wanting, batch_size) if "matched" in kinds else {}
@@ -102,7 +105,10 @@ def _controls(
             for name in names
         ]
     except InterventionError as error:
-        raise InterventionError(f"'{condition.label}' cannot have controls: {error}") from error
+        raise InterventionError(
+            f"'{condition.label}' cannot have controls: {error}"
+            " Add it to the others without controls: with_controls(others, ...) + it."
+        ) from error
 
 
 def _about(intervention: Intervention) -> RegisterNeurons | None:

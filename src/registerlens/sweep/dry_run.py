@@ -242,7 +242,7 @@ def _first_shard(source: Source) -> Shard:
         shard = source.shard(index)
         if len(shard.images):
             return shard
-    raise ImageError("No image of this source can be used.")
+    raise ImageError("No image of this source can be used. Check its paths.")
 
 
 def time_clean(vit: HookedViT, images: Float[Tensor, "batch channel height width"]) -> float:

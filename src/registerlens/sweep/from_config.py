@@ -187,7 +187,7 @@ def _listed(maker: _Maker, spec: NeuronsSpec, layers: tuple[int, ...] | None) ->
     neurons = maker.neurons(spec.source)
     kept = neurons if layers is None else neurons.filter(layers=layers)
     if not len(kept):
-        raise ConfigError(f"No neuron of '{spec.source}' lies in the layers {list(layers or ())}.")
+        raise ConfigError(f"No neuron of '{spec.source}' lies in the layers {list(layers or ())}. Name others.")
     return kept
 
 
@@ -239,7 +239,7 @@ def _tokens(maker: _Maker, axes: Mapping[str, Any]) -> Sets:
     kinds = list(told) if patches is not None or "all" not in told else None
     kept = {name: level for name, level in every.items() if kinds is None or level.factors["tokens"] in kinds}
     if not kept:
-        raise ConfigError(f"The model has no tokens {list(told)}.")
+        raise ConfigError(f"The model has no tokens {list(told)}. Leave them out.")
     return kept
 
 

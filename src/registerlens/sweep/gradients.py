@@ -140,6 +140,7 @@ def not_differentiable(metric: str, layer: int) -> ConfigError:
     return ConfigError(
         f"Metric '{metric}' has no gradient by the neurons from block {layer} on: it is not differentiable (it counts, "
         f"compares, detaches or leaves torch), or looks at earlier layers only."
+        " Ablate exactly instead, with run_sweep."
     )
 
 

@@ -31,7 +31,7 @@ def as_models(models: HookedViT | Mapping[str, HookedViT]) -> dict[str, HookedVi
             )
         check_untouched(vit, f"The model '{name}'")
     if not named:
-        raise ConfigError("A sweep needs a model.")
+        raise ConfigError("A sweep needs a model. Give a HookedViT, or several by name.")
     return named
 
 
@@ -49,7 +49,7 @@ def as_sources(images: Any, labels: Any, shard_size: int) -> dict[str, Source]:
     """
     named = dict(images) if isinstance(images, Mapping) else {"images": images}
     if not named:
-        raise ConfigError("A sweep needs images.")
+        raise ConfigError("A sweep needs images. Give a tensor or a source, or several by name.")
     labelled = dict(labels) if isinstance(labels, Mapping) else {} if labels is None else dict.fromkeys(named, labels)
     if not isinstance(labels, Mapping | None) and len(named) > 1:
         raise ConfigError(f"Labels of several image sets are given by name: labels={{{next(iter(named))!r}: ...}}.")

@@ -148,7 +148,10 @@ def _beating(folder: Folder) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if lost:
-            raise StoreError(f"The store is no longer held by this run: {lost[0]}")
+            raise StoreError(
+                f"The store is no longer held by this run: {lost[0]}"
+                " Call run_sweep again: it goes on from what is stored."
+            )
 
     thread = threading.Thread(target=live, daemon=True, name="registerlens-lock")
     thread.start()

@@ -96,7 +96,10 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
     if codes.null_count:
         unknown = pc.is_null(codes)  # type: ignore[attr-defined]
         strange = table["condition"].filter(unknown).unique().to_pylist()
-        raise ConfigError(f"The table has rows of conditions {strange[:3]} that are not in the list of conditions.")
+        raise ConfigError(
+            f"The table has rows of conditions {strange[:3]} that are not in the list of conditions."
+            " Read table and conditions of one sweep."
+        )
     which = codes.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
     sets = list(dict.fromkeys(one.images for one in conditions))
     set_of = np.array([sets.index(one.images) for one in conditions], dtype=np.int64)
@@ -112,6 +115,8 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
         seen = np.zeros(len(chosen) * len(names), dtype=bool)
         seen[cells] = True
         if seen.sum() < len(cells):
-            raise ConfigError("The table has two rows of one condition and image; were two parts of one task read?")
+            raise ConfigError(
+                "The table has two rows of one condition and image; were two parts of one task read? Read each once."
+            )
         found[name] = Places(conditions=chosen, names=tuple(names.to_pylist()), rows=rows, cells=cells)
     return found

@@ -77,7 +77,10 @@ class SweepResult:
         """
         words = _words(metrics)
         if missing := [name for name in (*COLUMNS, *words) if name not in table.column_names]:
-            raise ConfigError(f"The table lacks the columns {missing}; it has {table.column_names}.")
+            raise ConfigError(
+                f"The table lacks the columns {missing}; it has {table.column_names}."
+                " Give a table that a sweep has written."
+            )
         for name in ("condition", "image"):  # names stand there many times
             if not pa.types.is_dictionary(table.schema.field(name).type):
                 place = table.column_names.index(name)

@@ -284,7 +284,10 @@ def screen_neurons(
             clean.add(values)
             effects.add(found[:, kept].transpose(0, 1))
     if not clean.n:
-        raise NonFiniteError(f"Metric '{measured.name}' is NaN or infinite for each of the {n} images.")
+        raise NonFiniteError(
+            f"Metric '{measured.name}' is NaN or infinite for each of the {n} images."
+            " Check the images, and the metric (0 / 0, a logarithm of 0)."
+        )
     checked, is_candidate, is_sample = _to_check(effects.mean, chosen, exact, sample, seed)
     true = exact_effects(vit, images, measured, checked, replacement, labels=labels, batch_size=batch_size, stack=stack)
     return Screening(

@@ -61,7 +61,10 @@ class Store:
         folder = folder_at(where)
         found = _stored(folder)
         if found is None:
-            raise StoreError(f"There is no sweep in '{folder.where}': it has no {manifests.NAME}.")
+            raise StoreError(
+                f"There is no sweep in '{folder.where}': it has no {manifests.NAME}."
+                " Check the path; run_sweep(..., store=...) makes one."
+            )
         return cls(folder, found)
 
     # Parts -----------------------------------------------------------------------------------------------------------

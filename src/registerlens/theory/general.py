@@ -74,9 +74,9 @@ class LayerNorm:
             if value.dtype != torch.float64:
                 raise ConfigError(f"LayerNorm's {name} is {value.dtype}; the exact model is computed in torch.float64.")
             if not value.isfinite().all():
-                raise NonFiniteError(f"LayerNorm's {name} has NaN or infinite entries.")
+                raise NonFiniteError(f"LayerNorm's {name} has NaN or infinite entries. Give finite ones.")
         if not self.w.any():
-            raise ConfigError("LayerNorm's w is zero throughout: it lets nothing of the stream through.")
+            raise ConfigError("LayerNorm's w is zero throughout: it lets nothing of the stream through. Give another.")
         if not self.eps > 0:
             raise ConfigError(f"LayerNorm's eps must be positive, got {self.eps}.")
 
@@ -104,7 +104,10 @@ class LayerNorm:
         """
         centred = _centred(direction)
         if (centred.norm(dim=-1) <= 1e-12 * direction.norm(dim=-1)).any():
-            raise ConfigError("A direction is a multiple of the all-ones vector, which LayerNorm takes out: no limit.")
+            raise ConfigError(
+                "A direction is a multiple of the all-ones vector, which LayerNorm takes out: no limit."
+                " Choose another direction."
+            )
         return self._gain * self.w * centred / centred.norm(dim=-1, keepdim=True) + self.b
 
     def distance_bound(
@@ -158,7 +161,7 @@ class GeneralModel:
             if value.dtype != torch.float64:
                 raise ConfigError(f"{name} is {value.dtype}; the exact model is computed in torch.float64.")
             if not value.isfinite().all():
-                raise NonFiniteError(f"{name} has NaN or infinite entries.")
+                raise NonFiniteError(f"{name} has NaN or infinite entries. Give finite ones.")
         if self.norm is not None and len(self.norm.w) != d_model:
             raise ShapeError(f"LayerNorm must have {d_model} entries, got {len(self.norm.w)}.")
 

@@ -301,7 +301,10 @@ def check_kernels(
     rows = Rows()
     subjects, notes = subjects_of(vit, neurons, observed, generator)
     if not any(subject.vector == "u2" for subject in subjects):
-        raise WeightsError(f"None of these neurons writes anything (their rows of W_out are zero): {neurons}.")
+        raise WeightsError(
+            f"None of these neurons writes anything (their rows of W_out are zero): {neurons}."
+            " Is the list of another model?"
+        )
     notes += list(measure_kernels(rows, vit, subjects, first, generator))
     n_key_rows = measure_keys(rows, vit, subjects, first, observed, generator)
     for subject in subjects:

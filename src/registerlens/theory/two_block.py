@@ -307,7 +307,7 @@ def _check_tensors(model: TwoBlockModel) -> None:
             if value.dtype != torch.float64:
                 raise ConfigError(f"{item.name} is {value.dtype}; the exact model is computed in torch.float64.")
             if not value.isfinite().all():
-                raise NonFiniteError(f"{item.name} has NaN or infinite entries.")
+                raise NonFiniteError(f"{item.name} has NaN or infinite entries. Give finite ones.")
     if not 1 <= model.sink < n_tokens:
         raise ConfigError(f"sink must be the index of a patch, 1 to {n_tokens - 1}, got {model.sink}.")
     if model.phi not in ACTIVATIONS:
@@ -316,4 +316,4 @@ def _check_tensors(model: TwoBlockModel) -> None:
         raise ConfigError("grows[0] must be True: row 0 of W_out1 is u2.")
     for name, vector in (("u1", model.u1), ("u2", model.W_out1[REGISTER]), ("x_s", model.tokens[model.sink])):
         if not vector.any():
-            raise ConfigError(f"{name} is zero, so that there is no direction to speak of.")
+            raise ConfigError(f"{name} is zero, so that there is no direction to speak of. Give another.")

@@ -310,7 +310,9 @@ class _Sums:
             ImageError: no image came.
         """
         if not self.n_images:
-            raise ImageError("No image to split updates on: the tensor or the iterable of batches is empty.")
+            raise ImageError(
+                "No image to split updates on: the tensor or the iterable of batches is empty. Give at least one."
+            )
         means = torch.stack(list(self.totals.values()), 1).numpy() / self.n_images
         described = {"conditions": tuple(self.references), "references": tuple(self.references.values())}
         return {"n_images": self.n_images, **described, **dict(zip(_ARRAYS, means, strict=True))}

@@ -168,7 +168,9 @@ def _effects(
     if isinstance(sinks, RegisterLensError):
         raise sinks
     if len(few) < 2:
-        raise ImageError("Editing a sink takes values from other images, and there is only one.")
+        raise ImageError(
+            "Editing a sink takes values from other images, and there is only one. Give at least two images."
+        )
     events = sinks.events[sinks.index(THRESHOLD)]
     heads = [(layer, head) for layer, head in product(*map(range, events.shape)) if events[layer, head]]
     often = sorted(heads, key=lambda place: -events[place])[:HEADS]

@@ -1,0 +1,147 @@
+"""What MkDocs adds to the written pages: the API reference, the error pages and the list of tutorials.
+
+All three come from what there is, so that no public name, no class of error and no notebook can be forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import registerlens
+from registerlens import errors
+
+ROOT = Path(__file__).parent.parent
+
+GROUPS = {
+    "models": ("Models and tokens", ("config", "loading", "model"), "Load a vision transformer; name its parts."),
+    "images": ("Images", ("data",), "From files, arrays, datasets and shards to batches of preprocessed pixels."),
+    "measurements": (
+        "Measurements",
+        ("analysis",),
+        "What a model does: norms, outliers, sinks, neurons, and evidence.",
+    ),
+    "interventions": ("Interventions", ("interventions",), "Edits for `vit.edit(...)`, `rl.attach(...)` and sweeps."),
+    "evaluation": ("Evaluation", ("evaluation",), "What an edit does, beside its controls."),
+    "theory": ("Theory", ("theory",), "The paper's propositions as exact models, and their conditions on real ones."),
+    "circuits": ("Circuits", ("circuits",), "Who writes what to whom: paths, patching, lenses, contributions."),
+    "sweeps": ("Sweeps", ("sweep",), "Many edits on many images, resumable; first-order screening; plans."),
+    "figures": ("Figures and widgets", ("viz", "explorer", "comfort"), "Figures from results, and views to explore."),
+    "emergence": ("Emergence", ("emergence",), "Training the small models in which register neurons emerge."),
+    "errors": (
+        "Errors",
+        ("errors",),
+        "Every error raised on purpose. Each has [a page of its own](../errors/index.md).",
+    ),
+}
+"""Pages of the API reference: title, the packages whose names they show, what they are about."""
+REST = ("Further names", (), "Names that belong to none of the other pages.")
+
+
+def public_names() -> dict[str, list[str]]:
+    """Page of the API reference -> where each of its names is defined; every public name is on exactly one page."""
+    pages: dict[str, list[str]] = {}
+    for name, home in registerlens._HOMES.items():
+        part = home.split(".")[1]
+        page = next((page for page, (_, parts, _) in GROUPS.items() if part in parts), "further")
+        pages.setdefault(page, []).append(f"{home}.{name}")
+    pages["errors"] = [f"{kind.__module__}.{kind.__name__}" for kind in errors.kinds()]
+    return {page: pages[page] for page in [*GROUPS, "further"] if page in pages}
+
+
+def api_page(page: str, names: list[str]) -> str:
+    """One page of the API reference, as Markdown for mkdocstrings."""
+    title, _, about = GROUPS.get(page, REST)
+    note = (
+        "" if page == "errors" else "\n\nAll names are to be had from the package itself: `import registerlens as rl`."
+    )
+    return f"# {title}\n\n{about}{note}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
+
+
+_ABOUT_ERRORS = """# Errors
+
+Every error that RegisterLens raises on purpose says what it got, what it expected and what to do. Under the traceback,
+in notebooks too, stands a line such as `registerlens help ShapeError`: that command prints the page of the error,
+offline. `except rl.RegisterLensError` catches them all; each is also of the built-in class that fits, so that
+`except ValueError` and `except OSError` work as elsewhere.
+
+| error | when |
+|---|---|
+"""
+
+
+def errors_index() -> str:
+    """The table of error pages."""
+    rows = [f"| [`{kind.__name__}`]({kind.__name__}.md) | {_first_line(kind)} |\n" for kind in errors.kinds()]
+    return _ABOUT_ERRORS + "".join(rows)
+
+
+def tutorials() -> dict[str, str]:
+    """Name of each notebook -> its title."""
+    return {path.stem: _title(path) for path in sorted((ROOT / "tutorials").glob("*.ipynb"))}
+
+
+_ABOUT_TUTORIALS = """# Tutorials
+
+Notebooks to read here, with their outputs and figures, or to run: they are in the folder `tutorials/` of the repository,
+need no network, and take less than a minute each on two cores.
+
+"""
+
+
+def tutorials_index() -> str:
+    """Links to the rendered notebooks, which `tutorials/render.py` puts beside this page."""
+    rows = [f'- {name[:2]} <a href="{name}.html">{title}</a>\n' for name, title in tutorials().items()]
+    return _ABOUT_TUTORIALS + "".join(rows)
+
+
+def generated() -> dict[str, str]:
+    """Path in the site -> Markdown, for every page that is not written by hand."""
+    pages = {f"api/{page}.md": api_page(page, names) for page, names in public_names().items()}
+    pages["errors/index.md"] = errors_index()
+    pages |= {f"errors/{kind.__name__}.md": errors.page_of(kind).read_text() for kind in errors.kinds()}
+    pages["tutorials/index.md"] = tutorials_index()
+    return pages
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the generated pages into the navigation."""
+    sections: dict[str, list[str]] = {
+        "API reference": [f"api/{page}.md" for page in public_names()],
+        "Errors": ["errors/index.md", *(f"errors/{kind.__name__}.md" for kind in errors.kinds())],
+        "Tutorials": ["tutorials/index.md"],
+    }
+    config.nav = _filled(config.nav, sections)
+    config.watch.append(str(errors.page_of(errors.RegisterLensError).parent))
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    for path, text in generated().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def _filled(nav: Any, sections: dict[str, list[str]]) -> Any:
+    """The navigation with the empty sections filled."""
+    if isinstance(nav, list):
+        return [_filled(item, sections) for item in nav]
+    if isinstance(nav, dict):
+        return {title: sections[title] if inner == [] else _filled(inner, sections) for title, inner in nav.items()}
+    return nav
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").splitlines()[0]
+
+
+def _title(path: Path) -> str:
+    """A notebook's first heading."""
+    cells = json.loads(path.read_text())["cells"]
+    lines = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "markdown").splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("# ")), path.stem)
