@@ -160,6 +160,7 @@ def test_in_float32_and_half_precision_rounding_is_reported():
     assert 1e-4 < rounded < 0.5
 
 
+@pytest.mark.slow
 def test_planted_outliers_write_nothing_into_the_output_but_draw_attention():
     cfg = rl.ViTConfig(n_layers=4, d_model=48, n_heads=3, d_mlp=40, image_size=(64, 64), patch_size=(8, 8), d_out=5)
     plain = randomise(rl.HookedViT(cfg), std=0.15)

@@ -94,10 +94,8 @@ def test_the_query_bias_reads_a_dominated_token_as_the_model_does(name):
     u = torch.randn(32, generator=torch.Generator().manual_seed(2)).double()
     found = head_circuits(vit, u)
     block = vit.blocks[1]
-    if vit.cfg.norm == "layer":
-        query = block.ln1(torch.ones(32).double())  # constant tokens are normalised to the bias
-    else:
-        query = torch.zeros(32).double()
+    # Constant tokens are normalised to the bias, where there is one.
+    query = block.ln1(torch.ones(32).double()) if vit.cfg.norm == "layer" else torch.zeros(32).double()
     with torch.no_grad():
         tokens = torch.stack([1e6 * u, -1e6 * u])
         keys = block.ln1(tokens)
@@ -112,19 +110,21 @@ def test_the_query_bias_reads_a_dominated_token_as_the_model_does(name):
             assert found.value("ov_cosine")[1, head] == pytest.approx(cosine.item(), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_gains_are_one_in_the_root_mean_square_over_random_directions():
     vit = build("full")
     directions = torch.randn(400, 32, generator=torch.Generator().manual_seed(4))
-    gains = np.stack([head_circuits(vit, u, n_null=20).observed[[0, 2], 1] for u in directions[:60]])
-    np.testing.assert_allclose((gains**2).mean(0) ** 0.5, 1, atol=0.15)
+    gains = np.stack([head_circuits(vit, u, n_null=20).observed[[0, 2], 1] for u in directions[:30]])
+    np.testing.assert_allclose((gains**2).mean(0) ** 0.5, 1, atol=0.2)
     found = head_circuits(vit, directions[0], n_null=400, seed=3)
     assert (found.null[..., 0] < found.null[..., 1]).all() and (found.null[..., 1] < found.null[..., 2]).all()
     beyond = np.mean(
-        [np.abs(head_circuits(vit, u, n_null=400).beyond_null("key_gain")).mean() for u in directions[:20]]
+        [np.abs(head_circuits(vit, u, n_null=200).beyond_null("key_gain")).mean() for u in directions[:20]]
     )
     assert 0.01 < beyond < 0.12  # 5% of random directions lie outside
 
 
+@pytest.mark.slow
 def test_planted_register_neurons_are_sought_by_the_planted_heads_and_silenced_by_all():
     cfg = rl.ViTConfig(n_layers=4, d_model=48, n_heads=3, d_mlp=40, image_size=(64, 64), patch_size=(8, 8), d_out=5)
     vit, truth = rl.plant_register_neurons(randomise(rl.HookedViT(cfg), std=0.15), layer=1, n=2)

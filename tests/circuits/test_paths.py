@@ -137,7 +137,9 @@ def test_the_direct_effect_on_an_output_without_a_final_norm_is_linear():
     np.testing.assert_allclose(found.together, expected.numpy(), atol=1e-12)
 
 
-@pytest.mark.parametrize("model", ["full", "plain", "rotary", "attention-pooled"])
+@pytest.mark.parametrize(
+    "model", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "rotary"))]
+)
 def test_without_receivers_it_is_activation_patching(model):
     vit = build(model).double()
     clean, corrupted = pair_of(vit)
@@ -158,7 +160,7 @@ def test_points_of_the_head_can_be_patched():
     vit = build("attention-pooled").double()
     clean, corrupted = pair_of(vit)
     found = path_patching(vit, clean, corrupted, "blocks.2.hook_resid_post", "head.attn.hook_v", metric=output_norm)
-    was, sent = caches(vit, clean, corrupted)
+    _, sent = caches(vit, clean, corrupted)
     after = patched_output(vit, clean, "head.attn.hook_v", sent["head.attn.hook_v"]).flatten(1)
     before = vit(clean).detach().flatten(1)
     expected = after.norm(dim=1) + after[:, 0] - before.norm(dim=1) - before[:, 0]
@@ -200,6 +202,7 @@ def planted():
     return vit, truth
 
 
+@pytest.mark.slow
 def test_planted_neurons_move_the_sink_where_they_fire_by_way_of_the_planted_heads_keys(planted):
     """From an image with an outlier into one without: the sink heads attend to the outlier's place, others do not."""
     vit, truth = planted

@@ -70,12 +70,13 @@ def test_where_what_follows_is_linear_they_are_exact():
     assert "poor" not in found.trust()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["full", "rotary"])
 def test_along_the_way_they_add_up_to_patching_the_whole_point(model):
     vit = build(model).double()
     clean, corrupted = pair_of(vit)
     names = ["blocks.1.attn.hook_q", "blocks.1.mlp.hook_post", "hook_embed"]
-    found = attribution_patching(vit, clean, corrupted, names, metric=metric, steps=24, exact=2, sample=2)
+    found = attribution_patching(vit, clean, corrupted, names, metric=metric, steps=16, exact=2, sample=2)
     once = attribution_patching(vit, clean, corrupted, names, metric=metric, exact=0, sample=0)
     for i, name in enumerate(found.names):
         exact = path_patching(vit, clean, corrupted, name, metric=metric).together.mean()
@@ -84,6 +85,7 @@ def test_along_the_way_they_add_up_to_patching_the_whole_point(model):
     assert np.abs(once.by_name - once.whole).max() > 10 * np.abs(found.by_name - found.whole).max()
 
 
+@pytest.mark.slow
 def test_units_are_patched_exactly_one_at_a_time_and_positions_can_be_chosen():
     vit = build("full").double()
     clean, corrupted = pair_of(vit)

@@ -90,7 +90,7 @@ class DirectContributions(Stored):
         """The heads and neurons with the largest contributions in magnitude; columns as in `to_dataframe`."""
         table = self.to_dataframe()
         table = table[table["component"].isin(["head", "neuron"])]
-        order = np.argsort(-np.abs(table["contribution"].to_numpy()), kind="stable")[:k]
+        order = np.argsort(-np.abs(np.asarray(table["contribution"])), kind="stable")[:k]
         return table.iloc[order].reset_index(drop=True)
 
     def to_dataframe(self) -> pd.DataFrame:

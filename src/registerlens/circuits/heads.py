@@ -197,7 +197,7 @@ def head_circuits(
     """
     if n_null < 20:
         raise ConfigError(f"n_null must be at least 20 for a 95% range, got {n_null}.")
-    along, words = _directions(vit, direction)
+    along, words = directions_met(vit, direction)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(n_null, vit.cfg.d_model, generator=generator, dtype=torch.float64)
     qk, ov, observed, null = [], [], [], []
@@ -317,7 +317,7 @@ def _score(eigenvalues: Complex[np.ndarray, "layer head d"]) -> Float[np.ndarray
     return np.divide(eigenvalues.sum(-1).real, total, out=np.full(total.shape, np.nan), where=total > 0)
 
 
-def _directions(
+def directions_met(
     vit: HookedViT, direction: RegisterNeurons | Tensor | None
 ) -> tuple[list[Float[Tensor, " d_model"] | None], str]:
     """For each block the direction that its heads meet, and what it is."""

@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 
 from registerlens.circuits.direct import KEYS, DirectContributions
 from registerlens.circuits.heads import HeadCircuits
+from registerlens.circuits.key_share import KeyShare
 from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme
 
 _PANELS = {
@@ -147,3 +148,45 @@ def direct_figure(found: DirectContributions, mode: Mode = "light") -> go.Figure
     figure.update_xaxes(title_text="direct contribution", row=1, col=2)
     figure.update_yaxes(title_text="block: neuron", type="category", autorange="reversed", row=1, col=2)
     return figure
+
+
+def key_share_figure(found: KeyShare, mode: Mode = "light") -> go.Figure:
+    """Maps of layer by head: how much outliers' keys score above other patches', and how much of it is along u.
+
+    Both maps have one colour scale.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.circuits.key_share import key_share
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(16, 0).images
+        >>> len(key_share_figure(key_share(vit, images, rl.RegisterNeurons.from_pairs([(1, 183)]))).data)
+        2
+    """
+    titles = ("Advantage of outliers in the score", "Part along the direction")
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=titles)
+    reach = float(np.nanmax(np.abs([found.advantage, found.along])))
+    for i, values in enumerate((found.advantage, found.along)):
+        figure.add_trace(
+            go.Heatmap(
+                z=values,
+                customdata=found.share,
+                zmin=-reach,
+                zmax=reach,
+                colorscale="RdBu_r",
+                showscale=bool(i),
+                colorbar={"thickness": 12},
+                hovertemplate="head %{y}.%{x}: %{z:.3g} (share along it %{customdata:.0%})<extra></extra>",
+            ),
+            row=1,
+            col=i + 1,
+        )
+    title = f"Keys of outliers in {found.model}: {found.direction}, {found.n_used} images"
+    figure.update_layout(title={"text": title, "font": {"size": 14}}, height=400)
+    figure.update_annotations(font_size=13)
+    figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+    n_layers, n_heads = found.along.shape
+    figure.update_xaxes(title_text="head", showgrid=False, dtick=max(1, n_heads // 6), range=[-0.5, n_heads - 0.5])
+    return figure.update_yaxes(
+        title_text="block", showgrid=False, dtick=max(1, n_layers // 6), range=[-0.5, n_layers - 0.5]
+    )
