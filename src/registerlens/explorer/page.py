@@ -1,7 +1,7 @@
 """The explorer as HTML that carries its data: every map one byte a value, compressed, and as many as the budget allows.
 
-What is kept is the same for all images and conditions, so that they can always be compared: first the mean over heads,
-block by block in the order of interest, then rollout of the last block, then single heads.
+What is kept is the same for all images and conditions, so that they can always be compared; see `order` for what comes
+first. Where images have very many patches, these are pooled into cells.
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ import gzip
 import html
 import json
 import uuid
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from registerlens.errors import ConfigError
 from registerlens.explorer.attention import Attention, Head
 from registerlens.explorer.codes import encode
-from registerlens.explorer.explorer import Explorer
+from registerlens.explorer.explorer import CLEAN, Explorer
 from registerlens.explorer.manifest import manifest
+from registerlens.explorer.pooling import Cells
 from registerlens.explorer.shown import patch_medians
+from registerlens.explorer.tokens import token_names
 from registerlens.files import whole_file
 from registerlens.progress import track
 
 Kind = tuple[int, Head]
 """A block and a head: one map for every image and condition."""
 
-_FEWEST = 4
-"""So many kinds of maps shall fit; where they do not, the last images are left out."""
+_CORE = 3
+"""Blocks whose means, with rollout and the heads of the first one, shall fit; else the last images are left out."""
 _REMARKS = 1500
 """Bytes for the lists of what was kept and left out."""
 
@@ -95,19 +99,22 @@ def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> data = collect(rl.explore(vit, torch.rand(1, 3, 48, 48)), 1_000_000)
         >>> data["manifest"]["kept"][:2], data["manifest"]["left_out"]
-        ([[5, 'mean'], [2, 'mean']], '')
+        ([(5, 'mean'), (2, 'mean')], '')
     """
-    told, kinds = manifest(explorer), order(explorer)
+    told, kinds, cells = manifest(explorer), order(explorer), _cells(explorer)
+    told |= _in_cells(told, explorer, cells)
     told["images"], images = [], told["images"]
     left = max_bytes - _size(told) - _REMARKS
     one = _scenes(explorer, range(1))
-    per_kind, per_image = _size(_maps(one, kinds[0])), _size(_facts(one)) + max(map(_size, images))
-    n_images = max(1, min(len(images), left // (per_image + per_kind * min(len(kinds), _FEWEST))))
+    core = min(_CORE, explorer.vit.cfg.n_layers) + 1 + explorer.vit.cfg.n_heads
+    per_kind, per_image = _size(_maps(one, kinds[0], cells)), _size(_facts(explorer, one, cells))
+    per_image += max(map(_size, images)) + per_kind * min(core, len(kinds))
+    n_images = max(1, min(len(images), left // per_image))
     scenes = _scenes(explorer, range(n_images))
-    facts, maps, kept = _facts(scenes), {}, []
+    facts, maps, kept = _facts(explorer, scenes, cells), {}, []
     left -= _size(facts) + _size(images[:n_images])
     for kind in track(kinds, "packing the page", len(kinds)):
-        new = _maps(scenes, kind)
+        new = _maps(scenes, kind, cells)
         left -= _size(new)
         if left < 0:
             break
@@ -118,24 +125,59 @@ def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
             f"A page of {max_bytes} bytes has no room for a single map of one image: {-left} bytes are missing. Give "
             f"a larger max_bytes, fewer interventions, or smaller images."
         )
-    about = {"images": images[:n_images], "kept": kept, "left_out": _left_out(explorer, kinds, kept, n_images)}
-    told["start"] = _reachable(told["start"], kept)
-    return {"manifest": told | about, "facts": facts, "maps": maps}
+    left_out = " ".join(filter(None, [cells.words, _left_out(explorer, kinds, kept, n_images)]))
+    about = {"images": images[:n_images], "kept": kept, "left_out": left_out}
+    return {"manifest": told | about | {"start": _reachable(told["start"], kept)}, "facts": facts, "maps": maps}
 
 
 def order(explorer: Explorer) -> list[Kind]:
-    """Every kind of map, the most interesting first."""
+    """Every kind of map, the most interesting first.
+
+    Means over heads of the block that reads outliers first, the last one and the one where they arise; rollout of the
+    last; the heads of the first of these; the means of all other blocks; then their heads and rollouts.
+    """
     cfg, onset = explorer.vit.cfg, explorer.trace.onset_layer
     last = cfg.n_layers - 1
     first = [last, last // 2, 0] if onset is None else [min(onset + 1, last), last, onset]
     layers = list(dict.fromkeys([*first, *range(last, -1, -1)]))
     heads = range(cfg.n_heads) if cfg.n_heads > 1 else ()
-    return [
-        *((layer, "mean") for layer in layers),
+    kinds: list[Kind] = [
+        *((layer, "mean") for layer in layers[:_CORE]),
         (last, "rollout"),
-        *((layer, head) for layer in layers for head in heads),
+        *((layers[0], head) for head in heads),
+        *((layer, "mean") for layer in layers[_CORE:]),
+        *((layer, head) for layer in layers[1:] for head in heads),
         *((layer, "rollout") for layer in layers if layer != last),
     ]
+    return kinds
+
+
+def _cells(explorer: Explorer) -> Cells:
+    return Cells.few_enough(explorer.vit.cfg.layout(*explorer.images.shape[2:]))
+
+
+def _in_cells(told: dict[str, Any], explorer: Explorer, cells: Cells) -> dict[str, Any]:
+    """What changes in the manifest where cells take the place of patches."""
+    if cells.side == 1:
+        return {}
+    rows, columns = cells.layout.grid
+    covered = [
+        share * cells.side * now / before
+        for share, now, before in zip(told["grid"]["covered"], (columns, rows), cells.patches.grid[::-1], strict=True)
+    ]
+    conditions = []
+    for condition in told["conditions"]:
+        layout = replace(cells.layout, n_test_time_registers=condition["n_tokens"] - cells.patches.n_tokens)
+        n_extra = len(condition["tokens"]) - condition["n_tokens"]
+        tokens = token_names(layout, layout.n_tokens + n_extra)
+        conditions.append(condition | {"tokens": tokens, "n_tokens": layout.n_tokens})
+    patch = explorer.tokens(CLEAN).index(told["start"]["token"]) - cells.patches.patches.start
+    row, column = (at // cells.side for at in divmod(patch, cells.patches.grid_width))
+    return {
+        "grid": told["grid"] | {"rows": rows, "columns": columns, "covered": covered},
+        "conditions": conditions,
+        "start": told["start"] | {"token": f"({row},{column})"},
+    }
 
 
 Scenes = dict[str, Attention]
@@ -150,25 +192,29 @@ def _scenes(explorer: Explorer, images: range) -> Scenes:
     }
 
 
-def _facts(scenes: Scenes) -> dict[str, str]:
+def _facts(explorer: Explorer, scenes: Scenes, cells: Cells) -> dict[str, str]:
     """Norms [sublayer, pos], their medians [sublayer], strongest neurons [pos, rank, 4] and chosen ones [pos, n]."""
+    place = explorer.trace.sublayers.index(explorer.trace.strongest)
     packed = {}
     for scene, attention in scenes.items():
         recording = attention.recording
+        clean = explorer.attention(int(scene.split("/")[0]), CLEAN).recording
+        n_more = recording.norms.shape[1] - clean.norms.shape[1]
+        shown = cells.largest(torch.cat([clean.norms[place], torch.zeros(n_more)]))
         neurons = [recording.strongest[..., 0], recording.strongest[..., 1]]
         neurons += [recording.strongest_activation, recording.strongest_written]
-        table = np.stack([part.numpy() for part in neurons], -1)
-        parts = (recording.norms, patch_medians(attention), table, recording.chosen_activation)
-        packed[scene] = _compressed(*(np.asarray(part, dtype="<f4") for part in parts))
+        table = torch.stack([part.float() for part in neurons], -1)[shown]
+        parts = (recording.norms[:, shown], patch_medians(attention), table, recording.chosen_activation[shown])
+        packed[scene] = _compressed(*(part.numpy().astype("<f4") for part in parts))
     return packed
 
 
-def _maps(scenes: Scenes, kind: Kind) -> dict[str, str]:
+def _maps(scenes: Scenes, kind: Kind, cells: Cells) -> dict[str, str]:
     """The largest value of each row [pos], then the codes [pos, key]."""
     layer, head = kind
     packed = {}
     for scene, attention in scenes.items():
-        codes, largest = encode(attention.whole(layer, head).numpy())
+        codes, largest = encode(cells.pool(attention.whole(layer, head)).numpy())
         packed[f"{scene}/{layer}/{head}"] = _compressed(largest.astype("<f4"), codes)
     return packed
 
@@ -194,7 +240,7 @@ def _left_out(explorer: Explorer, kinds: list[Kind], kept: list[Kind], n_images:
         missing.append(f"{len(explorer.images) - n_images} of {len(explorer.images)} images")
     absent = set(kinds) - set(kept)
     if means := sorted(layer for layer, head in absent if head == "mean"):
-        missing.append(f"blocks {_ranges(means)}")
+        missing.append(f"the mean over heads of blocks {_ranges(means)}")
     single = {kind for kind in absent if isinstance(kind[1], int)}
     if single:
         n = sum(isinstance(head, int) for _, head in kinds)

@@ -4,7 +4,7 @@ function mount(root, source) {
   const told = source.manifest;
   const { grid } = told;
   const colours = Uint8Array.from(atob(told.colours), (letter) => letter.charCodeAt(0));
-  const state = { ...told.start, opacity: 0.75, rooted: false, hovered: null };
+  const state = { ...told.start, opacity: 0.65, rooted: false, hovered: null };
   let panels = [];
   let answers = [];
   let question = 0;
@@ -78,7 +78,7 @@ function mount(root, source) {
     const image = chooser("Image", told.images.map(({ name }, i) => [i, name]), "image");
     const names = told.conditions.map(({ name }) => [name, name]);
     const condition = chooser("Model", names, "condition");
-    const compare = chooser("beside", [[null, "nothing"], ...names], "compare");
+    const compare = chooser("Compare with", [[null, "nothing"], ...names], "compare");
     const head = chooser("Attention", [], "head");
     const layers = layersKept();
     const layer = slider("Block", 0, layers.length - 1, 1, layers.indexOf(state.layer), (at) => {
@@ -188,7 +188,7 @@ function mount(root, source) {
       element("div", { class: "rlx-cells" }, overlay, element("div", { class: "rlx-lines" }), mark),
     );
     place.style.aspectRatio = `${grid.width} / ${grid.height}`;
-    if (Math.max(grid.width, grid.height) < 160) place.classList.add("rlx-pixels");
+    if (grid.width * grid.height < 160 ** 2) place.classList.add("rlx-pixels");
     const cells = place.lastChild;
     cells.style.width = `${grid.covered[0] * 100}%`;
     cells.style.height = `${grid.covered[1] * 100}%`;
@@ -332,7 +332,7 @@ function mount(root, source) {
         "button",
         { type: "button", "data-token": name, "aria-pressed": String(name === state.token) },
         name,
-        element("span", {}, known ? ` ${digits(answer.attention[i])}` : ""),
+        element("span", {}, known ? ` · ${digits(answer.attention[i])}` : ""),
       );
       button.addEventListener("click", () => {
         state.token = name;
