@@ -27,9 +27,10 @@ def answer(explorer: Explorer, question: dict[str, Any]) -> Answer:
 
     Example:
         >>> import torch, registerlens as rl
+        >>> from registerlens.explorer.explorer import explore
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> asked = {"id": 7, "image": 0, "conditions": ["clean"], "layer": 3, "head": "mean"}
-        >>> told, buffers = answer(rl.explore(vit, torch.rand(1, 3, 48, 48)), asked | {"token": "(2,2)", "role": "key"})
+        >>> told, buffers = answer(explore(vit, torch.rand(1, 3, 48, 48)), asked | {"token": "(2,2)", "role": "key"})
         >>> told["id"], len(told["panels"]), [len(buffer) for buffer in buffers]
         (7, 1, [36, 36])
     """
@@ -44,9 +45,7 @@ def answer(explorer: Explorer, question: dict[str, Any]) -> Answer:
     return {"id": question.get("id"), "panels": panels}, buffers
 
 
-def _panel(
-    explorer: Explorer, question: dict[str, Any], condition: str
-) -> tuple[dict[str, Any] | None, list[bytes]]:
+def _panel(explorer: Explorer, question: dict[str, Any], condition: str) -> tuple[dict[str, Any] | None, list[bytes]]:
     """One condition; None where it has no such token, such as a test-time register without the intervention."""
     layer, head = _checked(explorer, question)
     attention = explorer.attention(question["image"], condition)

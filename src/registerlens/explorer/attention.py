@@ -31,8 +31,8 @@ class Attention:
         >>> import registerlens as rl
         >>> from registerlens.explorer.recording import record
         >>> attention = Attention(record(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(1, 3, 48, 48)))
-        >>> attention.of(7, "query", 3, "rollout").sum()
-        tensor(1.0000)
+        >>> round(float(attention.of(7, "query", 3, "rollout").sum()), 4)
+        1.0
     """
 
     recording: Recording
@@ -57,6 +57,8 @@ class Attention:
             if role == "query":
                 return self.rollout(layer, torch.eye(n_tokens)[[index]])[0]
             return self._rollout_to(layer, index)
+        if role == "query" and isinstance(head, int):
+            return self.recording.head(layer, head, [index])[0]
         whole = self.whole(layer, head)
         return whole[index] if role == "query" else whole[:, index]
 

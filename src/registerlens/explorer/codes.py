@@ -42,9 +42,7 @@ def encode(rows: Float[np.ndarray, "row value"]) -> tuple[UInt8[np.ndarray, "row
     return np.rint(np.sqrt(share) * LEVELS).astype(np.uint8), largest.astype(np.float32)
 
 
-def decode(
-    codes: UInt8[np.ndarray, "row value"], largest: Float[np.ndarray, " row"]
-) -> Float[np.ndarray, "row value"]:
+def decode(codes: UInt8[np.ndarray, "row value"], largest: Float[np.ndarray, " row"]) -> Float[np.ndarray, "row value"]:
     """The inverse of `encode`, as the JavaScript does it."""
     return (codes.astype(np.float32) / LEVELS) ** 2 * largest[:, None]
 

@@ -126,6 +126,9 @@ class Explorer:
 
         return section(self, max_bytes)
 
+    def _display_(self) -> Any:  # marimo asks for this
+        return self.widget()
+
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.widget()._repr_mimebundle_(**options)
 

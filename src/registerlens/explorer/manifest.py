@@ -19,8 +19,9 @@ def manifest(explorer: Explorer) -> dict[str, Any]:
 
     Example:
         >>> import torch, registerlens as rl
+        >>> from registerlens.explorer.explorer import explore
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> told = manifest(rl.explore(vit, torch.rand(1, 3, 48, 48)))
+        >>> told = manifest(explore(vit, torch.rand(1, 3, 48, 48)))
         >>> told["grid"]["rows"], told["conditions"][0]["tokens"][7], told["reference"]
         (6, '(1,1)', 'average query')
     """

@@ -96,8 +96,9 @@ def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
 
     Example:
         >>> import torch, registerlens as rl
+        >>> from registerlens.explorer.explorer import explore
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> data = collect(rl.explore(vit, torch.rand(1, 3, 48, 48)), 1_000_000)
+        >>> data = collect(explore(vit, torch.rand(1, 3, 48, 48)), 1_000_000)
         >>> data["manifest"]["kept"][:2], data["manifest"]["left_out"]
         ([(5, 'mean'), (2, 'mean')], '')
     """

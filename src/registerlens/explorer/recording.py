@@ -68,11 +68,11 @@ class Recording:
             return self.patterns[layer]
         return (self.queries[layer] @ self.keys[layer].mT).softmax(-1)
 
-    def head(self, layer: int, head: int) -> Float[Tensor, "pos key"]:
-        """The pattern of one head."""
+    def head(self, layer: int, head: int, queries: slice | list[int] = slice(None)) -> Float[Tensor, "query key"]:
+        """The pattern of one head, or only some of its rows."""
         if layer in self.patterns:
-            return self.patterns[layer][head]
-        return (self.queries[layer][head] @ self.keys[layer][head].mT).softmax(-1)
+            return self.patterns[layer][head, queries]
+        return (self.queries[layer][head, queries] @ self.keys[layer][head].mT).softmax(-1)
 
 
 def record(

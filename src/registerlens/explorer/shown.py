@@ -33,7 +33,7 @@ class Shown:
     """What the token pays to every key (role "query"), or draws from every token (role "key"); 0 to 1."""
     reference: Float[Tensor, " key"]
     """What [CLS], or the average query, pays to every key; 0 to 1."""
-    norms: Float[Tensor, " sublayer"]
+    norms: Float[Tensor, " place"]
     """The token's residual norm at every place; empty for the key of an attention bias, which is no token."""
     medians: Float[Tensor, " sublayer"]
     """The image's median patch norm there."""

@@ -22,8 +22,9 @@ def make_widget(explorer: Explorer) -> AnyWidget:
 
     Example:
         >>> import torch, registerlens as rl
+        >>> from registerlens.explorer.explorer import explore
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> make_widget(rl.explore(vit, torch.rand(1, 3, 48, 48))).manifest["layers"]
+        >>> make_widget(explore(vit, torch.rand(1, 3, 48, 48))).manifest["layers"]
         6
     """
     try:

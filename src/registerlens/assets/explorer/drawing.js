@@ -121,8 +121,19 @@ function ticks(low, high) {
 function isDark(node) {
   for (let at = node; at; at = at.parentNode ?? at.host) {
     if (!(at instanceof Element)) continue;
-    const [red, green, blue, alpha] = getComputedStyle(at).backgroundColor.match(/[\d.]+/g)?.map(Number) ?? [];
-    if (blue !== undefined && (alpha ?? 1) > 0.5) return 0.299 * red + 0.587 * green + 0.114 * blue < 128;
+    const [red, green, blue, alpha] = channels(getComputedStyle(at).backgroundColor);
+    if (alpha > 128) return 0.299 * red + 0.587 * green + 0.114 * blue < 128;
   }
   return false;
+}
+
+// A colour in whatever notation the style sheet used, as four numbers up to 255.
+function channels(colour) {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 1;
+  const context = canvas.getContext("2d");
+  context.fillStyle = "transparent"; // stays if `colour` cannot be read
+  context.fillStyle = colour;
+  context.fillRect(0, 0, 1, 1);
+  return context.getImageData(0, 0, 1, 1).data;
 }
