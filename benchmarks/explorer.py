@@ -1,4 +1,4 @@
-"""How fast the live explorer answers a change, from what was recorded: a ViT-B of 224 px, two conditions side by side."""
+"""How fast the live explorer answers a change from what was recorded: ViT-B at 224 px, two conditions side by side."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TINY = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_mlp": 48, "image_size": 
 
 
 def run(scale: Scale, pairs: int) -> Iterator[Row]:
-    """One row. Kinds of change come in random order; the first ones, for which means are not there yet, are among them."""
+    """One row; the changes come in random order, the first ones, for which means are not there yet, among them."""
     explorer = prepared(scale)
     draw = random.Random(0)
     seconds: dict[str, list[float]] = {"mean": [], "rollout": [], "one head": []}

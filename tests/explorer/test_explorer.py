@@ -32,7 +32,7 @@ def test_names_lead_back_to_their_tokens():
 
 @pytest.mark.parametrize("token", [(2, 0), (0, -1), 6, -1, "(2,0)", "register 7", "cls"])
 def test_a_token_outside_is_refused(token):
-    with pytest.raises(ShapeError, match="outside the grid|does not exist|no token"):
+    with pytest.raises(ShapeError, match=r"outside the grid|does not exist|no token"):
         token_index(TokenLayout(grid=(2, 3), n_prefix=0, class_token=False), token)
 
 

@@ -84,9 +84,9 @@ class Explorer:
     def tokens(self, condition: str) -> list[str]:
         """The names of the keys under a condition: tokens, then those of attention biases."""
         edits = self.conditions[condition]
-        layout = self.vit.cfg.layout(
-            *self.images.shape[2:], self.vit.n_test_time_registers + sum(edit.n_registers for edit in edits)
-        )
+        height, width = self.images.shape[2:]
+        registers = self.vit.n_test_time_registers + sum(edit.n_registers for edit in edits)
+        layout = self.vit.cfg.layout(height, width, registers)
         return token_names(layout, layout.n_tokens + sum(edit.n_keys for edit in edits))
 
     def widget(self) -> AnyWidget:

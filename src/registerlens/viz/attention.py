@@ -52,7 +52,8 @@ for (let tries = 0; !globalThis.registerlensCircuitsVis && tries < 100; tries +=
 }}
 if (globalThis.registerlensCircuitsVis) {{
   await globalThis.registerlensCircuitsVis;
-  CircuitsVis.render("{own}", CircuitsVis.AttentionHeads, JSON.parse(document.getElementById("{own}-data").textContent));
+  const properties = JSON.parse(document.getElementById("{own}-data").textContent);
+  CircuitsVis.render("{own}", CircuitsVis.AttentionHeads, properties);
 }} else {{
   place.textContent = "CircuitsVis is not on this page: show a view with script=True first.";
 }}
@@ -245,8 +246,9 @@ def _layout(pattern: Tensor, cfg: ViTConfig | None, images: Tensor | None) -> To
 
 def _heads(heads: Sequence[int] | None, n_heads: int) -> list[int]:
     chosen = list(range(n_heads)) if heads is None else [int(head) for head in heads]
-    if not chosen or (wrong := [head for head in chosen if not 0 <= head < n_heads]):
-        raise ShapeError(f"Heads {wrong if chosen else []} do not exist: the block has heads 0 to {n_heads - 1}.")
+    wrong = [head for head in chosen if not 0 <= head < n_heads]
+    if wrong or not chosen:
+        raise ShapeError(f"heads={heads!r} cannot be shown: the block has heads 0 to {n_heads - 1}. Give at least one.")
     return chosen
 
 

@@ -249,6 +249,7 @@ function mount(root, source) {
 
   async function ask() {
     const mine = ++question;
+    root.dataset.asked = String(mine);
     const { image, layer, head, token, role } = state;
     const asked = performance.now();
     try {
