@@ -1,0 +1,74 @@
+"""Attention in one byte a value, and photographs as small pictures: what a page and a widget are sent.
+
+A row of attention is stored as the square roots of its shares of the row's largest value, in 255 steps. Attention is
+mostly small beside a sink: square roots keep small values apart where equal steps would round them to nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from registerlens.viz.maps import data_uri
+
+LEVELS = 255
+"""Steps of the code."""
+
+QUANTISATION = (
+    f"Attention is stored in one byte a value: the square root of its share of the row's largest value, in {LEVELS} "
+    f"steps. It is off by at most 1/{LEVELS} of that value, and by less where it is small."
+)
+"""In words, for those who read the numbers."""
+
+_QUALITY = 85
+_SMALL = 160**2
+"""Pictures of fewer pixels are kept as they are, as PNG: they will be enlarged."""
+
+
+def encode(rows: Float[np.ndarray, "row value"]) -> tuple[UInt8[np.ndarray, "row value"], Float[np.ndarray, " row"]]:
+    """Codes, and the largest value of each row; values must not be negative.
+
+    Example:
+        >>> codes, largest = encode(np.array([[0.0, 0.2, 0.8]], np.float32))
+        >>> codes.tolist(), largest.tolist() == [np.float32(0.8)]
+        ([[0, 128, 255]], True)
+    """
+    largest = rows.max(1)
+    share = rows / np.where(largest > 0, largest, 1)[:, None]
+    return np.rint(np.sqrt(share) * LEVELS).astype(np.uint8), largest.astype(np.float32)
+
+
+def decode(codes: UInt8[np.ndarray, "row value"], largest: Float[np.ndarray, " row"]) -> Float[np.ndarray, "row value"]:
+    """The inverse of `encode`, as the JavaScript does it."""
+    return (codes.astype(np.float32) / LEVELS) ** 2 * largest[:, None]
+
+
+def bound(rows: Float[np.ndarray, "row value"]) -> Float[np.ndarray, "row value"]:
+    """How far each decoded value may be from the true one.
+
+    A square root is off by at most half a step, h = 1 / (2 * 255); its square by 2 h sqrt(share) + h^2 at most.
+    """
+    half = 1 / (2 * LEVELS)
+    largest = rows.max(1, keepdims=True)
+    return 2 * half * np.sqrt(rows * largest) + half**2 * largest
+
+
+def picture(pixels: UInt8[np.ndarray, "height width rgb"], longest: int = 640) -> str:
+    """A photograph as a data: address: JPEG, made smaller where it is longer than `longest` pixels; PNG if tiny.
+
+    Example:
+        >>> picture(np.zeros((300, 400, 3), np.uint8))[:23]
+        'data:image/jpeg;base64,'
+    """
+    image = Image.fromarray(pixels)
+    if image.width * image.height <= _SMALL:
+        return data_uri(pixels)
+    if max(image.size) > longest:
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=_QUALITY, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,267 @@
+"""The explorer as HTML that carries its data: every map one byte a value, compressed, and as many as the budget allows.
+
+What is kept is the same for all images and conditions, so that they can always be compared; see `order` for what comes
+first. Where images have very many patches, these are pooled into cells.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import uuid
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from registerlens.errors import ConfigError
+from registerlens.explorer.attention import Attention, Head
+from registerlens.explorer.codes import encode
+from registerlens.explorer.explorer import CLEAN, Explorer
+from registerlens.explorer.manifest import manifest
+from registerlens.explorer.pooling import Cells
+from registerlens.explorer.shown import patch_medians
+from registerlens.explorer.tokens import token_names
+from registerlens.files import whole_file
+from registerlens.progress import track
+
+Kind = tuple[int, Head]
+"""A block and a head: one map for every image and condition."""
+
+_CORE = 3
+"""Blocks whose means, with rollout and the heads of the first one, shall fit; else the last images are left out."""
+_REMARKS = 1500
+"""Bytes for the lists of what was kept and left out."""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark }}
+body {{ margin: 0; padding: 1rem; background: #fff }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #15181c }} }}
+</style></head><body>
+<main>{section}</main>
+</body></html>
+"""
+
+
+def script() -> str:
+    """The explorer's JavaScript: an ES module, its files one after the other."""
+    return "".join(map(_asset, ("sources.js", "drawing.js", "explorer.js")))
+
+
+def style() -> str:
+    """The explorer's style sheet."""
+    return _asset("explorer.css")
+
+
+def _asset(name: str) -> str:
+    return (files("registerlens") / "assets" / "explorer" / name).read_text(encoding="utf-8")
+
+
+def write(explorer: Explorer, path: Path, max_bytes: int) -> Path:
+    """What `Explorer.to_html` does; see there."""
+    title = html.escape(f"{explorer.vit.source}: explorer")
+    frame = len(_PAGE) + len(title)
+    text = _PAGE.format(title=title, section=section(explorer, max_bytes - frame))
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def section(explorer: Explorer, max_bytes: int) -> str:
+    """What `Explorer.section` does; see there."""
+    own = f"registerlens-explorer-{uuid.uuid4().hex[:12]}"
+    code, look = script(), style()
+    data = collect(explorer, max_bytes - len(code.encode()) - len(look.encode()) - 1000)
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f"""<div id="{own}" class="rl-explorer"></div><style>{look}</style>
+<script type="application/json" id="{own}-data">{text}</script>
+<script type="module">{code}
+mount(document.getElementById("{own}"), embedded(JSON.parse(document.getElementById("{own}-data").textContent)));
+</script>
+"""
+
+
+def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
+    """The manifest, and as many maps as fit into so many bytes of JSON.
+
+    Raises:
+        ConfigError: not even one map of one image fits.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> from registerlens.explorer.explorer import explore
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> data = collect(explore(vit, torch.rand(1, 3, 48, 48)), 1_000_000)
+        >>> data["manifest"]["kept"][:2], data["manifest"]["left_out"]
+        ([(5, 'mean'), (2, 'mean')], '')
+    """
+    told, kinds, cells = manifest(explorer), order(explorer), _cells(explorer)
+    told |= _in_cells(told, explorer, cells)
+    told["images"], images = [], told["images"]
+    left = max_bytes - _size(told) - _REMARKS
+    one = _scenes(explorer, range(1))
+    core = min(_CORE, explorer.vit.cfg.n_layers) + 1 + explorer.vit.cfg.n_heads
+    per_kind, per_image = _size(_maps(one, kinds[0], cells)), _size(_facts(explorer, one, cells))
+    per_image += max(map(_size, images)) + per_kind * min(core, len(kinds))
+    n_images = max(1, min(len(images), left // per_image))
+    scenes = _scenes(explorer, range(n_images))
+    facts, maps, kept = _facts(explorer, scenes, cells), {}, []
+    left -= _size(facts) + _size(images[:n_images])
+    for kind in track(kinds, "packing the page", len(kinds)):
+        new = _maps(scenes, kind, cells)
+        left -= _size(new)
+        if left < 0:
+            break
+        maps |= new
+        kept.append(kind)
+    if not kept:
+        raise ConfigError(
+            f"A page of {max_bytes} bytes has no room for a single map of one image: {-left} bytes are missing. Give "
+            f"a larger max_bytes, fewer interventions, or smaller images."
+        )
+    left_out = " ".join(filter(None, [cells.words, _left_out(explorer, kinds, kept, n_images)]))
+    about = {"images": images[:n_images], "kept": kept, "left_out": left_out}
+    return {"manifest": told | about | {"start": _reachable(told["start"], kept)}, "facts": facts, "maps": maps}
+
+
+def order(explorer: Explorer) -> list[Kind]:
+    """Every kind of map, the most interesting first.
+
+    Means over heads of the block that reads outliers first, the last one and the one where they arise; rollout of the
+    last; the heads of the first of these; the means of all other blocks; then their heads and rollouts.
+    """
+    cfg, onset = explorer.vit.cfg, explorer.trace.onset_layer
+    last = cfg.n_layers - 1
+    first = [last, last // 2, 0] if onset is None else [min(onset + 1, last), last, onset]
+    layers = list(dict.fromkeys([*first, *range(last, -1, -1)]))
+    heads = range(cfg.n_heads) if cfg.n_heads > 1 else ()
+    kinds: list[Kind] = [
+        *((layer, "mean") for layer in layers[:_CORE]),
+        (last, "rollout"),
+        *((layers[0], head) for head in heads),
+        *((layer, "mean") for layer in layers[_CORE:]),
+        *((layer, head) for layer in layers[1:] for head in heads),
+        *((layer, "rollout") for layer in layers if layer != last),
+    ]
+    return kinds
+
+
+def _cells(explorer: Explorer) -> Cells:
+    return Cells.few_enough(explorer.vit.cfg.layout(*explorer.images.shape[2:]))
+
+
+def _in_cells(told: dict[str, Any], explorer: Explorer, cells: Cells) -> dict[str, Any]:
+    """What changes in the manifest where cells take the place of patches."""
+    if cells.side == 1:
+        return {}
+    rows, columns = cells.layout.grid
+    covered = [
+        share * cells.side * now / before
+        for share, now, before in zip(told["grid"]["covered"], (columns, rows), cells.patches.grid[::-1], strict=True)
+    ]
+    conditions = []
+    for condition in told["conditions"]:
+        layout = replace(cells.layout, n_test_time_registers=condition["n_tokens"] - cells.patches.n_tokens)
+        n_extra = len(condition["tokens"]) - condition["n_tokens"]
+        tokens = token_names(layout, layout.n_tokens + n_extra)
+        conditions.append(condition | {"tokens": tokens, "n_tokens": layout.n_tokens})
+    patch = explorer.tokens(CLEAN).index(told["start"]["token"]) - cells.patches.patches.start
+    row, column = (at // cells.side for at in divmod(patch, cells.patches.grid_width))
+    return {
+        "grid": told["grid"] | {"rows": rows, "columns": columns, "covered": covered},
+        "conditions": conditions,
+        "start": told["start"] | {"token": f"({row},{column})"},
+    }
+
+
+Scenes = dict[str, Attention]
+"""By "image/condition", both as numbers."""
+
+
+def _scenes(explorer: Explorer, images: range) -> Scenes:
+    return {
+        f"{image}/{index}": explorer.attention(image, name)
+        for image in images
+        for index, name in enumerate(explorer.conditions)
+    }
+
+
+def _facts(explorer: Explorer, scenes: Scenes, cells: Cells) -> dict[str, str]:
+    """Norms [sublayer, pos], their medians [sublayer], strongest neurons [pos, rank, 4] and chosen ones [pos, n]."""
+    place = explorer.trace.sublayers.index(explorer.trace.strongest)
+    packed = {}
+    for scene, attention in scenes.items():
+        recording = attention.recording
+        clean = explorer.attention(int(scene.split("/")[0]), CLEAN).recording
+        n_more = recording.norms.shape[1] - clean.norms.shape[1]
+        shown = cells.largest(torch.cat([clean.norms[place], torch.zeros(n_more)]))
+        neurons = [recording.strongest[..., 0], recording.strongest[..., 1]]
+        neurons += [recording.strongest_activation, recording.strongest_written]
+        table = torch.stack([part.float() for part in neurons], -1)[shown]
+        parts = (recording.norms[:, shown], patch_medians(attention), table, recording.chosen_activation[shown])
+        packed[scene] = _compressed(*(part.numpy().astype("<f4") for part in parts))
+    return packed
+
+
+def _maps(scenes: Scenes, kind: Kind, cells: Cells) -> dict[str, str]:
+    """The largest value of each row [pos], then the codes [pos, key]."""
+    layer, head = kind
+    packed = {}
+    for scene, attention in scenes.items():
+        codes, largest = encode(cells.pool(attention.whole(layer, head)).numpy())
+        packed[f"{scene}/{layer}/{head}"] = _compressed(largest.astype("<f4"), codes)
+    return packed
+
+
+def _compressed(*arrays: np.ndarray) -> str:
+    return base64.b64encode(gzip.compress(b"".join(array.tobytes() for array in arrays), 6, mtime=0)).decode()
+
+
+def _size(value: Any) -> int:
+    """Bytes as JSON on the page, where "<" takes six."""
+    return len(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")) + 1
+
+
+def _reachable(start: dict[str, Any], kept: list[Kind]) -> dict[str, Any]:
+    layers = [layer for layer, head in kept if head == "mean"]
+    return start if start["layer"] in layers else start | {"layer": layers[0]}
+
+
+def _left_out(explorer: Explorer, kinds: list[Kind], kept: list[Kind], n_images: int) -> str:
+    """What the budget had no room for, in words; empty where all is there."""
+    missing = []
+    if n_images < len(explorer.images):
+        missing.append(f"{len(explorer.images) - n_images} of {len(explorer.images)} images")
+    absent = set(kinds) - set(kept)
+    if means := sorted(layer for layer, head in absent if head == "mean"):
+        missing.append(f"the mean over heads of blocks {_ranges(means)}")
+    single = {kind for kind in absent if isinstance(kind[1], int)}
+    if single:
+        n = sum(isinstance(head, int) for _, head in kinds)
+        missing.append(f"{len(single)} of {n} maps of single heads")
+    if rollouts := sorted(layer for layer, head in absent if head == "rollout"):
+        missing.append(f"rollout up to blocks {_ranges(rollouts)}")
+    return f"Left out to keep this page small: {'; '.join(missing)}." if missing else ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words, neighbours joined.
+
+    Example:
+        >>> _ranges([0, 1, 2, 5])
+        '0-2, 5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
