@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import randomise, relative
 from small_vits import CONFIGS, build, images
+from transformer_lens import ActivationCache
 
 from registerlens import HookedViT, Preprocess, TokenLayout
 from registerlens.errors import HookNameError, ShapeError
@@ -224,7 +225,7 @@ def test_a_cache_may_be_cut_short_moved_and_plain():
     vit = build(pooling=("cls",))
     x = images(vit)
     out, cache = vit.run_with_cache(x, stop_at_layer=1, device="cpu")
-    assert type(cache).__name__ == "ActivationCache" and cache.has_batch_dim
+    assert isinstance(cache, ActivationCache) and cache.has_batch_dim
     assert relative(out, vit(x, stop_at_layer=1)) <= 1e-6
     assert not any(name.startswith(("blocks.1", "blocks.2", "ln_final", "head")) for name in cache.keys())  # noqa: SIM118
     _, plain = vit.run_with_cache(x, names_filter="hook_tokens", return_cache_object=False)
@@ -281,7 +282,7 @@ def test_a_model_from_a_config_says_what_it_is():
     vit = HookedViT(CONFIGS["plain"])
     assert vit.preprocess == Preprocess(resize=(24, 32), fit="exact")
     assert vit.source == "random weights"
-    assert "random weights" in repr(vit) and '"n_layers": 3' in repr(vit)
+    assert "random weights" in repr(vit) and "blocks: 3, width 32, 4 heads of 6, 40 neurons (relu)" in repr(vit)
     assert torch.isfinite(randomise(vit)(images(vit))).all()
 
 

@@ -58,8 +58,8 @@ def test_every_result_is_there_or_says_why(found):
 
 
 def test_the_page_tells_every_result_in_words_and_draws_it(found):
-    sections = mechanism_sections(found)
-    text = squeezed(plain_text("".join(sections)))
+    page = "".join(part.to_html() for part in mechanism_sections(found))
+    text = squeezed(plain_text(page))
     for name in RESULTS:
         result = getattr(found, name)
         if isinstance(result, RegisterLensError):
@@ -68,18 +68,18 @@ def test_the_page_tells_every_result_in_words_and_draws_it(found):
             assert squeezed(result.describe()) in text, name
     # Two of kernels, one of each other result but published_sinks, which shares its map.
     drawn = len(RESULTS) - 2 - 1 + 1
-    assert "".join(sections).count('class="plotly-graph-div"') == drawn
+    assert page.count('class="plotly-graph-div"') == drawn
 
 
 def test_the_kernel_section_has_each_condition_with_number_nulls_and_verdict(found):
-    section = mechanism_sections(found)[0]
+    section = mechanism_sections(found)[0].body
     report = found.kernels
     text = squeezed(plain_text(section))
     assert report.conclusion() in text
     rows = re.findall(r"<tr(?: class=\"marked\")?>(.*?)</tr>", section)[1:]
     assert len(rows) == len(report.findings)
     for row, one in zip(rows, report.findings, strict=True):
-        cells = re.findall("<td>(.*?)</td>", row)
+        cells = re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row)
         assert cells[-1] == one.verdict and cells[1].startswith(f"{one.value:.3g}<small>")
         assert f"p = {one.neurons_p:.2g}" in cells[3]
         assert squeezed(one.words) in text
@@ -89,7 +89,7 @@ def test_the_kernel_section_has_each_condition_with_number_nulls_and_verdict(fou
 
 def test_the_few_heads_whose_sink_is_edited_are_those_that_have_one_most_often(tiny, found, monkeypatch):
     vit, images = tiny
-    assert f"in the {study.HEADS} heads at most" in squeezed(plain_text(mechanism_sections(found)[1]))
+    assert f"in the {study.HEADS} heads at most" in squeezed(plain_text(mechanism_sections(found)[1].body))
     mechanisms = found.sinks.mechanisms.copy()
     mechanisms[:, found.sinks.index(study.THRESHOLD), :, 0] = [
         [0, 0, 1, 5, 0, 9],
@@ -106,7 +106,7 @@ def test_without_outliers_the_reason_stands_in_place_of_the_figures(plain):
     for name in ("kernels", "value_update", "overlap", "distributions", "updates", "weights", "order"):
         assert isinstance(getattr(plain, name), NoOutliersError), name
     assert plain.defects.n_images == 0 and plain.faithfulness.restrictions == ("patches", "cls")
-    kernels, sinks, observables, evidence = mechanism_sections(plain)
+    kernels, sinks, observables, evidence = (part.body for part in mechanism_sections(plain))
     reason = html.escape(str(plain.kernels))
     assert reason in kernels and "plotly" not in kernels
     assert evidence.count("Not shown") == 1 and html.escape(str(plain.distributions)) in evidence
@@ -123,7 +123,7 @@ def test_the_answer_at_the_top_is_the_verdict(found):
 def test_reasons_are_given_as_they_are(tiny):
     vit, images = tiny
     refused = study_mechanism(vit, images[:4], NoOutliersError("too <few> images"))
-    text = "".join(mechanism_sections(refused))
+    text = "".join(part.body for part in mechanism_sections(refused))
     assert "too &lt;few&gt; images" in text and "too <few> images" not in text
     one = study_mechanism(vit, images[:1], NEURONS)
     assert "there is only one" in str(one.effects)
@@ -148,6 +148,6 @@ def test_the_page_has_the_sections_only_where_they_were_studied(tiny, found, tmp
     ids = [f'id="{name}"' for name in ("kernels", "sinks", "observables", "evidence")]
     assert not any(name in texts[0] for name in ids)
     places = [texts[1].index(name) for name in ids]
-    assert places == sorted(places) and places[-1] < texts[1].index("<h2>Numbers</h2>")
-    assert texts[1].index("Sinks as no-ops") < texts[1].index("Which norm, which layer?")
+    assert places == sorted(places) and places[-1] < texts[1].index('<h2 id="numbers">')
+    assert texts[1].index("Sinks as no-ops") < texts[1].index('<h2 id="norms">')
     assert len(texts[1]) - len(texts[0]) < 400_000

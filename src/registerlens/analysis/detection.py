@@ -15,6 +15,7 @@ from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence, medians, token_norms
 from registerlens.analysis.trace import Trace, sublayers, trace
+from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
@@ -88,7 +89,7 @@ class Detection:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outliers:
+class Outliers(Shown):
     """Outlier patches of some images. [CLS], trained and test-time registers are never among them."""
 
     model: str

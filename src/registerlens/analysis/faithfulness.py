@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from registerlens.analysis.detection import Outliers
+from registerlens.comfort import Shown
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
@@ -101,7 +102,7 @@ class CKASums:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Faithfulness:
+class Faithfulness(Shown):
     """How much of the model's [CLS] output remains when the last layer's [CLS] may look at some tokens only."""
 
     model: str

@@ -14,6 +14,7 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.sinks import attention_hooks
+from registerlens.comfort import Shown
 from registerlens.errors import InterventionError, ShapeError
 from registerlens.model.vit import HookedViT
 
@@ -21,7 +22,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PatchMaps:
+class PatchMaps(Shown):
     """Norm and attention maps of a few images."""
 
     layers: tuple[int, ...]
@@ -97,7 +98,7 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronMaps:
+class NeuronMaps(Shown):
     """Activation maps of a few neurons on a few images (figure 3)."""
 
     pairs: tuple[tuple[int, int], ...]

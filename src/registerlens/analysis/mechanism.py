@@ -27,6 +27,7 @@ from registerlens.analysis.sink_edits import (
     ordinary_value,
 )
 from registerlens.analysis.sink_events import QUERIES
+from registerlens.comfort import Shown
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError
@@ -43,7 +44,7 @@ final norm) and of the model's output; and the cosine of the last two before and
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SinkEffects:
+class SinkEffects(Shown):
     """How much each head's sink matters: changes under edits of it, mean over the images in which the head has one."""
 
     model: str

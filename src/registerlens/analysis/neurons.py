@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from registerlens.comfort import Shown, card, html_table
 from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError, InterventionError, close_matches
 from registerlens.files import reading, write_json
@@ -42,7 +43,7 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegisterNeurons:
+class RegisterNeurons(Shown):
     """An ordered set of neurons; iterates as (layer, neuron, score), in the order of importance where one is known.
 
     Made by `find_register_neurons`, `from_pairs`, `published` or `load`. `a | b`, `a & b` and `a - b` combine sets:
@@ -135,6 +136,10 @@ class RegisterNeurons:
     def __repr__(self) -> str:
         listed = "; ".join(f"{layer}: {' '.join(map(str, ns))}" for layer, ns in self.by_layer().items())
         return f"RegisterNeurons({len(self)} neuron{'s' * (len(self) != 1)}: {listed or 'none'}; {self.source})"
+
+    def _repr_html_(self) -> str:
+        listed = [(str(layer), ", ".join(map(str, neurons))) for layer, neurons in self.by_layer().items()]
+        return card(self, html_table(("block", "neurons"), listed))
 
     def by_layer(self) -> dict[int, tuple[int, ...]]:
         """Neurons of each layer, layers in ascending order."""

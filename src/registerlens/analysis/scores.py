@@ -15,6 +15,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.outliers import OutlierEvidence, RatioHistogram
 from registerlens.analysis.sighting import Sighting, look
+from registerlens.comfort import Shown
 from registerlens.errors import ConfigError, ImageError
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -28,7 +29,7 @@ _COMPARED = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronScores:
+class NeuronScores(Shown):
     """Scores of every neuron in a range of layers.
 
     "mean" is Algorithm 1: activation at an image's outlier patches, averaged over them, then over the images that have

@@ -23,6 +23,7 @@ from registerlens.analysis.sink_counts import (
     SinkWatch,
 )
 from registerlens.analysis.sink_events import QUERIES, output_factors
+from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError
@@ -42,7 +43,7 @@ _DESCRIPTIVE = ("model", "config", "n_images", "thresholds", "queries", "outlier
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SinkKinds:
+class SinkKinds(Shown):
     """How often each head has a sink, what the sink does, and which token it is.
 
     An event is one image and head. Its numbers are means over the events that have them; NaN where none has (no event,

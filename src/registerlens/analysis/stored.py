@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from registerlens.analysis.detection import Detection, detection_from_dict, detection_to_dict
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, read_tensors, whole_file, write_json
@@ -20,7 +21,7 @@ from registerlens.files import read_json, read_tensors, whole_file, write_json
 Kind = TypeVar("Kind", bound="Stored")
 
 
-class Stored:
+class Stored(Shown):
     """What a frozen dataclass inherits to be written to a folder and read back; NaN may stand in arrays only.
 
     Files are named after the class: `MassiveActivations` writes massive_activations.json and .safetensors.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from registerlens.analysis.outliers import N_BINS, OutlierEvidence, bin_edges, count_bins, judge, token_norms
 from registerlens.analysis.sinks import attention_hooks
+from registerlens.comfort import Shown
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, NonFiniteError
@@ -33,7 +34,7 @@ _DESCRIPTIVE = ("model", "config", "image_sizes", "sublayers", "sink_query", "n_
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Trace:
+class Trace(Shown):
     """Patch norms and sinks along the residual stream; sublayer 0 is the embedding, then attention and MLP in turn."""
 
     model: str

@@ -26,6 +26,7 @@ from registerlens.analysis.detection import (
 )
 from registerlens.analysis.predictions import classifies
 from registerlens.analysis.trace import sublayers, trace
+from registerlens.comfort import Shown
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_controls
@@ -46,7 +47,7 @@ Kind = Literal["clean", "intervention", "control"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
+class Evaluation(Shown):
     """What interventions and their controls do to a model."""
 
     model: str

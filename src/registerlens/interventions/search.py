@@ -26,6 +26,7 @@ from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.analysis.sighting import Sighting
 from registerlens.analysis.trace import sublayers
+from registerlens.comfort import Shown
 from registerlens.data.batches import Images, count, first_and_all
 from registerlens.errors import ConfigError, NoOutliersError
 from registerlens.files import read_tensors, reading, whole_file, write_json
@@ -43,7 +44,7 @@ HELD_OUT = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronSearch:
+class NeuronSearch(Shown):
     """How register neurons were found: everything that was measured and chosen on the way."""
 
     model: str

@@ -62,18 +62,18 @@ class Attention(nn.Module):
         self.d_head = cfg.d_head
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.n_heads * cfg.d_head, bias=cfg.qkv_bias)
         self.out = ResidualWriter(cfg.n_heads * cfg.d_head, cfg.d_model, cfg.layer_scale)
-        self.q_norm = self.k_norm = None
-        if cfg.qk_norm is not None:
-            self.q_norm, self.k_norm = (HeadNorm(cfg.qk_norm, cfg.n_heads, cfg.d_head) for _ in "qk")
-        self.ln = NORMS[cfg.norm](cfg.n_heads * cfg.d_head, cfg.norm_eps) if cfg.attn_norm else None
         self.hook_q = HookPoint()  # [batch, pos, head, d_head], as k, v and z
         self.hook_k = HookPoint()
         self.hook_v = HookPoint()
+        self.q_norm = self.k_norm = None
+        if cfg.qk_norm is not None:
+            self.q_norm, self.k_norm = (HeadNorm(cfg.qk_norm, cfg.n_heads, cfg.d_head) for _ in "qk")
         if cfg.rope is not None:
             self.hook_rot_q = HookPoint()
             self.hook_rot_k = HookPoint()
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
         self.hook_pattern = HookPoint()  # [batch, head, query, key]
+        self.ln = NORMS[cfg.norm](cfg.n_heads * cfg.d_head, cfg.norm_eps) if cfg.attn_norm else None
         self.hook_z = HookPoint()
         self.hook_result = HookPoint()  # [batch, pos, head, d_model]
         nn.init.trunc_normal_(self.qkv.weight, std=0.02)

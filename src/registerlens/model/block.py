@@ -19,13 +19,14 @@ class Block(nn.Module):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         norm = NORMS[cfg.norm]
+        # In the order of the forward pass, here and in every part: hook names are listed in the order of their making.
+        self.hook_resid_pre = HookPoint()
         self.ln1 = norm(cfg.d_model, cfg.norm_eps)
         self.attn = Attention(cfg)
-        self.ln2 = norm(cfg.d_model, cfg.norm_eps)
-        self.mlp = GatedMLP(cfg) if cfg.gated_mlp else PlainMLP(cfg)
-        self.hook_resid_pre = HookPoint()
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()
+        self.ln2 = norm(cfg.d_model, cfg.norm_eps)
+        self.mlp = GatedMLP(cfg) if cfg.gated_mlp else PlainMLP(cfg)
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 

@@ -28,17 +28,18 @@ class MLP(nn.Module):
     """
 
     points: tuple[str, ...]
-    """Its hook points inside the hidden layer."""
+    """Its hook points before the nonlinearity."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.act = ACTIVATIONS[cfg.act_fn]
         self.up = _linear(cfg)
         self.out = ResidualWriter(cfg.d_mlp, cfg.d_model, cfg.layer_scale)
-        self.ln = NORMS[cfg.norm](cfg.d_mlp, cfg.norm_eps) if cfg.mlp_norm else None
-        self.hook_pre = HookPoint()  # [batch, pos, d_mlp], as all of them
+        for point in self.points:
+            setattr(self, point, HookPoint())  # [batch, pos, d_mlp], as all of them
         if cfg.mlp_norm:
             self.hook_mid = HookPoint()
+        self.ln = NORMS[cfg.norm](cfg.d_mlp, cfg.norm_eps) if cfg.mlp_norm else None
         self.hook_post = HookPoint()
 
     @abstractmethod
@@ -121,7 +122,6 @@ class GatedMLP(MLP):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__(cfg)
         self.gate = _linear(cfg)
-        self.hook_pre_linear = HookPoint()
 
     def _activate(self, x: Float[Tensor, "*batch d_model"], watch: Watch) -> Float[Tensor, "*batch d_mlp"]:
         return self.act(watch("hook_pre", self.gate(x))) * watch("hook_pre_linear", self.up(x))

@@ -34,7 +34,6 @@ class AttentionPool(nn.Module):
         self.q = nn.Linear(pool.d_attn, pool.d_attn, bias=pool.qkv_bias) if pool.project_query else None
         self.kv = nn.Linear(cfg.d_model, 2 * pool.d_attn, bias=pool.qkv_bias)
         self.out = nn.Linear(pool.d_attn, pool.d_attn)
-        self.mlp = PoolMLP(pool, norm(pool.d_attn, cfg.norm_eps)) if pool.d_mlp else None
         self.hook_q = HookPoint()  # [batch, 1, head, d_head]
         self.hook_k = HookPoint()  # [batch, key, head, d_head], as v
         self.hook_v = HookPoint()
@@ -42,12 +41,13 @@ class AttentionPool(nn.Module):
         self.hook_pattern = HookPoint()  # [batch, head, 1, key]
         self.hook_z = HookPoint()  # [batch, 1, head, d_head]
         self.hook_out = HookPoint()  # [batch, d_attn]
+        self.mlp = PoolMLP(pool, norm(pool.d_attn, cfg.norm_eps)) if pool.d_mlp else None
 
     def forward(self, tokens: Float[Tensor, "batch pos d_model"], layout: TokenLayout) -> Float[Tensor, "batch d_attn"]:
         """The pooled feature; test-time registers are not looked at."""
         seen = tokens[:, layout.patches if self.over == "patches" else slice(layout.patches.stop)]
-        seen = seen if self.ln_k is None else self.ln_k(seen)
         query = self.queries[:1] if self.ln_q is None else self.ln_q(self.queries[:1])
+        seen = seen if self.ln_k is None else self.ln_k(seen)
         query = (query if self.q is None else self.q(query)).expand(len(tokens), 1, -1)
         q = self.hook_q(rearrange(query, "batch pos (head d) -> batch pos head d", head=self.n_heads).clone())
         kv = rearrange(self.kv(seen), "batch pos (two head d) -> two batch pos head d", two=2, head=self.n_heads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, TokenLayout, ViTConfig
 from registerlens.errors import HookNameError, ShapeError
 from registerlens.model.block import Block
+from registerlens.model.browsing import Browsable
+from registerlens.model.cache import Cache
 from registerlens.model.embed import Embedding
 from registerlens.model.head import Head
 from registerlens.model.names import NamesFilter, match_names
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Hook = tuple[NamesFilter, Callable[..., Any]]
 
 
-class HookedViT(HookedRootModule):
+class HookedViT(Browsable):
     """A pre-norm ViT with TransformerLens's hook points and API.
 
     Built by `from_pretrained` (a name, a folder) or `from_module` (an instance of a source library's model), or from
@@ -56,16 +56,16 @@ class HookedViT(HookedRootModule):
         self.source_keys: frozenset[str] = frozenset()  # which of a family's names its weights had, "{i}" for the layer
         self.n_test_time_registers = 0  # appended while `edit` is in force
         self.embed = Embedding(cfg)
+        self.hook_patch_embed = HookPoint()  # [batch, patch, d_model]
+        self.hook_embed = HookPoint()  # [batch, pos, d_model], as the two below
+        self.hook_pos_embed = HookPoint()
         self.ln_pre = NORMS[cfg.norm](cfg.d_model, cfg.norm_eps) if cfg.ln_pre else None
+        self.hook_tokens = HookPoint()
         self.rotary = Rotary(cfg) if cfg.rope is not None else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         final = NORMS[cfg.final_norm_kind or cfg.norm]
         self.ln_final = final(cfg.d_model, cfg.norm_eps) if cfg.final_norm else nn.Identity()
         self.head = Head(cfg)
-        self.hook_patch_embed = HookPoint()  # [batch, patch, d_model]
-        self.hook_embed = HookPoint()  # [batch, pos, d_model], as the two below
-        self.hook_pos_embed = HookPoint()
-        self.hook_tokens = HookPoint()
         self.setup()
 
     # Forward ---------------------------------------------------------------------------------------------------------
@@ -249,8 +249,13 @@ class HookedViT(HookedRootModule):
         """
         from registerlens.interventions.base import edited  # noqa: PLC0415  (interventions stand on the model)
 
+        before = self.edits
         with edited(self, interventions):
-            yield self
+            self.edits = (*before, *interventions)
+            try:
+                yield self
+            finally:
+                self.edits = before
 
     def run_with_cache(  # type: ignore[override]
         self,
@@ -263,7 +268,7 @@ class HookedViT(HookedRootModule):
         pos_slice: Any = None,
         return_cache_object: bool = True,
         **forward_arguments: Any,
-    ) -> tuple[Float[Tensor, "..."], ActivationCache | dict[str, Tensor]]:
+    ) -> tuple[Float[Tensor, "..."], Cache | dict[str, Tensor]]:
         """Run the model and keep the named intermediates.
 
         Args:
@@ -318,7 +323,7 @@ class HookedViT(HookedRootModule):
             raise HookNameError(f"None of {sorted(names)[:3]} was reached with {asked}. Ask for blocks in between.")
         if not return_cache_object:
             return output, cache
-        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return output, Cache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def _pooled(self, name: str) -> bool:
         """Whether a hook point sees what comes after pooling, or patches before there is a sequence."""
@@ -395,7 +400,3 @@ class HookedViT(HookedRootModule):
         from registerlens.model.folding import fold_layer_norm  # noqa: PLC0415  (it stands on this class)
 
         return fold_layer_norm(self)
-
-    def __repr__(self) -> str:
-        size = sum(parameter.numel() for parameter in self.parameters()) / 1e6
-        return f"HookedViT({self.source}, {size:.1f}M parameters, {json.dumps(self.cfg.to_dict())})"

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from registerlens.comfort import Shown
 from registerlens.errors import ConfigError
 from registerlens.evaluation.intervals import CHUNK, mean_intervals, resample
 from registerlens.sweep.conditions import Factor
@@ -131,7 +132,7 @@ def _chunks(rows: Int[np.ndarray, " row"], width: int) -> Iterator[Int[np.ndarra
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison:
+class Comparison(Shown):
     """Two conditions beside each other, image by image."""
 
     a: str

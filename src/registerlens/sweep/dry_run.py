@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.comfort import Shown, size_told
 from registerlens.data.sources import Shard, Source
 from registerlens.errors import ImageError
 from registerlens.model.vit import HookedViT
@@ -71,7 +71,7 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepPlan:
+class SweepPlan(Shown):
     """What a sweep will do and cost; made by `plan_sweep`."""
 
     runs: tuple[PlannedRun, ...]
@@ -319,16 +319,3 @@ def time_told(seconds: float | int) -> str:
     (name, size), (then, smaller) = units[largest : largest + 2]
     whole, rest = divmod(round(seconds / smaller), size // smaller)
     return f"{whole} {name} {rest} {then}" if rest else f"{whole} {name}"
-
-
-def size_told(n_bytes: float | int) -> str:
-    """Bytes in words, in powers of 1000.
-
-    Example:
-        >>> size_told(812), size_told(12_345_678), size_told(3.2e12)
-        ('812 bytes', '12.3 MB', '3.2 TB')
-    """
-    if n_bytes < 1000:
-        return f"{n_bytes:.0f} bytes"
-    power = min(4, int(math.log10(n_bytes) // 3))
-    return f"{n_bytes / 1000**power:.3g} {['', 'kB', 'MB', 'GB', 'TB'][power]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from registerlens.comfort import Shown
 from registerlens.data.images import Skipped
 from registerlens.errors import ConfigError, close_matches
 from registerlens.files import reading, whole_file, write_json
@@ -37,7 +38,7 @@ _WHY = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SweepResult:
+class SweepResult(Shown):
     """What every condition of a sweep does, image by image; aggregates are made of it on demand.
 
     Example:
@@ -47,9 +48,9 @@ class SweepResult:
         array([3.])
     """
 
-    table: pa.Table = field(repr=False)
+    table: pa.Table
     """One row a condition and image: `condition` (key), `shard`, `image` (name), and a column a metric."""
-    conditions: tuple[Swept, ...] = field(repr=False)
+    conditions: tuple[Swept, ...]
     """What was run, in the order of the sweep."""
     metrics: dict[str, str]
     """Names of the metrics, each with what it is in words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from registerlens.comfort import Shown
 from registerlens.errors import ConfigError
 from registerlens.sweep.tasks import GROUP
 
@@ -34,7 +35,7 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalePlan:
+class ScalePlan(Shown):
     """A sweep in numbers. Nothing in it is measured but the rates that it was made from."""
 
     rates: Rates

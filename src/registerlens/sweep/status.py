@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 
+from registerlens.comfort import Shown
 from registerlens.data.images import Skipped
 from registerlens.errors import StoreError
 from registerlens.sweep.lock import Holder, holder_of
@@ -14,7 +15,7 @@ from registerlens.sweep.store import CORRUPT, PARTS, Store
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepStatus:
+class SweepStatus(Shown):
     """How far a stored sweep is."""
 
     where: str

@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
+from registerlens.comfort import Shown
 from registerlens.theory.bounds import ACTIVATION_GRID, Activations, attention_beside, checked_activations, spectral
 from registerlens.theory.conditions import Condition, check_conditions, in_words
 from registerlens.theory.proposition import NO_OP, SINK, output_moves, setup_of
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CorollaryReport:
+class CorollaryReport(Shown):
     """What separates the register neuron from the attention bias, token by token, against the register activation."""
 
     setup: dict[str, Any]

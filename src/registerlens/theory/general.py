@@ -45,6 +45,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.comfort import Shown
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.theory.bounds import lipschitz, spectral
 from registerlens.theory.two_block import TwoBlockModel
@@ -123,7 +124,7 @@ def _centred(x: Float[Tensor, "*grid d_model"]) -> Float[Tensor, "*grid d_model"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GeneralModel:
+class GeneralModel(Shown):
     """The two-block model with any attention and, if `norm` is given, the same LayerNorm before every reader.
 
     Raises:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.comfort import Shown
 from registerlens.theory.bounds import (
     ACTIVATION_GRID,
     Activations,
@@ -36,7 +37,7 @@ STILL = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GeneralReport:
+class GeneralReport(Shown):
     """Sink, limit and no-op with arbitrary attention, against the register activation, each beside its bound."""
 
     setup: dict[str, Any]

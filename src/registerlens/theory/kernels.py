@@ -14,6 +14,7 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.errors import ConfigError, WeightsError
@@ -43,7 +44,7 @@ _SUBJECTS = {"outlier": "the outlier tokens' direction", "u2": "u2"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KernelReport:
+class KernelReport(Shown):
     """Which conditions of Proposition 1, relaxed to a real model, hold for some register neurons."""
 
     model: str

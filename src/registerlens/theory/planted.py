@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.comfort import Shown
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
@@ -34,7 +35,7 @@ _FAINT = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planted:
+class Planted(Shown):
     """What was planted."""
 
     layer: int

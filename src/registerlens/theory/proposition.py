@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.comfort import Shown
 from registerlens.theory.bounds import (
     ACTIVATION_GRID,
     Activations,
@@ -60,7 +61,7 @@ NO_OP = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PropositionReport:
+class PropositionReport(Shown):
     """Sink and no-op against the register activation, each beside its bound, and which conditions hold."""
 
     setup: dict[str, Any]

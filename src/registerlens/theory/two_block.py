@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from registerlens.comfort import Shown
 from registerlens.config import Activation
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError, close_matches
 from registerlens.model.parts import ACTIVATIONS
@@ -41,7 +42,7 @@ CONDITIONS: dict[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TwoBlockModel:
+class TwoBlockModel(Shown):
     """Tokens and weights of the two-block model, in float64; `TwoBlockModel.build` makes one from a seed.
 
     Raises:

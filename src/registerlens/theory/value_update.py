@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.comfort import Shown
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
@@ -103,7 +104,7 @@ def collapse(registers: Float[Tensor, "batch register d_model"]) -> Float[Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ValueUpdate:
+class ValueUpdate(Shown):
     """Updates that registers write in one layer, each against a reference; means over images.
 
     An image's update is that of all its tokens but the registers, as one long vector: a token that pays the registers

@@ -23,6 +23,7 @@ from registerlens.analysis.overlap import Overlap, observable_overlap
 from registerlens.analysis.singular_defects import SingularDefects, singular_defects
 from registerlens.analysis.sink_events import QUERIES
 from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
+from registerlens.comfort import Shown
 from registerlens.data.batches import Images, first_and_all
 from registerlens.errors import ImageError, NoOutliersError, RegisterLensError
 from registerlens.evaluation.causal_order import CausalOrder, causal_order
@@ -50,7 +51,7 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Mechanism:
+class Mechanism(Shown):
     """Every result on one model, or the error that says why there is none."""
 
     n_images: int

@@ -1,4 +1,4 @@
-"""The sections of a report on theory and mechanism, each a pure function from results, or their reasons, to HTML."""
+"""The sections of a report on theory and mechanism, each a pure function from results, or their reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from registerlens.analysis.sink_kinds import SinkKinds
 from registerlens.errors import RegisterLensError
 from registerlens.theory.kernels import KernelReport
 from registerlens.viz.mechanism import HALF, HEADS, THRESHOLD, Mechanism
-from registerlens.viz.page import answer, plotted, table
+from registerlens.viz.page import Section, answer, heading, plotted, table
 from registerlens.viz.tables import KERNEL_NOTE, kernel_table
 
 _EDIT_WORDS = {
@@ -47,7 +47,7 @@ def mechanism_answer(found: Mechanism) -> str:
     return answer("calm", f"Sinks as no-ops, by the weights: {head[found.kernels.no_op]}", words)
 
 
-def mechanism_sections(found: Mechanism) -> list[str]:
+def mechanism_sections(found: Mechanism) -> list[Section]:
     """All of them, in the order of the page."""
     return [kernels_section(found), sinks_section(found), observables_section(found), evidence_section(found)]
 
@@ -55,33 +55,36 @@ def mechanism_sections(found: Mechanism) -> list[str]:
 # Sections ------------------------------------------------------------------------------------------------------------
 
 
-def kernels_section(found: Mechanism) -> str:
+def kernels_section(found: Mechanism) -> Section:
     """The conditions of Proposition 1: conclusion, table, heat map, weights, and every sentence."""
+    id, title = "kernels", "Kernel conditions"
     head = (
-        '<h2 id="kernels">Kernel conditions</h2><p>Proposition 1 of Jiang et al. makes a sink on a register neuron\'s '
+        "<p>Proposition 1 of Jiang et al. makes a sink on a register neuron's "
         "token a no-op where what the neuron reads (u1) and writes (u2) lies in the kernel of all that follows. No "
         "real weight matrix has an exact kernel, so that every number stands beside random directions and other "
         "neurons of the same block.</p>"
     )
     report = found.kernels
     if isinstance(report, RegisterLensError):
-        return head + _reason(report)
+        return Section(id=id, title=title, body=head + _reason(report))
     sentences = "".join(f"<li>{html.escape(line)}</li>" for line in report.describe().splitlines()[:-1])
-    return (
+    body = (
         f"{head}<p><strong>{html.escape(report.conclusion())}</strong></p>{_kernel_table(report)}"
-        f"<h3>Who reads it, block by block</h3>{plotted(report.plot())}"
-        f"<h3>What the neurons write</h3>{plotted(report.plot_weights())}"
+        f"{heading('Who reads it, block by block', id)}{plotted(report.plot())}"
+        f"{heading('What the neurons write', id)}{plotted(report.plot_weights())}"
         f"<details><summary>Every condition in a sentence</summary><ul>{sentences}</ul></details>"
     )
+    return Section(id=id, title=title, body=body)
 
 
-def sinks_section(found: Mechanism) -> str:
+def sinks_section(found: Mechanism) -> Section:
     """What kind of sink: kinds, causal edits, updates of one register and of several, what the last [CLS] rests on."""
     parts = [
-        '<h2 id="sinks">What kind of sink?</h2><p>A NOP switches its head off: its value is next to nothing. A '
-        "broadcast sends every token the same message. Kinds: Fesser et al. 2026.</p>",
+        "<p>A NOP switches its head off: its value is next to nothing. A broadcast sends every token the same message. "
+        "Kinds: Fesser et al. 2026.</p>",
         _kinds(found),
         _part(
+            "sinks",
             f"Sinks edited, {found.n_few} images",
             f"Attention stays as it is, and one head's sink is changed at a time, in the {HEADS} heads at most that "
             f"have one most often: {'; '.join(f'{name}: {_EDIT_WORDS[name]}' for name in EDITS)}. A no-op can be set "
@@ -89,40 +92,50 @@ def sinks_section(found: Mechanism) -> str:
             found.effects,
         ),
         _part(
+            "sinks",
             f"One register and several, {found.n_few} images",
             "What attention brings from test-time registers, against one of them (equation 19, table 8).",
             found.value_update,
         ),
         _part(
+            "sinks",
             f"Faithfulness, {found.n_images} images",
             "The last block's [CLS] may look at some tokens only. A map of attention to patches explains an output as "
             "far as the patches alone give it.",
             found.faithfulness,
         ),
     ]
-    return "".join(parts)
+    return Section(id="sinks", title="What kind of sink?", body="".join(parts))
 
 
-def observables_section(found: Mechanism) -> str:
+def observables_section(found: Mechanism) -> Section:
     """Massive activations, their overlap with outliers and sinks, and the direction that the weights predict."""
     parts = [
-        f'<h2 id="observables">Massive activations, overlap, singular defects</h2><p>On {found.n_images} images.</p>',
-        _part("Massive activations", "All tokens of the stream count, [CLS] and registers too.", found.massive),
+        f"<p>On {found.n_images} images.</p>",
         _part(
+            "observables",
+            "Massive activations",
+            "All tokens of the stream count, [CLS] and registers too.",
+            found.massive,
+        ),
+        _part(
+            "observables",
             "Do the observables pick the same patches?",
             "By cut-offs of their own, and matched: in an image with k norm outliers, the first k patches by each.",
             found.overlap,
         ),
         _part(
+            "observables",
             "Singular defects",
             "The direction that the blocks up to each one stretch most, from the weights alone (Wang et al. 2024).",
             found.defects,
         ),
     ]
-    return "".join(parts)
+    title = "Massive activations, overlap, singular defects"
+    return Section(id="observables", title=title, body="".join(parts))
 
 
-def evidence_section(found: Mechanism) -> str:
+def evidence_section(found: Mechanism) -> Section:
     """Activations, summed updates, output weights and causal order of the neurons; a shared reason is said once."""
     parts: list[tuple[str, str, Any]] = [
         (
@@ -134,11 +147,18 @@ def evidence_section(found: Mechanism) -> str:
         ("Output weights", "Over the dimensions of the residual stream (figure 25).", found.weights),
         ("Causal order", "Neurons of one block edited: what becomes of those of later blocks?", found.order),
     ]
-    head = f'<h2 id="evidence">Evidence for the neurons</h2><p>On {found.n_images} images.</p>'
+    head = f"<p>On {found.n_images} images.</p>"
     reasons = {str(result) for _, _, result in parts if isinstance(result, RegisterLensError)}
     if len(reasons) == 1 and all(isinstance(result, RegisterLensError) for _, _, result in parts):
-        return head + _reason(parts[0][2])
-    return head + "".join(_part(*part) for part in parts)
+        body = _reason(parts[0][2])
+    else:
+        body = "".join(_part("evidence", *part) for part in parts)
+    return Section(id="evidence", title="Evidence for the neurons", body=head + body)
+
+
+def circuit_section(circuit: Told) -> Section:
+    """The path from register neurons to [CLS]: in words, and as a graph."""
+    return Section(id="circuit", title="Attention circuit", body=f"{_words(circuit)}{plotted(circuit.plot())}")
 
 
 # Their parts ---------------------------------------------------------------------------------------------------------
@@ -157,27 +177,27 @@ def _kernel_table(report: KernelReport) -> str:
     marked = [i for i, verdict in enumerate(frame["verdict"]) if verdict == "holds"]
     notes = [f"Not applicable, {name}: {reason}." for name, reason in report.not_applicable.items()]
     notes += report.notes
-    note = f"{KERNEL_NOTE} Marked: what holds. {' '.join(notes)}"
-    return f"{table(headers, rows, marked)}<p><small>{html.escape(note)}</small></p>"
+    note = f"{KERNEL_NOTE} {' '.join(notes)}"
+    told = table(headers, rows, marked, "The conditions beside their nulls; marked: what holds.")
+    return f"{told}<p><small>{html.escape(note)}</small></p>"
 
 
 def _kinds(found: Mechanism) -> str:
     """By the published criterion in words; by the softer one in words and as a map."""
-    heading, published, half = f"Sinks found, {found.n_images} images", found.published_sinks, found.sinks
+    title, published, half = f"Sinks found, {found.n_images} images", found.published_sinks, found.sinks
     if isinstance(half, RegisterLensError) or isinstance(published, RegisterLensError):
-        return _part(heading, "", half)
+        return _part("sinks", title, "", half)
     softer = (
         f"Where several outliers share the sink, few queries look at any one of them. So once more, for tokens that "
         f"{HALF:.0%} of the queries pay at least the threshold:"
     )
-    return (
-        f"<h3>{heading}</h3>{_words(published)}<p>{softer}</p>{_words(half)}{plotted(half.plot(threshold=THRESHOLD))}"
-    )
+    drawn = plotted(half.plot(threshold=THRESHOLD))
+    return f"{heading(title, 'sinks')}{_words(published)}<p>{softer}</p>{_words(half)}{drawn}"
 
 
-def _part(heading: str, note: str, result: Told | SinkKinds | RegisterLensError) -> str:
+def _part(at: str, title: str, note: str, result: Told | SinkKinds | RegisterLensError) -> str:
     """A heading, what is asked, and the result in words and as a picture, or why there is none."""
-    head = f"<h3>{heading}</h3>" + (f"<p>{html.escape(note)}</p>" if note else "")
+    head = heading(title, at) + (f"<p>{html.escape(note)}</p>" if note else "")
     if isinstance(result, RegisterLensError):
         return head + _reason(result)
     return f"{head}{_words(result)}{plotted(result.plot())}"

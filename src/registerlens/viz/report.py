@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -17,7 +18,8 @@ from registerlens.errors import NoOutliersError
 from registerlens.model.vit import HookedViT
 from registerlens.viz import mechanism_sections, sections
 from registerlens.viz.mechanism import Mechanism
-from registerlens.viz.page import write_page
+from registerlens.viz.mechanism_sections import Told
+from registerlens.viz.page import Section, write_page
 from registerlens.viz.study import RegisterStudy
 
 FEW = 4
@@ -27,6 +29,15 @@ _METHOD = """Norms are of the residual stream, patches only ([CLS] and registers
 norm over the image's median, averaged over images. Outliers are called present only where these ratios form a mode of
 their own, separated by a gap. Method: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", figures
 2, 3, 8, 22 to 24 and 26, algorithms 1 and 2."""
+
+
+@runtime_checkable
+class Explorer(Protocol):
+    """What is to be looked at by hand, such as `rl.explore` makes."""
+
+    def section(self) -> str:
+        """Its HTML, to stand in a page: whole, with its script, and all text in it escaped."""
+        ...
 
 
 def map_layers(trace: Trace) -> tuple[int, ...]:
@@ -52,6 +63,8 @@ def write_report(
     note: str = "",
     study: RegisterStudy | NoOutliersError | None = None,
     mechanism: Mechanism | None = None,
+    circuit: Told | None = None,
+    explorer: Explorer | None = None,
 ) -> Path:
     """Write the page, whole or not at all; it opens from disk without a network.
 
@@ -67,6 +80,8 @@ def write_report(
             their own. Without outliers the page says that there is nothing to look for, whatever is given.
         mechanism: kernel conditions, kinds of sinks and evidence for the neurons, from `study_mechanism`; sections of
             their own.
+        circuit: the path from register neurons to [CLS], from `attention_circuit`.
+        explorer: attention to look at by hand, from `rl.explore`.
 
     Returns:
         the path.
@@ -81,9 +96,11 @@ def write_report(
     """
     maps = patch_maps(vit, images, map_layers(trace))
     display = _seen(display, vit, images)
+    answers = sections.answers(trace, study)
+    if mechanism is not None:
+        answers += mechanism_sections.mechanism_answer(mechanism)
     body = [
-        sections.answers(trace, study),
-        "" if mechanism is None else mechanism_sections.mechanism_answer(mechanism),
+        Section(id="answers", title="Answers", body=answers),
         sections.trace_section(trace),
         sections.images_section(trace, maps, display, names),
     ]
@@ -94,6 +111,10 @@ def write_report(
         body += [_neurons(vit, study.neurons, trace, *few), _register(vit, study, *few)]
     if mechanism is not None:
         body += mechanism_sections.mechanism_sections(mechanism)
+    if circuit is not None:
+        body.append(mechanism_sections.circuit_section(circuit))
+    if explorer is not None:
+        body.append(Section(id="explorer", title="Look for yourself", body=explorer.section()))
     body.append(sections.numbers_section(trace))
     heads = f"{vit.cfg.n_heads} head{'s' if vit.cfg.n_heads > 1 else ''}"
     facts = [trace.model, f"{trace.n_images} images", f"{vit.cfg.n_layers} blocks", heads, f"width {vit.cfg.d_model}"]
@@ -139,13 +160,15 @@ def write_neuron_maps(
 
 def _neurons(
     vit: HookedViT, neurons: RegisterNeurons, trace: Trace, images: Tensor, display: np.ndarray, names: Sequence[str]
-) -> str:
+) -> Section:
     block = max(layer_of(trace.strongest), 0)
     maps, norms = neuron_maps(vit, images, neurons.pairs[:FEW]), patch_maps(vit, images, [block]).norms[0]
     return sections.neurons_section(neurons, maps, norms, block, display, names)
 
 
-def _register(vit: HookedViT, study: RegisterStudy, images: Tensor, display: np.ndarray, names: Sequence[str]) -> str:
+def _register(
+    vit: HookedViT, study: RegisterStudy, images: Tensor, display: np.ndarray, names: Sequence[str]
+) -> Section:
     layers = sorted({max(study.evaluation.detection.layer, 0), vit.cfg.n_layers - 1})
     before = patch_maps(vit, images, layers)
     with vit.edit(study.intervention):

@@ -1,4 +1,4 @@
-"""The sections of a report, each a pure function from results to HTML."""
+"""The sections of a report, each a pure function from results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from registerlens.errors import NoOutliersError
 from registerlens.viz.curves import trace_figure
 from registerlens.viz.evaluation import evaluation_figure
 from registerlens.viz.neurons import search_figure
-from registerlens.viz.page import answer, beside, map_picture, photograph, plotted, scale_bar, table
+from registerlens.viz.page import (
+    Section,
+    answer,
+    beside,
+    heading,
+    map_picture,
+    photograph,
+    plotted,
+    scale_bar,
+    table,
+)
 from registerlens.viz.study import RegisterStudy
 from registerlens.viz.tables import COLUMN_NOTE, COLUMNS, SCORE_WORDS, Cell, brief, evaluation_table, neuron_table
 
@@ -67,12 +77,12 @@ def _found(neurons: RegisterNeurons) -> str:
 # Norms and sinks -----------------------------------------------------------------------------------------------------
 
 
-def trace_section(trace: Trace) -> str:
+def trace_section(trace: Trace) -> Section:
     """The curves over the layers."""
-    return f"<h2>Which norm, which layer?</h2>{plotted(trace_figure(trace))}"
+    return Section(id="norms", title="Which norm, which layer?", body=plotted(trace_figure(trace)))
 
 
-def images_section(trace: Trace, maps: PatchMaps, display: Display, names: Sequence[str]) -> str:
+def images_section(trace: Trace, maps: PatchMaps, display: Display, names: Sequence[str]) -> Section:
     """Norm and attention maps of single images."""
     query = "the [CLS] token's attention" if maps.sink_query == "cls" else "the average query's attention"
     which = ", ".join(str(layer) for layer in maps.layers)
@@ -87,12 +97,13 @@ def images_section(trace: Trace, maps: PatchMaps, display: Display, names: Seque
         for row, layer in enumerate(maps.layers):
             for kind, values in (("norm", maps.norms[row, i]), ("attention", maps.attention[row, i])):
                 caption = f"block {layer} · {kind}<br>{_extent(values)}"
-                pictures.append(map_picture(values, float(values.max()), caption, display[i]))
+                what = f"{kind.capitalize()} of each patch, block {layer}, {name}"
+                pictures.append(map_picture(values, float(values.max()), caption, display[i], what))
         rows.append(beside(pictures, len(pictures)))
-    return f"<h2>The images</h2><p>{legend}</p>{''.join(rows)}"
+    return Section(id="images", title="The images", body=f"<p>{legend}</p>{''.join(rows)}")
 
 
-def numbers_section(trace: Trace) -> str:
+def numbers_section(trace: Trace) -> Section:
     """Norms, evidence and sinks of every sublayer."""
     rows = []
     for row in trace.to_dataframe().to_dict("records"):
@@ -102,7 +113,8 @@ def numbers_section(trace: Trace) -> str:
         rows.append([row["sublayer"], *cells, row["verdict"], f"{share:.2%}", sink])
     headers = ("after", "largest norm", "median", "ratio", "gap", "outliers", "of patches", "strongest sink")
     marked = [i for i, name in enumerate(trace.sublayers) if name == trace.onset]
-    return f"<h2>Numbers</h2>{table(headers, rows, marked)}"
+    caption = "Patch norms and sinks after every sublayer, means over images; marked: the onset of outliers."
+    return Section(id="numbers", title="Numbers", body=table(headers, rows, marked, caption))
 
 
 # Register neurons ----------------------------------------------------------------------------------------------------
@@ -115,7 +127,7 @@ def neurons_section(
     block: int,
     display: Display,
     names: Sequence[str],
-) -> str:
+) -> Section:
     """What was found, in words, as a figure, as a table, and as activation maps beside the norm map.
 
     Args:
@@ -136,15 +148,15 @@ def neurons_section(
     for i, name in enumerate(names):
         pictures = [photograph(display[i], name)]
         caption = f"norm after block {block}<br>{_extent(norms[i])}"
-        pictures.append(map_picture(norms[i], float(norms.max()), caption, display[i]))
+        what = f"Norm of each patch after block {block}, {name}"
+        pictures.append(map_picture(norms[i], float(norms.max()), caption, display[i], what))
         for (layer, neuron), values in zip(maps.pairs, maps.activations, strict=True):
             caption = f"block {layer}, neuron {neuron}<br>{_extent(values[i])}"
-            pictures.append(map_picture(values[i], max(float(values.max()), 0.0), caption, display[i]))
+            what = f"Activation of neuron {neuron} of block {layer} at each patch, {name}"
+            pictures.append(map_picture(values[i], max(float(values.max()), 0.0), caption, display[i], what))
         rows.append(beside(pictures, 2 + len(maps.pairs)))
-    return (
-        f'<h2 id="neurons">Register neurons</h2><p>{html.escape(_found(neurons))}</p>{figure}'
-        f"<p>{legend}</p>{''.join(rows)}{_neuron_table(neurons)}"
-    )
+    body = f"<p>{html.escape(_found(neurons))}</p>{figure}<p>{legend}</p>{''.join(rows)}{_neuron_table(neurons)}"
+    return Section(id="neurons", title="Register neurons", body=body)
 
 
 def _neuron_table(neurons: RegisterNeurons) -> str:
@@ -157,20 +169,21 @@ def _neuron_table(neurons: RegisterNeurons) -> str:
     more = f" The table lists the first {LISTED} of {len(frame)}." if len(frame) > LISTED else ""
     words = "; ".join(f"{name}: {SCORE_WORDS[name]}" for name in scores if name in SCORE_WORDS)
     note = f"<p>Scores: {words}.{more}</p>" if words or more else ""
-    return note + table(["rank", "block", "neuron", *scores], rows)
+    return note + table(["rank", "block", "neuron", *scores], rows, caption="The register neurons with their scores.")
 
 
-def no_neurons_section(trace: Trace) -> str:
+def no_neurons_section(trace: Trace) -> Section:
     """What there is to say without outliers: that nothing is to be looked for, and why."""
     evidence = trace.evidence[trace.sublayers.index(trace.strongest)]
     gap = f"the widest gap between norms is a factor of {evidence.gap:.2f}" if evidence.gap > 1 else "there is no gap"
-    return (
-        f'<h2 id="neurons">Register neurons</h2><p>There is nothing to look for: on these {trace.n_images} images the '
-        f"model has no outlier tokens, so that no neuron makes any and a test-time register would have nothing to "
-        f"take over. The evidence: at {trace.strongest}, where norms separate most, "
+    body = (
+        f"<p>There is nothing to look for: on these {trace.n_images} images the model has no outlier tokens, so that "
+        f"no neuron makes any and a test-time register would have nothing to take over. The evidence: at "
+        f"{trace.strongest}, where norms separate most, "
         f"{html.escape(evidence.reason)}; {gap}, and the largest patch norm is "
         f"{evidence.largest_over_median:.1f} x the image's median, mean over images.</p>"
     )
+    return Section(id="neurons", title="Register neurons", body=body)
 
 
 # The test-time register ----------------------------------------------------------------------------------------------
@@ -178,7 +191,7 @@ def no_neurons_section(trace: Trace) -> str:
 
 def register_section(
     study: RegisterStudy, before: PatchMaps, after: PatchMaps, display: Display, names: Sequence[str]
-) -> str:
+) -> Section:
     """The verdict, maps before and after on one scale, the figure, and the table with intervals and controls.
 
     Args:
@@ -201,19 +214,24 @@ def register_section(
         extra_attention = _extra("register or bias", float(after.register_attention[-1, i]))
         pictures = [photograph(display[i], name)]
         for kind, (old, new), extra in (("norm", norms, extra_norm), ("attention", attention, extra_attention)):
-            highest = float(max(old.max(), new.max()))
+            highest, what = float(max(old.max(), new.max())), f"{kind.capitalize()} of each patch, {name},"
             pictures += [
-                map_picture(old, highest, f"{kind} before<br>{_extent(old)}", display[i]),
-                map_picture(new, highest, f"{kind} after, same scale<br>{_extent(new)}{extra}", display[i]),
-                map_picture(new, float(new.max()), f"{kind} after, own scale", display[i]),
+                map_picture(old, highest, f"{kind} before<br>{_extent(old)}", display[i], f"{what} before"),
+                map_picture(
+                    new, highest, f"{kind} after, same scale<br>{_extent(new)}{extra}", display[i], f"{what} after"
+                ),
+                map_picture(
+                    new, float(new.max()), f"{kind} after, own scale", display[i], f"{what} after, on its own scale"
+                ),
             ]
         rows.append(beside(pictures, 7))
-    return (
-        f'<h2 id="register">{html.escape(_title(study.condition))}</h2><p>{html.escape(study.words)}</p>'
-        f"<p>{html.escape(study.samples)} Outliers are counted at {detection.sublayer}, above {detection.cutoff}.</p>"
-        f"<p>{legend}</p>{''.join(rows)}"
-        f"<h3>Before, after and controls</h3>{plotted(evaluation_figure(study.evaluation))}{_evaluated(study)}"
+    body = (
+        f"<p>{html.escape(study.words)}</p><p>{html.escape(study.samples)} Outliers are counted at "
+        f"{detection.sublayer}, above {html.escape(str(detection.cutoff))}.</p><p>{legend}</p>{''.join(rows)}"
+        f"{heading('Before, after and controls', 'register')}{plotted(evaluation_figure(study.evaluation))}"
+        f"{_evaluated(study)}"
     )
+    return Section(id="register", title=_title(study.condition), body=body)
 
 
 def _evaluated(study: RegisterStudy) -> str:
@@ -230,7 +248,8 @@ def _evaluated(study: RegisterStudy) -> str:
     )
     if "control" not in evaluation.kinds:
         note = note.partition(" Controls:")[0]
-    return f"{table(headers, rows, marked)}<p><small>{html.escape(note)}</small></p>"
+    caption = "Every condition by every metric; marked: the intervention."
+    return f"{table(headers, rows, marked, caption)}<p><small>{html.escape(note)}</small></p>"
 
 
 def _cell(cell: Cell | None) -> str:

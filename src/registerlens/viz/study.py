@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.comfort import Shown
 from registerlens.data.batches import Images
 from registerlens.errors import NoOutliersError
 from registerlens.evaluation.effects import Evaluation, evaluate_intervention
@@ -21,7 +22,7 @@ REGISTER = "test-time register"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RegisterStudy:
+class RegisterStudy(Shown):
     """Register neurons, an intervention on them, and its evaluation."""
 
     neurons: RegisterNeurons

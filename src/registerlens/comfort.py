@@ -1,0 +1,172 @@
+"""How results show themselves: a line in plain Python; words and a table in a notebook, all text escaped."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+_LONGEST = 48
+"""Characters of a text in a line."""
+_FEW = 4
+"""So many plain values of a tuple are written out."""
+_PLAIN = (str, int, float, bool, type(None))
+
+
+class Shown:
+    """What a frozen dataclass inherits to be shown: what it is and its size in memory, instead of all its arrays.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import numpy as np
+        >>> @dataclass(frozen=True)
+        ... class Norms(Shown):
+        ...     model: str
+        ...     values: np.ndarray
+        >>> Norms("tiny", np.zeros((100, 5)))
+        Norms(model='tiny'; 1 array [100, 5], 4 kB)
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__repr__ = cls.__repr__  # the inherited one becomes the class's own: @dataclass leaves it in place
+
+    def __repr__(self) -> str:
+        return line(self)
+
+    def _repr_html_(self) -> str:
+        return card(self)
+
+
+def line(value: Any) -> str:
+    """A dataclass in one line: plain values that are not the default, how many of the others, arrays and their size."""
+    words, arrays = [], []
+    for item in fields(value):
+        held = getattr(value, item.name)
+        if _is_array(held):
+            arrays.append(held)
+        elif item.repr and not _is_default(item, held) and (told := _told(item.name, held)):
+            words.append(told)
+    told = ", ".join(words)
+    if arrays:
+        largest = max(arrays, key=lambda array: math.prod(array.shape))
+        number = f"{len(arrays)} arrays up to" if len(arrays) > 1 else "1 array"
+        told += f"; {number} {list(largest.shape)}"
+    if n_bytes := memory(value):
+        told += f"{', ' if arrays else '; '}{size_told(n_bytes)}"
+    return f"{type(value).__name__}({told})"
+
+
+def card(value: Any, more: str = "") -> str:
+    """A dataclass as HTML: what `describe` says where there is one, and its fields; `more` is HTML to stand between."""
+    told = getattr(value, "describe", None)
+    words = f'<p style="white-space:pre-line">{html.escape(told())}</p>' if told is not None else ""
+    n_bytes = memory(value)
+    size = f" · {size_told(n_bytes)}" if n_bytes else ""
+    rows = [[item.name, *_held(getattr(value, item.name))] for item in fields(value)]
+    return (
+        f"<div><strong>{html.escape(type(value).__name__)}</strong>{size}{words}{more}<details><summary>"
+        f"{len(rows)} fields</summary>{html_table(('field', 'what', 'size'), rows)}</details></div>"
+    )
+
+
+def memory(value: Any) -> int:
+    """Bytes of the arrays, tensors and tables in a value, however deep.
+
+    Example:
+        >>> import torch
+        >>> memory({"a": (torch.zeros(3), [torch.zeros(2, dtype=torch.float64)]), "b": "text"})
+        28
+    """
+    if (n_bytes := getattr(value, "nbytes", None)) is not None:
+        return int(n_bytes)
+    if hasattr(value, "memory_usage"):  # a frame
+        return int(value.memory_usage(deep=True).sum())
+    if is_dataclass(value):
+        return sum(memory(getattr(value, item.name)) for item in fields(value))
+    if isinstance(value, Mapping):
+        return sum(memory(held) for held in value.values())
+    return sum(memory(held) for held in value) if isinstance(value, (tuple, list)) else 0
+
+
+def size_told(n_bytes: float | int) -> str:
+    """Bytes in words, in powers of 1000.
+
+    Example:
+        >>> size_told(812), size_told(12_345_678), size_told(3.2e12)
+        ('812 bytes', '12.3 MB', '3.2 TB')
+    """
+    if n_bytes < 1000:
+        return f"{n_bytes:.0f} bytes"
+    power = min(4, int(math.log10(n_bytes) // 3))
+    return f"{n_bytes / 1000**power:.3g} {['', 'kB', 'MB', 'GB', 'TB'][power]}"
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by blanks, two blanks in front.
+
+    Example:
+        >>> print(text_table(("name", "n"), [("hook_embed", "1")]))
+          name        n
+          hook_embed  1
+    """
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (headers, *rows)
+    ]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text, which is escaped.
+
+    Example:
+        >>> html_table(["a"], [["<b>"]])
+        '<table><thead><tr><th scope="col">a</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table>'
+    """
+    head = "".join(f'<th scope="col">{html.escape(header)}</th>' for header in headers)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "nbytes") and hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _is_default(item: Field[Any], value: Any) -> bool:
+    return item.default is not MISSING and isinstance(value, _PLAIN) and value == item.default
+
+
+def _told(name: str, value: Any) -> str:
+    """`name=value` of a plain value or a few of them, the number of others; nothing for what has no short form."""
+    if isinstance(value, _PLAIN) or (isinstance(value, tuple) and 0 < len(value) <= _FEW and _all_plain(value)):
+        return f"{name}={_cut(repr(value))}"
+    if isinstance(value, Sized):
+        what = f"rows of {name}" if hasattr(value, "shape") else name
+        return f"{len(value)} {what}" if len(value) else ""
+    return ""
+
+
+def _held(value: Any) -> tuple[str, str]:
+    """A field's cells: what it is, and its bytes."""
+    n_bytes = memory(value)
+    size = size_told(n_bytes) if n_bytes else ""
+    if _is_array(value):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}", size
+    if len(shape := getattr(value, "shape", ())) == 2:  # a frame or a table
+        return f"{type(value).__name__}, {shape[0]} rows, {shape[1]} columns", size
+    if isinstance(value, (tuple, list, Mapping)) and not (len(value) <= _FEW and _all_plain(value)):
+        return f"{type(value).__name__} of {len(value)}", size
+    return _cut(repr(value), 200), size
+
+
+def _all_plain(values: Any) -> bool:
+    every = values.values() if isinstance(values, Mapping) else values
+    return all(isinstance(one, _PLAIN) or (isinstance(one, tuple) and _all_plain(one)) for one in every)
+
+
+def _cut(text: str, longest: int = _LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
