@@ -87,8 +87,8 @@ def tutorials() -> dict[str, str]:
 
 _ABOUT_TUTORIALS = """# Tutorials
 
-Notebooks to read here, with their outputs and figures, or to run: they are in the folder `tutorials/` of the repository,
-need no network, and take less than a minute each on two cores.
+Notebooks to read here, with their outputs and figures, or to run: the repository has them in `tutorials/`. They need no
+network, and take less than a minute each on two cores.
 
 """
 
