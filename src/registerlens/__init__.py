@@ -20,13 +20,28 @@ if TYPE_CHECKING:
     from registerlens.analysis.singular_defects import SingularDefects, singular_defects
     from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
     from registerlens.analysis.trace import Trace, trace
+    from registerlens.circuits.attention_circuit import attention_circuit
+    from registerlens.circuits.attribution_patching import attribution_patching
+    from registerlens.circuits.attributions import Attributions
+    from registerlens.circuits.direct import DirectContributions, direct_contributions
+    from registerlens.circuits.heads import HeadCircuits, head_circuits
+    from registerlens.circuits.lens import PatchLens, patch_lens
+    from registerlens.circuits.paths import PathEffects, path_patching
+    from registerlens.circuits.records import AttentionCircuit
+    from registerlens.circuits.sites import Site
     from registerlens.config import Preprocess, TokenLayout, ViTConfig
     from registerlens.data.hub_sources import HuggingFaceSource
     from registerlens.data.images import ImageStream, load_images
     from registerlens.data.sources import FolderSource, TensorSource
     from registerlens.data.tar_sources import WebDatasetSource
+    from registerlens.emergence.config import TrainingConfig
+    from registerlens.emergence.criteria import EmergenceCriteria, emergence_criteria
+    from registerlens.emergence.dynamics import Dynamics, training_dynamics
+    from registerlens.emergence.run import TrainingRun
+    from registerlens.emergence.training import train
     from registerlens.errors import (
         BackendError,
+        DivergedError,
         InterventionError,
         NoOutliersError,
         RegisterLensError,
@@ -36,6 +51,7 @@ if TYPE_CHECKING:
     from registerlens.evaluation.causal_order import CausalOrder, causal_order
     from registerlens.evaluation.effects import Evaluation, evaluate_intervention
     from registerlens.evaluation.zero_shot import zero_shot_head
+    from registerlens.explorer.explorer import Explorer, explore
     from registerlens.interventions.ablation import Ablate
     from registerlens.interventions.attach import attach
     from registerlens.interventions.attention_bias import AttentionBias
@@ -45,6 +61,7 @@ if TYPE_CHECKING:
     from registerlens.interventions.search import find_register_neurons
     from registerlens.interventions.targets import Heads, Tokens
     from registerlens.loading import from_module, from_pretrained
+    from registerlens.model.summary import ModelSummary
     from registerlens.model.vit import HookedViT
     from registerlens.sweep.attribution import EdgeAttribution, attribute_edges
     from registerlens.sweep.conditions import Condition
@@ -68,6 +85,7 @@ if TYPE_CHECKING:
     from registerlens.theory.proposition import verify_proposition
     from registerlens.theory.two_block import TwoBlockModel
     from registerlens.theory.value_update import ValueUpdate, value_update
+    from registerlens.viz.attention import AttentionView, attention_heads
 
 __version__ = "0.1.0"
 
@@ -75,16 +93,25 @@ _HOMES = {
     "Ablate": "registerlens.interventions.ablation",
     "ActivationDistributions": "registerlens.analysis.neuron_evidence",
     "AttentionBias": "registerlens.interventions.attention_bias",
+    "AttentionCircuit": "registerlens.circuits.records",
+    "AttentionView": "registerlens.viz.attention",
+    "Attributions": "registerlens.circuits.attributions",
     "BackendError": "registerlens.errors",
     "CausalOrder": "registerlens.evaluation.causal_order",
     "Comparison": "registerlens.sweep.result",
     "Condition": "registerlens.sweep.conditions",
     "Conditions": "registerlens.sweep.grid",
+    "DirectContributions": "registerlens.circuits.direct",
+    "DivergedError": "registerlens.errors",
+    "Dynamics": "registerlens.emergence.dynamics",
     "EdgeAttribution": "registerlens.sweep.attribution",
+    "EmergenceCriteria": "registerlens.emergence.criteria",
     "Evaluation": "registerlens.evaluation.effects",
+    "Explorer": "registerlens.explorer.explorer",
     "Faithfulness": "registerlens.analysis.faithfulness",
     "FolderSource": "registerlens.data.sources",
     "GeneralModel": "registerlens.theory.general",
+    "HeadCircuits": "registerlens.circuits.heads",
     "Heads": "registerlens.interventions.targets",
     "HookedViT": "registerlens.model.vit",
     "HuggingFaceSource": "registerlens.data.hub_sources",
@@ -94,6 +121,7 @@ _HOMES = {
     "KernelReport": "registerlens.theory.kernels",
     "MassiveActivations": "registerlens.analysis.massive",
     "Metric": "registerlens.sweep.metrics",
+    "ModelSummary": "registerlens.model.summary",
     "MoveOutliers": "registerlens.interventions.registers",
     "NeuronUpdates": "registerlens.analysis.neuron_updates",
     "NoOutliersError": "registerlens.errors",
@@ -101,6 +129,8 @@ _HOMES = {
     "Outliers": "registerlens.analysis.detection",
     "OutputWeights": "registerlens.analysis.output_weights",
     "Overlap": "registerlens.analysis.overlap",
+    "PatchLens": "registerlens.circuits.lens",
+    "PathEffects": "registerlens.circuits.paths",
     "Planted": "registerlens.theory.planted",
     "Preprocess": "registerlens.config",
     "Rates": "registerlens.sweep.scale_plan",
@@ -112,6 +142,7 @@ _HOMES = {
     "SingularDefects": "registerlens.analysis.singular_defects",
     "SinkEffects": "registerlens.analysis.mechanism",
     "SinkKinds": "registerlens.analysis.sink_kinds",
+    "Site": "registerlens.circuits.sites",
     "SourceError": "registerlens.errors",
     "StoreError": "registerlens.errors",
     "SweepPlan": "registerlens.sweep.dry_run",
@@ -122,6 +153,8 @@ _HOMES = {
     "TokenLayout": "registerlens.config",
     "Tokens": "registerlens.interventions.targets",
     "Trace": "registerlens.analysis.trace",
+    "TrainingConfig": "registerlens.emergence.config",
+    "TrainingRun": "registerlens.emergence.run",
     "TwoBlockModel": "registerlens.theory.two_block",
     "ValueUpdate": "registerlens.theory.value_update",
     "ViTConfig": "registerlens.config",
@@ -130,12 +163,18 @@ _HOMES = {
     "ablation": "registerlens.sweep.planned",
     "activation_distributions": "registerlens.analysis.neuron_evidence",
     "attach": "registerlens.interventions.attach",
+    "attention_circuit": "registerlens.circuits.attention_circuit",
+    "attention_heads": "registerlens.viz.attention",
     "attribute_edges": "registerlens.sweep.attribution",
+    "attribution_patching": "registerlens.circuits.attribution_patching",
     "causal_order": "registerlens.evaluation.causal_order",
     "check_kernels": "registerlens.theory.kernels",
     "classify_sinks": "registerlens.analysis.sink_kinds",
     "default_metrics": "registerlens.sweep.metrics",
+    "direct_contributions": "registerlens.circuits.direct",
+    "emergence_criteria": "registerlens.emergence.criteria",
     "evaluate_intervention": "registerlens.evaluation.effects",
+    "explore": "registerlens.explorer.explorer",
     "faithfulness": "registerlens.analysis.faithfulness",
     "find_outliers": "registerlens.analysis.detection",
     "find_register_neurons": "registerlens.interventions.search",
@@ -143,6 +182,7 @@ _HOMES = {
     "from_module": "registerlens.loading",
     "from_pretrained": "registerlens.loading",
     "grid": "registerlens.sweep.grid",
+    "head_circuits": "registerlens.circuits.heads",
     "linear_cka": "registerlens.analysis.faithfulness",
     "load_images": "registerlens.data.images",
     "massive_activations": "registerlens.analysis.massive",
@@ -150,6 +190,8 @@ _HOMES = {
     "neuron_updates": "registerlens.analysis.neuron_updates",
     "observable_overlap": "registerlens.analysis.overlap",
     "output_weights": "registerlens.analysis.output_weights",
+    "patch_lens": "registerlens.circuits.lens",
+    "path_patching": "registerlens.circuits.paths",
     "plan_sweep": "registerlens.sweep.dry_run",
     "plant_register_neurons": "registerlens.theory.planted",
     "product": "registerlens.sweep.grid",
@@ -161,6 +203,8 @@ _HOMES = {
     "sink_no_op": "registerlens.analysis.mechanism",
     "sweep_status": "registerlens.sweep.status",
     "trace": "registerlens.analysis.trace",
+    "train": "registerlens.emergence.training",
+    "training_dynamics": "registerlens.emergence.dynamics",
     "value_update": "registerlens.theory.value_update",
     "verify_corollary": "registerlens.theory.corollary",
     "verify_generalisation": "registerlens.theory.generalisation",
@@ -173,16 +217,25 @@ __all__ = [
     "Ablate",
     "ActivationDistributions",
     "AttentionBias",
+    "AttentionCircuit",
+    "AttentionView",
+    "Attributions",
     "BackendError",
     "CausalOrder",
     "Comparison",
     "Condition",
     "Conditions",
+    "DirectContributions",
+    "DivergedError",
+    "Dynamics",
     "EdgeAttribution",
+    "EmergenceCriteria",
     "Evaluation",
+    "Explorer",
     "Faithfulness",
     "FolderSource",
     "GeneralModel",
+    "HeadCircuits",
     "Heads",
     "HookedViT",
     "HuggingFaceSource",
@@ -192,6 +245,7 @@ __all__ = [
     "KernelReport",
     "MassiveActivations",
     "Metric",
+    "ModelSummary",
     "MoveOutliers",
     "NeuronUpdates",
     "NoOutliersError",
@@ -199,6 +253,8 @@ __all__ = [
     "Outliers",
     "OutputWeights",
     "Overlap",
+    "PatchLens",
+    "PathEffects",
     "Planted",
     "Preprocess",
     "Rates",
@@ -210,6 +266,7 @@ __all__ = [
     "SingularDefects",
     "SinkEffects",
     "SinkKinds",
+    "Site",
     "SourceError",
     "StoreError",
     "SweepPlan",
@@ -220,6 +277,8 @@ __all__ = [
     "TokenLayout",
     "Tokens",
     "Trace",
+    "TrainingConfig",
+    "TrainingRun",
     "TwoBlockModel",
     "ValueUpdate",
     "ViTConfig",
@@ -228,12 +287,18 @@ __all__ = [
     "ablation",
     "activation_distributions",
     "attach",
+    "attention_circuit",
+    "attention_heads",
     "attribute_edges",
+    "attribution_patching",
     "causal_order",
     "check_kernels",
     "classify_sinks",
     "default_metrics",
+    "direct_contributions",
+    "emergence_criteria",
     "evaluate_intervention",
+    "explore",
     "faithfulness",
     "find_outliers",
     "find_register_neurons",
@@ -241,6 +306,7 @@ __all__ = [
     "from_module",
     "from_pretrained",
     "grid",
+    "head_circuits",
     "linear_cka",
     "load_images",
     "massive_activations",
@@ -248,6 +314,8 @@ __all__ = [
     "neuron_updates",
     "observable_overlap",
     "output_weights",
+    "patch_lens",
+    "path_patching",
     "plan_sweep",
     "plant_register_neurons",
     "product",
@@ -259,6 +327,8 @@ __all__ = [
     "sink_no_op",
     "sweep_status",
     "trace",
+    "train",
+    "training_dynamics",
     "value_update",
     "verify_corollary",
     "verify_generalisation",

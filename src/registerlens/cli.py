@@ -1,4 +1,4 @@
-"""The command line: trace, report, neurons, kernels, ablate, register, bake, sweep, help, demo, models."""
+"""The command line: trace, report, neurons, kernels, circuit, ablate, register, bake, sweep, emerge, demo, models, help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from registerlens.commands import baking, checking, editing, helping, looking, sweeping
+from registerlens.commands import baking, checking, circuits, editing, emerging, helping, looking, sweeping
 from registerlens.commands.options import Debug
 from registerlens.commands.printing import print_trace, print_words
 
@@ -25,10 +25,12 @@ app.command("trace")(looking.trace_command)
 app.command()(looking.report)
 app.command()(looking.neurons)
 app.command()(checking.kernels)
+app.command()(circuits.circuit)
 app.command()(editing.ablate)
 app.command()(editing.register)
 app.command()(baking.bake)
 app.add_typer(sweeping.app, name="sweep")
+app.command()(emerging.emerge)
 app.command("help")(helping.help_command)
 
 

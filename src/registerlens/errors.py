@@ -64,6 +64,10 @@ class NonFiniteError(RegisterLensError, ArithmeticError):
     """A measurement met NaN or infinity."""
 
 
+class DivergedError(RegisterLensError, ArithmeticError):
+    """Training went astray: a loss or gradient is not finite, or the loss exploded; the last checkpoint is kept."""
+
+
 class OutOfMemoryError(RegisterLensError, MemoryError):
     """Not even the least that can be run at once fits into memory."""
 

@@ -22,7 +22,7 @@ from registerlens.config import TokenLayout
 from registerlens.data.synthetic import FLAT, ROLES, SyntheticBatch, synthetic_images
 from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.run import TRAINING, TrainingRun, held_out_images, seed_of
-from registerlens.errors import ConfigError, RegisterLensError, WeightsError
+from registerlens.errors import ConfigError, DivergedError, WeightsError
 from registerlens.files import whole_file, write_json
 from registerlens.loading.native import save
 from registerlens.model.vit import HookedViT
@@ -32,10 +32,6 @@ WATCHED = 64
 """Held-out images that every row of the metrics is measured on."""
 EXPLODED = 3.0
 """A loss so many times that of guessing is not learning any more."""
-
-
-class DivergedError(RegisterLensError, ArithmeticError):
-    """Training went astray: a loss or gradient is not finite, or the loss exploded; the last checkpoint is kept."""
 
 
 def train(config: TrainingConfig, out: str | Path) -> TrainingRun:
