@@ -1,4 +1,4 @@
-"""The command line: trace, report, neurons, kernels, circuit, ablate, register, bake, sweep, emerge, demo, models, help."""
+"""The command line: trace, report, neurons, kernels, circuit, ablate, register, bake, sweep, emerge, demo, help."""
 
 from __future__ import annotations
 
