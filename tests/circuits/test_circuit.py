@@ -425,8 +425,8 @@ def test_the_figure_draws_every_edge_as_wide_as_its_share_and_coloured_by_sign(t
             rest = row["sender"].startswith("rest of")
             assert trace.line.color == ("#7F7F7F" if rest else adds if row["value"] >= 0 else "#D55E00")
             assert np.isclose(trace.line.width, 1 + 13 * abs(row["share"]))
-            assert row["sender"] in trace.text[0] and f"{row['value']:.3g}" in trace.text[0]
-            assert ("cut alone" in trace.text[0]) == (not rest)
+            assert row["sender"] in trace.hovertemplate and f"{row['value']:.3g}" in trace.hovertemplate
+            assert ("cut alone" in trace.hovertemplate) == (not rest)
     places = {name: x for trace in figure.data for name, x in zip(trace.customdata or (), trace.x, strict=False)}
     order = [
         next(x for text, x in places.items() if name in text) for name in ("neuron 1:", "outlier stream<", "head 2.")
