@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
 
 def _title(circuit: AttentionCircuit) -> str:
     images = f"{circuit.n_used} image{'s' * (circuit.n_used != 1)}"
-    return f"From register neurons to {circuit.reader}: {circuit.model}, mean of {images}"
+    return f"From register neurons to {circuit.reader}: {escape(circuit.model)}, mean of {images}"
 
 
 # Where things stand --------------------------------------------------------------------------------------------------
@@ -137,8 +138,7 @@ class _Drawing:
                 "dash": "solid" if row["via"] in ("", VIA[0]) else "dot",
             },
             opacity=0.45 if rest else 0.6,
-            text=[self._edge_text(row)] * len(x),
-            hovertemplate="%{text}<extra></extra>",
+            hovertemplate=f"{self._edge_text(row)}<extra></extra>",
             showlegend=False,
         )
 
