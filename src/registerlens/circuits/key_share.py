@@ -83,8 +83,8 @@ class KeyShare(Stored):
         )
         beyond = int((np.abs(table["along"]) > table["null"]).sum())
         return (
-            f"Advantage of outliers' keys over other patches' in the score, and the share of it along "
-            f"{self.direction}, {self.n_used} of {self.n_images} images; heads that prefer outliers most: {listed}. In {beyond} of "
+            f"Advantage of outliers' keys over other patches' in the score, and the share of it along {self.direction} "
+            f"({self.n_used} of {self.n_images} images). Heads that prefer outliers most: {listed}. In {beyond} of "
             f"{len(table)} heads the part is larger than along 97.5% of random directions."
         )
 
