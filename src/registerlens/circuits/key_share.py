@@ -83,8 +83,8 @@ class KeyShare(Stored):
         )
         beyond = int((np.abs(table["along"]) > table["null"]).sum())
         return (
-            f"Advantage of outliers' keys over other patches' in the score, and the share of it along "
-            f"{self.direction}, {self.n_used} of {self.n_images} images; heads that prefer outliers most: {listed}. In {beyond} of "
+            f"Advantage of outliers' keys over other patches' in the score, and the share of it along {self.direction} "
+            f"({self.n_used} of {self.n_images} images). Heads that prefer outliers most: {listed}. In {beyond} of "
             f"{len(table)} heads the part is larger than along 97.5% of random directions."
         )
 
@@ -201,7 +201,7 @@ def _split(
 ) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head item"]]:
     """The advantage of outliers in each head, and its parts along unit vectors; NaN for images without the contrast."""
     attn, seen = f"blocks.{layer}.attn", {}
-    q, k = (f"{attn}.{final_point(vit.cfg, kind)}" for kind in "qk")
+    q, k = f"{attn}.{final_point(vit.cfg, 'q')}", f"{attn}.{final_point(vit.cfg, 'k')}"
     scales = [f"blocks.{layer}.ln1.hook_scale"]
     scales += [f"{attn}.k_norm.norm.hook_scale"] if vit.cfg.qk_norm is not None else []
     hooks: list[Any] = [
@@ -214,7 +214,8 @@ def _split(
         queries = seen[q].detach()
         query = queries.mean(1) if layout.cls is None else queries[:, layout.cls]
         scores = einsum(seen[k][:, layout.patches], query, "batch patch head d, batch head d -> batch patch head")
-        weights = sum(sign * some.double() / some.sum(1, keepdim=True) for sign, some in ((1, outlier), (-1, ~outlier)))
+        yes, no = outlier.double(), (~outlier).double()
+        weights = yes / yes.sum(1, keepdim=True) - no / no.sum(1, keepdim=True)
         there = weights.isfinite().all(1)
         each = einsum(
             scores, weights.nan_to_num(0.0, 0.0, 0.0).to(scores), "batch patch head, batch patch -> batch head"

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from registerlens.circuits.direct import KEYS, DirectContributions
 from registerlens.circuits.heads import HeadCircuits
 from registerlens.circuits.key_share import KeyShare
-from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme
+from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink
 
 _PANELS = {
     "copying": "Copying score of OV",
@@ -128,7 +128,7 @@ def direct_figure(found: DirectContributions, mode: Mode = "light") -> go.Figure
         go.Bar(
             x=table["contribution"],
             y=[f"{layer}: {n}" for layer, n in zip(table["layer"], table["index"], strict=True)],
-            error_x={"type": "data", "array": table["standard_error"], "thickness": 1, "width": 2},
+            error_x={"type": "data", "array": table["standard_error"], "thickness": 1, "width": 2, "color": ink(mode)},
             orientation="h",
             name="largest neurons",
             showlegend=False,

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from registerlens.circuits.attributions import Attributions
 from registerlens.circuits.paths import PathEffects
-from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme
+from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme, ink
 
 _DRAWN = 40
 """Receivers drawn at most, those with the largest effects."""
@@ -40,13 +40,15 @@ def paths_figure(found: PathEffects, mode: Mode = "light") -> go.Figure:
     effect, low, high = (
         np.concatenate([some[column].to_numpy() for some, _ in rows]) for column in ("effect", "low", "high")
     )
+    interval = {"type": "data", "array": high - effect, "arrayminus": effect - low}
+    interval |= {"thickness": 1.5, "width": 3, "color": ink(mode)}
     figure = go.Figure(
         go.Bar(
             x=effect,
             y=names,
             orientation="h",
             marker={"color": [colour for some, colour in rows for _ in range(len(some))]},
-            error_x={"type": "data", "array": high - effect, "arrayminus": effect - low, "thickness": 1.5, "width": 3},
+            error_x=interval,
             hovertemplate="%{y}: %{x:.4g}<extra></extra>",
         )
     )
