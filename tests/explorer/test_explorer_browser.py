@@ -32,15 +32,15 @@ def patterns(explorer, vit, images):
     return found
 
 
-SETTLED = """() => {
-  const explorers = [...document.querySelectorAll(".rl-explorer")];
-  return explorers.length && explorers.every(({ dataset: { asked, answered } }) => asked && asked === answered);
-}"""
-
-
 def settled(page):
     """Wait until every explorer has the answer to its last question; a busy machine may start slowly."""
-    page.wait_for_function(SETTLED, timeout=240_000)
+    explorers = page.locator(".rl-explorer")  # a locator looks into marimo's shadow roots, a selector in the page not
+    explorers.first.wait_for(timeout=240_000)
+    for _ in range(1200):
+        if explorers.evaluate_all("all => all.every(({ dataset: d }) => d.asked && d.asked === d.answered)"):
+            return
+        page.wait_for_timeout(50)
+    pytest.fail("The explorer has no answer to its last question.")
 
 
 def click_patch(page, row, column, grid=(6, 6)):
