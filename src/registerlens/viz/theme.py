@@ -1,4 +1,4 @@
-"""One look for every figure: a colour-blind-safe palette (Okabe and Ito) and plain axes."""
+"""One look for every figure, light or dark: a colour-blind-safe palette (Okabe and Ito), plain axes, three sizes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ from typing import Literal
 
 import plotly.graph_objects as go
 
+from registerlens.errors import ConfigError
+
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
 SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#9A9200", "#8C564B"
 
 Mode = Literal["light", "dark"]
+Size = Literal["cell", "page", "column"]
+
+CELL = 900
+"""Width in pixels of a figure in a notebook's cell."""
+MILLIMETRES = {"page": 178.0, "column": 85.0}
+"""Widths on paper: of the text, and of one of two columns."""
+_FONT, _POINTS = 13, 8
+"""Size of text in pixels as drawn, and in points as it shall be printed."""
 
 _INK: dict[str, tuple[str, str, str]] = {
     "light": ("#1b1f24", "#ffffff", "#e3e6ea"),
@@ -37,6 +47,26 @@ def paper(mode: Mode = "light") -> str:
     return _INK[mode][1]
 
 
+def width_of(size: Size) -> int:
+    """Width in pixels at which a figure is drawn.
+
+    On paper it is printed at `MILLIMETRES`, which makes its text eight points high: draw, save as PDF or SVG, and
+    include it at that width.
+
+    Raises:
+        ConfigError: there is no such size.
+
+    Example:
+        >>> width_of("cell"), width_of("page"), width_of("column")
+        (900, 820, 392)
+    """
+    if size == "cell":
+        return CELL
+    if size not in MILLIMETRES:
+        raise ConfigError(f"size must be one of {['cell', *MILLIMETRES]}, got {size!r}.")
+    return round(MILLIMETRES[size] / 25.4 * 72 * _FONT / _POINTS)
+
+
 def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     """The same figure in the common look, light or dark.
 
@@ -55,3 +85,21 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     figure.update_xaxes(gridcolor=grid, zeroline=False, linecolor=grid, ticks="outside", tickcolor=grid)
     figure.update_yaxes(gridcolor=grid, zeroline=False, linecolor=grid)
     return figure
+
+
+def sized(figure: go.Figure, size: Size) -> go.Figure:
+    """The same figure for a notebook's cell, which it fills, or for a page or a column of a paper.
+
+    In a column, panels that stand side by side are put below each other.
+
+    Raises:
+        ConfigError: there is no such size.
+
+    Example:
+        >>> sized(go.Figure(), "page").layout.width
+        820
+    """
+    width = width_of(size)
+    if size == "cell":
+        return figure
+    return figure.update_layout(width=width)
