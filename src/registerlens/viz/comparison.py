@@ -10,16 +10,16 @@ import plotly.graph_objects as go
 from registerlens.analysis.maps import NeuronMaps
 from registerlens.errors import ConfigError
 from registerlens.evaluation.comparison import InterventionMaps, Measure
-from registerlens.viz.overlay import Panel, Scale, panel_figure
-from registerlens.viz.theme import Mode, Size
+from registerlens.viz.panels import Panel, Scale, panel_figure
+from registerlens.viz.theme import Mode, Size, width_of
 
 _NAMES: dict[Measure, str] = {"norms": "residual norm", "attention": "attention"}
 _BESIDE: dict[Measure, Measure] = {"norms": "attention", "attention": "norms"}
 _COLOURS: dict[Measure, str] = {"norms": "Viridis", "attention": "Inferno"}
 _OUTSIDE: dict[Measure, str] = {"norms": "register", "attention": "outside"}
 """What takes the outliers over, outside the image."""
-_WIDEST_BLOCK = 110
-"""Widest panel where blocks stand side by side, in pixels."""
+_WIDEST_BLOCK, _NARROWEST_BLOCK = 110, 52
+"""Widest and narrowest panel where blocks stand side by side, in pixels."""
 ACROSS = 12
 """Most blocks beside each other."""
 
@@ -112,7 +112,7 @@ def layers_figure(
     chosen = _images(maps, images)
     if not shown:
         raise ConfigError(f"There is no block to show; the maps have the blocks {list(maps.layers)}.")
-    parts = -(-len(shown) // ACROSS)
+    parts = -(-len(shown) // min(ACROSS, int(width_of(size) / _NARROWEST_BLOCK) - 3))
     across = -(-len(shown) // parts)
     values = [maps.at(measure, name, layer)[chosen] for name in maps.conditions for layer in shown]
     scale = _scale(maps, measure, values)

@@ -24,7 +24,8 @@ from registerlens.viz.curves import trace_figure
 from registerlens.viz.evaluation import norms_figure
 from registerlens.viz.neuron_evidence import distributions_figure, updates_figure, weights_figure
 from registerlens.viz.shifts import shift_figure
-from registerlens.viz.theme import Mode, Size, sized
+from registerlens.viz.sizes import sized
+from registerlens.viz.theme import Mode, Size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ MILLIMETRES = {"page": 178.0, "column": 85.0}
 """Widths on paper: of the text, and of one of two columns."""
 _FONT, _POINTS = 13, 8
 """Size of text in pixels as drawn, and in points as it shall be printed."""
+PRINTED = _POINTS / 72 * 96 / _FONT
+"""Size on paper over size as drawn."""
 
 _INK: dict[str, tuple[str, str, str]] = {
     "light": ("#1b1f24", "#ffffff", "#e3e6ea"),
@@ -50,8 +52,8 @@ def paper(mode: Mode = "light") -> str:
 def width_of(size: Size) -> int:
     """Width in pixels at which a figure is drawn.
 
-    On paper it is printed at `MILLIMETRES`, which makes its text eight points high: draw, save as PDF or SVG, and
-    include it at that width.
+    On paper it is printed at `MILLIMETRES`, which makes its text eight points high; `save_figure` writes PDF and SVG at
+    that size.
 
     Raises:
         ConfigError: there is no such size.
@@ -64,7 +66,7 @@ def width_of(size: Size) -> int:
         return CELL
     if size not in MILLIMETRES:
         raise ConfigError(f"size must be one of {['cell', *MILLIMETRES]}, got {size!r}.")
-    return round(MILLIMETRES[size] / 25.4 * 72 * _FONT / _POINTS)
+    return round(MILLIMETRES[size] / 25.4 * 96 / PRINTED)
 
 
 def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
@@ -85,21 +87,3 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     figure.update_xaxes(gridcolor=grid, zeroline=False, linecolor=grid, ticks="outside", tickcolor=grid)
     figure.update_yaxes(gridcolor=grid, zeroline=False, linecolor=grid)
     return figure
-
-
-def sized(figure: go.Figure, size: Size) -> go.Figure:
-    """The same figure for a notebook's cell, which it fills, or for a page or a column of a paper.
-
-    In a column, panels that stand side by side are put below each other.
-
-    Raises:
-        ConfigError: there is no such size.
-
-    Example:
-        >>> sized(go.Figure(), "page").layout.width
-        820
-    """
-    width = width_of(size)
-    if size == "cell":
-        return figure
-    return figure.update_layout(width=width)
