@@ -54,10 +54,10 @@ def shift_figure(found: OutlierShift, mode: Mode = "light") -> go.Figure:
         figure.update_xaxes(title_text=unit, rangemode="tozero", row=1, col=column)
     figure.update_yaxes(title_text="images", col=1)
     figure.update_layout(
-        height=380,
+        height=400,
         barmode="overlay",
         bargap=0,
         title=f"{found.model}: after block {found.layer}, {found.n_images} images",
-        legend={"orientation": "h", "x": 0, "y": -0.22},
+        legend={"orientation": "h", "x": 0, "y": -0.3},
     )
     return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ _LOOK: Any = [
         "props": "caption-side: top; text-align: left; font-weight: 600; padding: 0.4em 0; max-width: 60em",
     },
     {"selector": "", "props": "border-collapse: collapse; font-variant-numeric: tabular-nums; background: transparent"},
-    {"selector": "th", "props": "text-align: left; vertical-align: bottom; padding: 0.3em 0.8em; max-width: 9em"},
+    {"selector": "th", "props": "text-align: left; vertical-align: bottom; padding: 0.3em 0.8em; max-width: 12em"},
     {"selector": "td", "props": "text-align: right; vertical-align: top; padding: 0.3em 0.8em"},
     {"selector": "thead th", "props": "border-bottom: 1.5px solid currentColor; background: transparent"},
     {
@@ -72,11 +73,13 @@ def styled(result: Any, caption: str = "") -> Styler:
 
 @styled.register(pd.DataFrame)
 def _(result: pd.DataFrame, caption: str = "") -> Styler:
-    text = [name for name in result.columns if not pd.api.types.is_numeric_dtype(result[name])]
+    numeric = [pd.api.types.is_numeric_dtype(kind) for kind in result.dtypes]
+    sides = [(i, "right" if number else "left") for i, number in enumerate(numeric)]
     styler: Any = result.style.hide(axis="index").format(precision=3, escape="html", na_rep="-")
-    numbers = {name: brief for name in result.columns if pd.api.types.is_float_dtype(result[name])}
+    numbers = {name: _digits(result[name]) for name in result.columns if pd.api.types.is_float_dtype(result[name])}
     styler = styler.format(numbers, escape="html").format_index(escape="html", axis=1)
-    styler = styler.set_table_styles(_LOOK).set_properties(subset=text, **{"text-align": "left"})
+    look = [*_LOOK, *({"selector": f"td.col{i}, th.col{i}", "props": f"text-align: {side}"} for i, side in sides)]
+    styler = styler.set_table_styles(look)
     return styler.set_caption(html.escape(caption)) if caption else styler
 
 
@@ -108,6 +111,11 @@ def _(result: Evaluation, caption: str = "") -> Styler:
     )
     told = f"{result.model}, {result.n_images} images: mean and 95% interval. {COLUMN_NOTE}"
     return styled(frame, caption or told)
+
+
+def _digits(column: pd.Series) -> Callable[[float], str]:
+    """Shares and cosines with three decimals, so that they can be compared; other numbers with three digits."""
+    return (lambda value: f"{value:.3f}") if column.abs().max() <= 1 else brief
 
 
 def _with_interval(cell: Cell) -> str:

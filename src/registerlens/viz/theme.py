@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 
 from registerlens.errors import ConfigError
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
-SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#9A9200", "#8C564B"
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#5C5C5C"
+SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#A4B46C", "#743C17"
+_IN_DARK = {BLUE: "#2F7FFF", SKY: "#A0D8FF", GREY: "#C4C4C4", OLIVE: "#F0F040", BROWN: "#855D35"}
+"""What stands for colours that a dark ground would swallow, chosen so that all nine stay apart."""
+PALETTE = {
+    "light": (BLUE, ORANGE, GREEN, RED, GREY, SKY, PURPLE, OLIVE, BROWN),
+    "dark": tuple(_IN_DARK.get(one, one) for one in (BLUE, ORANGE, GREEN, RED, GREY, SKY, PURPLE, OLIVE, BROWN)),
+}
+"""The nine colours of categories in both modes."""
 
 Mode = Literal["light", "dark"]
 Size = Literal["cell", "page", "column"]
@@ -77,6 +84,8 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
         '#15181c'
     """
     text, paper, grid = _INK[mode]
+    if mode == "dark":
+        _recolour(figure)
     figure.update_layout(
         font={"family": "system-ui, sans-serif", "size": 13, "color": text},
         paper_bgcolor=paper,
@@ -87,3 +96,23 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     figure.update_xaxes(gridcolor=grid, zeroline=False, linecolor=grid, ticks="outside", tickcolor=grid)
     figure.update_yaxes(gridcolor=grid, zeroline=False, linecolor=grid)
     return figure
+
+
+def _recolour(figure: go.Figure) -> None:
+    """Colours of lines, marks and fills as they are on a dark ground."""
+    layout: Any = figure.layout
+    for trace in figure.data:
+        for owner in (trace, *(trace[part] for part in ("line", "marker") if part in trace)):
+            for name in ("color", "fillcolor"):
+                if name in owner and owner[name] is not None:
+                    owner[name] = _dark(owner[name])
+    for shape in layout.shapes:
+        shape.line.color = _dark(shape.line.color)
+    for note in layout.annotations:
+        note.arrowcolor = _dark(note.arrowcolor)
+
+
+def _dark(colour: Any) -> Any:
+    if isinstance(colour, str):
+        return _IN_DARK.get(colour, colour)
+    return [_dark(one) for one in colour] if isinstance(colour, (list, tuple)) else colour
