@@ -18,7 +18,7 @@ _BESIDE: dict[Measure, Measure] = {"norms": "attention", "attention": "norms"}
 _COLOURS: dict[Measure, str] = {"norms": "Viridis", "attention": "Inferno"}
 _OUTSIDE: dict[Measure, str] = {"norms": "register", "attention": "outside"}
 """What takes the outliers over, outside the image."""
-_WIDEST_BLOCK, _NARROWEST_BLOCK = 110, 52
+_WIDEST_BLOCK, _NARROWEST_BLOCK = 110.0, 52
 """Widest and narrowest panel where blocks stand side by side, in pixels."""
 ACROSS = 12
 """Most blocks beside each other."""

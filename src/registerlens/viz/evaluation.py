@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from registerlens.evaluation.effects import CLEAN, Evaluation
+from registerlens.evaluation.effects import Evaluation
 from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink
 
 _INTERVENTIONS = (BLUE, GREEN, PURPLE)
@@ -129,9 +129,9 @@ def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
                 curve = _curve(
                     sublayers, evaluation.norm_curve[member], evaluation.sublayers, group, group.name, "solid", ""
                 )
-                # Interventions often coincide: those drawn first are wider.
-                width = group.width if evaluation.kinds[member] == CLEAN else max(2.0, 5.5 - 1.5 * len(figure.data))
-                figure.add_trace(curve.update(name=group.name, showlegend=True, line={"width": width}))
+                # Interventions often coincide: all but the first are dashed.
+                dash = "dash" if len(figure.data) > 1 else "solid"
+                figure.add_trace(curve.update(name=group.name, showlegend=True, line={"dash": dash}))
     step = max(1, evaluation.sink_curve.shape[1] // 12)
     figure.update_xaxes(title_text="block (attention, then MLP)", tick0=0, dtick=step)
     figure.update_yaxes(title_text="residual norm", rangemode="tozero")

@@ -16,7 +16,7 @@ from registerlens.viz.theme import Mode, Size
 
 
 def overlay(
-    photographs: UInt8[np.ndarray, "*panel height width 3"],
+    photographs: UInt8[np.ndarray, "*photograph height width 3"],
     maps: Float[np.ndarray, "*panel grid_h grid_w"]
     | Int[np.ndarray, "*panel grid_h grid_w"]
     | Bool[np.ndarray, "*panel grid_h grid_w"]
@@ -26,13 +26,13 @@ def overlay(
     name: str = "value",
     titles: Sequence[str] = (),
     title: str | None = None,
-    low: float | None = None,
-    high: float | None = None,
+    low: float | int | None = None,
+    high: float | int | None = None,
     log: bool = False,
     colours: str = "Viridis",
     columns: int | None = None,
     show_photograph: bool = True,
-    opacity: float = OPACITY,
+    opacity: float | int = OPACITY,
     size: Size = "cell",
     mode: Mode = "light",
 ) -> go.Figure:

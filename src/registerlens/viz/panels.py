@@ -25,7 +25,7 @@ OPACITY = 0.72
 """Of a map over its photograph, which is grey there: hues stay those of the colour bar."""
 MOST_PANELS = 256
 """A figure with more of them is slow to draw and large."""
-WIDEST = 300
+WIDEST = 300.0
 """Widest panel in pixels."""
 _GAP = 6
 """Room between panels in pixels."""
@@ -51,9 +51,9 @@ class Scale:
 
     name: str
     """What is measured."""
-    low: float
+    low: float | int
     """Value of the lowest colour."""
-    high: float
+    high: float | int
     """Value of the highest colour; what is above has it too."""
     colours: str = "Viridis"
     """A plotly colour scale."""
@@ -112,8 +112,8 @@ def panel_figure(
     *,
     row_titles: Sequence[str] = (),
     title: str | None = None,
-    widest: float = WIDEST,
-    opacity: float = OPACITY,
+    widest: float | int = WIDEST,
+    opacity: float | int = OPACITY,
     size: Size = "cell",
     mode: Mode = "light",
 ) -> go.Figure:
@@ -158,7 +158,7 @@ class _Places:
         row_titles: bool,
         title: str | None,
         width: int,
-        widest: float,
+        widest: float | int,
     ) -> None:
         n = max(len(row) for row in rows)
         ratios = [max(_ratio(panel) for panel in row if panel is not None) for row in rows]
@@ -209,12 +209,12 @@ class _Places:
         return {"text": "<br>".join(lines), "textangle": -90 if self.upright else 0, **shared, **where}
 
 
-def wrapped(panel: Panel, width: float) -> list[str]:
+def wrapped(panel: Panel, width: float | int) -> list[str]:
     """A panel's title in lines that fit above it, three at most."""
     return _lines(panel.title, width, 3)
 
 
-def _lines(text: str, room: float, most: int) -> list[str]:
+def _lines(text: str, room: float | int, most: int) -> list[str]:
     return textwrap.wrap(html.escape(text, quote=False), max(4, int(room / _LETTER)), max_lines=most, placeholder="…")
 
 
@@ -228,9 +228,9 @@ def _draw(
     panel: Panel,
     number: int,
     domain: tuple[tuple[float, float], tuple[float, float]],
-    width: float,
+    width: float | int,
     scale: Scale,
-    opacity: float,
+    opacity: float | int,
 ) -> None:
     """One panel on axes of its own, in units of patches, so that the hover says row and column."""
     axis = "" if number == 1 else str(number)
@@ -271,7 +271,7 @@ def _draw(
         figure.add_trace(_heat_map(panel, panel.values, axis, scale, opacity))
 
 
-def _heat_map(panel: Panel, values: Grid, axis: str, scale: Scale, opacity: float) -> go.Heatmap:
+def _heat_map(panel: Panel, values: Grid, axis: str, scale: Scale, opacity: float | int) -> go.Heatmap:
     """Colours and, in single precision, the exact values for the hover."""
     told = f"patch in row %{{y}}, column %{{x}}<br>{panel.hover}: %{{customdata[0]:.4g}}"
     exact = [values]
@@ -309,7 +309,7 @@ def _colour_axis(scale: Scale, place: dict[str, Any]) -> dict[str, Any]:
     return {"cmin": low, "cmax": high, "colorscale": scale.colours, "colorbar": bar}
 
 
-def picture(pixels: Photograph, width: float, *, grey: bool = False) -> str:
+def picture(pixels: Photograph, width: float | int, *, grey: bool = False) -> str:
     """A JPEG as a data: address, at most twice as wide as it is shown; few pixels become squares, not a blur.
 
     Example:

@@ -130,7 +130,8 @@ _COMPARED = "rl.compare_maps(vit, images, {'original': None, %s})"
 _REGISTER = "'with register': rl.TestTimeRegisters(neurons)"
 _BIAS = "'attention bias': rl.AttentionBias.fit(vit, neurons, images)"
 _CHOSEN = ("size", "images", "layer")
-_RANDOM = "random_neurons(neurons, vit.cfg.d_mlp, torch.Generator()) of registerlens.evaluation.controls"
+_RANDOM = "random_neurons(neurons, vit.cfg.d_mlp, torch.Generator())"
+_WHENCE = "random_neurons is registerlens.evaluation.controls's."
 
 
 def _maps(title: str, *conditions: str, measures: tuple[Measure, ...] = ("attention",), note: str = "") -> PaperFigure:
@@ -248,13 +249,13 @@ FIGURES: dict[int, PaperFigure] = {
     22: _shift("OpenCLIP: outliers shifted to a test-time register", "rl.TestTimeRegisters(neurons)", _MEAN_HEADS),
     23: _shift(
         "OpenCLIP: random neurons do not shift outliers",
-        f"rl.MoveOutliers(others, {_ANYWHERE}), others = {_RANDOM}",
-        _MEAN_HEADS,
+        f"rl.MoveOutliers({_RANDOM}, {_ANYWHERE})",
+        f"{_MEAN_HEADS} {_WHENCE}",
     ),
     24: _shift(
         "OpenCLIP: nor do random neurons that get the register neurons' maxima",
-        f"rl.MoveOutliers(others, {_ANYWHERE}, maxima_of=neurons), others = {_RANDOM}",
-        _MEAN_HEADS,
+        f"rl.MoveOutliers({_RANDOM}, {_ANYWHERE}, maxima_of=neurons)",
+        f"{_MEAN_HEADS} {_WHENCE}",
     ),
     25: _one(
         "OpenCLIP: register neurons write into the same few dimensions",

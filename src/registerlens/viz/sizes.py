@@ -46,7 +46,7 @@ def sized(figure: go.Figure, size: Size) -> go.Figure:
     return figure
 
 
-def save_figure(figure: go.Figure, path: str | Path, *, scale: float | None = None) -> Path:
+def save_figure(figure: go.Figure, path: str | Path, *, scale: float | int | None = None) -> Path:
     """Write a figure as .html, .png, .jpeg, .webp, .svg or .pdf, whole or not at all.
 
     A page is complete and needs no network. Still pictures are drawn by kaleido with a Chrome or Chromium on this
@@ -85,7 +85,7 @@ def _suffixes() -> list[str]:
     return [f".{kind}" for kind in PICTURES]
 
 
-def _drawn(figure: go.Figure, kind: str, scale: float) -> bytes:
+def _drawn(figure: go.Figure, kind: str, scale: float | int) -> bytes:
     if find_spec("kaleido") is None:
         raise MissingExtraError("kaleido", "pictures", "Saving a still picture of a figure")
     try:
@@ -127,7 +127,7 @@ def _stack(figure: go.Figure) -> None:
         if entries:
             layout[name].update(x=0, y=-below / total, xanchor="left", yanchor="top", yref="paper", orientation="v")
             below += _ENTRY * entries + 8
-    figure.update_layout(height=total + margin.t + below, margin={"b": below})
+    figure.update_layout(height=round(total + margin.t + below), margin={"b": below})
 
 
 def _panels(figure: go.Figure) -> list[tuple[Any, Any]]:
@@ -136,8 +136,11 @@ def _panels(figure: go.Figure) -> list[tuple[Any, Any]]:
     pairs = {name[1:]: (layout[name], layout["y" + name[1:]]) for name in layout if name.startswith("xaxis")}
     used = {(trace.yaxis or "y").replace("y", "axis") for trace in figure.data}
     for name in set(pairs) - used:
-        for axis in pairs.pop(name):
-            axis.visible = False
+        x, y = pairs.pop(name)
+        x.visible = y.visible = False
+        for note in layout.annotations:
+            if x.domain is not None and y.domain is not None and _is_title(note, x, y):
+                note.visible = False
     pairs = [(x, y) for x, y in pairs.values() if x.domain is not None and y.domain is not None]
     return sorted(pairs, key=lambda pair: (-round(pair[1].domain[1], 3), pair[0].domain[0]))
 

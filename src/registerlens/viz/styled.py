@@ -113,7 +113,7 @@ def _(result: Evaluation, caption: str = "") -> Styler:
     return styled(frame, caption or told)
 
 
-def _digits(column: pd.Series) -> Callable[[float], str]:
+def _digits(column: Any) -> Callable[[float], str]:
     """Shares and cosines with three decimals, so that they can be compared; other numbers with three digits."""
     return (lambda value: f"{value:.3f}") if column.abs().max() <= 1 else brief
 

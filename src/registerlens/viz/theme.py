@@ -56,7 +56,7 @@ def paper(mode: Mode = "light") -> str:
     return _INK[mode][1]
 
 
-def width_of(size: Size) -> int:
+def width_of(size: str) -> int:
     """Width in pixels at which a figure is drawn.
 
     On paper it is printed at `MILLIMETRES`, which makes its text eight points high; `save_figure` writes PDF and SVG at
