@@ -43,7 +43,6 @@ def trace_figure(trace: Trace, mode: Mode = "light") -> go.Figure:
                 mode="lines+markers",
                 line={"color": colour, "dash": dash},
                 hovertemplate="%{y:.3g}",
-                legend="legend" if column == 1 else "legend2",
             ),
             row=1,
             col=column,
@@ -72,11 +71,7 @@ def trace_figure(trace: Trace, mode: Mode = "light") -> go.Figure:
     figure.update_xaxes(title_text="block", tick0=0, dtick=step)
     figure.update_yaxes(title_text="norm", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="attention (0 to 1)", rangemode="tozero", row=1, col=2)
-    figure.update_layout(
-        height=420,
-        legend={"orientation": "h", "x": 0, "y": -0.2},
-        legend2={"orientation": "h", "x": 0.55, "y": -0.2},
-    )
+    figure.update_layout(height=420, legend={"orientation": "h", "x": 0, "y": -0.2})
     return apply_theme(figure, mode)
 
 

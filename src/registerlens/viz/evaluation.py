@@ -108,6 +108,41 @@ def evaluation_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure
     return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 130})
 
 
+def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
+    """Largest patch norm, layer by layer, of the clean model and the interventions; controls are left out.
+
+    Source: Jiang et al. 2025, figure 8.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> done = rl.evaluate_intervention(vit, synthetic_images(16, 0).images, {"zeroed": rl.Ablate(neurons)})
+        >>> [curve.name for curve in norms_figure(done).data]
+        ['clean', 'zeroed']
+    """
+    figure = go.Figure()
+    sublayers = np.arange(-1, len(evaluation.sublayers) - 1) / 2
+    for group in groups_of(evaluation, mode):
+        for member in group.members:
+            if evaluation.kinds[member] != "control":
+                curve = _curve(
+                    sublayers, evaluation.norm_curve[member], evaluation.sublayers, group, group.name, "solid", ""
+                )
+                # Interventions often coincide: all but the first are dashed.
+                dash = "dash" if len(figure.data) > 1 else "solid"
+                figure.add_trace(curve.update(name=group.name, showlegend=True, line={"dash": dash}))
+    step = max(1, evaluation.sink_curve.shape[1] // 12)
+    figure.update_xaxes(title_text="block (attention, then MLP)", tick0=0, dtick=step)
+    figure.update_yaxes(title_text="residual norm", rangemode="tozero")
+    figure.update_layout(
+        height=400,
+        title=f"{evaluation.model}: largest patch norm, mean over {evaluation.n_images} images",
+        legend={"orientation": "h", "x": 0, "y": -0.2},
+    )
+    return apply_theme(figure, mode).update_layout(hovermode="closest")
+
+
 def _curve(
     x: np.ndarray, y: np.ndarray, places: tuple[str, ...], group: Group, condition: str, dash: str, axis: str
 ) -> go.Scatter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.evaluation.effects import Evaluation
 from registerlens.theory.kernels import KernelReport
 from registerlens.theory.readers import KERNELS
+from registerlens.theory.value_update import ValueUpdate
 from registerlens.theory.verdicts import main_rows, select
 from registerlens.theory.wording import title
 
@@ -134,6 +136,29 @@ def evaluation_table(evaluation: Evaluation) -> tuple[list[str], list[tuple[str,
     for row in frame.to_dict("records"):
         cells[row["condition"]][row["metric"]] = Cell(row["mean"], row["low"], row["high"])
     return metrics, list(cells.items())
+
+
+def value_update_table(found: ValueUpdate) -> pd.DataFrame:
+    """One row a condition: cosines to the reference and the registers' shares, as numbers (table 8).
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> found = rl.value_update(vit, torch.rand(2, 3, 48, 48), neurons, registers=[1, 2])
+        >>> value_update_table(found).loc[0, ["condition", "cosine of their update"]].tolist()
+        ['1 test-time register', 1.0]
+    """
+    names = {
+        "condition": "condition",
+        "reference": "compared with",
+        "cosine": "cosine of their update",
+        "rest_cosine": "cosine of the rest",
+        "output_cosine": "cosine of the attention output",
+        "share": "share of the update",
+        "attention": "attention to them",
+    }
+    frame: Any = found.to_dataframe()[list(names)]
+    return frame.rename(columns=names)
 
 
 def brief(value: float) -> str:

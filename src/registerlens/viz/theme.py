@@ -1,15 +1,34 @@
-"""One look for every figure: a colour-blind-safe palette (Okabe and Ito) and plain axes."""
+"""One look for every figure, light or dark: a colour-blind-safe palette (Okabe and Ito), plain axes, three sizes."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
-SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#9A9200", "#8C564B"
+from registerlens.errors import ConfigError
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#5C5C5C"
+SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#A4B46C", "#743C17"
+_IN_DARK = {BLUE: "#2F7FFF", SKY: "#A0D8FF", GREY: "#C4C4C4", OLIVE: "#F0F040", BROWN: "#855D35"}
+"""What stands for colours that a dark ground would swallow, chosen so that all nine stay apart."""
+PALETTE = {
+    "light": (BLUE, ORANGE, GREEN, RED, GREY, SKY, PURPLE, OLIVE, BROWN),
+    "dark": tuple(_IN_DARK.get(one, one) for one in (BLUE, ORANGE, GREEN, RED, GREY, SKY, PURPLE, OLIVE, BROWN)),
+}
+"""The nine colours of categories in both modes."""
 
 Mode = Literal["light", "dark"]
+Size = Literal["cell", "page", "column"]
+
+CELL = 900
+"""Width in pixels of a figure in a notebook's cell."""
+MILLIMETRES = {"page": 178.0, "column": 85.0}
+"""Widths on paper: of the text, and of one of two columns."""
+_FONT, _POINTS = 13, 8
+"""Size of text in pixels as drawn, and in points as it shall be printed."""
+PRINTED = _POINTS / 72 * 96 / _FONT
+"""Size on paper over size as drawn."""
 
 _INK: dict[str, tuple[str, str, str]] = {
     "light": ("#1b1f24", "#ffffff", "#e3e6ea"),
@@ -37,6 +56,26 @@ def paper(mode: Mode = "light") -> str:
     return _INK[mode][1]
 
 
+def width_of(size: str) -> int:
+    """Width in pixels at which a figure is drawn.
+
+    On paper it is printed at `MILLIMETRES`, which makes its text eight points high; `save_figure` writes PDF and SVG at
+    that size.
+
+    Raises:
+        ConfigError: there is no such size.
+
+    Example:
+        >>> width_of("cell"), width_of("page"), width_of("column")
+        (900, 820, 392)
+    """
+    if size == "cell":
+        return CELL
+    if size not in MILLIMETRES:
+        raise ConfigError(f"size must be one of {['cell', *MILLIMETRES]}, got {size!r}.")
+    return round(MILLIMETRES[size] / 25.4 * 96 / PRINTED)
+
+
 def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     """The same figure in the common look, light or dark.
 
@@ -45,6 +84,8 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
         '#15181c'
     """
     text, paper, grid = _INK[mode]
+    if mode == "dark":
+        _recolour(figure)
     figure.update_layout(
         font={"family": "system-ui, sans-serif", "size": 13, "color": text},
         paper_bgcolor=paper,
@@ -55,3 +96,23 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     figure.update_xaxes(gridcolor=grid, zeroline=False, linecolor=grid, ticks="outside", tickcolor=grid)
     figure.update_yaxes(gridcolor=grid, zeroline=False, linecolor=grid)
     return figure
+
+
+def _recolour(figure: go.Figure) -> None:
+    """Colours of lines, marks and fills as they are on a dark ground."""
+    layout: Any = figure.layout
+    for trace in figure.data:
+        for owner in (trace, *(trace[part] for part in ("line", "marker") if part in trace)):
+            for name in ("color", "fillcolor"):
+                if name in owner and owner[name] is not None:
+                    owner[name] = _dark(owner[name])
+    for shape in layout.shapes:
+        shape.line.color = _dark(shape.line.color)
+    for note in layout.annotations:
+        note.arrowcolor = _dark(note.arrowcolor)
+
+
+def _dark(colour: Any) -> Any:
+    if isinstance(colour, str):
+        return _IN_DARK.get(colour, colour)
+    return [_dark(one) for one in colour] if isinstance(colour, (list, tuple)) else colour
