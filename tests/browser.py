@@ -60,6 +60,7 @@ def opened(address, width=1280, height=900, **context):
                 or watched.requests.append(request.url)
             ),
         )
+        page.set_default_timeout(120_000)  # other tests run beside this one
         page.goto(address)
         yield watched
         browser.close()
