@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caching, forward, kernels, loading, neurons, screening, sinks, sweeps, tracing
+from benchmarks import caching, emergence, forward, kernels, loading, neurons, screening, sinks, sweeps, tracing
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
 from registerlens.files import write_json
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "kernels": kernels.run,
     "screening": screening.run,
     "sweeps": sweeps.run,
+    "emergence": emergence.run,
 }
 
 

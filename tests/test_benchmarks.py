@@ -63,6 +63,7 @@ def test_a_tiny_run_writes_a_complete_report(
         "kernels": 4,
         "screening": 5,
         "sweeps": 4,
+        "emergence": 1,
     }
     assert [row["benchmark"] for row in rows] == [name for name, n in numbers.items() for _ in range(n)]
     for row in rows:
