@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caching, explorer, forward, kernels, loading, neurons, screening, sinks, sweeps, tracing
+from benchmarks import caching, emergence, explorer, forward, kernels, loading, neurons, screening, sinks, sweeps, tracing
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
 from registerlens.files import write_json
@@ -31,6 +31,7 @@ BENCHMARKS = {
     "screening": screening.run,
     "sweeps": sweeps.run,
     "explorer": explorer.run,
+    "emergence": emergence.run,
 }
 
 

@@ -64,6 +64,7 @@ def test_a_tiny_run_writes_a_complete_report(
         "screening": 5,
         "sweeps": 4,
         "explorer": 1,
+        "emergence": 1,
     }
     assert [row["benchmark"] for row in rows] == [name for name, n in numbers.items() for _ in range(n)]
     for row in rows:

@@ -45,13 +45,15 @@ def test_a_known_order_is_found_with_its_steps(order):
         row = onsets.loc[sign]
         assert row["step"] == pytest.approx(110 + 100 * place, abs=5)
         assert row["low"] < row["step"] < row["high"] and row["high"] - row["low"] < 15
-        assert row["first"] == (1 if place == 0 else 0)
+        assert row["first"] == (1 if place == 0 else 0) and row["lasting"] == pytest.approx(row["step"])
 
 
-def test_halfway_is_for_good_and_between_checkpoints():
+def test_halfway_at_first_and_for_good_between_checkpoints():
     steps = np.array([0, 10, 20, 30])
     courses = np.array([[0.0, 2.0], [0.9, 1.0], [0.2, 0.0], [1.0, 0.0]])
-    assert _halfway(steps, courses).tolist() == pytest.approx([20 + 10 * 0.3 / 0.8, 10.0])
+    first, lasting = _halfway(steps, courses)
+    assert first.tolist() == pytest.approx([10 * 0.5 / 0.9, 10.0])
+    assert lasting.tolist() == pytest.approx([20 + 10 * 0.3 / 0.8, 10.0])
     assert np.isnan(_halfway(steps, np.ones((4, 1)))).all()  # nothing has changed
 
 
@@ -59,8 +61,8 @@ def test_several_runs_stand_side_by_side(tmp_path):
     found = [made_up(seed) for seed in range(3)]
     assert len(order_of_signs(found)) == 9 and order_of_signs(found)["seed"].tolist() == [0] * 3 + [1] * 3 + [2] * 3
     figure = dynamics_figure(found)
-    assert len(figure.data) == 3 * 4 + 3 and figure.data[-1].x.tolist() == pytest.approx([310] * 3, abs=5)
-    assert len(dynamics_figure(found[:1], "dark").data) == 7
+    assert len(figure.data) == 3 * 4 + 6 and figure.data[-1].x.tolist() == pytest.approx([310] * 3, abs=5)
+    assert len(dynamics_figure(found[:1], "dark").data) == 10
     assert found[0].plot().data[0].y[-1] == 1 and "sink at 11" in found[0].describe()
     again = Dynamics.load(found[0].save(tmp_path))
     assert again.onsets().equals(found[0].onsets()) and again.to_dataframe().equals(found[0].to_dataframe())
@@ -125,6 +127,7 @@ def test_nothing_to_follow(tmp_path):
         training_dynamics(run, n_images=64)
 
 
+@pytest.mark.slow
 def test_a_table_of_runs_lists_those_that_fail(towards_tiny, tmp_path):
     towards_tiny.write_metrics({"step": 400, "seconds": 60.0, "cpu_seconds": 30.0, "accuracy_normal": 1.0})
     with pytest.raises(DivergedError):

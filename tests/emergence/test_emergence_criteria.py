@@ -75,6 +75,7 @@ def test_numbers_computed_again_without_the_machinery(found, tiny, batch):
     assert value["one MLP"] == pytest.approx((mean[4] - mean[3]) / (mean[4] - mean[0]))
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_on_other_images_than_it_is_chosen_on(found, tiny, batch):
     """Images without flat patches in the second half: what was chosen stays, what is measured finds nothing."""
     bare = synthetic_images(N, 5, SyntheticTask(flats=(0, 0)))

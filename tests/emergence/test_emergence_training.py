@@ -96,7 +96,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize(("moment", "nth"), [("_update", 6), ("_measure", 2), ("save", 0), ("_save_state", 1)])
+@pytest.mark.parametrize(("moment", "nth"), [("_update", 6), ("save", 0), ("_save_state", 1)])
 def test_a_run_goes_on_wherever_it_was_stopped(whole, moment, nth, tmp_path, monkeypatch):
     original, calls = getattr(training, moment), []
 

@@ -33,7 +33,7 @@ SIGNS = ("sink", "value drain", "norm")
 CHOOSING, FOLLOWING = 3, 4
 """Parts of the held-out images: for the choice of neurons, and for everything that is shown."""
 HALFWAY = 0.5
-"""A sign has set in when it has come so far from its first value to its last one, for good."""
+"""A sign has set in when it has come so far from its first value to its last one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,20 +92,21 @@ class Dynamics(Stored):
     def onsets(self, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
         """One row a sign: the step at which it set in, with its 95% interval, and how often it came first.
 
-        Rule: the first step, interpolated between checkpoints, from which the mean over images stays beyond halfway
-        from its value at the first checkpoint to that at the last one. Intervals are percentiles over `n_boot`
-        bootstrap samples of the images; the share of samples in which a sign came first counts ties for none.
+        Rule: a sign sets in when the mean over images is first halfway from its value at the first checkpoint to that
+        at the last one (`step`), interpolated between checkpoints. It may fall back: `lasting` is the step from which
+        it is beyond halfway for good. Intervals (of `step`) are percentiles over `n_boot` bootstrap samples of the
+        images; `first` is the share of samples in which a sign set in before the other two.
         """
-        times = resample(self.n_images, n_boot, seed)
-        found = {sign: _halfway(np.array(self.steps), self.course(sign) @ times / self.n_images) for sign in SIGNS}
-        first = np.array([found[sign] for sign in SIGNS])
-        alone = (first == first.min(0)) & ((first == first.min(0)).sum(0) == 1)
+        steps, times = np.array(self.steps), resample(self.n_images, n_boot, seed)
+        samples = np.stack([_halfway(steps, self.course(sign) @ times / self.n_images)[0] for sign in SIGNS])
+        earliest = samples == samples.min(0)
+        alone = earliest & (earliest.sum(0) == 1)
         rows = []
         for i, sign in enumerate(SIGNS):
-            step = _halfway(np.array(self.steps), self.course(sign).mean(1, keepdims=True))[0]
-            low, high = np.percentile(found[sign], LEVEL)
+            step, lasting = _halfway(steps, self.course(sign).mean(1, keepdims=True))[:, 0]
+            low, high = np.percentile(samples[i], LEVEL)
             row = {"run": self.run, "seed": self.seed, "sign": sign, "step": step, "low": low, "high": high}
-            rows.append(row | {"first": alone[i].mean()})
+            rows.append(row | {"lasting": lasting, "first": alone[i].mean()})
         return pd.DataFrame(rows)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -120,11 +121,12 @@ class Dynamics(Stored):
     def describe(self) -> str:
         """The order in words."""
         told = self.onsets().sort_values("step")
-        order = ", ".join(
-            f"{sign} at {step:.0f} ({low:.0f} to {high:.0f})"
-            for sign, step, low, high in told[["sign", "step", "low", "high"]].itertuples(index=False)
+        columns = ["sign", "step", "low", "high", "lasting"]
+        order = "; ".join(
+            f"{sign} at {step:.0f} ({low:.0f} to {high:.0f}), for good from {lasting:.0f}"
+            for sign, step, low, high, lasting in told[columns].itertuples(index=False)
         )
-        return f"{self.run}: {order}; steps at which each is halfway, with 95% intervals over {self.n_images} images."
+        return f"{self.run}, step at which each sign was halfway, with its 95% interval: {order}."
 
     def plot(self) -> go.Figure:
         """The three signs over the steps, and the neurons."""
@@ -210,21 +212,23 @@ def _mean_at(
     return (values * mask).sum(-1) / mask.sum(-1)
 
 
-def _halfway(steps: Int[np.ndarray, " step"], course: Float[np.ndarray, "step sample"]) -> Float[np.ndarray, " sample"]:
-    """When each course is halfway from its first to its last value, for good; linear between checkpoints.
+def _halfway(
+    steps: Int[np.ndarray, " step"], course: Float[np.ndarray, "step sample"]
+) -> Float[np.ndarray, "2 sample"]:
+    """When each course is halfway from its first to its last value: at first, and for good; linear between checkpoints.
 
     Example:
-        >>> _halfway(np.array([0, 10, 20, 30]), np.array([[0.0], [0.9], [0.2], [1.0]]))
-        array([23.75])
+        >>> _halfway(np.array([0, 10, 20, 30]), np.array([[0.0], [1.0], [0.2], [1.0]]))[:, 0]
+        array([ 5.  , 23.75])
     """
     with np.errstate(invalid="ignore", divide="ignore"):  # a course that ends where it began: NaN
         share = (course - course[0]) / (course[-1] - course[0])
-    below = share < HALFWAY
-    last = len(share) - 1 - below[::-1].argmax(0)  # the last checkpoint below halfway: the first one always is
-    each = np.arange(share.shape[1])
-    before, after = share[last, each], share[np.minimum(last + 1, len(share) - 1), each]
-    width = np.diff(steps, append=steps[-1])[last]
-    return steps[last] + width * (HALFWAY - before) / (after - before)
+        beyond, each = share >= HALFWAY, np.arange(course.shape[1])
+        first = np.maximum(beyond.argmax(0), 1)
+        lasting = np.clip(len(share) - (~beyond)[::-1].argmax(0), 1, len(share) - 1)
+        after = np.stack([first, lasting])
+        low, high = share[after - 1, each], share[after, each]
+        return steps[after - 1] + (steps[after] - steps[after - 1]) * (HALFWAY - low) / (high - low)
 
 
 def order_of_signs(found: Sequence[Dynamics]) -> pd.DataFrame:

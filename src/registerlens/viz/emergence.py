@@ -17,8 +17,8 @@ _COLOURS = dict(zip(SIGNS, (RED, ORANGE, BLUE), strict=True))
 def dynamics_figure(found: Sequence[Dynamics], mode: Mode = "light") -> go.Figure:
     """Which comes first, run by run: each sign on its way from its first value to its last, and when it was halfway.
 
-    Above, one panel a run, with the neurons' activation at outliers; below, the step at which each sign was halfway for
-    good, with its 95% interval over images.
+    Above, one panel a run, with the neurons' activation at outliers; below, the step at which each sign was first
+    halfway, with its 95% interval over images, and (hollow) from when on it was so for good.
 
     Args:
         found: one a run; three or more seeds say whether an order is the rule.
@@ -49,20 +49,14 @@ def dynamics_figure(found: Sequence[Dynamics], mode: Mode = "light") -> go.Figur
     onsets = order_of_signs(found)
     for sign in SIGNS:
         mine = onsets[onsets["sign"] == sign]
-        figure.add_trace(
-            go.Scatter(
-                x=mine["step"],
-                y=[f"seed {seed} ({run})" for seed, run in zip(mine["seed"], mine["run"], strict=True)],
-                error_x={"array": mine["high"] - mine["step"], "arrayminus": mine["step"] - mine["low"]},
-                mode="markers",
-                marker={"color": _COLOURS[sign], "size": 9},
-                name=sign,
-                showlegend=False,
-                hovertemplate=f"{sign}: step %{{x:.0f}}<extra></extra>",
-            ),
-            row=2,
-            col=1,
-        )
+        names = [f"seed {seed} ({run})" for seed, run in zip(mine["seed"], mine["run"], strict=True)]
+        interval = {"array": mine["high"] - mine["step"], "arrayminus": mine["step"] - mine["low"]}
+        for when, symbol, error in (("step", "circle", interval), ("lasting", "circle-open", None)):
+            points = go.Scatter(x=mine[when], y=names, error_x=error, mode="markers", name=sign, showlegend=False)
+            points.update(marker={"color": _COLOURS[sign], "size": 9, "symbol": symbol})
+            words = "first halfway" if when == "step" else "for good"
+            points.update(hovertemplate=f"{sign}, {words}: step %{{x:.0f}}<extra></extra>")
+            figure.add_trace(points, row=2, col=1)
     figure.update_xaxes(title_text="step", rangemode="tozero")
     figure.update_yaxes(title_text="share of the way", row=1, col=1)
     figure.update_yaxes(autorange="reversed", row=2, col=1)
