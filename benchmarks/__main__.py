@@ -12,7 +12,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import caching, emergence, explorer, forward, kernels, loading, neurons, screening, sinks, sweeps, tracing
+from benchmarks import (
+    caching,
+    emergence,
+    explorer,
+    forward,
+    kernels,
+    loading,
+    neurons,
+    screening,
+    sinks,
+    sweeps,
+    tracing,
+)
 from benchmarks.harness import FULL, ROOT, TINY, Row, Scale, environment
 from registerlens.errors import RegisterLensError
 from registerlens.files import write_json

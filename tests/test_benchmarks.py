@@ -39,13 +39,34 @@ def in_process(benchmarks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "peak_memory", here)  # of flat_memory
 
 
+ROWS = {
+    "loading": 2,
+    "forward": 6,
+    "trace": 4,
+    "cache": 6,
+    "neurons": 9,
+    "sinks": 4,
+    "kernels": 4,
+    "screening": 5,
+    "sweeps": 4,
+    "explorer": 1,
+    "emergence": 1,
+}
+"""Benchmarks, and how many rows each has at the tiny scale."""
+
+
+def test_every_benchmark_is_run(benchmarks: ModuleType) -> None:
+    assert list(benchmarks.BENCHMARKS) == list(ROWS)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", ROWS)
 def test_a_tiny_run_writes_a_complete_report(
-    benchmarks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, benchmarks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    threads = torch.get_num_threads()
-    assert benchmarks.main(["--tiny", "--pairs", "2", "--out", str(tmp_path)]) == 0
+    threads, pairs = torch.get_num_threads(), 2 if name == "forward" else 1
+    assert benchmarks.main(["--tiny", "--pairs", str(pairs), "--only", name, "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
     assert [path.name for path in tmp_path.iterdir()] == ["benchmarks.json"]
     report = json.loads((tmp_path / "benchmarks.json").read_text())
@@ -53,35 +74,15 @@ def test_a_tiny_run_writes_a_complete_report(
     assert report["environment"]["threads"] == 1
     assert report["environment"]["versions"]["torch"]
     rows = report["rows"]
-    numbers = {
-        "loading": 2,
-        "forward": 6,
-        "trace": 4,
-        "cache": 6,
-        "neurons": 9,
-        "sinks": 4,
-        "kernels": 4,
-        "screening": 5,
-        "sweeps": 4,
-        "explorer": 1,
-        "emergence": 1,
-    }
-    assert [row["benchmark"] for row in rows] == [name for name, n in numbers.items() for _ in range(n)]
+    assert [row["benchmark"] for row in rows] == [name] * ROWS[name]
     for row in rows:
         assert row["reached"] in {True, False} if row["target"] else row["reached"] is None
         if row["unit"] == "s":
-            assert len(row["details"]["ours"]) == len(row["details"]["ratios"]) == 2
+            assert len(row["details"]["ours"]) == len(row["details"]["ratios"]) == pairs
             assert row["ours"] > 0 < row["theirs"]
     printed = capsys.readouterr().out
-    assert "timm" in printed
+    assert all(row["peer"].split()[0] in printed for row in rows)
     assert printed.count("Missed:") == sum(row["reached"] is False for row in rows)
-
-
-@pytest.mark.slow
-def test_only_runs_what_was_asked_for(benchmarks: ModuleType, tmp_path: Path) -> None:
-    assert benchmarks.main(["--tiny", "--pairs", "1", "--only", "forward", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "benchmarks.json").read_text())["rows"]
-    assert {row["benchmark"] for row in rows} == {"forward"}
 
 
 def test_both_caches_hold_the_same_tensors(benchmarks: ModuleType) -> None:

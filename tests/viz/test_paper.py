@@ -228,7 +228,7 @@ def test_maps_are_kept_and_joined(tmp_path):
         with pytest.raises(ConfigError, match=words):
             one | wrong
     (tmp_path / "intervention_maps.json").write_text("{}")
-    with pytest.raises(ConfigError, match="intervention_maps.json"):
+    with pytest.raises(ConfigError, match=r"intervention_maps\.json"):
         InterventionMaps.load(tmp_path)
 
 
@@ -300,5 +300,5 @@ def test_tables_say_what_results_hold(vit, results):
     text = styled(pd.DataFrame({"<b>a</b>": ["<script>x</script>"], "b": [0.12345]})).to_html()
     assert "<script>" not in text and "<b>a" not in text and "0.123" in text
     assert "color:" not in text.replace("currentColor", "").replace("border-color", "")  # the notebook's theme decides
-    with pytest.raises(ConfigError, match="no table of Trace.*to_dataframe"):
+    with pytest.raises(ConfigError, match=r"no table of Trace.*to_dataframe"):
         styled(results[2][0])
