@@ -140,7 +140,7 @@ def test_citation_names_package_version_and_paper():
 def site(tmp_path_factory):
     """The site, built strictly (a broken link or a doubtful docstring stops it), without the tutorials."""
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return out
