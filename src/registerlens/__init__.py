@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from registerlens.circuits.attributions import Attributions
     from registerlens.circuits.direct import DirectContributions, direct_contributions
     from registerlens.circuits.heads import HeadCircuits, head_circuits
+    from registerlens.circuits.key_share import KeyShare, key_share
     from registerlens.circuits.lens import PatchLens, patch_lens
     from registerlens.circuits.paths import PathEffects, path_patching
     from registerlens.circuits.records import AttentionCircuit
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from registerlens.evaluation.causal_order import CausalOrder, causal_order
+    from registerlens.evaluation.comparison import InterventionMaps, compare_maps
     from registerlens.evaluation.effects import Evaluation, evaluate_intervention
     from registerlens.evaluation.zero_shot import zero_shot_head
     from registerlens.explorer.explorer import Explorer, explore
@@ -86,6 +88,9 @@ if TYPE_CHECKING:
     from registerlens.theory.two_block import TwoBlockModel
     from registerlens.theory.value_update import ValueUpdate, value_update
     from registerlens.viz.attention import AttentionView, attention_heads
+    from registerlens.viz.paper import paper_figure, paper_figures
+    from registerlens.viz.sizes import save_figure
+    from registerlens.viz.styled import styled
 
 __version__ = "0.1.0"
 
@@ -118,7 +123,9 @@ _HOMES = {
     "ImageStream": "registerlens.data.images",
     "InterpolateOutliers": "registerlens.interventions.interpolation",
     "InterventionError": "registerlens.errors",
+    "InterventionMaps": "registerlens.evaluation.comparison",
     "KernelReport": "registerlens.theory.kernels",
+    "KeyShare": "registerlens.circuits.key_share",
     "MassiveActivations": "registerlens.analysis.massive",
     "Metric": "registerlens.sweep.metrics",
     "ModelSummary": "registerlens.model.summary",
@@ -170,6 +177,7 @@ _HOMES = {
     "causal_order": "registerlens.evaluation.causal_order",
     "check_kernels": "registerlens.theory.kernels",
     "classify_sinks": "registerlens.analysis.sink_kinds",
+    "compare_maps": "registerlens.evaluation.comparison",
     "default_metrics": "registerlens.sweep.metrics",
     "direct_contributions": "registerlens.circuits.direct",
     "emergence_criteria": "registerlens.emergence.criteria",
@@ -183,6 +191,7 @@ _HOMES = {
     "from_pretrained": "registerlens.loading",
     "grid": "registerlens.sweep.grid",
     "head_circuits": "registerlens.circuits.heads",
+    "key_share": "registerlens.circuits.key_share",
     "linear_cka": "registerlens.analysis.faithfulness",
     "load_images": "registerlens.data.images",
     "massive_activations": "registerlens.analysis.massive",
@@ -190,6 +199,8 @@ _HOMES = {
     "neuron_updates": "registerlens.analysis.neuron_updates",
     "observable_overlap": "registerlens.analysis.overlap",
     "output_weights": "registerlens.analysis.output_weights",
+    "paper_figure": "registerlens.viz.paper",
+    "paper_figures": "registerlens.viz.paper",
     "patch_lens": "registerlens.circuits.lens",
     "path_patching": "registerlens.circuits.paths",
     "plan_sweep": "registerlens.sweep.dry_run",
@@ -197,10 +208,12 @@ _HOMES = {
     "product": "registerlens.sweep.grid",
     "read_sweep": "registerlens.sweep.run",
     "run_sweep": "registerlens.sweep.run",
+    "save_figure": "registerlens.viz.sizes",
     "scale_plan": "registerlens.sweep.scale_plan",
     "screen_neurons": "registerlens.sweep.screening",
     "singular_defects": "registerlens.analysis.singular_defects",
     "sink_no_op": "registerlens.analysis.mechanism",
+    "styled": "registerlens.viz.styled",
     "sweep_status": "registerlens.sweep.status",
     "trace": "registerlens.analysis.trace",
     "train": "registerlens.emergence.training",
@@ -242,7 +255,9 @@ __all__ = [
     "ImageStream",
     "InterpolateOutliers",
     "InterventionError",
+    "InterventionMaps",
     "KernelReport",
+    "KeyShare",
     "MassiveActivations",
     "Metric",
     "ModelSummary",
@@ -294,6 +309,7 @@ __all__ = [
     "causal_order",
     "check_kernels",
     "classify_sinks",
+    "compare_maps",
     "default_metrics",
     "direct_contributions",
     "emergence_criteria",
@@ -307,6 +323,7 @@ __all__ = [
     "from_pretrained",
     "grid",
     "head_circuits",
+    "key_share",
     "linear_cka",
     "load_images",
     "massive_activations",
@@ -314,6 +331,8 @@ __all__ = [
     "neuron_updates",
     "observable_overlap",
     "output_weights",
+    "paper_figure",
+    "paper_figures",
     "patch_lens",
     "path_patching",
     "plan_sweep",
@@ -321,10 +340,12 @@ __all__ = [
     "product",
     "read_sweep",
     "run_sweep",
+    "save_figure",
     "scale_plan",
     "screen_neurons",
     "singular_defects",
     "sink_no_op",
+    "styled",
     "sweep_status",
     "trace",
     "train",
