@@ -62,7 +62,7 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
     apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 20, "r": 20, "t": 100, "b": 40})
     for x, text in drawing.headings():
         figure.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False, font={"size": 12})
-    span = [min(x for x, _ in drawing.places.values()) - 0.8, max(x for x, _ in drawing.places.values()) + 0.7]
+    span = [min(x for x, _ in drawing.places.values()) - 0.8, max(x for x, _ in drawing.places.values()) + 1.2]
     figure.update_xaxes(visible=False, range=span)
     figure.update_yaxes(visible=False, range=[-rows - 1.2, rows + 0.9])
     return figure
