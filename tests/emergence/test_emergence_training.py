@@ -169,7 +169,7 @@ def test_a_diverged_run_is_stopped_and_its_last_checkpoint_kept(settings, tmp_pa
     run = TrainingRun.open(tmp_path)
     seen = run.diverged
     assert seen["last_checkpoint"] == run.checkpoints[-1] == seen["step"] and not run.finished
-    assert not float(seen["loss"]) <= 3 * math.log(5) or not math.isfinite(float(seen["gradient_norm"]))
+    assert not float(seen["losses"][-1]) <= 3 * math.log(5) or not math.isfinite(float(seen["gradient_norms"][-1]))
     assert all(p.isfinite().all() for p in run.vit().parameters())
     json.loads(run.diverged_file.read_text())
 
@@ -221,3 +221,11 @@ def test_initial_weights_are_the_recipes():
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
             assert not module.bias.any(), name
     assert vit.embed.W_pos.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_weights_that_overflow_before_the_next_update_are_seen_too(tmp_path):
+    config = small(learning_rate=1e9, clip_norm=1e9, optimiser="sgd", warm_up=0, log_every=1, checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"diverged at step 1: .* NaN or infinite .* Kept: the checkpoint of step 0"):
+        train(config, tmp_path)
+    run = TrainingRun.open(tmp_path)
+    assert run.checkpoints == (0,) and run.diverged["last_checkpoint"] == 0 and not run.finished

@@ -22,7 +22,7 @@ from registerlens.config import TokenLayout
 from registerlens.data.synthetic import FLAT, ROLES, SyntheticBatch, synthetic_images
 from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.run import TRAINING, TrainingRun, held_out_images, seed_of
-from registerlens.errors import ConfigError, DivergedError, WeightsError
+from registerlens.errors import ConfigError, DivergedError, NonFiniteError, WeightsError
 from registerlens.files import whole_file, write_json
 from registerlens.loading.native import save
 from registerlens.model.vit import HookedViT
@@ -166,25 +166,23 @@ def _check(run: TrainingRun, step: int, since: _Since) -> None:
     Raises:
         DivergedError: the loss or the gradient is not finite, or the loss exploded.
     """
-    config, loss, gradient = run.config, since.losses[-1], since.gradients[-1]
-    guessing = math.log(config.task.n_classes + 1) * (1 + config.image_weight)
-    if loss <= EXPLODED * guessing and math.isfinite(gradient):
-        return
-    kept = run.checkpoints[-1] if run.checkpoints else None
-    seen = {
-        "step": step,
-        "loss": str(loss),
-        "gradient_norm": str(gradient),
-        "losses_before": [str(one) for one in since.losses[-6:-1]],
-        "learning_rate": config.learning_rate_at(step),
-        "last_checkpoint": kept,
-    }
-    write_json(run.diverged_file, seen)
-    raise DivergedError(
-        f"Training diverged at step {step}: loss {loss:.4g} (guessing has {guessing:.3g}), gradient norm "
-        f"{gradient:.4g}, learning rate {config.learning_rate_at(step):.3g}; losses before: "
-        f"{', '.join(seen['losses_before'])}. Kept: the checkpoint of step {kept} in '{run.folder}'. Lower "
-        f"learning_rate or clip_norm, or lengthen warm_up."
+    guessing = math.log(run.config.task.n_classes + 1) * (1 + run.config.image_weight)
+    loss, gradient = since.losses[-1], since.gradients[-1]
+    if not (loss <= EXPLODED * guessing and math.isfinite(gradient)):
+        what = f"loss {loss:.4g} (guessing has {guessing:.3g}), gradient norm {gradient:.4g}"
+        raise _diverged(run, step, since, what)
+
+
+def _diverged(run: TrainingRun, step: int, since: _Since, what: str) -> DivergedError:
+    """The error; what was seen is written into the run's folder first."""
+    kept, rate = run.checkpoints[-1] if run.checkpoints else None, run.config.learning_rate_at(step)
+    losses, gradients = ([str(one) for one in ones[-6:]] for ones in (since.losses, since.gradients))
+    seen = {"step": step, "what": what, "losses": losses, "gradient_norms": gradients}
+    write_json(run.diverged_file, seen | {"learning_rate": rate, "last_checkpoint": kept})
+    return DivergedError(
+        f"Training diverged at step {step}: {what}, learning rate {rate:.3g}; last losses: "
+        f"{', '.join(losses) or 'none'}. Kept: the checkpoint of step {kept} in '{run.folder}'. Lower learning_rate or "
+        f"clip_norm, or lengthen warm_up."
     )
 
 
@@ -196,7 +194,11 @@ def _keep(run: TrainingRun, vit: HookedViT, optimiser: torch.optim.Optimizer, st
     config, last = run.config, step == run.config.steps
     if step % config.log_every == 0 or last:
         rate = {"step": step, "learning_rate": config.learning_rate_at(step)}
-        run.write_metrics(rate | since.row() | _measure(vit, config))
+        try:
+            measured = _measure(vit, config)
+        except NonFiniteError as error:
+            raise _diverged(run, step, since, str(error)) from error
+        run.write_metrics(rate | since.row() | measured)
     if step % config.checkpoint_every == 0 or last:
         vit.eval()
         save(vit, run.checkpoint(step))
