@@ -1,6 +1,7 @@
 """Every tutorial runs from top to bottom, says what its text says, works for another model, and is stored bare."""
 
 import ast
+import html
 import re
 import subprocess
 import sys
@@ -64,7 +65,7 @@ FIGURE = "application/vnd.plotly.v1+json"
 
 
 def run(path):
-    """What a notebook prints and shows as text, in a kernel of its own, as one string; and how many figures it draws."""
+    """What a notebook tells in a kernel of its own, as one string; and how many figures it draws."""
     notebook = read(path)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -81,7 +82,7 @@ def told(output):
     if "<table" in data.get("text/html", ""):  # as text, wide ones are broken into several
         rows = re.findall(r"<tr.*?</tr>", data["text/html"], re.DOTALL)
         cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
-        return "".join("  ".join(row) + "\n" for row in cells)
+        return html.unescape("".join("  ".join(row) + "\n" for row in cells))
     return data.get("text/plain", "") + "\n"
 
 
