@@ -45,7 +45,7 @@ def vit():
 @pytest.fixture(scope="module")
 def results(vit):
     """For every number, what the calls in the registry give."""
-    names = {"vit": vit, "images": synthetic_images(12, 3).images, "neurons": NEURONS, "torch": torch, "rl": Calls()}
+    names = {"vit": vit, "images": synthetic_images(6, 3).images, "neurons": NEURONS, "torch": torch, "rl": Calls()}
     names |= {"positions": [0, 7], "positions_of_text": [3], "random_neurons": random_neurons}
     made = {}
 
@@ -141,11 +141,10 @@ def test_other_figures_show_their_results(results):
     assert [sum(one.y) for one in bars] == [weights.relative.shape[1]] * len(NEURONS)
 
 
-@pytest.mark.parametrize("mode", ["light", "dark"])
-@pytest.mark.parametrize("size", ["page", "column"])
+@pytest.mark.parametrize(("mode", "size"), [("light", "page"), ("dark", "column")])
 def test_every_figure_is_drawn_in_every_look(results, mode, size):
     widths = {"page": 820, "column": 392}
-    for number in (1, 2, 3, 4, 8, 16, 20, 25):
+    for number in (1, 2, 16, 20):
         options = {"images": [0]} if "images" in FIGURES[number].options else {}
         figure = paper_figure(number, *results[number], mode=mode, size=size, **options)
         assert figure.layout.paper_bgcolor == {"light": "#ffffff", "dark": "#15181c"}[mode]
@@ -153,7 +152,7 @@ def test_every_figure_is_drawn_in_every_look(results, mode, size):
 
 
 def test_mistakes_say_what_to_do(results):
-    with pytest.raises(ConfigError, match=r"no figure 77.*1: Outliers.*29: DINOv2") as caught:
+    with pytest.raises(ConfigError, match=r"(?s)no figure 77.*1: Outliers.*29: DINOv2") as caught:
         paper_figure(77)
     assert len(str(caught.value).splitlines()) == 1 + len(FIGURES)
     with pytest.raises(ConfigError, match="Figure 11 is not drawn here: a drawing of algorithm 2"):
@@ -166,8 +165,8 @@ def test_mistakes_say_what_to_do(results):
         paper_figure(3)
     with pytest.raises(ConfigError, match=r"no option \['layer'\]"):
         paper_figure(2, *results[2], layer=1)
-    with pytest.raises(ConfigError, match="images 0 to 11"):
-        paper_figure(5, *results[5], images=[12])
+    with pytest.raises(ConfigError, match="images 0 to 5"):
+        paper_figure(5, *results[5], images=[6])
     with pytest.raises(ConfigError, match=r"at the blocks \[0, 1, 2, 3, 4, 5\]"):
         paper_figure(5, *results[5], layer=6)
     with pytest.raises(ConfigError, match="Choose fewer images"):
@@ -228,7 +227,7 @@ def test_maps_are_kept_and_joined(tmp_path):
         with pytest.raises(ConfigError, match=words):
             one | wrong
     (tmp_path / "intervention_maps.json").write_text("{}")
-    with pytest.raises(ConfigError, match="intervention_maps.json"):
+    with pytest.raises(ConfigError, match=r"intervention_maps\.json"):
         InterventionMaps.load(tmp_path)
 
 
@@ -268,7 +267,7 @@ def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tm
     found = results[4][0]
     loaded = OutlierShift.load(found.save(tmp_path))
     np.testing.assert_array_equal(loaded.to_dataframe(), found.to_dataframe())
-    assert "chosen patches had the largest norm in 100% of 12 images" in loaded.describe()
+    assert "chosen patches had the largest norm in 100% of 6 images" in loaded.describe()
     images = synthetic_images(2, 0).images
     with pytest.raises(InterventionError, match="has no target"):
         measure_shift(vit, images, rl.Ablate(NEURONS))
@@ -300,5 +299,5 @@ def test_tables_say_what_results_hold(vit, results):
     text = styled(pd.DataFrame({"<b>a</b>": ["<script>x</script>"], "b": [0.12345]})).to_html()
     assert "<script>" not in text and "<b>a" not in text and "0.123" in text
     assert "color:" not in text.replace("currentColor", "").replace("border-color", "")  # the notebook's theme decides
-    with pytest.raises(ConfigError, match="no table of Trace.*to_dataframe"):
+    with pytest.raises(ConfigError, match=r"no table of Trace.*to_dataframe"):
         styled(results[2][0])
