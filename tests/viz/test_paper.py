@@ -75,6 +75,7 @@ def shown(trace, scale):
     return trace.customdata
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", MAPS)
 def test_maps_show_their_results(results, number):
     (found,) = results[number]
@@ -98,6 +99,7 @@ def test_maps_show_their_results(results, number):
     assert all(figure.layout[name].colorbar.title.text for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", WITH_NEURONS)
 def test_neurons_show_their_results(results, number):
     maps, neurons = results[number]
@@ -107,6 +109,7 @@ def test_neurons_show_their_results(results, number):
         np.testing.assert_array_equal(shown(trace, figure.layout.coloraxis2)[..., 0], activations[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SHIFTS)
 def test_histograms_count_their_results(results, number):
     (found,) = results[number]
@@ -120,6 +123,7 @@ def test_histograms_count_their_results(results, number):
         assert sum(bars.y) == found.n_images
 
 
+@pytest.mark.slow
 def test_other_figures_show_their_results(results):
     for number in (2, 26):
         (trace,) = results[number]
@@ -141,6 +145,7 @@ def test_other_figures_show_their_results(results):
     assert [sum(one.y) for one in bars] == [weights.relative.shape[1]] * len(NEURONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "size"), [("light", "page"), ("dark", "column")])
 def test_every_figure_is_drawn_in_every_look(results, mode, size):
     widths = {"page": 820, "column": 392}
@@ -151,6 +156,7 @@ def test_every_figure_is_drawn_in_every_look(results, mode, size):
         assert figure.layout.width <= widths[size] + 1
 
 
+@pytest.mark.slow
 def test_mistakes_say_what_to_do(results):
     with pytest.raises(ConfigError, match=r"(?s)no figure 77.*1: Outliers.*29: DINOv2") as caught:
         paper_figure(77)
@@ -262,6 +268,7 @@ def test_shifts_equal_the_cache():
             np.testing.assert_allclose(getattr(found, f"other_{name}"), values[:, others].max(1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tmp_path):
     assert [results[number][0].taken for number in (4, 22, 23, 24)] == [1, 1, 0, 0]
     found = results[4][0]
@@ -282,6 +289,7 @@ def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tm
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_say_what_results_hold(vit, results):
     images = synthetic_images(4, 0).images
     updates = rl.value_update(vit, images, NEURONS, registers=[1, 2])
