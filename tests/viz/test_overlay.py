@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused():
         overlay(photograph, values * np.nan)
     with pytest.raises(ConfigError, match="low below high"):
         overlay(photograph, values, low=2.0, high=1.0)
-    with pytest.raises(ConfigError, match="257 panels"):
+    with pytest.raises(ConfigError, match=f"{MOST_PANELS + 1} panels"):
         overlay(photograph, np.ones((MOST_PANELS, 2, 3)))
 
 
@@ -119,9 +119,7 @@ def maps_of(layers, side, pixels, images=1, conditions=("original", "with regist
     )
 
 
-@pytest.mark.parametrize(
-    ("side", "pixels", "images", "most"), [(16, 224, 1, 2e6), (16, 224, 4, 2e6), (37, 518, 1, 5e6), (37, 518, 4, 5e6)]
-)
+@pytest.mark.parametrize(("side", "pixels", "images", "most"), [(16, 224, 2, 2e6), (37, 518, 2, 5e6)])
 def test_figures_of_24_layers_stay_small(side, pixels, images, most):
     text = layers_figure(maps_of(24, side, pixels, images)).to_json()
     assert len(text) < most

@@ -148,7 +148,7 @@ def compare_maps(
     conditions: Mapping[str, Edits],
     *,
     layers: Sequence[int] | None = None,
-    display: UInt8[np.ndarray, "image height width 3"] | None = None,
+    display: UInt8[np.ndarray, "shown shown_h shown_w 3"] | None = None,
     names: Sequence[str] | None = None,
 ) -> InterventionMaps:
     """Norm and attention maps of the same images under several edits.

@@ -97,7 +97,7 @@ def layers_figure(
         mode: light or dark.
 
     Raises:
-        ConfigError: there is no such block, measure or image, or there are more than 256 panels.
+        ConfigError: there is no such block, measure or image, or there are more than 128 panels.
 
     Source: Jiang et al. 2025, figures 16 to 18.
 

@@ -185,7 +185,7 @@ def _panel(figure: go.Figure, axis: str, x: tuple[float, float], title: str, uni
         yshift=8,
         showarrow=False,
         text=title,
-        font={"size": 15},
+        font={"size": 13},  # the longest title has to fit above its panel
     )
 
 

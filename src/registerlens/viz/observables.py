@@ -49,7 +49,6 @@ def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure
                 mode="lines+markers",
                 line={"color": colour, "dash": dash},
                 hovertemplate="%{y:.3g}",
-                legend="legend" if column == 1 else "legend2",
             ),
             row=1,
             col=column,
@@ -102,7 +101,6 @@ def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure
         height=430,
         bargap=0,
         legend={"orientation": "h", "x": 0, "y": -0.22},
-        legend2={"orientation": "h", "x": 0.33, "y": -0.22},
     )
     return apply_theme(figure, mode)
 

@@ -59,7 +59,7 @@ def overlay(
         ShapeError: a map has another grid than its photograph has patches, there is not one whole patch, or the number
             of photographs or titles does not fit.
         NonFiniteError: no value is finite.
-        ConfigError: more than 256 panels.
+        ConfigError: more than 128 panels.
 
     Example:
         >>> photograph = np.zeros((28, 42, 3), np.uint8)

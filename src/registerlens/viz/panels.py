@@ -23,8 +23,8 @@ Grid = Float[np.ndarray, "grid_h grid_w"]
 
 OPACITY = 0.72
 """Of a map over its photograph, which is grey there: hues stay those of the colour bar."""
-MOST_PANELS = 256
-"""A figure with more of them is slow to draw and large."""
+MOST_PANELS = 128
+"""A figure with more of them is slow to draw, and larger than 2 MB for 256 patches or 5 MB for 1369."""
 WIDEST = 300.0
 """Widest panel in pixels."""
 _GAP = 6
@@ -129,23 +129,27 @@ def panel_figure(
             f"conditions."
         )
     place = _Places(rows, len(scales), bool(row_titles), title, width_of(size), widest)
-    figure = go.Figure()
-    figure.update_layout(width=place.width, height=place.height)
+    # Collected first: adding to a figure one by one takes time in the square of their number.
+    layout: dict[str, Any] = {"width": place.width, "height": place.height, "images": [], "annotations": []}
+    data: list[go.Heatmap] = []
     if title:
         words = "<br>".join(_lines(title, place.width - _EDGE, 2))
-        figure.update_layout(title={"text": words, "font": {"size": 15}})
+        layout["title"] = {"text": words, "font": {"size": 15}}
     axis = 0
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             if panel is not None:
                 axis += 1
-                _draw(figure, panel, axis, place.domain(i, j), place.panel_width, scales[panel.scale], opacity)
+                suffix = "" if axis == 1 else str(axis)
+                _lay_out(layout, panel, suffix, place.domain(i, j), place.panel_width)
+                if panel.values is not None:
+                    data.append(_heat_map(panel, panel.values, suffix, scales[panel.scale], opacity))
         if row_titles:
-            figure.add_annotation(**place.row_title(i, row_titles[i]))
+            layout["annotations"].append(place.row_title(i, row_titles[i]))
     for k, scale in enumerate(scales):
-        figure.update_layout({f"coloraxis{k + 1 if k else ''}": _colour_axis(scale, place.bar(k))})
-    figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin=place.margin)
-    return figure.update_xaxes(visible=False).update_yaxes(visible=False)
+        layout[f"coloraxis{k + 1 if k else ''}"] = _colour_axis(scale, place.bar(k))
+    figure = apply_theme(go.Figure(data, layout), mode)
+    return figure.update_layout(hovermode="closest", margin=place.margin)
 
 
 class _Places:
@@ -223,52 +227,44 @@ def _ratio(panel: Panel) -> float:
     return height / width
 
 
-def _draw(
-    figure: go.Figure,
+def _lay_out(
+    layout: dict[str, Any],
     panel: Panel,
-    number: int,
+    axis: str,
     domain: tuple[tuple[float, float], tuple[float, float]],
     width: float | int,
-    scale: Scale,
-    opacity: float | int,
 ) -> None:
-    """One panel on axes of its own, in units of patches, so that the hover says row and column."""
-    axis = "" if number == 1 else str(number)
+    """One panel's axes, in units of patches, so that the hover says row and column; its photograph and its words."""
     height, wide = panel.photograph.shape[:2]
     grid_h, grid_w = (1, 1) if panel.values is None else panel.values.shape
     (left, right), (bottom, top) = domain
-    figure.update_layout(
+    shared = {"constrain": "domain", "visible": False}
+    layout[f"xaxis{axis}"] = {"domain": [left, right], "anchor": f"y{axis}", "range": [-0.5, grid_w - 0.5]} | shared
+    layout[f"yaxis{axis}"] = {"domain": [bottom, top], "anchor": f"x{axis}", "range": [grid_h - 0.5, -0.5]} | shared
+    layout[f"yaxis{axis}"] |= {"scaleanchor": f"x{axis}", "scaleratio": (height / grid_h) / (wide / grid_w)}
+    layout["images"].append(
         {
-            f"xaxis{axis}": {"domain": [left, right], "anchor": f"y{axis}", "range": [-0.5, grid_w - 0.5]}
-            | {"constrain": "domain"},
-            f"yaxis{axis}": {"domain": [bottom, top], "anchor": f"x{axis}", "range": [grid_h - 0.5, -0.5]}
-            | {"scaleanchor": f"x{axis}", "scaleratio": (height / grid_h) / (wide / grid_w), "constrain": "domain"},
+            "source": picture(panel.photograph, width, grey=panel.values is not None),
+            "xref": f"x{axis}",
+            "yref": f"y{axis}",
+            "x": -0.5,
+            "y": -0.5,
+            "sizex": grid_w,
+            "sizey": grid_h,
+            "xanchor": "left",
+            "yanchor": "top",
+            "sizing": "stretch",
+            "layer": "below",
         }
-    )
-    figure.add_layout_image(
-        source=picture(panel.photograph, width, grey=panel.values is not None),
-        xref=f"x{axis}",
-        yref=f"y{axis}",
-        x=-0.5,
-        y=-0.5,
-        sizex=grid_w,
-        sizey=grid_h,
-        xanchor="left",
-        yanchor="top",
-        sizing="stretch",
-        layer="below",
     )
     small = {"xref": "paper", "yref": "paper", "showarrow": False}
     if panel.title:
-        text = "<br>".join(wrapped(panel, width))
         above = {"x": (left + right) / 2, "y": top, "xanchor": "center", "yanchor": "bottom", "font": {"size": 12}}
-        figure.add_annotation(text=text, **above, **small)
+        layout["annotations"].append({"text": "<br>".join(wrapped(panel, width)), **above, **small})
     if panel.note and len(panel.note) * _LETTER < width:
         inside = {"x": right, "y": bottom, "xanchor": "right", "yanchor": "bottom", "borderpad": 2}
         look = {"font": {"size": 10, "color": "#ffffff"}, "bgcolor": "rgba(0,0,0,0.75)"}
-        figure.add_annotation(text=panel.note, **inside, **look, **small)
-    if panel.values is not None:
-        figure.add_trace(_heat_map(panel, panel.values, axis, scale, opacity))
+        layout["annotations"].append({"text": panel.note, **inside, **look, **small})
 
 
 def _heat_map(panel: Panel, values: Grid, axis: str, scale: Scale, opacity: float | int) -> go.Heatmap:
