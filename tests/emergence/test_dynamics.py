@@ -86,6 +86,7 @@ def towards_tiny(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_is_followed_checkpoint_by_checkpoint(towards_tiny):
     found = training_dynamics(towards_tiny, n_images=64)
     assert found.steps == (0, 200, 400) and found.layers == slice(2, None)

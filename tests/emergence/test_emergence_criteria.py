@@ -1,9 +1,11 @@
 """The criteria: the embedded model's are the experiment's, random weights meet none, planted neurons are told."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from small_runs import small
+from small_runs import MODEL, small
 
 import registerlens as rl
 from registerlens.data.synthetic import FLAT, SyntheticTask, synthetic_images
@@ -93,7 +95,25 @@ def test_random_weights_meet_none():
     frame = none.to_dataframe()
     assert none.n_met == 0 and not len(none.neurons) and none.onset is None and not frame["holds"].any()
     assert frame["value"].isna().sum() == len(CRITERIA) - 1  # the norm over the median is told all the same
+    assert none.prefix_norm.shape == (5, 0) and none.prefix_sink.shape == (2, 0)
     assert "nothing has emerged" in none.describe() and len(none.conditions()) == len(CONDITIONS) + RANDOM_SETS
+
+
+def test_norms_and_attention_of_cls_and_registers_are_told(tmp_path):
+    config = small(model=replace(MODEL, class_token=True, n_trained_registers=2))
+    vit, batch = initial_vit(config), synthetic_images(64, 0, config.task)
+    with torch.no_grad():
+        vit.embed.prefix[2] *= 100  # a register with a norm of its own
+    found = emergence_criteria(vit, batch.images, labels_of(batch, vit.layout(batch.images)))
+    with torch.inference_mode():
+        _, cache = vit.run_with_cache(batch.images[32:])
+    norms = cache["blocks.1.hook_resid_post"].norm(dim=-1)
+    expected = (norms[:, :3] / norms[:, 3:].quantile(0.5, dim=1, keepdim=True)).mean(0)
+    assert found.prefix_norm[4] == pytest.approx(expected.numpy(), rel=1e-4) and found.prefix_norm[4].argmax() == 2
+    drawn = cache["blocks.1.attn.hook_pattern"][:, :, 0, :3].mean((0, 1))  # of [CLS]
+    assert found.prefix_sink[1] == pytest.approx(drawn.numpy(), rel=1e-4)
+    again = EmergenceCriteria.load(found.save(tmp_path))
+    assert np.array_equal(again.prefix_norm, found.prefix_norm) and again.n_met == 0
 
 
 def test_it_comes_back_from_files(found, tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, after_onset, detection_in
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.predictions import classifies
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.trace import Trace, sublayers, trace
@@ -106,6 +106,10 @@ class EmergenceCriteria(Stored):
     """Attention to outliers, mean over queries, or that of [CLS]."""
     value_ratio: Float[np.ndarray, " layer"]
     """Value norms of outliers over those of other patches."""
+    prefix_norm: Float[np.ndarray, "sublayer prefix"]
+    """Norm of [CLS] and of every trained register, in units of the image's median patch norm: outliers may go there."""
+    prefix_sink: Float[np.ndarray, "layer prefix"]
+    """Attention to each of them, mean over queries, or that of [CLS]."""
     quantiles: Float[np.ndarray, "2"]
     """99.9th percentile of normal patches' norms at the onset and 1st of outliers', in units of the median."""
     outliers: Float[np.ndarray, " condition"]
@@ -241,8 +245,22 @@ def emergence_criteria(
         values=np.array([values.get(one.name, np.nan) for one in CRITERIA]),
         largest_over_median=seen.largest_over_median,
         untrained=untrained.largest_over_median,
+        **_prefix(vit, others, batch_size),
         **result,
     )
+
+
+def _prefix(vit: HookedViT, images: Tensor, batch_size: int) -> dict[str, Float[np.ndarray, "..."]]:
+    """What stands before the patches: its norms and the attention to it, mean over images."""
+    norms, sinks = [], []
+    with torch.inference_mode():
+        for batch in images.split(batch_size):
+            seen = observe(vit, batch)
+            patches = seen.layout.patches
+            norms.append(seen.norms[..., : patches.start] / medians(seen.norms[..., patches]))
+            sinks.append(seen.attention[..., : patches.start])
+    found = {"prefix_norm": torch.cat(norms, 1), "prefix_sink": torch.cat(sinks, 1)}
+    return {name: each.mean(1).cpu().double().numpy() for name, each in found.items()}
 
 
 def _choose(
