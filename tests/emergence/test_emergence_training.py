@@ -225,7 +225,9 @@ def test_initial_weights_are_the_recipes():
 
 def test_weights_that_overflow_before_the_next_update_are_seen_too(tmp_path):
     config = small(learning_rate=1e9, clip_norm=1e9, optimiser="sgd", warm_up=0, log_every=1, checkpoint_every=1)
-    with pytest.raises(DivergedError, match=r"diverged at step 1: .* NaN or infinite .* Kept: the checkpoint of step 0"):
+    with pytest.raises(
+        DivergedError, match=r"diverged at step 1: .* NaN or infinite .* Kept: the checkpoint of step 0"
+    ):
         train(config, tmp_path)
     run = TrainingRun.open(tmp_path)
     assert run.checkpoints == (0,) and run.diverged["last_checkpoint"] == 0 and not run.finished

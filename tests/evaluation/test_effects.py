@@ -328,6 +328,8 @@ def test_errors(tiny, batch, dinov2_small):
         evaluate_intervention(tiny, images, {})
     with pytest.raises(ConfigError, match="name of the unedited"):
         evaluate_intervention(tiny, images, {"clean": register})
+    with pytest.raises(ConfigError, match=r"named \['mean', 'zeroed'\], as controls are"):
+        evaluate_intervention(tiny, images, {"mean": register, "register": register, "zeroed": register})
     with pytest.raises(InterventionError, match="do not exist"):
         evaluate_intervention(tiny, images, rl.TestTimeRegisters(rl.RegisterNeurons.from_pairs([(1, 999)])))
     done = evaluate_intervention(tiny, images, register, controls=False)

@@ -197,6 +197,7 @@ def evaluate_intervention(
 
     Raises:
         NoOutliersError: the clean model has no outliers and no threshold is given.
+        ConfigError: no intervention is given, or one has the name of the clean model or of a control.
         ImageError: there are no images, or the batches can be iterated only once.
         InterventionError: the intervention does not fit the model, or never fires.
         ShapeError: the labels do not fit.
@@ -223,6 +224,11 @@ def evaluate_intervention(
     if controls:
         first = next(iter(tested.values()))
         against = build_controls(vit, images, first, baseline_at, seed, batch_size)
+    if taken := sorted(tested.keys() & against.keys()):
+        raise ConfigError(
+            f"Interventions are named {taken}, as controls are: {sorted(against)}. Give them other names, or pass "
+            f"controls=False."
+        )
     done: dict[str, Intervention | None] = {CLEAN: None, **tested, **against}
     sums = _measure(vit, in_batches(images, batch_size), done, detection, labels, count(images))
     kinds = [CLEAN, *("intervention" for _ in tested), *("control" for _ in against)]

@@ -11,7 +11,21 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from registerlens.evaluation.effects import Evaluation
-from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink
+from registerlens.viz.theme import (
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    OLIVE,
+    ORANGE,
+    PALETTE,
+    PURPLE,
+    RED,
+    SKY,
+    Mode,
+    apply_theme,
+    ink,
+)
 
 _INTERVENTIONS = (BLUE, GREEN, PURPLE)
 _CONTROLS = {"zeroed": RED, "mean": ORANGE, "random": GREY, "matched": SKY, "neighbours": OLIVE}
@@ -54,7 +68,10 @@ def groups_of(evaluation: Evaluation, mode: Mode = "light") -> list[Group]:
     for i, (name, kind) in enumerate(zip(evaluation.conditions, evaluation.kinds, strict=True)):
         stem = re.sub(r" \d+$", "", name) if kind == "control" else name
         members.setdefault((kind, stem), []).append(i)
-    fresh = cycle(_INTERVENTIONS)
+    taken = {_CONTROLS.get(stem, BROWN) for kind, stem in members if kind == "control"}
+    fresh = cycle(
+        [*_INTERVENTIONS, *(colour for colour in PALETTE["light"] if colour not in taken.union(_INTERVENTIONS))]
+    )
     groups = []
     for (kind, stem), indices in members.items():
         colour = ink(mode) if kind == "clean" else next(fresh) if kind == "intervention" else _CONTROLS.get(stem, BROWN)
