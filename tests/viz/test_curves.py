@@ -35,4 +35,7 @@ def test_the_onset_is_marked_where_there_is_one(found):
 def test_dark_and_light_differ_only_in_looks(found):
     light, dark = trace_figure(found), trace_figure(found, "dark")
     assert light.layout.paper_bgcolor != dark.layout.paper_bgcolor
-    assert light.data == dark.data
+    for one, other in zip(light.data, dark.data, strict=True):
+        assert (one.name, one.mode, one.line.dash) == (other.name, other.mode, other.line.dash)
+        np.testing.assert_array_equal(one.x, other.x)
+        np.testing.assert_array_equal(one.y, other.y)

@@ -147,7 +147,7 @@ def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
                     sublayers, evaluation.norm_curve[member], evaluation.sublayers, group, group.name, "solid", ""
                 )
                 # Interventions often coincide: all but the first are dashed.
-                dash = "dash" if len(figure.data) > 1 else "solid"
+                dash = "dash" if member > 1 else "solid"
                 figure.add_trace(curve.update(name=group.name, showlegend=True, line={"dash": dash}))
     step = max(1, evaluation.sink_curve.shape[1] // 12)
     figure.update_xaxes(title_text="block (attention, then MLP)", tick0=0, dtick=step)

@@ -101,6 +101,7 @@ def _drawn(figure: go.Figure, kind: str, scale: float | int) -> bytes:
 def _stack(figure: go.Figure) -> None:
     """Panels below each other, with their titles, and the legends below them."""
     layout: Any = figure.layout
+    traces: Any = figure.data
     panels = _panels(figure)
     if len({round(y.domain[1], 6) for _, y in panels}) == len(panels):
         return
@@ -123,7 +124,7 @@ def _stack(figure: go.Figure) -> None:
             note.update(x=0.5, y=tops[titles[id(note)]], text=text, font={"size": 13})
     below = 60.0
     for name in ("legend", "legend2"):
-        entries = sum(trace.showlegend is not False and (trace.legend or "legend") == name for trace in figure.data)
+        entries = sum(trace.showlegend is not False and (trace.legend or "legend") == name for trace in traces)
         if entries:
             layout[name].update(x=0, y=-below / total, xanchor="left", yanchor="top", yref="paper", orientation="v")
             below += _ENTRY * entries + 8
@@ -133,8 +134,9 @@ def _stack(figure: go.Figure) -> None:
 def _panels(figure: go.Figure) -> list[tuple[Any, Any]]:
     """Pairs of axes, from the top left to the bottom right; those without a trace are taken out of sight."""
     layout: Any = figure.layout
+    traces: Any = figure.data
     pairs = {name[1:]: (layout[name], layout["y" + name[1:]]) for name in layout if name.startswith("xaxis")}
-    used = {(trace.yaxis or "y").replace("y", "axis") for trace in figure.data}
+    used = {(trace.yaxis or "y").replace("y", "axis") for trace in traces}
     for name in set(pairs) - used:
         x, y = pairs.pop(name)
         x.visible = y.visible = False

@@ -101,7 +101,8 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
 def _recolour(figure: go.Figure) -> None:
     """Colours of lines, marks and fills as they are on a dark ground."""
     layout: Any = figure.layout
-    for trace in figure.data:
+    traces: Any = figure.data
+    for trace in traces:
         for owner in (trace, *(trace[part] for part in ("line", "marker") if part in trace)):
             for name in ("color", "fillcolor"):
                 if name in owner and owner[name] is not None:
