@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, after_onset, detection_in
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import medians, token_norms
-from registerlens.analysis.predictions import classifies
 from registerlens.analysis.stored import Stored
-from registerlens.analysis.trace import Trace, sublayers, trace
+from registerlens.analysis.trace import Trace, trace
 from registerlens.config import ViTConfig
+from registerlens.emergence.evidence import (
+    CONDITIONS,
+    FIRES,
+    MEASURED,
+    RANDOM_SETS,
+    Evidence,
+    choose,
+    make_edits,
+    nothing,
+    prefix_tokens,
+    share,
+)
 from registerlens.errors import ConfigError, ShapeError
-from registerlens.evaluation.controls import matched_neurons, neuron_activity
-from registerlens.evaluation.observe import Yardstick, observe
 from registerlens.evaluation.verdict import GONE
-from registerlens.interventions.ablation import Ablate
-from registerlens.interventions.base import Intervention, Scene
-from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
-from registerlens.interventions.search import find_register_neurons
 from registerlens.model.vit import HookedViT
-
-RANDOM_SETS = 5
-"""Sets of activation-matched random neurons."""
-FIRES = 0.95
-"""A neuron whose AUC is at least this separates outliers from normal patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ class EmergenceCriteria(Stored):
     def conditions(self) -> pd.DataFrame:
         """One row a condition: outliers per image, accuracy, norm of and attention to the register."""
         names = [*CONDITIONS, *(f"matched random neurons {i + 1}" for i in range(len(self.outliers) - len(CONDITIONS)))]
-        columns = {name: getattr(self, name) for name in _MEASURED}
+        columns = {name: getattr(self, name) for name in MEASURED}
         return pd.DataFrame({"condition": names, **columns})
 
     def describe(self) -> str:
@@ -174,11 +173,6 @@ class EmergenceCriteria(Stored):
             f"{self.outliers[0]:.2f} outliers per image. Chosen on {self.n_selected_on} images, evaluated on "
             f"{self.n_evaluated_on} others."
         )
-
-
-CONDITIONS = ("clean", "register", "zeroing", "unedited", "chosen patch")
-"""What is done to the model."""
-_MEASURED = ("outliers", "accuracy", "register_norm", "register_attention")
 
 
 def emergence_criteria(
@@ -226,12 +220,12 @@ def emergence_criteria(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = trace(HookedViT(vit.cfg).to(vit.device), others[:batch_size], batch_size=batch_size)
-    result: dict[str, Any] = dict(_nothing(vit.cfg.n_layers), neurons=RegisterNeurons.from_pairs([]))
+    result: dict[str, Any] = dict(nothing(vit.cfg.n_layers), neurons=RegisterNeurons.from_pairs([]))
     values = {"largest/median": float(seen.largest_over_median[seen.sublayers.index(detection.sublayer)])}
     if detection.evidence.present and detection.sublayer.endswith("mlp"):
-        neurons, values["AUC, onset block"], values["AUC, all"] = _choose(vit, chosen, detection, top_k, batch_size)
-        edits = _edits(vit, chosen, neurons, batch_size, seed)
-        measured = _Evaluation(vit, detection, list(edits))
+        neurons, values["AUC, onset block"], values["AUC, all"] = choose(vit, chosen, detection, top_k, batch_size)
+        edits = make_edits(vit, chosen, neurons, batch_size, seed)
+        measured = Evidence(vit, detection, list(edits))
         for part, told in zip(others.split(batch_size), labels[half:].split(batch_size), strict=True):
             measured.add(part, told, edits, seed)
         result = measured.result() | {"neurons": neurons}
@@ -245,119 +239,9 @@ def emergence_criteria(
         values=np.array([values.get(one.name, np.nan) for one in CRITERIA]),
         largest_over_median=seen.largest_over_median,
         untrained=untrained.largest_over_median,
-        **_prefix(vit, others, batch_size),
+        **prefix_tokens(vit, others, batch_size),
         **result,
     )
-
-
-def _prefix(vit: HookedViT, images: Tensor, batch_size: int) -> dict[str, Float[np.ndarray, "..."]]:
-    """What stands before the patches: its norms and the attention to it, mean over images."""
-    norms, sinks = [], []
-    with torch.inference_mode():
-        for batch in images.split(batch_size):
-            seen = observe(vit, batch)
-            patches = seen.layout.patches
-            norms.append(seen.norms[..., : patches.start] / medians(seen.norms[..., patches]))
-            sinks.append(seen.attention[..., : patches.start])
-    found = {"prefix_norm": torch.cat(norms, 1), "prefix_sink": torch.cat(sinks, 1)}
-    return {name: each.mean(1).cpu().double().numpy() for name, each in found.items()}
-
-
-def _choose(
-    vit: HookedViT, images: Tensor, detection: Detection, top_k: Literal["auto"] | int, batch_size: int
-) -> tuple[RegisterNeurons, float, float]:
-    """Register neurons; the share of neurons that tell outliers apart, in the onset block and of the whole model."""
-    options: dict[str, Any] = {"detection_layer": detection.sublayer, "top_layer": detection.layer, "top_k": top_k}
-    found = find_register_neurons(vit, images, batch_size=batch_size, **options)
-    assert found.search is not None
-    firing = found.search.scores.of("auc") >= FIRES
-    neurons = replace(found, search=None, found={})
-    return neurons, float(firing[-1].mean()), float(firing.sum() / (vit.cfg.n_layers * vit.cfg.d_mlp))
-
-
-def _edits(
-    vit: HookedViT, images: Tensor, neurons: RegisterNeurons, batch_size: int, seed: int
-) -> dict[str, Intervention | None]:
-    """What is done under every condition; None is nothing."""
-    activity = neuron_activity(vit, images, list(neurons.by_layer()), batch_size)
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "clean": None,
-        "register": TestTimeRegisters(neurons),
-        "zeroing": Ablate(neurons),
-        "unedited": TestTimeRegisters(RegisterNeurons.from_pairs([])),
-        "chosen patch": MoveOutliers(neurons, 0),  # each image gets one of its own
-        **{f"random {i}": TestTimeRegisters(matched_neurons(neurons, activity, generator)) for i in range(RANDOM_SETS)},
-    }
-
-
-class _Evaluation:
-    """Everything that is measured image by image, under every condition."""
-
-    def __init__(self, vit: HookedViT, detection: Detection, conditions: list[str]) -> None:
-        self.vit, self.detection = vit, detection
-        self.place = sublayers(vit.cfg.n_layers).index(detection.sublayer)
-        self.layers = after_onset(detection, vit.cfg.n_layers)
-        self.rows: dict[str, list[dict[str, Tensor]]] = {name: [] for name in conditions}
-        self.sinks: list[Float[Tensor, "layer batch"]] = []
-        self.value_norms: list[Float[Tensor, "layer batch patch"]] = []
-        self.norms: list[Float[Tensor, "batch patch"]] = []
-        self.masks: list[Bool[Tensor, "batch patch"]] = []
-
-    def add(self, images: Tensor, labels: Tensor, edits: dict[str, Intervention | None], seed: int) -> None:
-        """Take in one batch."""
-        vit = self.vit
-        with torch.inference_mode():
-            values: list[Tensor] = []
-            keep = ("blocks.*.attn.hook_v", lambda v, hook: values.append(token_norms(v).mean(-1)))
-            with vit.hooks([keep]):
-                clean = observe(vit, images)
-            ruler = Yardstick(clean, self.place, self.detection.cutoff, self.layers, labels, classifies(vit.cfg))
-            self.rows["clean"].append(ruler.measure(clean))
-            patches = clean.layout.patches
-            self.sinks.append((clean.attention[..., patches] * ruler.mask).sum(-1))
-            self.value_norms.append(torch.stack(values)[..., patches])
-            self.norms.append(clean.norms[self.place][:, patches] / ruler.median)
-            self.masks.append(ruler.mask)
-            generator = torch.Generator().manual_seed(seed + len(self.masks))
-            for name, edit in edits.items():
-                if edit is None:
-                    continue
-                moving = isinstance(edit, MoveOutliers)
-                here = replace(edit, positions=_one_normal_patch(ruler.mask, generator)) if moving else edit
-                with vit.edit(here):
-                    seen = observe(vit, images)
-                self.rows[name].append(ruler.measure(seen, here.aim(Scene(seen.layout, images))))
-
-    def mean(self, metric: str, condition: str) -> float:
-        """Over all images; NaN where a condition has no such thing."""
-        rows = self.rows[condition]
-        return float(torch.cat([row[metric].float() for row in rows]).nanmean()) if metric in rows[0] else np.nan
-
-    def of_chosen_patch(self) -> dict[str, float]:
-        """The two criteria that no other condition has."""
-        others = self.mean("old_outliers", "chosen patch") + self.mean("new_outliers", "chosen patch")
-        placed = self.mean("placed", "chosen patch")
-        return {"chosen patch": placed, "chosen patch: others": _share(others, self.mean("outliers", "clean"))}
-
-    def result(self) -> dict[str, Float[np.ndarray, "..."]]:
-        """The arrays of `EmergenceCriteria`."""
-        mask, norms, values = torch.cat(self.masks), torch.cat(self.norms), torch.cat(self.value_norms, 1)
-        ratio = torch.stack([layer[mask].mean() / layer[~mask].mean() for layer in values])
-        found = {"sink": torch.cat(self.sinks, 1).mean(1), "value_ratio": ratio}
-        outlying = norms[mask].quantile(0.01) if mask.any() else torch.tensor(torch.nan)
-        found["quantiles"] = torch.stack([norms[~mask].quantile(0.999), outlying.to(norms)])
-        names = dict(zip(_MEASURED, ("outliers", "accuracy", "register_norm", "sink_register"), strict=True))
-        means = {
-            name: np.array([self.mean(metric, condition) for condition in self.rows]) for name, metric in names.items()
-        }
-        return {name: tensor.cpu().double().numpy() for name, tensor in found.items()} | means
-
-
-def _one_normal_patch(mask: Bool[Tensor, "batch patch"], generator: torch.Generator) -> Any:
-    """A function of the images that gives each of them one patch that is no outlier, at random."""
-    drawn = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(mask, -1)
-    return lambda images: drawn.argmax(1, keepdim=True)
 
 
 def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTConfig) -> dict[str, float]:
@@ -367,7 +251,7 @@ def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTCo
     after = list(after_onset(detection, cfg.n_layers))
     norm, drawn = float(seen.largest_over_median[at]), float(found["sink"][after].mean())
     change = {name: found["accuracy"][i] - found["accuracy"][0] for i, name in enumerate(CONDITIONS)}
-    left = {name: _share(found["outliers"][i], found["outliers"][0]) for i, name in enumerate(CONDITIONS)}
+    left = {name: share(found["outliers"][i], found["outliers"][0]) for i, name in enumerate(CONDITIONS)}
     register, unedited = CONDITIONS.index("register"), CONDITIONS.index("unedited")
     return {
         "bimodality": found["quantiles"][1] / found["quantiles"][0],
@@ -377,22 +261,11 @@ def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTCo
         "few neurons": len(found["neurons"]) / (cfg.n_layers * cfg.d_mlp),
         "register: outliers": left["register"],
         "register: norm": found["register_norm"][register] / norm,
-        "register: attention": _share(found["register_attention"][register], drawn),
+        "register: attention": share(found["register_attention"][register], drawn),
         "register: accuracy": change["register"],
         "zeroing: outliers": left["zeroing"],
         "zeroing: accuracy": change["zeroing"],
-        "random: outliers": _share(found["outliers"][len(CONDITIONS) :].min(), found["outliers"][0]),
+        "random: outliers": share(found["outliers"][len(CONDITIONS) :].min(), found["outliers"][0]),
         "unedited: norm": found["register_norm"][unedited],
         "unedited: attention": found["register_attention"][unedited],
     }
-
-
-def _share(value: float, of: float) -> float:
-    return float(value) / float(of) if of else np.nan
-
-
-def _nothing(n_layers: int) -> dict[str, Float[np.ndarray, "..."]]:
-    """The arrays where there is nothing to measure."""
-    conditions = dict.fromkeys(_MEASURED, len(CONDITIONS) + RANDOM_SETS)
-    lengths = {"sink": n_layers, "value_ratio": n_layers, "quantiles": 2, **conditions}
-    return {name: np.full(n, np.nan) for name, n in lengths.items()}
