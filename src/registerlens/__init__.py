@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from registerlens.analysis.detection import Outliers, find_outliers
     from registerlens.analysis.faithfulness import Faithfulness, faithfulness, linear_cka
+    from registerlens.analysis.maps import NeuronMaps, neuron_maps
     from registerlens.analysis.massive import MassiveActivations, massive_activations
     from registerlens.analysis.mechanism import SinkEffects, sink_no_op
     from registerlens.analysis.neuron_evidence import ActivationDistributions, activation_distributions
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from registerlens.circuits.records import AttentionCircuit
     from registerlens.circuits.sites import Site
     from registerlens.config import Preprocess, TokenLayout, ViTConfig
+    from registerlens.data.examples import example_images
     from registerlens.data.hub_sources import HuggingFaceSource
     from registerlens.data.images import ImageStream, load_images
     from registerlens.data.sources import FolderSource, TensorSource
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from registerlens.emergence.config import TrainingConfig
     from registerlens.emergence.criteria import EmergenceCriteria, emergence_criteria
     from registerlens.emergence.dynamics import Dynamics, training_dynamics
+    from registerlens.emergence.research import results_table
     from registerlens.emergence.run import TrainingRun
     from registerlens.emergence.training import train
     from registerlens.errors import (
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from registerlens.evaluation.causal_order import CausalOrder, causal_order
     from registerlens.evaluation.comparison import InterventionMaps, compare_maps
     from registerlens.evaluation.effects import Evaluation, evaluate_intervention
+    from registerlens.evaluation.shifts import OutlierShift, RandomPatches, measure_shift
     from registerlens.evaluation.zero_shot import zero_shot_head
     from registerlens.explorer.explorer import Explorer, explore
     from registerlens.interventions.ablation import Ablate
@@ -88,8 +92,9 @@ if TYPE_CHECKING:
     from registerlens.theory.two_block import TwoBlockModel
     from registerlens.theory.value_update import ValueUpdate, value_update
     from registerlens.viz.attention import AttentionView, attention_heads
+    from registerlens.viz.overlay import overlay
     from registerlens.viz.paper import paper_figure, paper_figures
-    from registerlens.viz.sizes import save_figure
+    from registerlens.viz.sizes import save_figure, sized
     from registerlens.viz.styled import styled
 
 __version__ = "0.1.0"
@@ -130,9 +135,11 @@ _HOMES = {
     "Metric": "registerlens.sweep.metrics",
     "ModelSummary": "registerlens.model.summary",
     "MoveOutliers": "registerlens.interventions.registers",
+    "NeuronMaps": "registerlens.analysis.maps",
     "NeuronUpdates": "registerlens.analysis.neuron_updates",
     "NoOutliersError": "registerlens.errors",
     "OutlierEvidence": "registerlens.analysis.outliers",
+    "OutlierShift": "registerlens.evaluation.shifts",
     "Outliers": "registerlens.analysis.detection",
     "OutputWeights": "registerlens.analysis.output_weights",
     "Overlap": "registerlens.analysis.overlap",
@@ -140,6 +147,7 @@ _HOMES = {
     "PathEffects": "registerlens.circuits.paths",
     "Planted": "registerlens.theory.planted",
     "Preprocess": "registerlens.config",
+    "RandomPatches": "registerlens.evaluation.shifts",
     "Rates": "registerlens.sweep.scale_plan",
     "RayBackend": "registerlens.sweep.ray",
     "RegisterLensError": "registerlens.errors",
@@ -182,6 +190,7 @@ _HOMES = {
     "direct_contributions": "registerlens.circuits.direct",
     "emergence_criteria": "registerlens.emergence.criteria",
     "evaluate_intervention": "registerlens.evaluation.effects",
+    "example_images": "registerlens.data.examples",
     "explore": "registerlens.explorer.explorer",
     "faithfulness": "registerlens.analysis.faithfulness",
     "find_outliers": "registerlens.analysis.detection",
@@ -195,10 +204,13 @@ _HOMES = {
     "linear_cka": "registerlens.analysis.faithfulness",
     "load_images": "registerlens.data.images",
     "massive_activations": "registerlens.analysis.massive",
+    "measure_shift": "registerlens.evaluation.shifts",
     "metric": "registerlens.sweep.metrics",
+    "neuron_maps": "registerlens.analysis.maps",
     "neuron_updates": "registerlens.analysis.neuron_updates",
     "observable_overlap": "registerlens.analysis.overlap",
     "output_weights": "registerlens.analysis.output_weights",
+    "overlay": "registerlens.viz.overlay",
     "paper_figure": "registerlens.viz.paper",
     "paper_figures": "registerlens.viz.paper",
     "patch_lens": "registerlens.circuits.lens",
@@ -207,12 +219,14 @@ _HOMES = {
     "plant_register_neurons": "registerlens.theory.planted",
     "product": "registerlens.sweep.grid",
     "read_sweep": "registerlens.sweep.run",
+    "results_table": "registerlens.emergence.research",
     "run_sweep": "registerlens.sweep.run",
     "save_figure": "registerlens.viz.sizes",
     "scale_plan": "registerlens.sweep.scale_plan",
     "screen_neurons": "registerlens.sweep.screening",
     "singular_defects": "registerlens.analysis.singular_defects",
     "sink_no_op": "registerlens.analysis.mechanism",
+    "sized": "registerlens.viz.sizes",
     "styled": "registerlens.viz.styled",
     "sweep_status": "registerlens.sweep.status",
     "trace": "registerlens.analysis.trace",
@@ -262,9 +276,11 @@ __all__ = [
     "Metric",
     "ModelSummary",
     "MoveOutliers",
+    "NeuronMaps",
     "NeuronUpdates",
     "NoOutliersError",
     "OutlierEvidence",
+    "OutlierShift",
     "Outliers",
     "OutputWeights",
     "Overlap",
@@ -272,6 +288,7 @@ __all__ = [
     "PathEffects",
     "Planted",
     "Preprocess",
+    "RandomPatches",
     "Rates",
     "RayBackend",
     "RegisterLensError",
@@ -314,6 +331,7 @@ __all__ = [
     "direct_contributions",
     "emergence_criteria",
     "evaluate_intervention",
+    "example_images",
     "explore",
     "faithfulness",
     "find_outliers",
@@ -327,10 +345,13 @@ __all__ = [
     "linear_cka",
     "load_images",
     "massive_activations",
+    "measure_shift",
     "metric",
+    "neuron_maps",
     "neuron_updates",
     "observable_overlap",
     "output_weights",
+    "overlay",
     "paper_figure",
     "paper_figures",
     "patch_lens",
@@ -339,12 +360,14 @@ __all__ = [
     "plant_register_neurons",
     "product",
     "read_sweep",
+    "results_table",
     "run_sweep",
     "save_figure",
     "scale_plan",
     "screen_neurons",
     "singular_defects",
     "sink_no_op",
+    "sized",
     "styled",
     "sweep_status",
     "trace",
