@@ -24,9 +24,10 @@ def test_the_first_example_runs(capsys, tmp_path, monkeypatch):
 def test_the_examples_that_need_no_other_model_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", README, flags=re.S)[:3]:
+    for code in re.findall(r"```python\n(.*?)```", README, flags=re.S)[:5]:
         exec(compile(code, "README.md", "exec"), names)
     assert names["result"].n_images == 64 and (tmp_path / "results" / "manifest.json").is_file()
+    assert (tmp_path / "explorer.html").is_file() and (tmp_path / "figure_2.html").is_file()
 
 
 def test_make_commands_exist():
