@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from registerlens.analysis.detection import Detection, detection_from_dict, detection_to_dict
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError
 from registerlens.files import read_tensors, reading, whole_file, write_json
@@ -25,7 +26,7 @@ _FILE = "attention_circuit"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AttentionCircuit:
+class AttentionCircuit(Shown):
     """The path from register neurons over the outlier tokens and the heads that sink in them to [CLS] and the output.
 
     Every number is a mean over images. What flows into a node adds up to the node's quantity: a node "rest of ..."

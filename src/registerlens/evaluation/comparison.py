@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.maps import PatchMaps, patch_maps
+from registerlens.comfort import Shown
 from registerlens.data.images import to_display
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.files import read_tensors, reading, whole_file, write_json
@@ -31,7 +32,7 @@ Edits = Intervention | Sequence[Intervention] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InterventionMaps:
+class InterventionMaps(Shown):
     """Norm and attention maps of a few images under several conditions; `a | b` puts two models' side by side."""
 
     model: str

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.sinks import attention_hooks
+from registerlens.comfort import Shown
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, InterventionError, ShapeError
@@ -30,7 +31,7 @@ _ARRAYS = ("target_norm", "other_norm", "target_attention", "other_attention")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OutlierShift:
+class OutlierShift(Shown):
     """For each image, the largest norm and attention at the target of an intervention, and at any other patch."""
 
     model: str
