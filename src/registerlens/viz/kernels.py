@@ -11,7 +11,21 @@ import plotly.graph_objects as go
 from registerlens.theory.kernels import KernelReport
 from registerlens.theory.readers import KERNELS
 from registerlens.theory.verdicts import judge, main_rows, select
-from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink
+from registerlens.viz.theme import (
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    OLIVE,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Mode,
+    apply_theme,
+    ink,
+    on_cells,
+)
 
 _ROWS = {
     "value": "W_V",
@@ -58,15 +72,13 @@ def kernel_figure(report: KernelReport, mode: Mode = "light") -> go.Figure:
     for vector, title in _TITLES.items():
         rows = select(main, condition=list(KERNELS), vector=vector)
         if len(rows):
-            panels.append(
-                _kernel_panel(report, rows, layers, f"{title}: read at which share of a random direction's strength")
-            )
+            words = f"{title}: read at which share of a random direction's strength"
+            panels.append(_kernel_panel(report, rows, layers, words, mode))
     for vector in ("outlier", "u2"):
         rows = select(main, condition="key", vector=vector)
         if len(rows):
-            panels.append(
-                _key_panel(report, rows, layers, f"{_TITLES[vector]} as a key: score over an ordinary key, in nats")
-            )
+            words = f"{_TITLES[vector]} as a key: score over an ordinary key, in nats"
+            panels.append(_key_panel(report, rows, layers, words, mode))
             break
     if not panels:
         return _empty("No later block or head reads what these neurons write.", mode)
@@ -119,7 +131,7 @@ def _name(report: KernelReport, layer: int) -> str:
 
 
 def _kernel_panel(
-    report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str
+    report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str, mode: Mode
 ) -> tuple[str, go.Heatmap, int]:
     conditions = [name for name in KERNELS if name in set(rows["condition"])]
     z = np.full((len(conditions), len(layers)), np.nan)
@@ -141,7 +153,7 @@ def _kernel_panel(
         z=z,
         x=[_name(report, layer) for layer in layers],
         y=[_ROWS[name] for name in conditions],
-        text=text,
+        text=on_cells(text, z, 0.0, 2.0, "RdBu_r", mode),
         customdata=hover,
         texttemplate="%{text}",
         hovertemplate="%{y}, block %{x}: %{z:.3g}<br>%{customdata}<extra></extra>",
@@ -154,7 +166,9 @@ def _kernel_panel(
     return title, heatmap, len(conditions)
 
 
-def _key_panel(report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str) -> tuple[str, go.Heatmap, int]:
+def _key_panel(
+    report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str, mode: Mode
+) -> tuple[str, go.Heatmap, int]:
     heads = sorted(set(rows["head"]))
     z = np.full((len(heads), len(layers)), np.nan)
     text, hover = np.full(z.shape, "", dtype=object), np.full(z.shape, "", dtype=object)
@@ -172,7 +186,7 @@ def _key_panel(report: KernelReport, rows: pd.DataFrame, layers: list[int], titl
         z=z,
         x=[_name(report, layer) for layer in layers],
         y=[f"head {head}" for head in heads],
-        text=text,
+        text=on_cells(text, z, -reach, reach, "PRGn", mode),
         customdata=hover,
         texttemplate="%{text}",
         hovertemplate="%{y}, block %{x}: %{z:+.3g} nats<br>%{customdata}<extra></extra>",

@@ -22,7 +22,7 @@ from registerlens.viz.alternative import in_words
 from registerlens.viz.maps import colour, colour_bar, data_uri
 
 _ASSETS = files("registerlens") / "assets" / "page"
-_MARKUP = re.compile(r"<(?!/?(br|b|i|em|sub|sup|extra)\s*/?>)")
+_MARKUP = re.compile(r'<(?!/?(br|b|i|em|sub|sup|extra|span)\s*/?>|span style="color:#[0-9a-f]{6}">)')
 """A `<` that begins none of the tags our figures use."""
 
 

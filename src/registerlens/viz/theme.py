@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Bool, Float, UInt8
 
 from registerlens.errors import ConfigError
+from registerlens.viz.maps import colour
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#5C5C5C"
 SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#A4B46C", "#743C17"
@@ -96,6 +99,48 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     figure.update_xaxes(gridcolor=grid, zeroline=False, linecolor=grid, ticks="outside", tickcolor=grid)
     figure.update_yaxes(gridcolor=grid, zeroline=False, linecolor=grid)
     return figure
+
+
+def on_cells(
+    text: np.ndarray,
+    values: Float[np.ndarray, "row column"],
+    low: float,
+    high: float,
+    scale: str,
+    mode: Mode = "light",
+) -> np.ndarray:
+    """Labels of a heat map, each black or white, whichever stands out more from the colour of its cell.
+
+    Plotly would take white or a grey, which do not always reach the contrast that readers need. Where there is no
+    value the ground shows, and the label is of the colour of other text.
+
+    Args:
+        text: a label a cell, of the shape of `values`; empty ones stay empty. Hover labels need their own: their
+            ground is another.
+        values: what the colours mean, NaN where there is nothing.
+        low, high: where the colours end.
+        scale: plotly's name of the colours.
+        mode: of the figure.
+
+    Example:
+        >>> on_cells(np.array([["a", "b"]]), np.array([[0.0, 1.0]]), 0.0, 1.0, "Viridis").tolist()
+        [['<span style="color:#ffffff">a</span>', '<span style="color:#000000">b</span>']]
+    """
+    known = ~np.isnan(values)
+    white = _wants_white(colour(np.where(known, values, low), low, high, scale))
+    inks = np.where(known, np.where(white, "#ffffff", "#000000"), ink(mode))
+    labels = np.array(text, dtype=object)
+    for at in zip(*np.nonzero(labels != ""), strict=True):
+        labels[at] = f'<span style="color:{inks[at]}">{labels[at]}</span>'
+    return labels
+
+
+def _wants_white(ground: UInt8[np.ndarray, "*cell rgb"]) -> Bool[np.ndarray, "*cell"]:
+    """Whether white stands out more than black, by the relative luminance of WCAG 2; one of them always has 4.5."""
+    share = ground / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05
 
 
 def _recolour(figure: go.Figure) -> None:
