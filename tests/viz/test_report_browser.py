@@ -65,7 +65,8 @@ CONTRAST = """async () => {
     const [a, b] = [light(over(ink, below)), light(below)].sort((x, y) => x - y);
     const ratio = (b + 0.05) / (a + 0.05);
     n += 1;
-    if (ratio < 4.5) poor.push([text.data.trim().slice(0, 60), ratio.toFixed(2), svg ? style.fill : style.color]);
+    if (ratio >= 4.5 && parseFloat(style.fontSize) > 7.9) continue;
+    poor.push([text.data.trim().slice(0, 60), ratio.toFixed(2), svg ? style.fill : style.color, style.fontSize]);
   }
   return [n, poor];
 }"""

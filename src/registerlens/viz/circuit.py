@@ -59,7 +59,7 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
         height=int(min(1400, max(480, 170 + 34 * 2 * rows))),
         legend={"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"},
     )
-    apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 20, "r": 50, "t": 100, "b": 40})
+    apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 20, "r": 70, "t": 100, "b": 40})
     for x, text in drawing.headings():
         figure.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False, font={"size": 12})
     span = [min(x for x, _ in drawing.places.values()) - 0.8, max(x for x, _ in drawing.places.values()) + 0.7]

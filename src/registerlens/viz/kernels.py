@@ -42,6 +42,8 @@ _TITLES = {
 _MARKS = {"holds": "✓", "holds approximately": "≈", "fails": ""}
 _CELL = 34
 """Height of a cell in pixels."""
+_WIDTH = 660
+"""Width of a panel in pixels, about."""
 _WEIGHTS = 360
 """Height of the figure of weights, without axis title and legend."""
 _BETWEEN = 75
@@ -153,9 +155,8 @@ def _kernel_panel(
         z=z,
         x=[_name(report, layer) for layer in layers],
         y=[_ROWS[name] for name in conditions],
-        text=on_cells(text, z, 0.0, 2.0, "RdBu_r", mode),
+        **on_cells(text, z, 0.0, 2.0, "RdBu_r", mode, width=_WIDTH),
         customdata=hover,
-        texttemplate="%{text}",
         hovertemplate="%{y}, block %{x}: %{z:.3g}<br>%{customdata}<extra></extra>",
         colorscale="RdBu_r",
         zmin=0,
@@ -186,9 +187,8 @@ def _key_panel(
         z=z,
         x=[_name(report, layer) for layer in layers],
         y=[f"head {head}" for head in heads],
-        text=on_cells(text, z, -reach, reach, "PRGn", mode),
+        **on_cells(text, z, -reach, reach, "PRGn", mode, width=_WIDTH),
         customdata=hover,
-        texttemplate="%{text}",
         hovertemplate="%{y}, block %{x}: %{z:+.3g} nats<br>%{customdata}<extra></extra>",
         colorscale="PRGn",
         zmin=-reach,

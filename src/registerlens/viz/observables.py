@@ -153,9 +153,8 @@ def _heat_map(values: Float[np.ndarray, "row column"], names: list[str], scale: 
         zmax=1,
         colorscale="Viridis",
         showscale=scale,
-        text=on_cells(text, values, 0.0, 1.0, "Viridis", mode),
+        **on_cells(text, values, 0.0, 1.0, "Viridis", mode, width=220),
         customdata=text,
-        texttemplate="%{text}",
         hovertemplate="%{y}, %{x}: %{customdata}<extra></extra>",
     )
 

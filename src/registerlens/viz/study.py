@@ -104,7 +104,9 @@ def study_circuit(
         batch_size: images at once when a tensor is given.
 
     Example:
-        >>> str(study_circuit(None, None, NoOutliersError("No outliers here.")))
+        >>> import torch, registerlens as rl
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> str(study_circuit(vit, torch.rand(1, 3, 48, 48), NoOutliersError("No outliers here.")))
         'No outliers here.'
     """
     if not isinstance(study, RegisterStudy):

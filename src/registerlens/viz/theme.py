@@ -33,6 +33,9 @@ _FONT, _POINTS = 13, 8
 PRINTED = _POINTS / 72 * 96 / _FONT
 """Size on paper over size as drawn."""
 
+_LABEL, _LETTER = 12, 0.62
+"""Largest size of labels on cells in pixels; width of a letter over its size, about."""
+
 _INK: dict[str, tuple[str, str, str]] = {
     "light": ("#1b1f24", "#ffffff", "#e3e6ea"),
     "dark": ("#e6e8eb", "#15181c", "#31363d"),
@@ -108,11 +111,14 @@ def on_cells(
     high: float,
     scale: str,
     mode: Mode = "light",
-) -> np.ndarray:
+    *,
+    width: float | int,
+) -> dict[str, Any]:
     """Labels of a heat map, each black or white, whichever stands out more from the colour of its cell.
 
     Plotly would take white or a grey, which do not always reach the contrast that readers need. Where there is no
-    value the ground shows, and the label is of the colour of other text.
+    value the ground shows, and the label is of the colour of other text. Their size fits the narrow cells of large
+    models; plotly would count the markup as letters.
 
     Args:
         text: a label a cell, of the shape of `values`; empty ones stay empty. Hover labels need their own: their
@@ -121,10 +127,15 @@ def on_cells(
         low, high: where the colours end.
         scale: plotly's name of the colours.
         mode: of the figure.
+        width: of the map in pixels, about.
+
+    Returns:
+        options of `go.Heatmap`.
 
     Example:
-        >>> on_cells(np.array([["a", "b"]]), np.array([[0.0, 1.0]]), 0.0, 1.0, "Viridis").tolist()
-        [['<span style="color:#ffffff">a</span>', '<span style="color:#000000">b</span>']]
+        >>> options = on_cells(np.array([["a", "b"]]), np.array([[0.0, 1.0]]), 0.0, 1.0, "Viridis", width=400)
+        >>> options["text"].tolist(), options["textfont"]["size"]
+        ([['<span style="color:#ffffff">a</span>', '<span style="color:#000000">b</span>']], 12)
     """
     known = ~np.isnan(values)
     white = _wants_white(colour(np.where(known, values, low), low, high, scale))
@@ -132,7 +143,9 @@ def on_cells(
     labels = np.array(text, dtype=object)
     for at in zip(*np.nonzero(labels != ""), strict=True):
         labels[at] = f'<span style="color:{inks[at]}">{labels[at]}</span>'
-    return labels
+    letters = max(map(len, np.ravel(text)), default=0) * values.shape[1]
+    size = max(1, min(_LABEL, width / (_LETTER * max(letters, 1))))
+    return {"text": labels, "texttemplate": "%{text}", "textfont": {"size": size}}
 
 
 def _wants_white(ground: UInt8[np.ndarray, "*cell rgb"]) -> Bool[np.ndarray, "*cell"]:
