@@ -74,7 +74,7 @@ CONTRAST = """async () => {
 
 class Circuit:
     def describe(self):
-        return f"A circuit of {MODEL}."
+        return f"A circuit of {MODEL} on 2 images."
 
     def plot(self):
         return go.Figure(go.Scatter(x=[0, 1], y=[0, 1], name=IMAGE), {"title": f"{MODEL}<br>kept"})
@@ -242,7 +242,10 @@ def test_hostile_names_are_shown_as_text_and_run_nothing(seen):
     assert links == []
     titles = seen.page.locator("#circuit ~ figure .gtitle").all_text_contents()
     assert titles and MODEL in titles[0] and "kept" in titles[0] and "<br>" not in titles[0]
-    assert f"A circuit of {MODEL}." in seen.page.locator("section[aria-labelledby=circuit] p").all_text_contents()
+    assert (
+        f"A circuit of {MODEL} on 2 images."
+        in seen.page.locator("section[aria-labelledby=circuit] p").all_text_contents()
+    )
 
 
 def test_nothing_sticks_out_at_any_width(seen):

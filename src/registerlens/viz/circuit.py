@@ -213,7 +213,7 @@ class _Drawing:
         nodes: Any = self.circuit.nodes
         for kind in ("neuron", "stream", "head"):
             for row in nodes[nodes["kind"] == kind].to_dict("records"):
-                what = {"neuron": "neurons of", "stream": "outlier stream after", "head": "heads of"}[kind]
+                what = {"neuron": "neurons of", "stream": "outlier<br>stream after", "head": "heads of"}[kind]
                 told[self.places[row["name"]][0]] = f"{what}<br>block {row['layer']}"
         return list(told.items())
 

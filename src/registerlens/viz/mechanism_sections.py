@@ -164,7 +164,10 @@ def circuit_section(circuit: Told | RegisterLensError) -> Section:
         "what these bring. An edge is as wide as its share of what its receiver gets: blue adds to it, red takes away, "
         "grey is all that has no edge of its own.</p>"
     )
-    told = _reason(circuit) if isinstance(circuit, RegisterLensError) else _words(circuit) + plotted(circuit.plot())
+    if isinstance(circuit, RegisterLensError):
+        told = _reason(circuit)
+    else:
+        told = _words(circuit) + plotted(circuit.plot(), circuit.describe())
     return Section(id="circuit", title="Attention circuit", body=head + told)
 
 
