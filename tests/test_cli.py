@@ -1,6 +1,7 @@
 """The commands as a user types them: output, files, exit codes, one clear message for an error."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -69,6 +70,9 @@ def test_report_is_one_page_that_needs_no_network(monkeypatch, capsys, photos, t
     text = page.read_text()
     assert code == 0 and str(page) in out.replace("\n", "")
     assert text.count('<div class="maps"') == 2 and "Outlier tokens:" in text
+    assert 'id="circuit"' in text and text.count('class="rl-explorer"') == 1
+    told = json.loads(re.search(r'-data">(.*?)</script>', text, re.S)[1])["manifest"]
+    assert [image["name"] for image in told["images"]] == [str(photos / f"{i}.png") for i in range(3)]
     assert 'src="http' not in text and "<link" not in text
 
 
@@ -133,7 +137,7 @@ def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path, monkeypatc
     for page in pages:
         text = page.path.read_text()
         assert f"Outlier tokens: {page.trace.verdict}" in text and page.label in text
-        assert all(f'id="{section}"' in text for section in ("kernels", "sinks", "observables", "evidence"))
+        assert all(f'id="{section}"' in text for section in ("kernels", "sinks", "observables", "circuit", "explorer"))
     tiny, plain, planted = pages
     assert tiny.study.worked and planted.study.worked and plain.study is None
     assert {layer for layer, _ in planted.study.neurons.pairs} == {demo.PLANTED_LAYER}
@@ -142,7 +146,9 @@ def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path, monkeypatc
     assert f"evaluated on {demo.EVALUATED} others" in tiny.path.read_text()
     assert f"evaluated on the {len(few)} whole photographs" in planted.path.read_text()
     text = plain.path.read_text()
-    assert "There is nothing to look for" in text and "Kernel conditions: not asked" in text
+    assert "There is nothing to look for" in text and "There is no path to follow" in text
+    assert "Kernel conditions: not asked" in text
+    assert all("From register neurons to" in page.path.read_text() for page in (tiny, planted))
     assert "Sinks as no-ops, by the weights: yes" in planted.path.read_text()  # planted with a violation of 0
 
 

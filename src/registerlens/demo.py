@@ -24,13 +24,13 @@ from registerlens.model.vit import HookedViT
 from registerlens.theory.planted import plant_register_neurons
 from registerlens.viz.mechanism import study_mechanism
 from registerlens.viz.report import write_report
-from registerlens.viz.study import RegisterStudy, study_registers
+from registerlens.viz.study import RegisterStudy, explore_few, study_circuit, study_registers
 
 PLANTED_LAYER = 5
 SEARCHED, EVALUATED = 256, 64
 """Synthetic images for the tiny ViT: so many are searched, so many others are evaluated on."""
 EXPLAINED = 8
-"""Photographs on which the mechanism is studied, which takes many passes."""
+"""Photographs on which the mechanism and the circuit are studied, which takes many passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +91,21 @@ def _tiny(folder: Path) -> DemoPage:
     shown = images[:4]
     low, high = shown.quantile(0.01), shown.quantile(0.99)
     display = ((shown - low) / (high - low)).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).numpy()
+    display, names = np.ascontiguousarray(display), [f"synthetic image {i}" for i in range(len(shown))]
     label = "tiny ViT in which register neurons emerged by training; its outliers are the flat patches"
     path = write_report(
         folder / "tiny.html",
         vit,
         shown,
-        np.ascontiguousarray(display),
+        display,
         found,
-        names=[f"synthetic image {i}" for i in range(len(shown))],
+        names=names,
         title="registerlens:tiny",
         note=label,
         study=study,
         mechanism=mechanism,
+        circuit=study_circuit(vit, others.images, study, batch_size=EVALUATED),
+        explorer=explore_few(vit, shown, display, found, study, names=names),
     )
     return DemoPage(label=label, path=path, trace=found, study=study)
 
@@ -118,8 +121,20 @@ def _photographs(
 ) -> DemoPage:
     display = to_display(images, vit.preprocess)
     mechanism = study_mechanism(vit, images[:EXPLAINED], _neurons(study))
-    about = {"title": vit.source, "note": label}
-    write_report(path, vit, images, display, found, names=names, study=study, mechanism=mechanism, **about)
+    write_report(
+        path,
+        vit,
+        images,
+        display,
+        found,
+        names=names,
+        title=vit.source,
+        note=label,
+        study=study,
+        mechanism=mechanism,
+        circuit=study_circuit(vit, images[:EXPLAINED], study),
+        explorer=explore_few(vit, images, display, found, study, names=names),
+    )
     return DemoPage(label=label, path=path, trace=found, study=study)
 
 

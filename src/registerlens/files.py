@@ -65,6 +65,7 @@ def reading(path: Path) -> Iterator[dict[str, Any]]:
         ...     told["answer"]
         Traceback (most recent call last):
         registerlens.errors.ConfigError: '.../answer.json' lacks 'answer'; was it written by another version, or edited?
+        ...
     """
     told = read_json(path)
     try:

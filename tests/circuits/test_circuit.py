@@ -417,13 +417,16 @@ def test_the_graph_has_the_nodes_edges_and_a_way_from_every_neuron_to_both_ends(
 
 
 def test_the_figure_draws_every_edge_as_wide_as_its_share_and_coloured_by_sign(tiny, planted):
-    for circuit, mode, adds in ((tiny[2], "dark", "#56B4E9"), (planted[3], "light", "#0072B2")):
+    for circuit, mode, adds, rests in (
+        (tiny[2], "dark", "#A0D8FF", "#C4C4C4"),
+        (planted[3], "light", "#0072B2", "#5C5C5C"),
+    ):
         figure = circuit.plot(mode)
         lines = [trace for trace in figure.data if trace.mode == "lines" and trace.x[0] is not None]
         assert len(lines) == len(circuit.edges)
         for trace, row in zip(lines, circuit.edges.to_dict("records"), strict=True):
             rest = row["sender"].startswith("rest of")
-            assert trace.line.color == ("#7F7F7F" if rest else adds if row["value"] >= 0 else "#D55E00")
+            assert trace.line.color == (rests if rest else adds if row["value"] >= 0 else "#D55E00")
             assert np.isclose(trace.line.width, 1 + 13 * abs(row["share"]))
             assert row["sender"] in trace.hovertemplate and f"{row['value']:.3g}" in trace.hovertemplate
             assert ("cut alone" in trace.hovertemplate) == (not rest)

@@ -1,6 +1,7 @@
 """Maps put every value at its patch; the page holds them, whole or not at all."""
 
 import base64
+import html
 import io
 import re
 
@@ -12,10 +13,10 @@ from PIL import Image
 import registerlens as rl
 from registerlens.analysis.maps import neuron_maps, patch_maps
 from registerlens.data.synthetic import FLAT, synthetic_images
-from registerlens.errors import InterventionError, NoOutliersError, ShapeError
+from registerlens.errors import InterventionError, NoOutliersError, RegisterLensError, ShapeError
 from registerlens.viz import report, sections
 from registerlens.viz.maps import colour, colour_bar, data_uri
-from registerlens.viz.study import study_registers
+from registerlens.viz.study import explore_few, study_circuit, study_registers
 
 REGISTER_NEURONS = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]
 
@@ -241,6 +242,7 @@ def test_without_outliers_the_page_says_that_there_is_nothing_to_look_for(tiny, 
     evidence = found.evidence[found.sublayers.index(found.strongest)]
     assert f"{evidence.largest_over_median:.1f} x the image" in text and evidence.reason.split(" (")[0] in text
     assert 'id="register"' not in text
+    assert "There is no path to follow: on these 16 images" in text  # the circuit's section
 
 
 def test_a_search_that_finds_nothing_is_said_at_the_top(tiny, tmp_path):
@@ -257,3 +259,34 @@ def test_a_search_that_finds_nothing_is_said_at_the_top(tiny, tmp_path):
     )
     text = page.read_text()
     assert "not looked for" in text and "too &lt;few&gt; images" in text and 'id="neurons"' not in text
+    assert 'id="circuit"' not in text  # nobody asked for one
+
+
+def test_the_page_has_the_circuit_or_the_reason_for_none(tiny, studied, tmp_path):
+    vit, batch, found = tiny
+    circuit = study_circuit(vit, batch.images, studied[0])
+    assert circuit.neurons.pairs == studied[0].neurons.pairs and circuit.n_used == 16
+    assert circuit.detection == studied[0].evaluation.detection
+    cases = (
+        (circuit, html.escape(circuit.describe().splitlines()[0])),
+        (NoOutliersError("too <few>"), "too &lt;few&gt;"),
+    )
+    for given, said in cases:
+        about = {"names": ["a"], "title": "t", "circuit": given}
+        page = report.write_report(tmp_path / "p.html", vit, batch.images[:1], shown(batch, 1), found, **about)
+        section = page.read_text().partition('<h2 id="circuit">')[2].partition("</section>")[0]
+        assert said in section and ("plotly-graph-div" in section) == (given is circuit)
+
+
+def test_what_cannot_be_followed_gives_its_reason(tiny, studied):
+    vit, batch, _ = tiny
+    assert study_circuit(vit, batch.images, None) is None
+    assert isinstance(study_circuit(vit, torch.zeros(2, 3, 48, 48), studied[0]), RegisterLensError)
+
+
+def test_images_to_explore_are_the_first_with_the_register_beside_the_clean_model(tiny, studied):
+    vit, batch, found = tiny
+    explorer = explore_few(vit, batch.images, shown(batch, 16), found, studied[0], names=[f"{i}" for i in range(16)])
+    assert explorer.names == ("0", "1", "2") and list(explorer.conditions) == ["clean", "test-time register"]
+    assert explorer.neurons is studied[0].neurons and torch.equal(explorer.images, batch.images[:3])
+    assert explorer.attention(0, "test-time register").recording.n_keys == 37

@@ -6,13 +6,13 @@ from itertools import pairwise
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from browser import Watched, opened
+from browser import opened
 
 import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
 from registerlens.viz.mechanism import study_mechanism
 from registerlens.viz.report import write_report
-from registerlens.viz.study import study_registers
+from registerlens.viz.study import explore_few, study_registers
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ CONTRAST = """async () => {
     const own = rgb(getComputedStyle(node).backgroundColor);
     return (own[3] ?? 1) === 1 && own.length ? own : over(own.length ? own : [0, 0, 0, 0], ground(node.parentElement));
   };
-  const maps = [];  // heat maps are pictures, and numbers stand on them
+  const maps = [];  // heat maps are pictures, and numbers stand on them; where a value is missing they are transparent
   for (const picture of document.querySelectorAll("svg image")) {
     const copy = new Image(), canvas = document.createElement("canvas");
     copy.src = picture.href.baseVal;
@@ -43,12 +43,14 @@ CONTRAST = """async () => {
   }
   const under = (node) => {
     const box = node.getBoundingClientRect(), x = (box.left + box.right) / 2, y = (box.top + box.bottom) / 2;
+    const below = ground(node.ownerSVGElement.parentElement);
     for (const [rect, canvas, pixels] of maps) {
       if (x < rect.left || x >= rect.right || y < rect.top || y >= rect.bottom) continue;
       const [u, v] = [(x - rect.left) / rect.width * canvas.width, (y - rect.top) / rect.height * canvas.height];
-      return [[...pixels.getImageData(u, v, 1, 1).data.slice(0, 3)], 3];
+      const [r, g, b, a] = pixels.getImageData(u, v, 1, 1).data;
+      return over([r, g, b, a / 255], below);
     }
-    return [ground(node.ownerSVGElement.parentElement), 4.5];
+    return below;
   };
   const poor = [];
   let n = 0;
@@ -59,11 +61,12 @@ CONTRAST = """async () => {
     const style = getComputedStyle(node), svg = node.ownerSVGElement;
     const ink = rgb(svg ? style.fill : style.color);
     if (svg) ink[3] = (ink[3] ?? 1) * Number(style.fillOpacity) * Number(style.opacity);
-    const [below, least] = svg ? under(node) : [ground(node), 4.5];
+    const below = svg ? under(node) : ground(node);
     const [a, b] = [light(over(ink, below)), light(below)].sort((x, y) => x - y);
     const ratio = (b + 0.05) / (a + 0.05);
     n += 1;
-    if (ratio < least) poor.push([text.data.trim().slice(0, 60), ratio.toFixed(2), svg ? style.fill : style.color]);
+    if (ratio >= 4.5 && parseFloat(style.fontSize) > 7.9) continue;
+    poor.push([text.data.trim().slice(0, 60), ratio.toFixed(2), svg ? style.fill : style.color, style.fontSize]);
   }
   return [n, poor];
 }"""
@@ -71,15 +74,20 @@ CONTRAST = """async () => {
 
 class Circuit:
     def describe(self):
-        return f"A circuit of {MODEL}."
+        return f"A circuit of {MODEL} on 2 images."
 
     def plot(self):
         return go.Figure(go.Scatter(x=[0, 1], y=[0, 1], name=IMAGE), {"title": f"{MODEL}<br>kept"})
 
 
-class Explorer:
-    def section(self):
-        return '<p id="hands-on">Click a patch.</p>'
+class Two:
+    """Two explorers on one page."""
+
+    def __init__(self, *explorers):
+        self.explorers = explorers
+
+    def section(self, *, max_bytes):
+        return "".join(one.section(max_bytes=max_bytes) for one in self.explorers)
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +96,12 @@ def page(tmp_path_factory):
     vit.source = MODEL
     study = study_registers(vit, synthetic_images(48, 0).images, batch.images, "Found on 48, evaluated on 16.")
     mechanism = study_mechanism(vit, batch.images, study.neurons)
-    shown = batch.images[:2]
-    display = shown.clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    shown, names, found = batch.images[:2], [IMAGE, "photograph.png"], rl.trace(vit, batch.images)
+    display = np.ascontiguousarray(shown.clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).numpy())
+    by_hand = explore_few(vit, shown, display, found, study, names=names)
+    parts = {"study": study, "mechanism": mechanism, "circuit": Circuit(), "explorer": Two(by_hand, by_hand)}
     path = tmp_path_factory.mktemp("page") / "page.html"
-    about = {"names": [IMAGE, "photograph.png"], "title": MODEL, "note": IMAGE}
-    parts = {"study": study, "mechanism": mechanism, "circuit": Circuit(), "explorer": Explorer()}
-    return write_report(path, vit, shown, np.ascontiguousarray(display), rl.trace(vit, batch.images), **about, **parts)
+    return write_report(path, vit, shown, display, found, names=names, title=MODEL, note=IMAGE, **parts)
 
 
 def evaluate(watched, script):
@@ -110,15 +118,23 @@ def seen(page):
 
 @contextmanager
 def window(seen, width, height=900):
-    """The same page, freshly opened in the same browser at another size."""
-    context = seen.page.context.browser.new_context(viewport={"width": width, "height": height})
-    other = Watched(context.new_page())
-    other.page.set_default_timeout(120_000)
-    other.page.on("pageerror", lambda error: other.errors.append(str(error)))
-    other.page.goto(seen.page.url.partition("#")[0])
-    other.page.wait_for_function(DRAWN)
-    yield other
-    context.close()
+    """The same page at another size."""
+    usual = seen.page.viewport_size
+    resize(seen, width, height)
+    yield
+    resize(seen, **usual)
+
+
+def resize(seen, width, height=900):
+    seen.page.set_viewport_size({"width": width, "height": height})
+    seen.page.wait_for_function("(width) => innerWidth === width", arg=width)
+    settle(seen)
+
+
+def settle(seen):
+    """Wait until figures have their new size."""
+    seen.page.wait_for_timeout(300)
+    evaluate(seen, "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def test_it_opens_from_disk_without_errors_or_requests(seen):
@@ -146,12 +162,13 @@ def test_the_contents_lead_to_every_section(seen):
             arg=target,
         )
         assert seen.page.locator("nav").bounding_box()["y"] >= 0  # sticky: still in sight
-    assert seen.page.locator("#hands-on").text_content() == "Click a patch."
     evaluate(seen, "scrollTo({top: 0, behavior: 'instant'})")
 
 
 def test_every_picture_says_what_is_seen(seen):
-    texts = evaluate(seen, "[...document.querySelectorAll('img')].map((one) => one.getAttribute('alt'))")
+    texts = evaluate(
+        seen, "[...document.querySelectorAll('img')].map((one) => one.alt || one.closest('[aria-label]')?.ariaLabel)"
+    )
     assert len(texts) > 30 and all(texts)
     vit, images = rl.from_pretrained("registerlens:tiny"), synthetic_images(16, 2).images[:1]
     norms = vit.run_with_cache(images, names_filter="blocks.1.hook_resid_post")[1]["resid_post", 1].norm(dim=-1)[0]
@@ -169,31 +186,45 @@ def test_every_picture_says_what_is_seen(seen):
 
 
 def test_all_text_stands_out_from_its_ground(seen):
-    """4.5 everywhere but on heat maps, where plotly takes black or white by a rule of its own: there 3."""
     n, poor = evaluate(seen, CONTRAST)
     assert n > 500 and poor == []
 
 
 def test_the_keyboard_reaches_everything_in_the_order_of_the_page(seen):
-    focused = (
-        "(() => { const a = document.activeElement; if (a === document.body) return null;"
-        " return [a.tagName, a.getAttribute('href') || a.className || '',"
-        " [...document.querySelectorAll('*')].indexOf(a), getComputedStyle(a).outlineStyle,"
-        " a.getBoundingClientRect().left]; })()"
+    stops = "a, summary, button, select, input, [tabindex='0']"
+    n = evaluate(
+        seen,
+        f'[...document.querySelectorAll("{stops}")].filter((one) => one.checkVisibility() && !one.disabled).length',
     )
-    reached = []
-    with window(seen, 1280) as watched:
-        while len(reached) < 500:
-            watched.page.keyboard.press("Tab")
-            if (one := evaluate(watched, focused)) is None:
-                break
-            reached.append(one)
-        wide = watched.page.locator("main .wide").count()
+    evaluate(
+        seen,
+        """() => {
+          window.reached = [];
+          window.note = ({ target }) => reached.push([target, getComputedStyle(target).outlineStyle,
+            target.getBoundingClientRect().left]);
+          addEventListener("focusin", note);
+          document.querySelector(".skip").focus();
+        }""",
+    )
+    for key in ("Tab", "Shift+Tab", *["Tab"] * (n - 1)):  # there and back: from now on focus comes by keyboard
+        seen.page.keyboard.press(key)
+    reached = evaluate(
+        seen,
+        """() => {
+          removeEventListener("focusin", note);
+          document.activeElement.blur();
+          const every = [...document.querySelectorAll("*")];
+          const where = (one) => one.getAttribute("href") || one.className || "";
+          return reached.slice(2).map(([one, outline, left]) =>
+            [one.tagName, where(one), every.indexOf(one), outline, left]);
+        }""",
+    )
+    order = [place for _, _, place, *_ in reached]
+    assert order == sorted(set(order)) and len(order) == n
     assert reached[0][:2] == ["A", "#main"] and reached[0][4] >= 0 and reached[1][0] == "SUMMARY"
     assert [where for tag, where, *_ in reached if tag == "A"][1:4] == ["#answers", "#norms", "#images"]
-    order = [place for _, _, place, *_ in reached]
-    assert order == sorted(order) and len(set(order)) == len(order) < 500
-    assert sum(where == "wide" for _, where, *_ in reached) == wide > 10
+    assert sum(where == "wide" for _, where, *_ in reached) == seen.page.locator("main .wide").count() > 10
+    assert {tag for tag, *_ in reached} >= {"SELECT", "INPUT"}  # the explorer's
     assert {outline for *_, outline, _ in reached} == {"solid"}
 
 
@@ -211,41 +242,71 @@ def test_hostile_names_are_shown_as_text_and_run_nothing(seen):
     assert links == []
     titles = seen.page.locator("#circuit ~ figure .gtitle").all_text_contents()
     assert titles and MODEL in titles[0] and "kept" in titles[0] and "<br>" not in titles[0]
-    assert f"A circuit of {MODEL}." in seen.page.locator("section[aria-labelledby=circuit] p").first.text_content()
+    assert (
+        f"A circuit of {MODEL} on 2 images."
+        in seen.page.locator("section[aria-labelledby=circuit] p").all_text_contents()
+    )
 
 
-@pytest.mark.parametrize("width", [1280, 800, 400])
-def test_nothing_sticks_out_at_any_width(seen, width):
-    with window(seen, width) as watched:
-        assert evaluate(watched, "document.documentElement.scrollWidth") <= width
-        beyond = evaluate(
-            watched,
-            "[...document.querySelectorAll('main *, nav, header, footer')].filter((one) => !one.closest('.wide') && "
-            "one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.tagName + '.' + one.className)",
-        )
-        assert beyond == []
-        assert evaluate(watched, "document.querySelector('nav details').open") == (width >= 1100)
-        if width < 1100:
-            watched.page.locator("nav summary").click()
-            assert watched.page.locator("nav a").first.is_visible()
-        assert watched.errors == []
+def test_nothing_sticks_out_at_any_width(seen):
+    nothing_sticks_out(seen, 1280)
+    assert evaluate(seen, "document.querySelector('nav details').open")
+    with window(seen, 800):
+        for width in (800, 400):
+            resize(seen, width)
+            nothing_sticks_out(seen, width)
+            assert not evaluate(seen, "document.querySelector('nav details').open")
+        seen.page.locator("nav summary").click()
+        assert seen.page.locator("nav a").first.is_visible()
+    assert seen.errors == []
+
+
+def nothing_sticks_out(seen, width):
+    assert evaluate(seen, "document.documentElement.scrollWidth") <= width
+    beyond = evaluate(
+        seen,
+        "[...document.querySelectorAll('main *, nav, header, footer')].filter((one) => !one.closest('.wide') && "
+        "one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.tagName + '.' + one.className)",
+    )
+    assert beyond == []
 
 
 def test_on_paper_there_are_no_contents_and_nothing_is_cut(seen):
-    with window(seen, 718, 1000) as watched:  # A4 within its margins
-        watched.page.emulate_media(media="print")
-        evaluate(watched, "dispatchEvent(new Event('beforeprint'))")
-        assert not watched.page.locator("nav").is_visible() and not watched.page.locator(".skip").is_visible()
-        assert evaluate(watched, "[...document.querySelectorAll('main details')].every((one) => one.open)")
-        watched.page.wait_for_timeout(500)
+    with window(seen, 718, 1000):  # A4 within its margins
+        seen.page.emulate_media(media="print")
+        evaluate(seen, "dispatchEvent(new Event('beforeprint'))")
+        assert not seen.page.locator("nav").is_visible() and not seen.page.locator(".skip").is_visible()
+        assert evaluate(seen, "[...document.querySelectorAll('main details')].every((one) => one.open)")
+        settle(seen)
         cut = evaluate(
-            watched,
+            seen,
             "[...document.querySelectorAll('main img, main svg.main-svg, main table')].filter((one) => "
             "one.getBoundingClientRect().right > innerWidth + 1).map((one) => [one.tagName, "
             "one.getBoundingClientRect().right, one.textContent.slice(0, 40)])",
         )
         assert cut == []
-        n, poor = evaluate(watched, CONTRAST)
+        n, poor = evaluate(seen, CONTRAST)
         assert n > 500 and poor == []
-        evaluate(watched, "dispatchEvent(new Event('afterprint'))")
-        assert not evaluate(watched, "[...document.querySelectorAll('main details')].some((one) => one.open)")
+        evaluate(seen, "dispatchEvent(new Event('afterprint'))")
+        assert not evaluate(seen, "[...document.querySelectorAll('main details')].some((one) => one.open)")
+        seen.page.emulate_media(media="screen")
+
+
+def test_explorers_answer_a_click_each_for_itself(seen):
+    first, second = (seen.page.locator(".rl-explorer").nth(i) for i in range(2))
+    said = [one.locator(".rlx-status").text_content() for one in (first, second)]
+    assert said[0] == said[1] and not said[0].startswith(("(0,0)", "(5,4)"))
+    for this, other, (row, column) in ((first, second, (0, 0)), (second, first, (5, 4))):
+        before = other.locator(".rlx-status").text_content()
+        cells = this.locator(".rlx-cells").first
+        cells.scroll_into_view_if_needed()
+        box = cells.bounding_box()
+        cells.click(position={"x": (column + 0.5) / 6 * box["width"], "y": (row + 0.5) / 6 * box["height"]})
+        seen.page.wait_for_function(
+            "([at, words]) => { const one = document.querySelectorAll('.rl-explorer')[at];"
+            " return one.dataset.asked === one.dataset.answered"
+            " && one.querySelector('.rlx-status').textContent.startsWith(words); }",
+            arg=[0 if this is first else 1, f"({row},{column}) as "],
+        )
+        assert other.locator(".rlx-status").text_content() == before
+    assert seen.errors == [] and seen.requests == []

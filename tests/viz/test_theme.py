@@ -9,8 +9,9 @@ from plotly.subplots import make_subplots
 
 from registerlens.errors import ConfigError, MissingExtraError, RegisterLensError
 from registerlens.viz import sizes, theme
+from registerlens.viz.maps import colour
 from registerlens.viz.sizes import save_figure, sized
-from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, paper
+from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, on_cells, paper
 
 # Machado, Oliveira and Fernandes 2009: complete dichromacy, on linear RGB.
 VISION = {
@@ -166,3 +167,18 @@ def test_pictures_have_their_size(tmp_path):
 
 def test_the_modes_are_those_of_the_palette():
     assert set(PALETTE) == {"light", "dark"} and len(set(theme.PALETTE["dark"])) == 9
+
+
+@pytest.mark.parametrize("scale", ["Viridis", "RdBu_r", "PRGn", "RdBu"])
+def test_labels_stand_out_from_every_colour(scale):
+    values = np.linspace(-1, 1, 256)[None]
+    options = on_cells(np.full(values.shape, "x", dtype=object), values, -1.0, 1.0, scale, width=1e6)
+    grounds = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colour(values, -1.0, 1.0, scale)[0]]
+    inks = [label.partition("color:")[2][:7] for label in options["text"][0]]
+    assert min(map(contrast, grounds, inks)) >= 4.5 and len(set(inks)) == 2
+
+
+def test_labels_without_a_value_are_of_the_colour_of_text_and_all_fit():
+    options = on_cells(np.array([["none", ""]]), np.array([[np.nan, 1.0]]), 0.0, 1.0, "Viridis", "dark", width=31)
+    assert options["text"].tolist() == [[f'<span style="color:{ink("dark")}">none</span>', ""]]
+    assert options["textfont"]["size"] == pytest.approx(31 / 2 / 4 / 0.62)

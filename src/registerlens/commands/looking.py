@@ -74,60 +74,75 @@ def report(
         typer.Option(
             "--explained",
             min=0,
-            help="On how many images kernels, sinks and neurons are examined, at most; 0: not at all",
+            help="On how many images kernels, sinks and neurons are examined, at most; 0: not at all, and no circuit",
         ),
     ] = 64,
+    explored: Annotated[
+        int, typer.Option("--explored", min=0, help="How many images can be looked at by hand, at most; 0: none")
+    ] = 3,
     size: Size = None,
     batch_size: BatchSize = 16,
     device: Device = "cpu",
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page about MODEL on IMAGES: outliers, register neurons, a register, mechanism."""
+    """Write one self-contained HTML page about MODEL on IMAGES: outliers, register neurons, a register, mechanism.
+
+    Where there are outliers, also the circuit that they make; and images to look at by hand, patch by patch.
+    """
     if out.is_dir():
         raise typer.BadParameter(f"{out} is a folder; name the HTML file.", param_hint="--out")
     make_folder(out.parent)
     vit, stream = load(model, images, size, batch_size, device)
     from registerlens.analysis.trace import trace  # noqa: PLC0415
     from registerlens.viz.report import write_report  # noqa: PLC0415
-    from registerlens.viz.study import describe  # noqa: PLC0415
+    from registerlens.viz.study import FOLLOWED, describe, explore_few, study_circuit  # noqa: PLC0415
 
     with skips_named(stream):
         found = trace(vit, stream)
-        names, pixels, display = shown_images(vit, stream, shown, size)
+        names, pixels, display = shown_images(vit, stream, max(shown, explored), size)
         study = None if found.verdict == "absent" else _study(vit, stream, evaluated, size)
-        mechanism = _mechanism(vit, stream, study, explained, size) if explained else None
+        parts: dict[str, Any] = {"study": study}
+        if explained:
+            parts["mechanism"] = _mechanism(vit, stream, study, explained, size)
+            parts["circuit"] = study_circuit(vit, _first(vit, stream, min(explained, FOLLOWED), size), study)
+        if explored:
+            parts["explorer"] = explore_few(vit, pixels, display, found, study, names=names, n=explored)
     print_trace(found, layers=False)
     if study is not None:
         print_words(describe(study))
-    write_report(out, vit, pixels, display, found, names=names, title=vit.source, study=study, mechanism=mechanism)
+    write_report(out, vit, pixels[:shown], display[:shown], found, names=names[:shown], title=vit.source, **parts)
     typer.echo(f"Wrote {out}")
 
 
 def _study(vit: HookedViT, stream: ImageStream, evaluated: int, size: int | None) -> RegisterStudy | NoOutliersError:
     """Search in all images, evaluation on the first ones."""
-    from registerlens.data.images import ImageStream  # noqa: PLC0415
     from registerlens.viz.study import study_registers  # noqa: PLC0415
 
-    loaded = list(stream.loaded)
-    first = loaded[:evaluated]
-    which = f"the first {len(first)} of them" if len(first) < len(loaded) else "the same ones"
+    n = len(stream.loaded)
+    which = f"the first {evaluated} of them" if evaluated < n else "the same ones"
     samples = (
-        f"The neurons were found on {len(loaded)} images, and the register was evaluated on {which}: the evaluation is "
+        f"The neurons were found on {n} images, and the register was evaluated on {which}: the evaluation is "
         f"not independent of the search."
     )
-    return study_registers(vit, stream, ImageStream(first, vit, batch_size=stream.batch_size, size=size), samples)
+    return study_registers(vit, stream, _first(vit, stream, evaluated, size), samples)
 
 
 def _mechanism(
     vit: HookedViT, stream: ImageStream, study: RegisterStudy | NoOutliersError | None, explained: int, size: int | None
 ) -> Mechanism:
     """On the first images."""
-    from registerlens.data.images import ImageStream  # noqa: PLC0415
     from registerlens.viz.mechanism import study_mechanism  # noqa: PLC0415
     from registerlens.viz.study import RegisterStudy  # noqa: PLC0415
 
-    first = ImageStream(list(stream.loaded)[:explained], vit, batch_size=stream.batch_size, size=size)
-    return study_mechanism(vit, first, study.neurons if isinstance(study, RegisterStudy) else study)
+    neurons = study.neurons if isinstance(study, RegisterStudy) else study
+    return study_mechanism(vit, _first(vit, stream, explained, size), neurons)
+
+
+def _first(vit: HookedViT, stream: ImageStream, n: int, size: int | None) -> ImageStream:
+    """The first images that could be read, at most `n`."""
+    from registerlens.data.images import ImageStream  # noqa: PLC0415
+
+    return ImageStream(list(stream.loaded)[:n], vit, batch_size=stream.batch_size, size=size)
 
 
 def neurons(

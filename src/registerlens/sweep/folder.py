@@ -232,6 +232,7 @@ def explained(problem: str) -> Iterator[None]:
         ...     raise OSError(errno.EROFS, "Read-only file system")
         Traceback (most recent call last):
         registerlens.errors.StoreError: 'parts' cannot be written. The disk is read-only: choose another folder.
+        ...
     """
     try:
         yield

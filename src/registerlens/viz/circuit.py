@@ -59,7 +59,7 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
         height=int(min(1400, max(480, 170 + 34 * 2 * rows))),
         legend={"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"},
     )
-    apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 20, "r": 20, "t": 100, "b": 40})
+    apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 20, "r": 70, "t": 100, "b": 40})
     for x, text in drawing.headings():
         figure.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False, font={"size": 12})
     span = [min(x for x, _ in drawing.places.values()) - 0.8, max(x for x, _ in drawing.places.values()) + 1.2]
@@ -213,7 +213,7 @@ class _Drawing:
         nodes: Any = self.circuit.nodes
         for kind in ("neuron", "stream", "head"):
             for row in nodes[nodes["kind"] == kind].to_dict("records"):
-                what = {"neuron": "neurons of", "stream": "outliers after", "head": "heads of"}[kind]
+                what = {"neuron": "neurons of", "stream": "outlier<br>stream after", "head": "heads of"}[kind]
                 told[self.places[row["name"]][0]] = f"{what}<br>block {row['layer']}"
         return list(told.items())
 

@@ -114,7 +114,7 @@ def evaluation_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure
     for group in groups:
         figure.add_trace(_legend_entry(group))
     own = " (dashed: the register's own)" if np.isfinite(evaluation.register_curve).any() else ""
-    extra = " (dashed: to register or bias)" if np.isfinite(evaluation.register_sink_curve).any() else ""
+    extra = " (dashed: register, bias)" if np.isfinite(evaluation.register_sink_curve).any() else ""
     _panel(figure, "", (0.0, 0.44), f"Largest patch norm{own}", "residual norm")
     _panel(figure, "2", (0.56, 1.0), f"Largest attention to a patch{extra}", "attention (0 to 1)")
     step = max(1, n_layers // 12)

@@ -11,7 +11,21 @@ import plotly.graph_objects as go
 from registerlens.theory.kernels import KernelReport
 from registerlens.theory.readers import KERNELS
 from registerlens.theory.verdicts import judge, main_rows, select
-from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink
+from registerlens.viz.theme import (
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    OLIVE,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Mode,
+    apply_theme,
+    ink,
+    on_cells,
+)
 
 _ROWS = {
     "value": "W_V",
@@ -28,6 +42,8 @@ _TITLES = {
 _MARKS = {"holds": "✓", "holds approximately": "≈", "fails": ""}
 _CELL = 34
 """Height of a cell in pixels."""
+_WIDTH = 660
+"""Width of a panel in pixels, about."""
 _WEIGHTS = 360
 """Height of the figure of weights, without axis title and legend."""
 _BETWEEN = 75
@@ -58,15 +74,13 @@ def kernel_figure(report: KernelReport, mode: Mode = "light") -> go.Figure:
     for vector, title in _TITLES.items():
         rows = select(main, condition=list(KERNELS), vector=vector)
         if len(rows):
-            panels.append(
-                _kernel_panel(report, rows, layers, f"{title}: read at which share of a random direction's strength")
-            )
+            words = f"{title}: read at which share of a random direction's strength"
+            panels.append(_kernel_panel(report, rows, layers, words, mode))
     for vector in ("outlier", "u2"):
         rows = select(main, condition="key", vector=vector)
         if len(rows):
-            panels.append(
-                _key_panel(report, rows, layers, f"{_TITLES[vector]} as a key: score over an ordinary key, in nats")
-            )
+            words = f"{_TITLES[vector]} as a key: score over an ordinary key, in nats"
+            panels.append(_key_panel(report, rows, layers, words, mode))
             break
     if not panels:
         return _empty("No later block or head reads what these neurons write.", mode)
@@ -119,7 +133,7 @@ def _name(report: KernelReport, layer: int) -> str:
 
 
 def _kernel_panel(
-    report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str
+    report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str, mode: Mode
 ) -> tuple[str, go.Heatmap, int]:
     conditions = [name for name in KERNELS if name in set(rows["condition"])]
     z = np.full((len(conditions), len(layers)), np.nan)
@@ -141,9 +155,8 @@ def _kernel_panel(
         z=z,
         x=[_name(report, layer) for layer in layers],
         y=[_ROWS[name] for name in conditions],
-        text=text,
+        **on_cells(text, z, 0.0, 2.0, "RdBu_r", mode, width=_WIDTH),
         customdata=hover,
-        texttemplate="%{text}",
         hovertemplate="%{y}, block %{x}: %{z:.3g}<br>%{customdata}<extra></extra>",
         colorscale="RdBu_r",
         zmin=0,
@@ -154,7 +167,9 @@ def _kernel_panel(
     return title, heatmap, len(conditions)
 
 
-def _key_panel(report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str) -> tuple[str, go.Heatmap, int]:
+def _key_panel(
+    report: KernelReport, rows: pd.DataFrame, layers: list[int], title: str, mode: Mode
+) -> tuple[str, go.Heatmap, int]:
     heads = sorted(set(rows["head"]))
     z = np.full((len(heads), len(layers)), np.nan)
     text, hover = np.full(z.shape, "", dtype=object), np.full(z.shape, "", dtype=object)
@@ -172,9 +187,8 @@ def _key_panel(report: KernelReport, rows: pd.DataFrame, layers: list[int], titl
         z=z,
         x=[_name(report, layer) for layer in layers],
         y=[f"head {head}" for head in heads],
-        text=text,
+        **on_cells(text, z, -reach, reach, "PRGn", mode, width=_WIDTH),
         customdata=hover,
-        texttemplate="%{text}",
         hovertemplate="%{y}, block %{x}: %{z:+.3g} nats<br>%{customdata}<extra></extra>",
         colorscale="PRGn",
         zmin=-reach,

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from registerlens.analysis.sink_edits import EDITS
 from registerlens.analysis.sink_kinds import SinkKinds
+from registerlens.analysis.trace import Trace
 from registerlens.errors import RegisterLensError
 from registerlens.theory.kernels import KernelReport
 from registerlens.viz.mechanism import HALF, HEADS, THRESHOLD, Mechanism
@@ -156,9 +157,27 @@ def evidence_section(found: Mechanism) -> Section:
     return Section(id="evidence", title="Evidence for the neurons", body=head + body)
 
 
-def circuit_section(circuit: Told) -> Section:
+def circuit_section(circuit: Told | RegisterLensError) -> Section:
     """The path from register neurons to [CLS]: in words, and as a graph."""
-    return Section(id="circuit", title="Attention circuit", body=f"{_words(circuit)}{plotted(circuit.plot())}")
+    head = (
+        "<p>How register neurons reach the output: what they write into outlier tokens, the heads that look there, and "
+        "what these bring. An edge is as wide as its share of what its receiver gets: blue adds to it, red takes away, "
+        "grey is all that has no edge of its own.</p>"
+    )
+    if isinstance(circuit, RegisterLensError):
+        told = _reason(circuit)
+    else:
+        told = _words(circuit) + plotted(circuit.plot(), circuit.describe())
+    return Section(id="circuit", title="Attention circuit", body=head + told)
+
+
+def no_circuit_section(trace: Trace) -> Section:
+    """What there is to say of it without outliers."""
+    body = (
+        f"<p>There is no path to follow: on these {trace.n_images} images the model has no outlier tokens, over which "
+        f"one would lead.</p>"
+    )
+    return Section(id="circuit", title="Attention circuit", body=body)
 
 
 # Their parts ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from registerlens.analysis.neuron_updates import COSINE_BINS, NeuronUpdates
 from registerlens.analysis.output_weights import OutputWeights
 from registerlens.analysis.top_outliers import PLACES
 from registerlens.evaluation.causal_order import CONDITIONS, CausalOrder
-from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme, paper
+from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme, on_cells, paper
 
 _ROW = 250
 """Height of a row of panels in pixels."""
@@ -234,7 +234,7 @@ def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
     figure = make_subplots(rows=n, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.1)
     change = found.change[:, : len(rows), order]
     for c in range(n):
-        text = [["" if np.isnan(v) else f"{v:+.0%}" for v in line] for line in change[c]]
+        text = np.array([["" if np.isnan(v) else f"{v:+.0%}" for v in line] for line in change[c]])
         figure.add_trace(
             go.Heatmap(
                 z=change[c],
@@ -245,9 +245,9 @@ def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
                 colorscale="RdBu",
                 showscale=c == 0,
                 colorbar={"tickformat": "+.0%", "title": "change"},
-                text=text,
-                texttemplate="%{text}" if len(names) <= 30 else None,
-                hovertemplate="edited %{y}, neuron %{x}: %{text}<extra></extra>",
+                **(on_cells(text, change[c], -1.0, 1.0, "RdBu", mode, width=740) if len(names) <= 30 else {}),
+                customdata=text,
+                hovertemplate="edited %{y}, neuron %{x}: %{customdata}<extra></extra>",
             ),
             row=c + 1,
             col=1,

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from registerlens.analysis.massive import MassiveActivations
 from registerlens.analysis.overlap import Overlap
 from registerlens.analysis.singular_defects import SingularDefects
-from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode, apply_theme
+from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode, apply_theme, on_cells
 
 _NAMED = 5
 """Neurons named in the figure of singular defects."""
@@ -127,7 +127,7 @@ def overlap_figure(overlap: Overlap, mode: Mode = "light") -> go.Figure:
     names = [name.replace(" ", "<br>", 1) for name in overlap.observables]
     counts = np.diag(overlap.counts)
     for column, (_, values) in enumerate(panels, start=1):
-        figure.add_trace(_heat_map(values, names, names, column == len(panels)), row=1, col=column)
+        figure.add_trace(_heat_map(values, names, column == len(panels), mode), row=1, col=column)
         figure.update_yaxes(autorange="reversed", row=1, col=column)
     figure.update_layout(
         height=430,
@@ -141,18 +141,19 @@ def overlap_figure(overlap: Overlap, mode: Mode = "light") -> go.Figure:
     return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
 
 
-def _heat_map(values: Float[np.ndarray, "row column"], rows: list[str], columns: list[str], scale: bool) -> go.Heatmap:
+def _heat_map(values: Float[np.ndarray, "row column"], names: list[str], scale: bool, mode: Mode) -> go.Heatmap:
+    text = np.array([["none" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values])
     return go.Heatmap(
         z=values,
-        x=columns,
-        y=rows,
+        x=names,
+        y=names,
         zmin=0,
         zmax=1,
         colorscale="Viridis",
         showscale=scale,
-        text=[["none" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values],
-        texttemplate="%{text}",
-        hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
+        **on_cells(text, values, 0.0, 1.0, "Viridis", mode, width=220),
+        customdata=text,
+        hovertemplate="%{y}, %{x}: %{customdata}<extra></extra>",
     )
 
 

@@ -22,7 +22,7 @@ from registerlens.viz.alternative import in_words
 from registerlens.viz.maps import colour, colour_bar, data_uri
 
 _ASSETS = files("registerlens") / "assets" / "page"
-_MARKUP = re.compile(r"<(?!/?(br|b|i|em|sub|sup|extra)\s*/?>)")
+_MARKUP = re.compile(r'<(?!/?(br|b|i|em|sub|sup|extra|span)\s*/?>|span style="color:#[0-9a-f]{6}">)')
 """A `<` that begins none of the tags our figures use."""
 
 
@@ -97,8 +97,10 @@ def _contents(sections: Sequence[Section]) -> str:
     return f'<nav aria-label="Contents"><details open><summary>Contents</summary><ol>{items}</ol></details></nav>'
 
 
-def plotted(figure: go.Figure) -> str:
+def plotted(figure: go.Figure, words: str = "") -> str:
     """A figure for a page that has plotly's script, with its numbers in words for those who do not see it.
+
+    Where its curves are no series of numbers, give better words.
 
     Names in it are shown as text: plotly would read `<a href=...>` in them as a link.
 
@@ -107,7 +109,7 @@ def plotted(figure: go.Figure) -> str:
         >>> "cdn.plot.ly" in page, "003ca href" in page  # plotly writes < as its code
         (False, False)
     """
-    told = html.escape(in_words(figure))
+    told = html.escape(words or in_words(figure))
     drawn = plotly.io.to_html(
         _as_text(json.loads(figure.to_json() or "{}")),
         full_html=False,

@@ -14,16 +14,18 @@ from registerlens.analysis.detection import layer_of
 from registerlens.analysis.maps import neuron_maps, patch_maps
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
-from registerlens.errors import NoOutliersError
+from registerlens.errors import NoOutliersError, RegisterLensError
 from registerlens.model.vit import HookedViT
 from registerlens.viz import mechanism_sections, sections
 from registerlens.viz.mechanism import Mechanism
 from registerlens.viz.mechanism_sections import Told
-from registerlens.viz.page import Section, write_page
+from registerlens.viz.page import Section, heading, write_page
 from registerlens.viz.study import RegisterStudy
 
 FEW = 4
 """So many neurons, and so many images, have maps in the sections on neurons and on the register."""
+EXPLORER_BYTES = 3_200_000
+"""Weight of the maps to look at by hand, at most: two conditions of two images with 257 tokens, the telling blocks."""
 
 _METHOD = """Norms are of the residual stream, patches only ([CLS] and registers excluded). "Ratio" is the largest patch
 norm over the image's median, averaged over images. Outliers are called present only where these ratios form a mode of
@@ -35,7 +37,7 @@ their own, separated by a gap. Method: Jiang et al. 2025, "Vision Transformers D
 class Explorer(Protocol):
     """What is to be looked at by hand, such as `rl.explore` makes."""
 
-    def section(self) -> str:
+    def section(self, *, max_bytes: int) -> str:
         """Its HTML, to stand in a page: whole, with its script, and all text in it escaped."""
         ...
 
@@ -63,7 +65,7 @@ def write_report(
     note: str = "",
     study: RegisterStudy | NoOutliersError | None = None,
     mechanism: Mechanism | None = None,
-    circuit: Told | None = None,
+    circuit: Told | RegisterLensError | None = None,
     explorer: Explorer | None = None,
 ) -> Path:
     """Write the page, whole or not at all; it opens from disk without a network.
@@ -80,8 +82,8 @@ def write_report(
             their own. Without outliers the page says that there is nothing to look for, whatever is given.
         mechanism: kernel conditions, kinds of sinks and evidence for the neurons, from `study_mechanism`; sections of
             their own.
-        circuit: the path from register neurons to [CLS], from `attention_circuit`.
-        explorer: attention to look at by hand, from `rl.explore`.
+        circuit: the path from register neurons to [CLS], from `attention_circuit`, or the reason why there is none.
+        explorer: attention to look at by hand, from `rl.explore`; it gets `EXPLORER_BYTES`.
 
     Returns:
         the path.
@@ -111,10 +113,12 @@ def write_report(
         body += [_neurons(vit, study.neurons, trace, *few), _register(vit, study, *few)]
     if mechanism is not None:
         body += mechanism_sections.mechanism_sections(mechanism)
-    if circuit is not None:
+    if trace.verdict == "absent":
+        body.append(mechanism_sections.no_circuit_section(trace))
+    elif circuit is not None:
         body.append(mechanism_sections.circuit_section(circuit))
     if explorer is not None:
-        body.append(Section(id="explorer", title="Look for yourself", body=explorer.section()))
+        body.append(_explorer(explorer))
     body.append(sections.numbers_section(trace))
     heads = f"{vit.cfg.n_heads} head{'s' if vit.cfg.n_heads > 1 else ''}"
     facts = [trace.model, f"{trace.n_images} images", f"{vit.cfg.n_layers} blocks", heads, f"width {vit.cfg.d_model}"]
@@ -174,6 +178,11 @@ def _register(
     with vit.edit(study.intervention):
         after = patch_maps(vit, images, layers)
     return sections.register_section(study, before, after, display, names)
+
+
+def _explorer(explorer: Explorer) -> Section:
+    title, inside = "Look for yourself", heading("Attention, patch by patch", "explorer")
+    return Section(id="explorer", title=title, body=inside + explorer.section(max_bytes=EXPLORER_BYTES))
 
 
 def _seen(display: np.ndarray, vit: HookedViT, images: Tensor) -> np.ndarray:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Bool, Float, UInt8
 
 from registerlens.errors import ConfigError
+from registerlens.viz.maps import colour
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#5C5C5C"
 SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#A4B46C", "#743C17"
@@ -29,6 +32,9 @@ _FONT, _POINTS = 13, 8
 """Size of text in pixels as drawn, and in points as it shall be printed."""
 PRINTED = _POINTS / 72 * 96 / _FONT
 """Size on paper over size as drawn."""
+
+_LABEL, _LETTER = 12, 0.62
+"""Largest size of labels on cells in pixels; width of a letter over its size, about."""
 
 _INK: dict[str, tuple[str, str, str]] = {
     "light": ("#1b1f24", "#ffffff", "#e3e6ea"),
@@ -96,6 +102,58 @@ def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     figure.update_xaxes(gridcolor=grid, zeroline=False, linecolor=grid, ticks="outside", tickcolor=grid)
     figure.update_yaxes(gridcolor=grid, zeroline=False, linecolor=grid)
     return figure
+
+
+def on_cells(
+    text: np.ndarray,
+    values: Float[np.ndarray, "row column"],
+    low: float,
+    high: float,
+    scale: str,
+    mode: Mode = "light",
+    *,
+    width: float | int,
+) -> dict[str, Any]:
+    """Labels of a heat map, each black or white, whichever stands out more from the colour of its cell.
+
+    Plotly would take white or a grey, which do not always reach the contrast that readers need. Where there is no
+    value the ground shows, and the label is of the colour of other text. Their size fits the narrow cells of large
+    models; plotly would count the markup as letters.
+
+    Args:
+        text: a label a cell, of the shape of `values`; empty ones stay empty. Hover labels need their own: their
+            ground is another.
+        values: what the colours mean, NaN where there is nothing.
+        low, high: where the colours end.
+        scale: plotly's name of the colours.
+        mode: of the figure.
+        width: of the map in pixels, about.
+
+    Returns:
+        options of `go.Heatmap`.
+
+    Example:
+        >>> options = on_cells(np.array([["a", "b"]]), np.array([[0.0, 1.0]]), 0.0, 1.0, "Viridis", width=400)
+        >>> options["text"].tolist(), options["textfont"]["size"]
+        ([['<span style="color:#ffffff">a</span>', '<span style="color:#000000">b</span>']], 12)
+    """
+    known = ~np.isnan(values)
+    white = _wants_white(colour(np.where(known, values, low), low, high, scale))
+    inks = np.where(known, np.where(white, "#ffffff", "#000000"), ink(mode))
+    labels = np.array(text, dtype=object)
+    for at in zip(*np.nonzero(labels != ""), strict=True):
+        labels[at] = f'<span style="color:{inks[at]}">{labels[at]}</span>'
+    letters = max(map(len, np.ravel(text)), default=0) * values.shape[1]
+    size = max(1, min(_LABEL, width / (_LETTER * max(letters, 1))))
+    return {"text": labels, "texttemplate": "%{text}", "textfont": {"size": size}}
+
+
+def _wants_white(ground: UInt8[np.ndarray, "*cell rgb"]) -> Bool[np.ndarray, "*cell"]:
+    """Whether white stands out more than black, by the relative luminance of WCAG 2; one of them always has 4.5."""
+    share = ground / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05
 
 
 def _recolour(figure: go.Figure) -> None:
