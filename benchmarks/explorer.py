@@ -21,17 +21,44 @@ LIMIT = 0.1
 """Seconds in which a change must be answered."""
 CHANGES = 40
 """Changes for each pair asked for."""
+KINDS = ("mean", "rollout", "one head")
+"""What a change asks for."""
 
-_BASE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_mlp": 3072, "image_size": 224, "patch_size": 16}
-_TINY = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_mlp": 48, "image_size": 42, "patch_size": 14}
+_BASE = {"n_layers": 12, "d_model": 768, "n_heads": 12, "d_mlp": 3072, "image_size": (224, 224), "patch_size": (16, 16)}
+_TINY = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_mlp": 48, "image_size": (42, 42), "patch_size": (14, 14)}
 
 
 def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """One row; the changes come in random order, the first ones, for which means are not there yet, among them."""
-    explorer = prepared(scale)
-    draw = random.Random(0)
-    seconds: dict[str, list[float]] = {"mean": [], "rollout": [], "one head": []}
-    for _ in range(CHANGES * pairs):
+    explorer, draw = prepared(scale), random.Random(0)
+    rounds = [_round(explorer, draw) for _ in range(pairs)]
+    slowest_kind = [max(statistics.median(one) for one in seconds.values() if one) for seconds in rounds]
+    together = {kind: [value for seconds in rounds for value in seconds[kind]] for kind in KINDS}
+    every = sorted(value for values in together.values() for value in values)
+    yield Row(
+        benchmark="explorer",
+        what="a change of the explorer, two conditions, from what was recorded: the slowest kind of change",
+        peer="100 ms",
+        ours=statistics.median(slowest_kind),
+        theirs=LIMIT,
+        ratio=statistics.median(slowest_kind) / LIMIT,
+        at_most=1.0,
+        missed_because="two patterns of 12 heads are computed anew",
+        details={
+            "ours": slowest_kind,
+            "ratios": [one / LIMIT for one in slowest_kind],
+            "changes": len(every),
+            "medians": {kind: statistics.median(values) for kind, values in together.items() if values},
+            "of_100_the_95th": every[int(0.95 * (len(every) - 1))],
+            "slowest": every[-1],
+        },
+    )
+
+
+def _round(explorer: Explorer, draw: random.Random) -> dict[str, list[float]]:
+    """Seconds of so many changes, by kind."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(CHANGES):
         question = change(explorer, draw)
         kind = question["head"] if isinstance(question["head"], str) else "one head"
         start = time.perf_counter()
@@ -39,25 +66,7 @@ def run(scale: Scale, pairs: int) -> Iterator[Row]:
         seconds[kind].append(time.perf_counter() - start)
         if "error" in told or len(buffers) != 4:
             raise RuntimeError(f"No answer to {question}: {told.get('error')}")
-    every = sorted(value for values in seconds.values() for value in values)
-    medians = {kind: statistics.median(values) for kind, values in seconds.items() if values}
-    worst = max(medians.values())
-    yield Row(
-        benchmark="explorer",
-        what="a change of the explorer, two conditions, from what was recorded: the slowest kind of change",
-        peer="100 ms",
-        ours=worst,
-        theirs=LIMIT,
-        ratio=worst / LIMIT,
-        at_most=1.0,
-        missed_because="two patterns of 12 heads are computed anew",
-        details={
-            "changes": len(every),
-            "medians": medians,
-            "of_100_the_95th": every[int(0.95 * (len(every) - 1))],
-            "slowest": every[-1],
-        },
-    )
+    return seconds
 
 
 def prepared(scale: Scale) -> Explorer:

@@ -13,8 +13,8 @@ torch.set_num_threads(1)
 
 
 # Shapes are checked at run time, which costs as much as the tests themselves, so: in every test function's first case
-# (the first in each process), and in a third of the further ones. Functions inside functions are left out: they would
-# be compiled again at every call of the outer one.
+# (the first in each process), and in a third of the further ones; not in slow tests, whose functions others call too.
+# Functions inside functions are left out: they would be compiled again at every call of the outer one.
 _typed = jaxtyping.jaxtyped
 
 
@@ -33,6 +33,7 @@ _SEEN = set()
 def pytest_runtest_protocol(item, nextitem):
     function = item.nodeid.split("[")[0]
     checked = function not in _SEEN or zlib.crc32(item.nodeid.encode()) % 3 == 0
+    checked = checked and item.get_closest_marker("slow") is None
     _SEEN.add(function)
     jaxtyping.config.update("jaxtyping_disable", not checked)
     return (yield)

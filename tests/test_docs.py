@@ -147,6 +147,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("site")
 def test_every_page_is_there_and_names_no_other_host_to_load_from(site):
     for path in [*PAGES, *(f"api/{page}.md" for page in hooks().public_names())]:
         html = (site / path).with_suffix(".html").read_text()
@@ -160,6 +161,7 @@ def test_every_page_is_there_and_names_no_other_host_to_load_from(site):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("site")
 @pytest.mark.parametrize("served", [False, True], ids=["as a file", "served"])
 def test_pages_open_and_search_works_without_the_network(site, served):
     with serving(site) if served else contextlib.nullcontext(site.as_uri()) as address:

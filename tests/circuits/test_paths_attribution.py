@@ -76,12 +76,12 @@ def test_along_the_way_they_add_up_to_patching_the_whole_point(model):
     vit = build(model).double()
     clean, corrupted = pair_of(vit)
     names = ["blocks.1.attn.hook_q", "blocks.1.mlp.hook_post", "hook_embed"]
-    found = attribution_patching(vit, clean, corrupted, names, metric=metric, steps=16, exact=2, sample=2)
+    found = attribution_patching(vit, clean, corrupted, names, metric=metric, steps=64, exact=2, sample=2)
     once = attribution_patching(vit, clean, corrupted, names, metric=metric, exact=0, sample=0)
     for i, name in enumerate(found.names):
         exact = path_patching(vit, clean, corrupted, name, metric=metric).together.mean()
         assert found.whole[i] == pytest.approx(exact, abs=1e-10)
-        assert found.by_name[i] == pytest.approx(exact, rel=2e-3, abs=1e-4)
+        assert found.by_name[i] == pytest.approx(exact, rel=1e-6)
     assert np.abs(once.by_name - once.whole).max() > 10 * np.abs(found.by_name - found.whole).max()
 
 

@@ -18,7 +18,7 @@ from conftest import NASTY
 from registerlens.explorer.codes import bound
 from registerlens.explorer.tokens import token_index
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("explorer")]  # what they share is made once
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster  # noqa: E402  (after its settings)
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]  # what they share is made once
 
 SETTINGS = {
     "worker_niceness": 0,

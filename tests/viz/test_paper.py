@@ -37,6 +37,9 @@ class Calls:
         return getattr(rl, name)
 
 
+SHARED = pytest.mark.xdist_group("paper")  # what they share is made once
+
+
 @pytest.fixture(scope="module")
 def vit():
     return rl.HookedViT.from_pretrained("registerlens:tiny")
@@ -76,6 +79,7 @@ def shown(trace, scale):
 
 
 @pytest.mark.slow
+@SHARED
 @pytest.mark.parametrize("number", MAPS)
 def test_maps_show_their_results(results, number):
     (found,) = results[number]
@@ -100,6 +104,7 @@ def test_maps_show_their_results(results, number):
 
 
 @pytest.mark.slow
+@SHARED
 @pytest.mark.parametrize("number", WITH_NEURONS)
 def test_neurons_show_their_results(results, number):
     maps, neurons = results[number]
@@ -110,6 +115,7 @@ def test_neurons_show_their_results(results, number):
 
 
 @pytest.mark.slow
+@SHARED
 @pytest.mark.parametrize("number", SHIFTS)
 def test_histograms_count_their_results(results, number):
     (found,) = results[number]
@@ -124,6 +130,7 @@ def test_histograms_count_their_results(results, number):
 
 
 @pytest.mark.slow
+@SHARED
 def test_other_figures_show_their_results(results):
     for number in (2, 26):
         (trace,) = results[number]
@@ -146,6 +153,7 @@ def test_other_figures_show_their_results(results):
 
 
 @pytest.mark.slow
+@SHARED
 @pytest.mark.parametrize(("mode", "size"), [("light", "page"), ("dark", "column")])
 def test_every_figure_is_drawn_in_every_look(results, mode, size):
     widths = {"page": 820, "column": 392}
@@ -157,6 +165,7 @@ def test_every_figure_is_drawn_in_every_look(results, mode, size):
 
 
 @pytest.mark.slow
+@SHARED
 def test_mistakes_say_what_to_do(results):
     with pytest.raises(ConfigError, match=r"(?s)no figure 77.*1: Outliers.*29: DINOv2") as caught:
         paper_figure(77)
@@ -269,6 +278,7 @@ def test_shifts_equal_the_cache():
 
 
 @pytest.mark.slow
+@SHARED
 def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tmp_path):
     assert [results[number][0].taken for number in (4, 22, 23, 24)] == [1, 1, 0, 0]
     found = results[4][0]
@@ -290,6 +300,7 @@ def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tm
 
 
 @pytest.mark.slow
+@SHARED
 def test_tables_say_what_results_hold(vit, results):
     images = synthetic_images(4, 0).images
     updates = rl.value_update(vit, images, NEURONS, registers=[1, 2])

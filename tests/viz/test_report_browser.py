@@ -14,7 +14,7 @@ from registerlens.viz.mechanism import study_mechanism
 from registerlens.viz.report import write_report
 from registerlens.viz.study import explore_few, study_registers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report")]  # what they share is made once
 
 IMAGE = "<img src=x onerror=alert(1)>.png"
 MODEL = "</script><script>window.ran = true</script><a href='https://x.example'>model</a>"
