@@ -12,7 +12,7 @@ test: .venv/ready
 
 # What takes long: tutorials, the demo, benchmarks at a tiny scale, real DINOv2-S, kills in a row, a Ray cluster.
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -13,9 +13,10 @@ torch.set_num_threads(1)
 
 
 # Shapes are checked at run time, which costs as much as the tests themselves, so: in every test function's first case
-# (the first in each process), and in a third of the further ones; not in slow tests, whose functions others call too.
-# Functions inside functions are left out: they would be compiled again at every call of the outer one.
+# (the first in each process), and in a fifth of the further ones. Functions inside functions are left out: they would
+# be compiled again at every call of the outer one. `make test-slow` sets jaxtyping's own switch and checks none.
 _typed = jaxtyping.jaxtyped
+_SEEN = set()
 
 
 def _unless_nested(fn=None, **kwargs):
@@ -24,19 +25,17 @@ def _unless_nested(fn=None, **kwargs):
     return fn if "<locals>" in getattr(fn, "__qualname__", "") else _typed(fn, **kwargs)
 
 
-jaxtyping.jaxtyped = _unless_nested
-jaxtyping.install_import_hook("registerlens", "beartype.beartype")
-_SEEN = set()
+if not jaxtyping.config.jaxtyping_disable:
+    jaxtyping.jaxtyped = _unless_nested
+    jaxtyping.install_import_hook("registerlens", "beartype.beartype")
 
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item, nextitem):
-    function = item.nodeid.split("[")[0]
-    checked = function not in _SEEN or zlib.crc32(item.nodeid.encode()) % 3 == 0
-    checked = checked and item.get_closest_marker("slow") is None
-    _SEEN.add(function)
-    jaxtyping.config.update("jaxtyping_disable", not checked)
-    return (yield)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(item, nextitem):
+        function = item.nodeid.split("[")[0]
+        checked = function not in _SEEN or zlib.crc32(item.nodeid.encode()) % 5 == 0
+        _SEEN.add(function)
+        jaxtyping.config.update("jaxtyping_disable", not checked)
+        return (yield)
 
 
 @pytest.fixture(scope="session")
