@@ -31,7 +31,7 @@ def trace_figure(trace: Trace, mode: Mode = "light") -> go.Figure:
         rows=1,
         cols=2,
         horizontal_spacing=0.1,
-        subplot_titles=("Patch norms (mean over images)", f"Attention of {query} to its favourite patch"),
+        subplot_titles=("Patch norms (mean over images)", f"Attention to {query}'s favourite patch"),
     )
 
     def curve(column: int, y: np.ndarray, name: str, colour: str, dash: str = "solid") -> None:

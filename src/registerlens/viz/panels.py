@@ -179,7 +179,7 @@ class _Places:
         self.above = [_GAP + _LINE * n_lines for n_lines in lines]
         self.inner_width = self.panel_width * n + _GAP * (n - 1)
         self.inner_height = max(sum(self.heights) + sum(self.above), 0.0 if self.narrow else 130.0 * n_scales)
-        top = (46 if title else 0) + _EDGE
+        top = (46 if title else 28) + _EDGE  # without a title too, plotly's row of buttons needs a place
         self.margin = {"l": left, "r": right, "t": top, "b": _EDGE + below}
         self.width = round(self.inner_width + left + right)
         self.height = round(self.inner_height + top + _EDGE + below)
