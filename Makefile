@@ -10,9 +10,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2
 
-# What takes long: tutorials, the demo, benchmarks at a tiny scale, real DINOv2-S, kills in a row, a Ray cluster.
+# What takes long, and waits for others for a third of its time: tutorials, the demo, benchmarks at a tiny scale, real DINOv2-S, kills in a row, a Ray cluster.
 test-slow: .venv/ready
-	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -n 3 --dist loadgroup -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .
