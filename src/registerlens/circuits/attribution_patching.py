@@ -323,7 +323,7 @@ def _check_slope(metric: Metric, steps: int, estimated: np.ndarray, true: np.nda
         )
 
 
-def _rows(rows: list[Float[np.ndarray, " pos"]]) -> Float[np.ndarray, "name pos"]:
+def _rows(rows: list[Float[np.ndarray, "..."]]) -> Float[np.ndarray, "name pos"]:
     """Rows side by side; those of fewer tokens end in NaN."""
     width = max((row.size for row in rows), default=0)
     return np.stack([np.pad(row.reshape(-1), (0, width - row.size), constant_values=np.nan) for row in rows])
