@@ -27,8 +27,11 @@ class Collected:
         self._take("", found)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """All images of one array, float64."""
-        return np.concatenate(self._parts[name])
+        """All images of one array, float64; batches are put together once, as tables ask for an array edge by edge."""
+        parts = self._parts[name]
+        if len(parts) > 1:
+            parts[:] = [np.concatenate(parts)]
+        return parts[0]
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts

@@ -91,8 +91,7 @@ def contributions(
     norms = seen.stream.norm(dim=-1, keepdim=True)
     stream = seen.tokens.mean(einsum(writers, seen.stream / norms, "part token d, token d -> part token"))
     stream_norm = seen.tokens.mean(norms[:, 0])
-    shared = [(parts, score) for parts, score in _scores(vit, seen, writers)]
-    scores, score = (torch.stack(each, -2) for each in zip(*shared, strict=True))
+    scores, score = (torch.stack(each, -2) for each in zip(*_scores(vit, seen, writers), strict=True))
     layers = sorted(seen.pattern)
     mean = mean_reader(seen)
     norm = mean.norm(dim=-1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, detect
 from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.stored import Stored
-from registerlens.circuits.readout import Direction, Readout, Space
+from registerlens.circuits.readout import Direction, Readout, Space, pool_weights
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError
@@ -248,7 +248,7 @@ class _Apart:
         scale = scales["ln_final"][..., 0] if "ln_final" in scales else one
         # How much of what is written at a token arrives in the reading, but for the direction.
         self.reach = {
-            name: readout.weights(name, self.layout).to(self.wide) / scale / self.pool_scale[:, None]
+            name: pool_weights(name, self.layout).to(vit.device, self.wide) / scale / self.pool_scale[:, None]
             for name in self.parts
         }
         self.kinds = self._kinds(detection.cutoff.above(norms[0]))
@@ -292,22 +292,21 @@ class _Apart:
 
     def _heads(self, z: Tensor, hook: Any) -> None:
         attn = cast(Block, self.vit.blocks[hook.layer()]).attn
-        found = bias = None
-        for part, vector in self.parts.items():
-            toward = attn.W_O.to(self.wide) @ vector
-            mine = (self._written(z, part) * toward).sum(-1)
-            constant = self.reach[part].sum(1) * (attn.b_O.to(self.wide) @ vector)
-            found, bias = mine if found is None else found + mine, constant if bias is None else bias + constant
-        self.found_at["heads"][hook.layer()] = cast(Tensor, found)
-        self.found_at["attn_bias"][hook.layer()] = cast(Tensor, bias)
+        W_O, b_O = attn.W_O.to(self.wide), attn.b_O.to(self.wide)
+        each = ((self._written(z, part) * (W_O @ vector)).sum(-1) for part, vector in self.parts.items())
+        self.found_at["heads"][hook.layer()] = sum_of(each)
+        self.found_at["attn_bias"][hook.layer()] = self._constant(b_O)
 
     def _neurons(self, post: Tensor, hook: Any) -> None:
         mlp = cast(Block, self.vit.blocks[hook.layer()]).mlp
         W_out, b_out = mlp.W_out.to(self.wide), mlp.b_out.to(self.wide)
         each = ((self._written(post, part) * (W_out @ vector)) for part, vector in self.parts.items())
         self.found_at["neurons"][hook.layer()] = sum_of(each)
-        biases = (self.reach[part].sum(1) * (b_out @ vector) for part, vector in self.parts.items())
-        self.found_at["mlp_bias"][hook.layer()] = sum_of(biases)
+        self.found_at["mlp_bias"][hook.layer()] = self._constant(b_out)
+
+    def _constant(self, bias: Float[Tensor, " d_model"]) -> Float[Tensor, " batch"]:
+        """What a bias that is written at every token adds."""
+        return sum_of(self.reach[part].sum(1) * (bias @ vector) for part, vector in self.parts.items())
 
     def _keep_values(self, v: Tensor, hook: Any) -> None:
         self.values = {hook.layer(): v.to(self.wide)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.circuits.contributions import mean_reader, written
-from registerlens.circuits.readings import direction_of, project, run_head
+from registerlens.circuits.readings import direction_of, project, run_head, scale_of
 from registerlens.circuits.sighting import VIA, Sight
 from registerlens.interventions.targets import Heads
 from registerlens.model.attention import final_point
@@ -96,13 +96,14 @@ def _without_in_keys(
     for layer in sorted({layer for layer, _ in heads.pairs}):
         resid, at = vit(resid, start_at_layer=at, stop_at_layer=layer, layout=seen.tokens.layout), layer
         keys = _Keys(vit, layer, resid, seen)
+        clean_score, clean_attention = seen.tokens.mean(seen.scores[layer].T), seen.pattern[layer][..., 0]
         columns = [i for i, (of, _) in enumerate(heads.pairs) if of == layer]
         chosen = [heads.pairs[i][1] for i in columns]
         for sender, part in enumerate(senders):
             for norm, name in enumerate(NORMS):
                 scores, paid = keys.without(part, held=name == "held")
-                score[:, norm, sender, columns] = (seen.tokens.mean(seen.scores[layer].T) - scores)[:, chosen]
-                attention[:, norm, sender, columns] = (seen.pattern[layer][..., 0] - paid)[:, chosen]
+                score[:, norm, sender, columns] = (clean_score - scores)[:, chosen]
+                attention[:, norm, sender, columns] = (clean_attention - paid)[:, chosen]
     return score, attention
 
 
@@ -146,9 +147,9 @@ class _Keys:
         attn, left = self.block.attn, self.stream - part
         k = self._project(_normed(self.block.ln1, left, self.stream if held else left))
         if attn.k_norm is not None:
-            scale_of = self._project(_normed(self.block.ln1, self.stream, self.stream)) if held else k
+            scaled_as = self._project(_normed(self.block.ln1, self.stream, self.stream)) if held else k
             pattern = "token (group key) d -> token group (key d)"
-            groups = (rearrange(x, pattern, key=attn.k_norm.together) for x in (k, scale_of))
+            groups = (rearrange(x, pattern, key=attn.k_norm.together) for x in (k, scaled_as))
             normed = _normed(attn.k_norm.norm, *groups)
             k = rearrange(normed, "token group (key d) -> token (group key) d", key=attn.k_norm.together)
         return k if self.rotation is None else self.rotation(k[None])[0]
@@ -159,11 +160,10 @@ class _Keys:
 
 
 def _normed(
-    norm: Norm, x: Float[Tensor, "*place width"], scale_of: Float[Tensor, "*place width"]
+    norm: Norm, x: Float[Tensor, "*place width"], scaled_as: Float[Tensor, "*place width"]
 ) -> Float[Tensor, "*place width"]:
     """The norm of x, with the scale of another stream."""
-    scale = (norm.centre(scale_of).square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    return norm.affine(norm.centre(x) / scale)
+    return norm.affine(norm.centre(x) / scale_of(norm, scaled_as))
 
 
 # In the reader's stream ----------------------------------------------------------------------------------------------
@@ -223,6 +223,6 @@ def _wrote(vit: HookedViT, seen: Sight, layer: int, head: int, via: int) -> Floa
     z[:, :, head] = every[:, :, via, head]
     if attn.ln is not None:
         # The norm before W_O has the scale of all heads and keys together; its bias is no head's.
-        whole, own = every.sum(2).flatten(-2), z.flatten(-2)
-        z = (_normed(attn.ln, own, whole) - _normed(attn.ln, own * 0, whole)).unflatten(-1, z.shape[-2:])
+        own = attn.ln.centre(z.flatten(-2)) / scale_of(attn.ln, every.sum(2).flatten(-2)) * attn.ln.w
+        z = own.unflatten(-1, z.shape[-2:])
     return einsum(z, attn.W_O.to(z.dtype), "b q head d, head d d_model -> b q d_model")

@@ -6,7 +6,6 @@ Everything here runs backwards: from what a receiver takes to the vector that it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from registerlens.circuits.readout import pool_weights
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import ConfigError
 from registerlens.model.block import Block
@@ -45,10 +45,14 @@ def through_norm(
         >>> bool(torch.isclose(vector @ x + constant, norm(x) @ reading))
         True
     """
-    scale = (norm.centre(x).square().mean(-1, keepdim=True) + norm.eps).sqrt()
     bias = norm.affine(torch.zeros_like(norm.w)).to(x.dtype)
     # Taking out the mean is a symmetric projection: it is its own adjoint.
-    return norm.centre(norm.w.to(x.dtype) * reading) / scale, reading @ bias
+    return norm.centre(norm.w.to(x.dtype) * reading) / scale_of(norm, x), reading @ bias
+
+
+def scale_of(norm: Norm, x: Float[Tensor, "*place width"]) -> Float[Tensor, "*place 1"]:
+    """What a norm divides x by, past its hook point."""
+    return (norm.centre(x).square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
 def read_keys(
@@ -212,7 +216,7 @@ def read_output(
         g, more = through_norm(head.ln, pooled, g)
         bias = bias + more
     if head.pooling:
-        shares = _shares(head.pooling, layout).to(g)
+        shares = torch.stack([pool_weights(part, layout) for part in head.pooling]).to(g)
         g = einsum(rearrange(g, "b (part d) -> b part d", part=len(shares)), shares, "b part d, part pos -> b pos d")
     else:
         g, bias = g * readers[..., None], (bias * readers).sum(1)
@@ -220,17 +224,3 @@ def read_output(
     if isinstance(vit.ln_final, Norm):
         vectors, constants = through_norm(vit.ln_final, final, g)
     return OutputReading(vectors, constants, bias, project(out, direction, readers))
-
-
-def _shares(pooling: Sequence[str], layout: TokenLayout) -> Float[Tensor, "part pos"]:
-    """How much of each token goes into each pooled part."""
-    shares = torch.zeros(len(pooling), layout.n_tokens)
-    for row, part in zip(shares, pooling, strict=True):
-        places = {
-            "cls": layout.cls,
-            "distillation": layout.distillation,
-            "mean": layout.patches,
-            "mean_all": slice(layout.patches.stop),
-        }[part]
-        row[places] = 1.0
-    return shares / shares.sum(1, keepdim=True)

@@ -70,6 +70,26 @@ def check_class(vit: HookedViT, index: int) -> None:
         raise ShapeError(f"Class {index} does not exist: the model has classes 0 to {output_width(vit) - 1}.")
 
 
+def pool_weights(part: str, layout: TokenLayout) -> Float[Tensor, " pos"]:
+    """How much each token counts in what the head pools under this name; float64, on the CPU.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> layout = rl.HookedViT.from_pretrained("registerlens:tiny").layout(torch.rand(1, 3, 16, 16))
+        >>> pool_weights("mean", layout)
+        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
+    """
+    weights = torch.zeros(layout.n_tokens, dtype=torch.float64)
+    where = {
+        "cls": layout.cls,
+        "distillation": layout.distillation,
+        "mean": layout.patches,
+        "mean_all": slice(layout.patches.stop),
+    }[part]
+    weights[where] = 1.0
+    return weights / weights.sum()
+
+
 @dataclass(frozen=True)
 class Readout:
     """A number for each image, linear in the tokens that enter the final norm once the norms' scales are known."""
@@ -129,18 +149,6 @@ class Readout:
     def pool_norm(self) -> nn.Module | None:
         """The norm between pooling and what is read, if there is one."""
         return self.vit.head.ln if self.space == "output" else None
-
-    def weights(self, part: str, layout: TokenLayout) -> Float[Tensor, " pos"]:
-        """How much each token counts in a pooled part."""
-        weights = torch.zeros(layout.n_tokens, dtype=torch.float64)
-        where = {
-            "cls": layout.cls,
-            "distillation": layout.distillation,
-            "mean": layout.patches,
-            "mean_all": slice(layout.patches.stop),
-        }[part]
-        weights[where] = 1.0
-        return (weights / weights.sum()).to(self.vit.device)
 
     def measure(self, tokens: Float[Tensor, "batch pos d_model"], layout: TokenLayout) -> Float[Tensor, " batch"]:
         """The number itself, from the tokens after the final norm, through the model's own modules; before a tanh."""

@@ -35,7 +35,7 @@ class Located:
     groups: Float[Tensor, "batch pos via"]
     """1 where a token belongs to the group, in the order of `VIA`."""
     places: slice
-    """Located that may read: [CLS] alone, or the patches."""
+    """Tokens that may read: [CLS] alone, or the patches."""
     readers: Float[Tensor, "batch reader"]
     """How much each of them counts: 1 for [CLS]; 1 / n for each of n ordinary patches, 0 for outliers."""
 
