@@ -187,26 +187,33 @@ def nodes_table(measured: Measured, shown: Shown, edges: pd.DataFrame, effects: 
     found, unknown = measured.found, np.full(len(measured.times), np.nan)
     rows: list[Row] = []
 
-    def add(name: str, kind: str, whole: np.ndarray, unit: str, place: tuple[int, int] = (-1, -1)) -> None:
-        labels = {"name": name, "kind": kind, "layer": place[0], "index": place[1], "unit": unit}
-        rows.append((labels | {"attention": np.nan, "attention_without": np.nan}, whole))
+    def add(
+        name: str,
+        kind: str,
+        whole: np.ndarray,
+        unit: str,
+        place: tuple[int, int] = (-1, -1),
+        attention: tuple[float, float] = (np.nan, np.nan),
+    ) -> None:
+        values = (name, kind, *place, unit, *attention)
+        rows.append((dict(zip(columns, values, strict=True)), whole))
+
+    columns = ("name", "kind", "layer", "index", "unit", "attention", "attention_without")
 
     for i in shown.neurons:
         add(measured.written[i], "neuron", unknown, "", measured.neurons.pairs[i])
     add(STREAM, "stream", found["stream_norm"], "norm", (measured.block, -1))
     for column, (layer, head) in enumerate(shown.heads):
         at = measured.at(layer)
-        add(head_name(layer, head), "head", found["score"][:, at, head], "score", (layer, head))
         paid = found["attention"][:, at, head, 0].mean()
-        rows[-1][0]["attention"] = paid
-        if effects is not None:
-            rows[-1][0]["attention_without"] = paid - effects["attention"][:, 0, -1, column].mean()
+        fall = np.nan if effects is None else effects["attention"][:, 0, -1, column].mean()
+        score = found["score"][:, at, head]
+        add(head_name(layer, head), "head", score, "score", (layer, head), (paid, paid - fall))
     for receiver in measured.receivers:
         kind = "output" if receiver == OUTPUT else "reader"
         add(receiver, kind, measured.field(receiver, "whole"), "projection" if kind == "output" else "norm")
     for sender in edges["sender"][edges["sender"].str.startswith(REST)]:
         add(sender, "rest", unknown, "")
-    columns = ("name", "kind", "layer", "index", "unit", "attention", "attention_without")
     return tabulate(rows, measured.times, columns, "whole")
 
 

@@ -22,8 +22,8 @@ from registerlens.model.attention import HeadNorm
 from registerlens.model.block import Block
 from registerlens.model.norms import LayerNorm
 from registerlens.model.vit import HookedViT
+from registerlens.theory.subspaces import centred, dimensions, fold
 from registerlens.theory.subspaces import directions as unit_directions
-from registerlens.theory.subspaces import fold
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -244,8 +244,9 @@ class _Circuit:
         for name, weight in weights.items():
             wide = fold(block.ln1, rearrange(weight, "head d_model d -> d_model (head d)")).cpu()
             folded[name] = rearrange(wide, "d_model (head d) -> head d_model d", head=n_heads)
-        out = fold(attn.ln, rearrange(attn.W_O, "head d d_model -> (head d) d_model")) if attn.ln is not None else None
-        O = attn.W_O.detach().double() if out is None else rearrange(out, "(head d) m -> head d m", head=n_heads)  # noqa: E741
+        O = attn.W_O.detach().double()  # noqa: E741
+        if attn.ln is not None:
+            O = rearrange(fold(attn.ln, rearrange(O, "head d m -> (head d) m")), "(head d) m -> head d m", head=n_heads)  # noqa: E741
         bias = attn.b_Q.detach().double().cpu()
         if isinstance(block.ln1, LayerNorm):
             bias = (
@@ -269,8 +270,7 @@ class _Circuit:
     def quantities(self, vectors: Float[Tensor, "item d_model"]) -> Float[Tensor, "quantity head item"]:
         """QUANTITIES of some directions of the stream."""
         d_model, d_head = self.Q.shape[1:]
-        unit = unit_directions(self.norm, vectors)
-        n = d_model - isinstance(self.norm, LayerNorm)  # directions that pass the norm
+        unit, n = unit_directions(self.norm, vectors), dimensions(self.norm, d_model)
         key = einsum(unit, self.K, "item m, head m d -> head item d")
         value = einsum(unit, self.V, "item m, head m d -> head item d")
         written = value @ self.O
@@ -297,8 +297,7 @@ def _head_norm(norm: HeadNorm | None, weight: Float[Tensor, "head m d_head"]) ->
     inner = norm.norm
     scale = inner.w.detach().double().cpu()
     if norm.together == 1:
-        centred = weight - weight.mean(-1, keepdim=True) if isinstance(inner, LayerNorm) else weight
-        return centred * scale
+        return centred(inner, weight) * scale
     if isinstance(inner, LayerNorm):
         return torch.full_like(weight, torch.nan)
     return weight * rearrange(scale, "(head d) -> head 1 d", head=len(weight))
@@ -338,8 +337,7 @@ def directions_met(
     vector = direction.detach().double().cpu()
     if vector.shape != (vit.cfg.d_model,):
         raise ShapeError(f"A direction of the stream has {vit.cfg.d_model} numbers, got {list(vector.shape)}.")
-    norm = cast(Block, vit.blocks[0]).ln1
-    left = vector - vector.mean() if isinstance(norm, LayerNorm) else vector
+    left = centred(cast(Block, vit.blocks[0]).ln1, vector)
     if not vector.isfinite().all() or left.norm() <= 1e-9 * vector.norm() or not vector.any():
         raise ShapeError("The direction is zero once its mean is taken out, or not finite: no head can see it.")
     return [vector] * n, "the given direction"

@@ -140,9 +140,9 @@ def patch_lens(
     """
     reader = _Reader.of(vit, directions, space, cosine)
     places = _places(vit, sublayers)
-    layout = vit.layout(images) if len(images) else None
-    if layout is None:
-        raise ImageError("No image was given.")
+    if not len(images):
+        raise ImageError("No image was given: the tensor is empty.")
+    layout = vit.layout(images)
     if classes is not None:
         chosen = tuple(dict.fromkeys(int(index) for index in classes))
         if wrong := [index for index in chosen if not 0 <= index < reader.n]:

@@ -269,12 +269,10 @@ def _hear(
 ) -> dict[str, Tensor]:
     """What each receiver is when it hears of the sender directly."""
     heard: dict[str, Tensor] = {}
+    receivers = sorted({site.name for site in plan.receivers})
     hooks: list[Any] = [
         patch(plan.sender, sent, layout, pair.rows),
-        (
-            sorted({site.name for site in plan.receivers}),
-            keep(heard),
-        ),  # first: a receiver may be a frozen output itself
+        (receivers, keep(heard)),  # before freezing: a receiver may be a frozen output itself
         (plan.frozen(vit), lambda x, hook: clean[hook.name]),
     ]
     block = block_of(plan.sender.name, vit)
