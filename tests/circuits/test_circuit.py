@@ -1,5 +1,6 @@
 """Attention circuits: sums against products written out here, effects against edits of the model, planted answers."""
 
+import copy
 import dataclasses
 
 import networkx as nx
@@ -358,6 +359,24 @@ def test_pruning_hides_neurons_and_heads_below_the_share_in_the_rest(tiny):
     rest = [value(one.edges, sender="rest of outlier stream")["value"] for one in (circuit, pruned)]
     hidden = circuit.edges.query("receiver == 'outlier stream' and share.abs() < 0.1")["value"].sum()
     assert np.isclose(rest[1], hidden) and rest[1] > 10 * abs(rest[0])
+
+
+def test_heads_are_shown_that_look_at_outliers_or_write_much_from_them_and_the_others_join_the_rest(planted):
+    vit, truth, image, circuit = planted
+    loud = copy.deepcopy(vit)
+    with torch.no_grad():
+        loud.blocks[2].attn.out.weight[:, 24:36] *= 100  # head 2.2, no sink
+    options = {"detection": circuit.detection, "block": 1, "check": False}
+    every, pruned = (attention_circuit(loud, image, truth.neurons, min_share=m, **options) for m in (0.0, 0.02))
+    assert set(pruned.nodes.query("kind == 'head'")["name"]) == {"head 2.1", "head 3.0", "head 2.2"}
+    attention = every.nodes.query("kind == 'head'").set_index("name")["attention"]
+    assert attention["head 2.2"] < 0.02 * attention.sum() < attention["head 3.0"]  # it is in for its write alone
+    written = every.edges.query("receiver == '[CLS]' and via == 'outliers'").set_index("sender")["share"]
+    assert written[["head 2.1", "head 3.0"]].max() < 0.02 < written["head 2.2"]  # and the sinks for their attention
+    rest = [value(one.edges, sender="rest of [CLS]")["value"] for one in (every, pruned)]
+    shown = [set(zip(one.edges["sender"], one.edges["via"], strict=True)) for one in (every, pruned)]
+    into = every.edges.query("receiver == '[CLS]' and via != ''").set_index(["sender", "via"])["value"]
+    assert np.isclose(rest[1] - rest[0], into[list(shown[0] - shown[1] & set(into.index))].sum(), rtol=1e-4)
 
 
 def test_half_precision_is_reported_not_refused(tiny):
