@@ -76,10 +76,7 @@ def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
     figure.update_layout(title={"text": title, "font": {"size": 14}}, height=150 + rows * 270)
     figure.update_annotations(font_size=13)
     figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
-    n_layers, n_heads = found.copying.shape
-    figure.update_xaxes(title_text="head", showgrid=False, dtick=max(1, n_heads // 6), range=[-0.5, n_heads - 0.5])
-    figure.update_yaxes(title_text="block", showgrid=False, dtick=max(1, n_layers // 6), range=[-0.5, n_layers - 0.5])
-    return figure
+    return _layer_by_head(figure, found.copying.shape)
 
 
 def direct_figure(found: DirectContributions, mode: Mode = "light") -> go.Figure:
@@ -185,8 +182,11 @@ def key_share_figure(found: KeyShare, mode: Mode = "light") -> go.Figure:
     figure.update_layout(title={"text": title, "font": {"size": 14}}, height=400)
     figure.update_annotations(font_size=13)
     figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
-    n_layers, n_heads = found.along.shape
-    figure.update_xaxes(title_text="head", showgrid=False, dtick=max(1, n_heads // 6), range=[-0.5, n_heads - 0.5])
-    return figure.update_yaxes(
-        title_text="block", showgrid=False, dtick=max(1, n_layers // 6), range=[-0.5, n_layers - 0.5]
-    )
+    return _layer_by_head(figure, found.along.shape)
+
+
+def _layer_by_head(figure: go.Figure, shape: tuple[int, ...]) -> go.Figure:
+    """Axes of maps with a row a block and a column a head."""
+    for update, name, n in ((figure.update_yaxes, "block", shape[0]), (figure.update_xaxes, "head", shape[1])):
+        update(title_text=name, showgrid=False, dtick=max(1, n // 6), range=[-0.5, n - 0.5])
+    return figure

@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 
 from registerlens.circuits.attributions import Attributions
 from registerlens.circuits.paths import PathEffects
+from registerlens.viz.agreement import agreement_panel
 from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme, ink
 
 _DRAWN = 40
@@ -91,7 +92,7 @@ def attributions_figure(found: Attributions, mode: Mode = "light") -> go.Figure:
             row=1,
             col=1,
         )
-    _checked(figure, found)
+    agreement_panel(figure, "attribution", "exact = estimated", _checked(found), "no unit was patched exactly")
     figure.update_annotations(font_size=13)
     height = 200 + max(260, 30 * len(found.names))
     figure.update_layout(height=height, legend={"orientation": "h", "x": 0, "y": -100 / height, "yanchor": "top"})
@@ -100,44 +101,27 @@ def attributions_figure(found: Attributions, mode: Mode = "light") -> go.Figure:
     return figure.update_yaxes(autorange="reversed", type="category", automargin=True, row=1, col=1)
 
 
-def _checked(figure: go.Figure, found: Attributions) -> None:
-    figure.update_xaxes(title_text="attribution", row=1, col=2)
-    figure.update_yaxes(title_text="exact effect", row=1, col=2)
-    if not len(found.checked):
-        figure.add_annotation(
-            text="no unit was patched exactly",
-            x=0.5,
-            y=0.5,
-            xref="x domain",
-            yref="y domain",
-            showarrow=False,
-            row=1,
-            col=2,
-        )
-        return
-    estimated = found.by_unit[found.checked]
-    ends = [float(np.nanmin([estimated, found.exact])), float(np.nanmax([estimated, found.exact]))]
-    line = {"color": GREY, "dash": "dash"}
-    figure.add_trace(go.Scatter(x=ends, y=ends, name="exact = estimated", mode="lines", line=line), row=1, col=2)
+def _checked(found: Attributions) -> list[go.Scatter]:
+    """Units that were patched exactly, a trace a group."""
     table = found.to_dataframe().iloc[found.checked]
-    words = [f"{n} {k} {u}" for n, k, u in zip(table["name"], table["kind"], table["unit"], strict=True)]
-    for name, some, colour in (
+    dots = []
+    for name, chosen, colour in (
         ("random units", ~found.is_candidate, ORANGE),
         ("largest attributions", found.is_candidate, RED),
     ):
-        figure.add_trace(
+        some = table[chosen]
+        dots.append(
             go.Scatter(
-                x=estimated[some],
-                y=found.exact[some],
-                text=[word for word, shown in zip(words, some, strict=True) if shown],
+                x=some["attribution"],
+                y=some["exact"],
+                text=[f"{n} {k} {u}" for n, k, u in zip(some["name"], some["kind"], some["unit"], strict=True)],
                 name=name,
                 mode="markers",
                 marker={"color": colour, "size": 8, "opacity": 0.8},
                 hovertemplate="%{text}<br>attribution %{x:.4g}, exact %{y:.4g}<extra></extra>",
-            ),
-            row=1,
-            col=2,
+            )
         )
+    return dots
 
 
 def _agreement(found: Attributions) -> str:

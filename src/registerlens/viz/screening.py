@@ -9,7 +9,8 @@ from plotly.subplots import make_subplots
 from registerlens.sweep.attribution import EdgeAttribution
 from registerlens.sweep.moments import RankCorrelation
 from registerlens.sweep.screening import METHODS, Screening
-from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme
+from registerlens.viz.agreement import agreement_panel
+from registerlens.viz.theme import BLUE, RED, Mode, apply_theme
 
 _DRAWN = 2000
 """Neurons drawn at most: those with the largest effects or the largest ratios, of either half."""
@@ -36,7 +37,7 @@ def screening_figure(found: Screening, mode: Mode = "light") -> go.Figure:
     )
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12, subplot_titles=titles)
     _volcano(figure, found)
-    _agreement(figure, found)
+    agreement_panel(figure, "screened effect", "exact = screened", _checked(found), "no neuron was ablated exactly")
     figure.update_annotations(font_size=13)
     figure.update_layout(height=420, legend={"orientation": "h", "x": 0, "y": -0.2})
     return apply_theme(figure, mode).update_layout(hovermode="closest")
@@ -119,43 +120,22 @@ def _volcano(figure: go.Figure, found: Screening) -> None:
         figure.update_yaxes(title_text="block", row=1, col=1)
 
 
-def _agreement(figure: go.Figure, found: Screening) -> None:
+def _checked(found: Screening) -> list[go.Scatter]:
+    """Neurons that were ablated exactly, a trace a group."""
     table = found.checked_dataframe()
-    figure.update_xaxes(title_text="screened effect", row=1, col=2)
-    figure.update_yaxes(title_text="exact effect", row=1, col=2)
-    if table.empty:
-        figure.add_annotation(
-            text="no neuron was ablated exactly",
-            x=0.5,
-            y=0.5,
-            xref="x domain",
-            yref="y domain",
-            showarrow=False,
-            row=1,
-            col=2,
-        )
-        return
-    ends = [float(table[["screened", "exact"]].min(axis=None)), float(table[["screened", "exact"]].max(axis=None))]
-    figure.add_trace(
-        go.Scatter(x=ends, y=ends, name="exact = screened", mode="lines", line={"color": GREY, "dash": "dash"}),
-        row=1,
-        col=2,
-    )
     groups = (("random neurons", table[table["sample"]], BLUE), ("candidates", table[table["candidate"]], RED))
-    for name, some, colour in groups:
-        figure.add_trace(
-            go.Scatter(
-                x=some["screened"],
-                y=some["exact"],
-                error_y={"type": "data", "array": some["exact_standard_error"], "thickness": 1, "width": 0},
-                text=[f"block {a}, neuron {n}" for a, n in zip(some["layer"], some["neuron"], strict=True)],
-                name=name,
-                legendgroup=name,
-                showlegend=name != "candidates",
-                mode="markers",
-                marker={"color": colour, "size": 7},
-                hovertemplate="%{text}<br>screened %{x:.3g}, exact %{y:.3g}<extra></extra>",
-            ),
-            row=1,
-            col=2,
+    return [
+        go.Scatter(
+            x=some["screened"],
+            y=some["exact"],
+            error_y={"type": "data", "array": some["exact_standard_error"], "thickness": 1, "width": 0},
+            text=[f"block {a}, neuron {n}" for a, n in zip(some["layer"], some["neuron"], strict=True)],
+            name=name,
+            legendgroup=name,
+            showlegend=name != "candidates",
+            mode="markers",
+            marker={"color": colour, "size": 7},
+            hovertemplate="%{text}<br>screened %{x:.3g}, exact %{y:.3g}<extra></extra>",
         )
+        for name, some, colour in groups
+    ]
