@@ -22,7 +22,7 @@ from registerlens.commands.options import (
     read_threshold,
 )
 from registerlens.commands.printing import print_kernels, print_words
-from registerlens.commands.shared import load, load_model, skips_named, write_figure, write_parquet
+from registerlens.commands.shared import chosen_neurons, load, load_model, skips_named, write_figure, write_parquet
 
 if TYPE_CHECKING:
     from registerlens.analysis.neurons import RegisterNeurons
@@ -51,7 +51,7 @@ def kernels(
     With IMAGES the neurons are found where none are given, and the outlier tokens themselves are measured. Without
     any, the weights alone are checked, and --neurons says which neurons.
     """
-    where = {"threshold": read_threshold(threshold), "detection_layer": read_layer(layer)}
+    where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
     known = read_neurons(neurons)
     if known is None and not images:
         raise typer.BadParameter(
@@ -65,10 +65,8 @@ def kernels(
 
     if images:
         vit, stream = load(model, images, size, batch_size, device)
-        from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
-
         with skips_named(stream):
-            report = check_kernels(vit, known or find_register_neurons(vit, stream, **where), stream)
+            report = check_kernels(vit, chosen_neurons(vit, stream, known, where), stream)
     else:
         report = check_kernels(load_model(model, device), cast("RegisterNeurons", known))  # given, or it ended above
     print_words(str(report.neurons))

@@ -23,7 +23,7 @@ from registerlens.commands.options import (
     read_threshold,
 )
 from registerlens.commands.printing import print_words
-from registerlens.commands.shared import load, on_which_images, skips_named, write_figure, write_parquet
+from registerlens.commands.shared import chosen_neurons, load, on_which_images, skips_named, write_figure, write_parquet
 
 if TYPE_CHECKING:
     from registerlens.circuits.records import AttentionCircuit
@@ -68,14 +68,9 @@ def circuit(
     vit, stream = load(model, images, size, batch_size, device)
     from registerlens.analysis.detection import detect  # noqa: PLC0415
     from registerlens.circuits.attention_circuit import attention_circuit  # noqa: PLC0415
-    from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
 
     with skips_named(stream):
-        if known is None:
-            options = {"threshold": where["threshold"], "detection_layer": where["layer"]}
-            chosen = find_register_neurons(vit, stream, **options)
-        else:
-            chosen = known
+        chosen = chosen_neurons(vit, stream, known, where)
         detection = detect(vit, stream, **where) if chosen.search is None else chosen.search.detection
         found = attention_circuit(
             vit,

@@ -25,7 +25,14 @@ from registerlens.commands.options import (
     read_tokens,
 )
 from registerlens.commands.printing import print_evaluation, print_words
-from registerlens.commands.shared import load, on_which_images, shown_images, skips_named, write_evaluation
+from registerlens.commands.shared import (
+    chosen_neurons,
+    load,
+    on_which_images,
+    shown_images,
+    skips_named,
+    write_evaluation,
+)
 
 if TYPE_CHECKING:
     from registerlens.analysis.neurons import RegisterNeurons
@@ -82,7 +89,7 @@ def ablate(
     from registerlens.interventions.ablation import Ablate  # noqa: PLC0415
 
     with skips_named(stream):
-        target = other or _neurons(vit, stream, known, where)
+        target = other or chosen_neurons(vit, stream, known, where)
         ablation = Ablate(target) if mode == "zero" else Ablate.fit(vit, target, stream, mode)
         done = _evaluate(vit, stream, {ABLATED: ablation}, where, no_controls)
     print_words(f"Ablated: {target}")
@@ -137,7 +144,7 @@ def register(
     from registerlens.viz.study import REGISTER  # noqa: PLC0415
 
     with skips_named(stream):
-        chosen = _neurons(vit, stream, known, where)
+        chosen = chosen_neurons(vit, stream, known, where)
         edit: Any = TestTimeRegisters(chosen, n, init=init, assign=assign, extreme=extreme, clear=clear)
         edit = AttentionBias.fit(vit, chosen, stream, register=edit) if bias else edit
         name = BIAS if bias else REGISTER if n == 1 else f"{n} {REGISTER}s"
@@ -149,17 +156,6 @@ def register(
     print_evaluation(done, samples)
     if out is not None:
         _write_register(out, vit, stream, chosen, edit, name, done, samples, size)
-
-
-def _neurons(
-    vit: HookedViT, stream: ImageStream, known: RegisterNeurons | None, where: dict[str, Any]
-) -> RegisterNeurons:
-    """Those that were given, if the model has them; else those that are found."""
-    from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
-
-    if known is not None:
-        return known.check(vit.cfg)
-    return find_register_neurons(vit, stream, threshold=where["threshold"], detection_layer=where["layer"])
 
 
 def _evaluate(

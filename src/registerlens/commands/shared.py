@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -63,6 +63,24 @@ def shown_images(vit: HookedViT, stream: ImageStream, n: int, size: int | None) 
     names = stream.loaded[:n]
     pixels = load_images(list(names), vit, size=size)
     return names, pixels, to_display(pixels, vit.preprocess)
+
+
+def chosen_neurons(
+    vit: HookedViT, stream: ImageStream, known: RegisterNeurons | None, where: dict[str, Any]
+) -> RegisterNeurons:
+    """Those that were given, if the model has them; else those that are found.
+
+    Args:
+        vit: the model.
+        stream: where to search.
+        known: those given.
+        where: threshold and layer of the outliers.
+    """
+    from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
+
+    if known is not None:
+        return known.check(vit.cfg)
+    return find_register_neurons(vit, stream, threshold=where["threshold"], detection_layer=where["layer"])
 
 
 def on_which_images(neurons: RegisterNeurons, n_images: int, found_here: bool) -> str:
