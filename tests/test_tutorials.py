@@ -2,6 +2,7 @@
 
 import ast
 import html
+import json
 import re
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def run(path):
     notebook = read(path)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert all("plotly.js v" not in json.dumps(output) for output in outputs)  # 5 MB, which the front end has already
     return "".join(map(told, outputs)), sum(FIGURE in output.get("data", {}) for output in outputs)
 
 

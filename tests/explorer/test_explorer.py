@@ -9,7 +9,7 @@ import torch
 
 import registerlens as rl
 from registerlens.config import TokenLayout
-from registerlens.errors import ImageError, InterventionError, MissingExtraError, ShapeError
+from registerlens.errors import ConfigError, ImageError, InterventionError, MissingExtraError, ShapeError
 from registerlens.explorer.answers import answer
 from registerlens.explorer.codes import LEVELS, bound, decode, encode, picture
 from registerlens.explorer.explorer import explore
@@ -104,6 +104,7 @@ def test_a_condition_without_the_token_has_no_panel(explorer):
         {"layer": 6},
         {"layer": -1},
         {"head": 1},
+        {"head": "max"},
         {"role": "value"},
         {"image": 2},
         {"conditions": ["none"]},
@@ -113,6 +114,29 @@ def test_a_condition_without_the_token_has_no_panel(explorer):
 def test_a_wrong_question_is_answered_in_words(explorer, wrong):
     told, buffers = answer(explorer, ASKED | wrong)
     assert told["id"] == 1 and told["error"] and not buffers
+
+
+@pytest.mark.parametrize(
+    ("layer", "head"), [(6, "mean"), (-1, "mean"), (-1, "rollout"), (6, "rollout"), (0, 1), (0, -1)]
+)
+def test_no_such_block_or_head_is_an_error_however_it_is_asked_for(explorer, layer, head):
+    attention = explorer.attention(0, "clean")
+    for ask in (
+        lambda: attention.whole(layer, head),
+        lambda: attention.reference(layer, head),
+        lambda: attention.of(3, "query", layer, head),
+        lambda: attention.of(3, "key", layer, head),
+    ):
+        with pytest.raises(ShapeError, match=r"(Block|Head) \S+ does not exist: there are 0 to"):
+            ask()
+
+
+def test_no_such_token_is_an_error(explorer):
+    attention = explorer.attention(0, "attention bias")
+    assert attention.of(36, "key", 1, 0).shape == (36,)
+    for index, role in ((36, "query"), (37, "key"), (-1, "query")):
+        with pytest.raises(ShapeError, match=f"is no {role}: these count 0 to"):
+            attention.of(index, role, 1, "mean")
 
 
 def test_the_manifest_starts_at_an_outlier_and_is_plain_json(explorer):
@@ -167,3 +191,12 @@ def test_bad_input(vit, images, neurons):
         explore(vit, images, interventions={"clean": rl.Ablate(neurons)})
     with pytest.raises(InterventionError, match="do not exist"):
         explore(vit, images, rl.RegisterNeurons.from_pairs([(9, 0)]))
+    with pytest.raises(InterventionError, match="do not exist"):
+        explore(vit, images, interventions={"zeroed": rl.Ablate(rl.RegisterNeurons.from_pairs([(9, 0)]))})
+    other = rl.HookedViT(
+        rl.ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=(48, 48), patch_size=(8, 8))
+    )
+    with pytest.raises(ConfigError, match=r"6 blocks, this one has 1.*rl\.trace"):
+        explore(other, images, trace=rl.trace(vit, images))
+    with pytest.raises(ShapeError, match=r"no condition 'x'.*'clean'"):
+        explore(vit, images, interventions={"again": None}).tokens("x")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import NASTY
 
+import registerlens as rl
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError
 from registerlens.explorer import pooling
@@ -17,6 +18,7 @@ from registerlens.explorer.codes import bound, decode
 from registerlens.explorer.explorer import explore
 from registerlens.explorer.page import collect, order
 from registerlens.explorer.pooling import Cells
+from registerlens.explorer.recording import record
 
 
 def data_of(text):
@@ -89,6 +91,17 @@ def test_no_room_for_a_single_map_is_an_error_and_no_file(explorer, tmp_path):
     with pytest.raises(ConfigError, match="larger max_bytes"):
         explorer.to_html(tmp_path / "none.html", max_bytes=60_000)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_page_takes_one_pass_for_each_image_and_condition(vit, images, neurons, monkeypatch):
+    from registerlens.explorer import explorer as module
+
+    passes = []
+    monkeypatch.setattr(module, "KEPT", 2)  # fewer than the page shows
+    monkeypatch.setattr(module, "record", lambda *given: (passes.append(1), record(*given))[1])
+    found = explore(vit, images.repeat(2, 1, 1, 1), interventions={"zeroed": rl.Ablate(neurons)})
+    assert len(collect(found, 2_000_000)["facts"]) == 8
+    assert len(passes) == 8
 
 
 def test_the_block_that_reads_outliers_comes_first(explorer):

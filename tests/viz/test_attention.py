@@ -4,6 +4,7 @@ import json
 import re
 import urllib.request
 
+import numpy as np
 import pytest
 import torch
 from browser import opened
@@ -88,6 +89,17 @@ def test_views_stay_small_however_many_tokens_are_asked_for():
     view = attention_heads(one.expand(16, -1, -1), 0, layout=TokenLayout(grid=(28, 28), n_prefix=1), tokens=784)
     assert len(view.html()) < MOST_BYTES
     assert f"of 784 patches the {len(view.tokens) - 2}" in view.caption and len(view.tokens) > 50
+    asked = {"layout": TokenLayout(grid=(28, 28), n_prefix=1), "query": list(range(700))}
+    with pytest.raises(ShapeError, match=rf"700 patches .* 3 MB with 17 heads: {len(view.tokens) - 2} do"):
+        attention_heads(one.expand(16, -1, -1), 0, **asked)
+    twice = attention_heads(one[None], 0, **(asked | {"query": [3] * 700}), tokens=1)  # one patch, however often
+    assert twice.tokens == ("[CLS]", "(0,3)", "others(783)")
+
+
+def test_queries_may_be_numpy_integers(cache):
+    row, column = np.unravel_index(21, (6, 8))
+    for query in ((row, column), np.int64(21), [np.int64(21)]):
+        assert "(2,5) pay most" in attention_heads(cache, 1, query=query).caption
 
 
 @pytest.mark.parametrize(
@@ -100,6 +112,8 @@ def test_views_stay_small_however_many_tokens_are_asked_for():
         ({"query": (6, 0)}, ShapeError, "outside the grid of 6 x 8"),
         ({"query": "test-time register 0"}, ShapeError, "no token"),
         ({"image": 2}, ShapeError, "images 0 to 1"),
+        ({"image": 1, "images": torch.zeros(1, 3, 24, 32)}, ShapeError, "images has 1 images, and image 1 is shown"),
+        ({"tokens": 0}, ShapeError, "at least 1"),
         ({"images": torch.zeros(2, 3, 24, 64)}, ShapeError, "50 queries"),
         ({"layout": TokenLayout(grid=(6, 9), n_prefix=1)}, ShapeError, "50 queries"),
     ],

@@ -10,7 +10,7 @@ import registerlens as rl
 from registerlens.analysis import maps as analysis_maps
 from registerlens.analysis.maps import patch_maps
 from registerlens.data.synthetic import synthetic_images
-from registerlens.errors import ConfigError, InterventionError, ShapeError
+from registerlens.errors import ConfigError, InterventionError, NonFiniteError, ShapeError
 from registerlens.evaluation import comparison, shifts
 from registerlens.evaluation.comparison import InterventionMaps, compare_maps
 from registerlens.evaluation.controls import random_neurons
@@ -258,6 +258,8 @@ def test_what_cannot_be_compared_is_refused():
         compare_maps(vit, images[:, :, :7], {"a": None})
     with pytest.raises(ShapeError, match="blocks 0 to 1"):
         compare_maps(vit, images, {"a": None}, layers=[2])
+    with pytest.raises(ConfigError, match="no measure to show"):
+        compare_maps(vit, images, {"a": None}, layers=[0]).plot(measures=())
 
 
 def test_shifts_equal_the_cache():
@@ -286,6 +288,8 @@ def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tm
     np.testing.assert_array_equal(loaded.to_dataframe(), found.to_dataframe())
     assert "chosen patches had the largest norm in 100% of 6 images" in loaded.describe()
     images = synthetic_images(2, 0).images
+    with pytest.raises(NonFiniteError, match="NaN or infinite after block 5"):
+        measure_shift(vit, images * torch.nan, rl.TestTimeRegisters(NEURONS))
     with pytest.raises(InterventionError, match="has no target"):
         measure_shift(vit, images, rl.Ablate(NEURONS))
     with pytest.raises(ShapeError, match="blocks 0 to 5"):

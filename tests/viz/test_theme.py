@@ -11,7 +11,7 @@ from registerlens.errors import ConfigError, MissingExtraError, RegisterLensErro
 from registerlens.viz import sizes, theme
 from registerlens.viz.maps import colour
 from registerlens.viz.sizes import save_figure, sized
-from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, on_cells, paper
+from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, look_of, on_cells, paper
 
 # Machado, Oliveira and Fernandes 2009: complete dichromacy, on linear RGB.
 VISION = {
@@ -99,6 +99,8 @@ def test_a_page_is_as_wide_as_asked():
     assert page.layout.width == round(178 / 25.4 * 72 * 13 / 8)  # thirteen pixels become eight points
     assert page.layout.xaxis2.domain == given.layout.xaxis2.domain and given.layout.width is None
     assert sized(given, "cell") is given
+    with pytest.raises(ConfigError, match=r"'light', 'dark'.*'grey'"):
+        look_of("grey")
     with pytest.raises(ConfigError, match="'cell', 'page', 'column'"):
         theme.width_of("poster")
 

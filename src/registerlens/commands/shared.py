@@ -103,10 +103,9 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 def write_figure(figure: go.Figure, path: Path) -> None:
     """An interactive figure that needs no network, whole or not at all."""
-    from registerlens.files import whole_file  # noqa: PLC0415
+    from registerlens.viz.sizes import save_figure  # noqa: PLC0415
 
-    with whole_file(path) as temporary:
-        figure.write_html(temporary, include_plotlyjs=True)
+    save_figure(figure, path)
 
 
 def write_evaluation(done: Evaluation, out: Path) -> None:

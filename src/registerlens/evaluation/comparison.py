@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from registerlens.comfort import Shown
 from registerlens.data.images import to_display
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.files import read_tensors, reading, whole_file, write_json
-from registerlens.interventions.base import Intervention
+from registerlens.interventions.base import Edits, several
 from registerlens.model.vit import HookedViT
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 _ARRAYS = ("display", "norms", "attention", "register_norm", "register_attention")
 _MEASURED = _ARRAYS[1:]
 Measure = Literal["norms", "attention"]
-Edits = Intervention | Sequence[Intervention] | None
-"""One intervention, several at once, or None for the model as it is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,7 +182,7 @@ def compare_maps(
         raise ConfigError(f"{len(names)} names for {len(images)} images; one for each is needed.")
     found: dict[str, PatchMaps] = {}
     for name, edits in conditions.items():
-        with _edited(vit, edits):
+        with vit.edit(*several(edits)):
             found[name] = patch_maps(vit, images, range(vit.cfg.n_layers) if layers is None else layers)
     first = next(iter(found.values()))
     return InterventionMaps(
@@ -198,12 +195,6 @@ def compare_maps(
         display=shown,
         **{name: np.stack([getattr(maps, name) for maps in found.values()]) for name in _MEASURED},
     )
-
-
-def _edited(vit: HookedViT, edits: Edits) -> Any:
-    if edits is None:
-        return nullcontext()
-    return vit.edit(*([edits] if isinstance(edits, Intervention) else edits))
 
 
 def _display(vit: HookedViT, images: Tensor, display: np.ndarray | None) -> UInt8[np.ndarray, "image height width 3"]:

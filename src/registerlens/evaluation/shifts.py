@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.sinks import attention_hooks
-from registerlens.comfort import Shown
+from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ImageError, InterventionError, ShapeError
-from registerlens.files import read_tensors, reading, whole_file, write_json
+from registerlens.errors import ImageError, InterventionError, NonFiniteError, ShapeError
 from registerlens.interventions.base import Intervention, Scene
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -31,7 +28,7 @@ _ARRAYS = ("target_norm", "other_norm", "target_attention", "other_attention")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OutlierShift(Shown):
+class OutlierShift(Stored):
     """For each image, the largest norm and attention at the target of an intervention, and at any other patch."""
 
     model: str
@@ -80,33 +77,6 @@ class OutlierShift(Shown):
         from registerlens.viz.shifts import shift_figure  # noqa: PLC0415  (viz stands on results)
 
         return shift_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write outlier_shift.json and outlier_shift.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "outlier_shift.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, temporary)
-        told = {name: getattr(self, name) for name in ("model", "intervention", "layer", "sink_query", "target")}
-        write_json(folder / "outlier_shift.json", {"version": __version__, **told})
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> OutlierShift:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        tensors = read_tensors(folder / "outlier_shift.safetensors", _ARRAYS)
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        with reading(folder / "outlier_shift.json") as told:
-            return cls(
-                **{name: told[name] for name in ("model", "intervention", "layer", "sink_query", "target")},
-                **arrays,
-            )
 
 
 @dataclass(frozen=True)
@@ -158,6 +128,7 @@ def measure_shift(
         InterventionError: the intervention has no target.
         ImageError: there are no images.
         ShapeError: the block does not exist, or the images do not fit.
+        NonFiniteError: norms or attention are NaN or infinite.
 
     Source: Jiang et al. 2025, figures 4, 22, 23, 24 and 29.
 
@@ -181,13 +152,19 @@ def measure_shift(
                 rows.append(_measured(vit, batch, intervention, layer))
     if not rows:
         raise ImageError("No image to measure on: the tensor or the iterable of batches is empty.")
+    values = np.concatenate(rows, axis=1)
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"Norms or attention are NaN or infinite after block {layer}. Check the images; if the model is in "
+            f"float16, use bfloat16 or float32."
+        )
     return OutlierShift(
         model=vit.source,
         intervention=repr(intervention),
         layer=layer,
         sink_query="cls" if vit.cfg.class_token else "mean",
         target=target,
-        **dict(zip(_ARRAYS, np.concatenate(rows, axis=1), strict=True)),
+        **dict(zip(_ARRAYS, values, strict=True)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from registerlens.errors import RegisterLensError, ShapeError
-from registerlens.explorer.attention import Head, Role
+from registerlens.explorer.attention import Role
 from registerlens.explorer.codes import encode
 from registerlens.explorer.explorer import CLEAN, Explorer
 from registerlens.explorer.shown import patch_medians, shown
@@ -47,7 +47,8 @@ def answer(explorer: Explorer, question: dict[str, Any]) -> Answer:
 
 def _panel(explorer: Explorer, question: dict[str, Any], condition: str) -> tuple[dict[str, Any] | None, list[bytes]]:
     """One condition; None where it has no such token, such as a test-time register without the intervention."""
-    layer, head = _checked(explorer, question)
+    if question["role"] not in ("query", "key"):
+        raise ShapeError(f"A token is a 'query' or a 'key', not {question['role']!r}.")
     attention = explorer.attention(question["image"], condition)
     names = explorer.tokens(condition)
     if question["token"] not in names:
@@ -55,7 +56,7 @@ def _panel(explorer: Explorer, question: dict[str, Any], condition: str) -> tupl
     index, role = names.index(question["token"]), cast(Role, question["role"])
     if role == "query" and index >= attention.recording.layout.n_tokens:
         return None, []  # the key of an attention bias is looked at and looks at nothing
-    about = shown(attention, index, role, layer, head)
+    about = shown(attention, index, role, question["layer"], question["head"])
     maps = [encode(values[None].numpy()) for values in (about.attention, about.reference)]
     told = {
         "largest": [float(largest[0]) for _, largest in maps],
@@ -73,19 +74,6 @@ def cutoff(explorer: Explorer, image: int) -> float | None:
 
     It follows the clean model's median, so that an intervention does not move it.
     """
-    trace = explorer.trace
-    if trace.verdict == "absent":
+    if explorer.threshold is None:
         return None
-    place = trace.sublayers.index(trace.strongest)
-    return trace.evidence[place].threshold * float(patch_medians(explorer.attention(image, CLEAN))[place])
-
-
-def _checked(explorer: Explorer, question: dict[str, Any]) -> tuple[int, Head]:
-    layer, head, cfg = question["layer"], question["head"], explorer.vit.cfg
-    if not 0 <= layer < cfg.n_layers:
-        raise ShapeError(f"Block {layer} does not exist: there are 0 to {cfg.n_layers - 1}.")
-    if head not in ("mean", "rollout") and not 0 <= head < cfg.n_heads:
-        raise ShapeError(f"Head {head} does not exist: there are 0 to {cfg.n_heads - 1}.")
-    if question["role"] not in ("query", "key"):
-        raise ShapeError(f"A token is a 'query' or a 'key', not {question['role']!r}.")
-    return layer, head
+    return explorer.threshold * float(patch_medians(explorer.attention(image, CLEAN))[explorer.place])

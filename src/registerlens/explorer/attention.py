@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.errors import ShapeError
 from registerlens.explorer.recording import Recording
 
 Head = int | Literal["mean", "rollout"]
@@ -20,6 +21,8 @@ Role = Literal["query", "key"]
 @dataclass(frozen=True, eq=False)
 class Attention:
     """The attention of one image under one condition, computed when asked for; means over heads are kept.
+
+    Blocks, heads and tokens that are not there are a `ShapeError`.
 
     Rollout multiplies the patterns of all blocks up to one, each the mean over heads, mixed half and half with the
     identity for the residual connection. The key of an attention bias has no token whose past could be followed: what
@@ -52,8 +55,11 @@ class Attention:
 
     def of(self, index: int, role: Role, layer: int, head: Head) -> Float[Tensor, " other"]:
         """What one token pays to every key (role "query"), or draws from every token (role "key")."""
+        n_tokens = self.recording.layout.n_tokens
+        n = n_tokens if role == "query" else self.recording.n_keys
+        if not 0 <= index < n:
+            raise ShapeError(f"Token {index} is no {role}: these count 0 to {n - 1}.")
         if head == "rollout":
-            n_tokens = self.recording.layout.n_tokens
             if role == "query":
                 return self.rollout(layer, torch.eye(n_tokens)[[index]])[0]
             return self._rollout_to(layer, index)
@@ -73,6 +79,7 @@ class Attention:
 
     def rollout(self, layer: int, start: Float[Tensor, "row pos"]) -> Float[Tensor, "row key"]:
         """Where attention that starts at the output of a block comes from; `start` weighs the tokens there."""
+        self.recording.check(layer)
         n_tokens, n_keys = self.recording.layout.n_tokens, self.recording.n_keys
         tokens, beyond = start, start.new_zeros(len(start), n_keys - n_tokens)
         for below in range(layer, -1, -1):
@@ -82,6 +89,7 @@ class Attention:
 
     def _rollout_to(self, layer: int, key: int) -> Float[Tensor, " pos"]:
         """How much of one key is in each token at the output of a block."""
+        self.recording.check(layer)
         n_tokens, n_keys = self.recording.layout.n_tokens, self.recording.n_keys
         column = torch.zeros(n_keys)
         column[key] = 1

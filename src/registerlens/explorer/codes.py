@@ -6,14 +6,11 @@ mostly small beside a sink: square roots keep small values apart where equal ste
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from registerlens.viz.maps import data_uri
+from registerlens.viz.maps import data_uri, jpeg_uri
 
 LEVELS = 255
 """Steps of the code."""
@@ -69,6 +66,4 @@ def picture(pixels: UInt8[np.ndarray, "height width rgb"], longest: int = 640) -
         return data_uri(pixels)
     if max(image.size) > longest:
         image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=_QUALITY, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_uri(image, _QUALITY, subsampling=0)

@@ -13,15 +13,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.trace import Trace, trace
+from registerlens.analysis.trace import Trace, sublayers, trace
 from registerlens.data.images import to_display
-from registerlens.errors import ImageError, InterventionError, ShapeError
+from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
 from registerlens.explorer.attention import Attention
 from registerlens.explorer.recording import record
 from registerlens.explorer.tokens import token_names
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
-from registerlens.interventions.base import Intervention
+from registerlens.interventions.base import Edits, Intervention, plan, several
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.vit import HookedViT
 
@@ -33,8 +33,6 @@ CLEAN = "clean"
 
 KEPT = 12
 """Recordings held at once; the one used longest ago is made anew when it is asked for again."""
-
-Interventions = Mapping[str, Intervention | Sequence[Intervention]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +58,17 @@ class Explorer:
     """What says whether a token is an outlier, and where the norms are taken for that."""
     _recorded: OrderedDict[tuple[int, str], Attention] = field(default_factory=OrderedDict, repr=False)
 
+    @property
+    def place(self) -> int:
+        """The row of `sublayers` where norms are clearest: outliers are judged there."""
+        return self.trace.sublayers.index(self.trace.strongest)
+
+    @property
+    def threshold(self) -> float | None:
+        """Norm over an image's median above which a patch is an outlier there; None where the model has none."""
+        evidence = self.trace.evidence[self.place]
+        return evidence.threshold if evidence.present else None
+
     def attention(self, image: int, condition: str) -> Attention:
         """One image under one condition: recorded when it is first asked for.
 
@@ -82,7 +91,13 @@ class Explorer:
         return self._recorded[key]
 
     def tokens(self, condition: str) -> list[str]:
-        """The names of the keys under a condition: tokens, then those of attention biases."""
+        """The names of the keys under a condition: tokens, then those of attention biases.
+
+        Raises:
+            ShapeError: there is no such condition.
+        """
+        if condition not in self.conditions:
+            raise ShapeError(f"There is no condition {condition!r}; there are {list(self.conditions)}.")
         edits = self.conditions[condition]
         height, width = self.images.shape[2:]
         registers = self.vit.n_test_time_registers + sum(edit.n_registers for edit in edits)
@@ -138,7 +153,7 @@ def explore(
     images: Float[Tensor, "image channel height width"],
     neurons: RegisterNeurons | None = None,
     *,
-    interventions: Interventions | None = None,
+    interventions: Mapping[str, Edits] | None = None,
     names: Sequence[str] | None = None,
     display: UInt8[np.ndarray, "image height width rgb"] | None = None,
     trace: Trace | None = None,
@@ -160,6 +175,7 @@ def explore(
         ImageError: there is no image, or names or pictures are not one an image.
         ShapeError: the images do not fit the model.
         InterventionError: an intervention does not fit the model, or is called "clean".
+        ConfigError: the trace is of a model with other blocks.
 
     Example:
         >>> import registerlens as rl
@@ -184,12 +200,20 @@ def explore(
     given = _usual(vit, images, neurons) if interventions is None else interventions
     if CLEAN in given:
         raise InterventionError(f"{CLEAN!r} is the model without interventions; give yours another name.")
+    conditions = {CLEAN: ()} | {str(name): several(edits) for name, edits in given.items()}
+    for edits in conditions.values():
+        plan(vit, edits, vit.n_test_time_registers)  # complains of what does not fit
+    if trace is not None and trace.sublayers != sublayers(vit.cfg.n_layers):
+        raise ConfigError(
+            f"The trace is of a model with {trace.n_layers} blocks, this one has {vit.cfg.n_layers}. Give "
+            f"rl.trace(vit, images) of this model, or none: it is made then."
+        )
     return Explorer(
         vit=vit,
         images=images,
         display=display,
         names=tuple(map(str, names)),
-        conditions={CLEAN: ()} | {str(name): _several(edits) for name, edits in given.items()},
+        conditions=conditions,
         neurons=neurons,
         trace=_traced(vit, images) if trace is None else trace,
     )
@@ -197,10 +221,6 @@ def explore(
 
 def _traced(vit: HookedViT, images: Tensor) -> Trace:
     return trace(vit, images)
-
-
-def _several(edits: Intervention | Sequence[Intervention]) -> tuple[Intervention, ...]:
-    return (edits,) if isinstance(edits, Intervention) else tuple(edits)
 
 
 def _usual(vit: HookedViT, images: Tensor, neurons: RegisterNeurons | None) -> dict[str, Intervention]:

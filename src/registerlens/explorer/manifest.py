@@ -6,7 +6,6 @@ All of it is plain JSON. Names are text and are put on the page as text.
 from __future__ import annotations
 
 import base64
-import math
 from typing import Any
 
 from registerlens.explorer.codes import QUANTISATION, picture
@@ -29,7 +28,6 @@ def manifest(explorer: Explorer) -> dict[str, Any]:
     height, width = explorer.images.shape[2:]
     layout = vit.cfg.layout(height, width)
     patch_height, patch_width = vit.cfg.patch_size
-    evidence = trace.evidence[trace.sublayers.index(trace.strongest)]
     neurons = () if explorer.neurons is None else explorer.neurons.pairs
     return {
         "model": vit.source,
@@ -62,7 +60,7 @@ def manifest(explorer: Explorer) -> dict[str, Any]:
             "verdict": trace.verdict,
             "words": trace.describe(),
             "sublayer": trace.strongest,
-            "threshold": None if math.isnan(evidence.threshold) or not evidence.present else evidence.threshold,
+            "threshold": explorer.threshold,
         },
         "colours": base64.b64encode(colour_bar(256, 1)[0].tobytes()).decode(),
         "quantisation": QUANTISATION,
@@ -76,9 +74,8 @@ def start(explorer: Explorer) -> dict[str, Any]:
     Where there are outliers that patch is asked who looks at it; else it looks itself.
     """
     trace = explorer.trace
-    place = trace.sublayers.index(trace.strongest)
     recording = explorer.attention(0, CLEAN).recording
-    patch = int(recording.norms[place, recording.layout.patches].argmax())
+    patch = int(recording.norms[explorer.place, recording.layout.patches].argmax())
     last = explorer.vit.cfg.n_layers - 1
     present = trace.verdict == "present"
     layer = last if not present else min(last, (trace.onset_layer if trace.onset_layer is not None else -1) + 1)

@@ -123,8 +123,8 @@ def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
         kept.append(kind)
     if not kept:
         raise ConfigError(
-            f"A page of {max_bytes} bytes has no room for a single map of one image: {-left} bytes are missing. Give "
-            f"a larger max_bytes, fewer interventions, or smaller images."
+            f"The page has no room for a single map of one image: {-left} bytes are missing. Give a larger max_bytes, "
+            f"fewer interventions, or smaller images."
         )
     left_out = " ".join(filter(None, [cells.words, _left_out(explorer, kinds, kept, n_images)]))
     about = {"images": images[:n_images], "kept": kept, "left_out": left_out}
@@ -195,13 +195,12 @@ def _scenes(explorer: Explorer, images: range) -> Scenes:
 
 def _facts(explorer: Explorer, scenes: Scenes, cells: Cells) -> dict[str, str]:
     """Norms [sublayer, pos], their medians [sublayer], strongest neurons [pos, rank, 4] and chosen ones [pos, n]."""
-    place = explorer.trace.sublayers.index(explorer.trace.strongest)
     packed = {}
     for scene, attention in scenes.items():
         recording = attention.recording
-        clean = explorer.attention(int(scene.split("/")[0]), CLEAN).recording
+        clean = scenes[f"{scene.partition('/')[0]}/0"].recording  # the first condition
         n_more = recording.norms.shape[1] - clean.norms.shape[1]
-        shown = cells.largest(torch.cat([clean.norms[place], torch.zeros(n_more)]))
+        shown = cells.largest(torch.cat([clean.norms[explorer.place], torch.zeros(n_more)]))
         neurons = [recording.strongest[..., 0], recording.strongest[..., 1]]
         neurons += [recording.strongest_activation, recording.strongest_written]
         table = torch.stack([part.float() for part in neurons], -1)[shown]

@@ -19,6 +19,7 @@ from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.sinks import pattern_hooks
 from registerlens.analysis.trace import sublayers
 from registerlens.config import TokenLayout
+from registerlens.errors import ShapeError
 from registerlens.interventions.base import Intervention
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
@@ -55,6 +56,17 @@ class Recording:
     chosen_activation: Float[Tensor, "pos chosen"]
     """Activations of the neurons asked for."""
 
+    def check(self, layer: int, head: int = 0) -> None:
+        """Complain about a block or head that is not there.
+
+        Raises:
+            ShapeError: the number is no index of one.
+        """
+        kept = self.queries | self.patterns
+        for what, number, n in (("Block", layer, len(kept)), ("Head", head, len(kept[0]))):
+            if number not in range(n):
+                raise ShapeError(f"{what} {number!r} does not exist: there are 0 to {n - 1}.")
+
     @property
     def n_keys(self) -> int:
         """Keys of every layer: tokens, and those of attention biases."""
@@ -64,12 +76,14 @@ class Recording:
 
     def pattern(self, layer: int) -> Float[Tensor, "head pos key"]:
         """The attention pattern of a block, computed here; rows sum to 1."""
+        self.check(layer)
         if layer in self.patterns:
             return self.patterns[layer]
         return (self.queries[layer] @ self.keys[layer].mT).softmax(-1)
 
     def head(self, layer: int, head: int, queries: slice | list[int] = slice(None)) -> Float[Tensor, "query key"]:
         """The pattern of one head, or only some of its rows."""
+        self.check(layer, head)
         if layer in self.patterns:
             return self.patterns[layer][head, queries]
         return (self.queries[layer][head, queries] @ self.keys[layer][head].mT).softmax(-1)

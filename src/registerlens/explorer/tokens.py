@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from operator import index
+from typing import SupportsIndex
+
 from registerlens.config import TokenLayout
 from registerlens.errors import ShapeError, close_matches
 
-TokenName = tuple[int, int] | int | str
+TokenName = tuple[SupportsIndex, SupportsIndex] | SupportsIndex | str
 """A patch as (row, column) or by index (row by row), or the name of any token, such as "[CLS]"."""
 
 BIAS = "attention bias"
@@ -61,11 +64,12 @@ def token_index(layout: TokenLayout, token: TokenName, n_keys: int | None = None
             f"There is no token {token!r}.{close_matches(token, others)} There are {known} (0,0) to "
             f"({layout.grid_height - 1},{layout.grid_width - 1})."
         )
-    if isinstance(token, int):
+    if isinstance(token, SupportsIndex):  # NumPy's integers too
+        token = index(token)
         if not 0 <= token < layout.n_patches:
             raise ShapeError(f"Patch {token} does not exist: patches count 0 to {layout.n_patches - 1}, row by row.")
         return layout.patches.start + token
-    row, column = token
+    row, column = map(index, token)
     if not (0 <= row < layout.grid_height and 0 <= column < layout.grid_width):
         raise ShapeError(
             f"The patch ({row},{column}) lies outside the grid of {layout.grid_height} x {layout.grid_width} patches: "

@@ -156,6 +156,17 @@ class Plan:
                 )
 
 
+Edits = Intervention | Sequence[Intervention] | None
+"""One intervention, several at once, or None for the model as it is."""
+
+
+def several(edits: Edits) -> tuple[Intervention, ...]:
+    """Edits one by one; none for None."""
+    if edits is None:
+        return ()
+    return (edits,) if isinstance(edits, Intervention) else tuple(edits)
+
+
 def plan(host: Host, interventions: Sequence[Intervention], first_register: int = 0) -> Plan:
     """The edits for a model, in the order of the interventions.
 

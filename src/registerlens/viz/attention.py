@@ -13,7 +13,7 @@ from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from registerlens.errors import HookNameError, MissingExtraError, ShapeError
 from registerlens.explorer.tokens import TokenName, token_index, token_names
 from registerlens.files import whole_file
 from registerlens.viz.maps import data_uri
+from registerlens.viz.theme import BLUE, ink, paper
 
 MOST_BYTES = 3_000_000
 """No view is larger."""
@@ -92,12 +93,12 @@ class AttentionView:
             "maxValue": round(self.highest, 5),
             "minValue": 0,
             "maskUpperTri": False,  # CircuitsVis takes attention for causal unless it is told
-            "positiveColor": "#0072B2",
+            "positiveColor": BLUE,
         }
         data = json.dumps(properties, separators=(",", ":")).replace("<", "\\u003c")
         packed = f'"{_library()}"' if self.script else "null"
         return (
-            f'<div style="background:#fff;color:#1b1f24;padding:8px;font:14px/1.4 system-ui,sans-serif">'
+            f'<div style="background:{paper()};color:{ink()};padding:8px;font:14px/1.4 system-ui,sans-serif">'
             f"<p>{html.escape(self.caption)}</p>{self._strip()}"
             f'<div id="{own}" style="margin:12px 0"></div></div>'
             f'<script type="application/json" id="{own}-data">{data}</script>'
@@ -158,7 +159,8 @@ def attention_heads(
 
     Raises:
         HookNameError: the cache lacks the pattern.
-        ShapeError: there is no such layer, head, image or query, or the pattern does not fit the layout.
+        ShapeError: there is no such layer, head, image or query, more queries are asked for than `MOST_BYTES` hold, or
+            the pattern does not fit the layout.
         MissingExtraError: circuitsvis is not installed.
 
     Example:
@@ -182,8 +184,8 @@ def attention_heads(
     if heads is None and len(names) > 1:
         seen, names = torch.cat([seen.mean(0, keepdim=True), seen]), ["mean", *names]
     every = token_names(layout, pattern.shape[2])
-    queries = _queries(query, layout, pattern.shape[2])
-    kept = _kept(seen, layout, queries, min(tokens, _most(len(seen), pattern.shape[2] - layout.n_patches)))
+    queries = list(range(layout.n_tokens)) if query is None else _queries(query, layout, pattern.shape[2])
+    kept = _kept(seen, layout, queries, tokens, [] if query is None else queries)
     pooled, n_others = _pooled(seen, layout, kept)
     labels = [every[i] for i in kept] + ([f"others({n_others})"] if n_others else [])
     highest = float(pooled[:, :, : len(kept)].max())
@@ -252,12 +254,10 @@ def _heads(heads: Sequence[int] | None, n_heads: int) -> list[int]:
     return chosen
 
 
-def _queries(query: TokenName | Sequence[TokenName] | None, layout: TokenLayout, n_keys: int) -> list[int]:
+def _queries(query: TokenName | Sequence[TokenName], layout: TokenLayout, n_keys: int) -> list[int]:
     """Positions of the queries asked for; a pair of integers is one patch."""
-    if query is None:
-        return list(range(layout.n_tokens))
-    one = isinstance(query, int | str) or (
-        isinstance(query, tuple) and len(query) == 2 and all(isinstance(part, int) for part in query)
+    one = isinstance(query, SupportsIndex | str) or (
+        isinstance(query, tuple) and len(query) == 2 and all(isinstance(part, SupportsIndex) for part in query)
     )
     several: Any = [query] if one else query
     found = [token_index(layout, name, n_keys) for name in several]
@@ -266,14 +266,22 @@ def _queries(query: TokenName | Sequence[TokenName] | None, layout: TokenLayout,
     return found
 
 
-def _kept(seen: Tensor, layout: TokenLayout, queries: list[int], n_patches: int) -> list[int]:
-    """Tokens that are no patches, queries asked for, and the patches these look at most; in their order."""
+def _kept(seen: Tensor, layout: TokenLayout, queries: list[int], tokens: int, asked: list[int]) -> list[int]:
+    """Tokens that are no patches, those asked for, and the patches that the queries look at most; in their order."""
     patches = range(layout.patches.start, layout.patches.stop)
-    drawn = seen[:, queries].mean((0, 1))
-    first = [index for index in queries if index in patches] if len(queries) < layout.n_tokens else []
-    ranked = [layout.patches.start + i for i in drawn[layout.patches].argsort(descending=True).tolist()]
-    chosen = list(dict.fromkeys([*first, *ranked]))[: max(n_patches, len(first))]
     others = [index for index in range(seen.shape[2]) if index not in patches]
+    first = [index for index in dict.fromkeys(asked) if index in patches]
+    most = _most(len(seen), len(others))
+    if len(first) > most:
+        raise ShapeError(
+            f"{len(first)} patches as queries do not fit into {MOST_BYTES / 1e6:g} MB with {len(seen)} heads: "
+            f"{most} do. Ask for fewer queries, or fewer heads."
+        )
+    if tokens < 1:
+        raise ShapeError(f"tokens={tokens} shows no patch. Give at least 1.")
+    drawn = seen[:, queries].mean((0, 1))
+    ranked = [layout.patches.start + i for i in drawn[layout.patches].argsort(descending=True).tolist()]
+    chosen = list(dict.fromkeys([*first, *ranked]))[: max(min(tokens, most), len(first))]
     return sorted([*chosen, *others])
 
 
@@ -300,6 +308,8 @@ def _most(n_heads: int, n_others: int) -> int:
 def _thumbnails(model: Any, images: Tensor | None, image: int, layout: TokenLayout, kept: list[int]) -> tuple[str, ...]:
     if model is None or images is None:
         return ()
+    if image >= len(images):
+        raise ShapeError(f"images has {len(images)} images, and image {image} is shown. Pass the cached batch.")
     pixels: UInt8[np.ndarray, "height width rgb"] = to_display(images[image : image + 1], model.preprocess)[0]
     height, width = model.cfg.patch_size
     found = []

@@ -57,6 +57,8 @@ def conditions_figure(
         (6, 6)
     """
     layer = maps.layers[-1] if layer is None else layer
+    if not measures:
+        raise ConfigError("There is no measure to show: give measures=('norms',), ('attention',) or both.")
     chosen, scales = _images(maps, images), []
     found = {(measure, name): maps.at(measure, name, layer) for measure in measures for name in maps.conditions}
     for measure in measures:

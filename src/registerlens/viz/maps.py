@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -39,6 +40,15 @@ def colour_bar(width: int = 160, height: int = 10, scale: str = "Viridis") -> UI
 
 def data_uri(pixels: UInt8[np.ndarray, "height width rgb"]) -> str:
     """A PNG as a data: address, for a page that needs no other file."""
+    return _data_uri(Image.fromarray(pixels), "png", optimize=True)
+
+
+def jpeg_uri(image: Image.Image, quality: int, **options: Any) -> str:
+    """The same as a JPEG."""
+    return _data_uri(image, "jpeg", quality=quality, **options)
+
+
+def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -59,7 +59,7 @@ def overlay(
         ShapeError: a map has another grid than its photograph has patches, there is not one whole patch, or the number
             of photographs or titles does not fit.
         NonFiniteError: no value is finite.
-        ConfigError: more than 128 panels.
+        ConfigError: more than 128 panels, no column, or colours that do not go up.
 
     Example:
         >>> photograph = np.zeros((28, 42, 3), np.uint8)
@@ -77,6 +77,8 @@ def overlay(
         )
     if titles and len(titles) != len(values):
         raise ShapeError(f"{len(titles)} titles for {len(values)} maps; one for each is needed.")
+    if columns is not None and columns < 1:
+        raise ConfigError(f"columns={columns} has no place for a panel. Give at least 1, or None.")
     pictures = whole_patches(pictures, values.shape[1:], patch_size)
     scale = Scale.over(name, [values], log=log, colours=colours)
     scale = replace(scale, low=scale.low if low is None else low, high=scale.high if high is None else high)
@@ -107,13 +109,15 @@ def whole_patches(
     """
     size = photographs.shape[1:3]
     if patch_size is None:
-        if any(pixels % n or pixels < n for pixels, n in zip(size, grid, strict=True)):
+        if any(n < 1 or pixels % n or pixels < n for pixels, n in zip(size, grid, strict=True)):
             raise ShapeError(
                 f"A map of {grid[0]} x {grid[1]} patches does not divide a photograph of {size[0]} x {size[1]} pixels. "
                 f"Pass patch_size, or the photograph at the size at which the model saw it."
             )
         return photographs
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if min(patch) < 1:
+        raise ShapeError(f"patch_size={patch_size} is no patch. Give its height and width in pixels, at least 1.")
     has = tuple(pixels // side for pixels, side in zip(size, patch, strict=True))
     if min(has) < 1:
         raise ShapeError(

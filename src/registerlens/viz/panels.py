@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from registerlens.errors import ConfigError, NonFiniteError
+from registerlens.viz.maps import jpeg_uri
 from registerlens.viz.theme import Mode, Size, apply_theme, width_of
 
 Photograph = UInt8[np.ndarray, "height width 3"]
@@ -321,6 +320,4 @@ def picture(pixels: Photograph, width: float | int, *, grey: bool = False) -> st
     elif image.width * 2 <= wanted:
         times = int(wanted // image.width)
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return jpeg_uri(image, _QUALITY, optimize=True)

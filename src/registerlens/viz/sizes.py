@@ -38,10 +38,11 @@ def sized(figure: go.Figure, size: Size) -> go.Figure:
     if size == "cell":
         return figure
     figure = go.Figure(figure).update_layout(width=width)
+    layout: Any = figure.layout
     if size == "column":
         _stack(figure)
-    if figure.layout.title.text:  # type: ignore[attr-defined]
-        lines = textwrap.wrap(figure.layout.title.text, int(width / 8.5))  # type: ignore[attr-defined]
+    if layout.title.text:
+        lines = textwrap.wrap(layout.title.text, int(width / 8.5))
         figure.update_layout(title={"text": "<br>".join(lines), "font": {"size": 14}})
     return figure
 

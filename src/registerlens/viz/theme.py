@@ -42,6 +42,21 @@ _INK: dict[str, tuple[str, str, str]] = {
 }
 
 
+def look_of(mode: str) -> tuple[str, str, str]:
+    """Colours of text, ground and grid.
+
+    Raises:
+        ConfigError: there is no such mode.
+
+    Example:
+        >>> look_of("light")[1]
+        '#ffffff'
+    """
+    if mode not in _INK:
+        raise ConfigError(f"mode must be one of {list(_INK)}, got {mode!r}.")
+    return _INK[mode]
+
+
 def ink(mode: Mode = "light") -> str:
     """The colour of text.
 
@@ -49,7 +64,7 @@ def ink(mode: Mode = "light") -> str:
         >>> ink("dark")
         '#e6e8eb'
     """
-    return _INK[mode][0]
+    return look_of(mode)[0]
 
 
 def paper(mode: Mode = "light") -> str:
@@ -59,7 +74,7 @@ def paper(mode: Mode = "light") -> str:
         >>> paper("dark")
         '#15181c'
     """
-    return _INK[mode][1]
+    return look_of(mode)[1]
 
 
 def width_of(size: str) -> int:
@@ -85,15 +100,18 @@ def width_of(size: str) -> int:
 def apply_theme(figure: go.Figure, mode: Mode = "light") -> go.Figure:
     """The same figure in the common look, light or dark.
 
+    Raises:
+        ConfigError: there is no such mode.
+
     Example:
         >>> apply_theme(go.Figure(), "dark").layout.paper_bgcolor
         '#15181c'
     """
-    text, paper, grid = _INK[mode]
+    text, paper, grid = look_of(mode)
     if mode == "dark":
         _recolour(figure)
     figure.update_layout(
-        font={"family": "system-ui, sans-serif", "size": 13, "color": text},
+        font={"family": "system-ui, sans-serif", "size": _FONT, "color": text},
         paper_bgcolor=paper,
         plot_bgcolor=paper,
         margin={"l": 60, "r": 20, "t": 60, "b": 50},

@@ -188,7 +188,7 @@ function mount(root, source) {
       element("div", { class: "rlx-cells" }, overlay, element("div", { class: "rlx-lines" }), mark),
     );
     place.style.aspectRatio = `${grid.width} / ${grid.height}`;
-    if (grid.width * grid.height < 160 ** 2) place.classList.add("rlx-pixels");
+    if (grid.width * grid.height <= 160 ** 2) place.classList.add("rlx-pixels");
     const cells = place.lastChild;
     cells.style.width = `${grid.covered[0] * 100}%`;
     cells.style.height = `${grid.covered[1] * 100}%`;
