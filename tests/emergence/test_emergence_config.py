@@ -55,6 +55,10 @@ def _lists(config):
         ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"task": {"n_triggers": 40}}, "4 keys, 40 triggers and 3 flat patches are more than the 36 patches"),
+        ({"task": {"flats": [3]}}, r"task.flats must hold 2 values, got \[3\]"),
+        ({"task": {"flats": [1, 2, 3]}}, "task.flats must hold 2 values"),
+        ({"steps": [10]}, r"steps must be of the kind int, got \[10\]"),
+        ({"task": {"flat_noise": -0.1}}, "flat_noise must be at least 0, got -0.1"),
         ({"task": {"flats": [3, 1]}}, "flats must be 0 or more, the fewest first"),
         ({"task": {"flat_content": "gradient"}}, "task.flat_content must be of the kind tuple"),
         ({"task": {"flat_content": ["grad"]}}, "task.flat_content must be one of"),
@@ -72,6 +76,20 @@ def test_wrong_settings_are_refused_in_python_too():
     for wrong in ({"steps": 100}, {"image_loss": 1.0}, {"optimiser": "sgd", "beta2": 0.9}):
         with pytest.raises(ConfigError):
             TrainingConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nsteps: 9\nseed: 2\n", "key 'seed' stands there twice, again in line 3"),
+        ('{"steps": 9, "steps": 9}', "key 'steps' stands there twice, again in line 1"),
+        ("seed: 1\ntask: {noise: 0.1, noise: 0.2}\n", "key 'noise' stands there twice, again in line 2"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text, told, tmp_path):
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"twice\.yaml': The {told}"):
+        TrainingConfig.from_file(tmp_path / "twice.yaml")
 
 
 def test_files_that_are_no_configuration(tmp_path):

@@ -9,6 +9,7 @@ from small_runs import MODEL, small
 
 import registerlens as rl
 from registerlens.data.synthetic import FLAT, SyntheticTask, synthetic_images
+from registerlens.emergence import evidence
 from registerlens.emergence.criteria import CONDITIONS, CRITERIA, RANDOM_SETS, EmergenceCriteria, emergence_criteria
 from registerlens.emergence.run import labels_of
 from registerlens.emergence.training import initial_vit
@@ -64,6 +65,7 @@ def test_numbers_computed_again_without_the_machinery(found, tiny, batch):
     relative = relative / relative.quantile(0.5, dim=1, keepdim=True)
     outlier = relative > found.detection.cutoff.value
     assert (outlier != flat).sum() <= 2
+    assert found.largest_over_median[4] == pytest.approx(float(relative.amax(1).mean()), rel=1e-4)
     expected = [np.quantile(relative[~outlier], 0.999), np.quantile(relative[outlier], 0.01)]
     assert found.quantiles == pytest.approx(expected, rel=1e-4)
     drawn = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"].mean((1, 2)) for i in range(6)])
@@ -78,14 +80,23 @@ def test_numbers_computed_again_without_the_machinery(found, tiny, batch):
 
 
 @pytest.mark.slow
-def test_it_is_evaluated_on_other_images_than_it_is_chosen_on(found, tiny, batch):
+def test_it_is_evaluated_on_other_images_than_it_is_chosen_on(found, tiny, batch, monkeypatch):
     """Images without flat patches in the second half: what was chosen stays, what is measured finds nothing."""
+    matched_on = []
+    activity = evidence.neuron_activity
+    monkeypatch.setattr(
+        evidence,
+        "neuron_activity",
+        lambda vit, images, *more: matched_on.append(images) or activity(vit, images, *more),
+    )
     bare = synthetic_images(N, 5, SyntheticTask(flats=(0, 0)))
     images, roles = torch.cat([batch.images[:N], bare.images]), torch.cat([batch.roles[:N], bare.roles])
     labels = torch.cat([batch.labels[:N], bare.labels]).masked_fill((roles == FLAT)[..., None], -1)
     other = emergence_criteria(tiny, images, labels)
     assert other.neurons == found.neurons and other.detection == found.detection
     assert other.outliers[0] == 0 and other.n_met < 10 and other.describe()
+    [images_of_controls] = matched_on
+    assert torch.equal(images_of_controls, images[:N])
 
 
 def test_random_weights_meet_none():
@@ -95,6 +106,9 @@ def test_random_weights_meet_none():
     frame = none.to_dataframe()
     assert none.n_met == 0 and not len(none.neurons) and none.onset is None and not frame["holds"].any()
     assert frame["value"].isna().sum() == len(CRITERIA) - 1  # the norm over the median is told all the same
+    torch.manual_seed(1)  # the twin with random weights is drawn from a seed of its own
+    again = emergence_criteria(vit, batch.images, labels_of(batch, vit.layout(batch.images)))
+    assert np.array_equal(again.untrained, none.untrained)
     assert none.prefix_norm.shape == (5, 0) and none.prefix_sink.shape == (2, 0)
     assert "nothing has emerged" in none.describe() and len(none.conditions()) == len(CONDITIONS) + RANDOM_SETS
 

@@ -149,6 +149,15 @@ def test_other_runs_are_refused(whole, tmp_path):
         TrainingRun.make(tmp_path / "new", small()).metrics()
 
 
+def test_hidden_files_of_others_stay(tmp_path):
+    run = TrainingRun.make(tmp_path / "run", small())
+    (run.folder / ".gitignore").write_text("checkpoints")
+    (run.folder / ".ipynb_checkpoints").mkdir()
+    (run.folder / ".state.safetensors.ab12").write_text("half")
+    run.forget_after(-1)
+    assert sorted(path.name for path in run.folder.iterdir()) == [".gitignore", ".ipynb_checkpoints", "config.json"]
+
+
 def test_a_damaged_or_foreign_state_is_refused(whole, tmp_path):
     run = TrainingRun.make(tmp_path, small(steps=20))
     run.state_file.write_bytes(whole.state_file.read_bytes())

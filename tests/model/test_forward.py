@@ -1,5 +1,6 @@
 """The forward pass: sizes, layouts, prefixes and suffixes of the model, number types, caches."""
 
+import jaxtyping
 import pytest
 import torch
 from helpers import randomise, relative
@@ -7,7 +8,7 @@ from small_vits import CONFIGS, build, images
 from transformer_lens import ActivationCache
 
 from registerlens import HookedViT, Preprocess, TokenLayout
-from registerlens.errors import HookNameError, ShapeError
+from registerlens.errors import ConfigError, HookNameError, ShapeError
 from registerlens.model import mlp
 
 SIZES = [(24, 32), (40, 16), (8, 8), (27, 33)]
@@ -105,6 +106,12 @@ def test_layers_that_do_not_exist_and_streams_that_do_not_fit():
         vit(resid, start_at_layer=1)
     with pytest.raises(ShapeError, match="residual stream"):
         vit(x, start_at_layer=0)
+
+
+def test_a_return_type_that_does_not_exist(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # type checks would be quicker than the model
+    with pytest.raises(ConfigError, match="must be 'output' or 'tokens', got 'logits'"):
+        build()(images(build()), return_type="logits")
 
 
 # Layout --------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,22 +22,23 @@ from registerlens.files import read_json, read_tensors, whole_file, write_json
 Kind = TypeVar("Kind", bound="Stored")
 
 
-class Stored(Shown):
+@dataclass(frozen=True, eq=False)
+class Stored(Shown, ABC):
     """What a frozen dataclass inherits to be written to a folder and read back; NaN may stand in arrays only.
 
     Files are named after the class: `MassiveActivations` writes massive_activations.json and .safetensors.
     """
 
+    @abstractmethod
     def describe(self) -> str:
         """The result in words."""
-        raise NotImplementedError
 
     def save(self, folder: str | Path) -> Path:
         """Write the two files, each whole or not at all; returns the folder."""
         from registerlens import __version__  # noqa: PLC0415
 
         folder, name = Path(folder), _file_name(type(self))
-        values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
         arrays = {key: np.ascontiguousarray(value) for key, value in values.items() if isinstance(value, np.ndarray)}
         with whole_file(folder / f"{name}.safetensors") as temporary:
             save_file(arrays, temporary)

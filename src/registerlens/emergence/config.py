@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
+
 from registerlens.config import ViTConfig
 from registerlens.config_parts import Activation
 from registerlens.data.flat_content import FlatContent
@@ -143,20 +145,17 @@ class TrainingConfig:
         """A YAML or JSON file.
 
         Raises:
-            ConfigError: it cannot be read, or as `from_dict`; the message names the file.
+            ConfigError: it cannot be read, a key stands there twice, or as `from_dict`; the message names the file.
         """
-        import yaml  # noqa: PLC0415  (only where a file is read)
-
         try:
-            values = yaml.safe_load(Path(path).read_text())
+            values = yaml.load(Path(path).read_text(), Loader=_EachKeyOnce)
+            if not isinstance(values, Mapping | None):
+                raise ConfigError(f"The file holds {type(values).__name__} instead of keys with values.")
+            return cls.from_dict(values or {})
         except OSError as error:
             raise ConfigError(f"'{path}' cannot be read: {error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"'{path}' is neither YAML nor JSON: {error}") from error
-        if not isinstance(values, Mapping | None):
-            raise ConfigError(f"'{path}' holds {type(values).__name__} instead of keys with values.")
-        try:
-            return cls.from_dict(values or {})
         except ConfigError as error:
             raise ConfigError(f"'{path}': {error}") from error
 
@@ -194,7 +193,8 @@ def _problems(config: TrainingConfig) -> list[str]:
     counts |= {name: getattr(task, name) for name in ("grid", "patch", "n_attributes", "n_classes", "n_types")}
     wrong |= {f"{name} must be at least 1, got {value}.": value < 1 for name, value in counts.items()}
     sizes = {name: getattr(config, name) for name in ("seed", "warm_up", "weight_decay", "flat_loss_until")}
-    sizes |= {"n_triggers": task.n_triggers, "noise": task.noise, "image_loss": config.image_weight}
+    sizes |= {name: getattr(task, name) for name in ("n_triggers", "noise", "flat_noise")}
+    sizes |= {"image_loss": config.image_weight}
     wrong |= {f"{name} must be at least 0, got {value}.": not value >= 0 for name, value in sizes.items()}
     rates = {name: getattr(config, name) for name in ("learning_rate", "clip_norm")}
     wrong |= {f"{name} must be above 0, got {value}.": not 0 < value < math.inf for name, value in rates.items()}
@@ -206,6 +206,19 @@ def _problems(config: TrainingConfig) -> list[str]:
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's own loader takes the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise ConfigError(f"The key {name!r} stands there twice, again in line {line}. Leave one of them out.")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _read(cls: Any, values: Any, where: str) -> Any:
@@ -231,7 +244,9 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         if value not in options:
             raise ConfigError(f"{name} must be one of {options}, got {value!r}.{close_matches(str(value), options)}")
         return value
-    if isinstance(value, list | tuple):
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        if Ellipsis not in options and len(value) != len(options):
+            raise ConfigError(f"{name} must hold {len(options)} values, got {list(value)}.")
         return tuple(_value(options[0], item, name) for item in value)
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:

@@ -181,8 +181,9 @@ class TrainingRun:
     def forget_after(self, step: int) -> None:
         """Drop metrics and checkpoints of later steps than the one training goes on from, and what a kill left half
         written: all of it will be made again."""
-        for path in self.folder.rglob(".*"):
-            path.unlink()
+        for path in self.folder.rglob(".*.*"):  # as `whole_file` names them
+            if path.is_file():
+                path.unlink()
         for path in [*(self.folder / "metrics").glob("step_*"), *(self.folder / "checkpoints").glob("step_*")]:
             if int(path.stem[5:]) > step:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -125,7 +125,7 @@ class Browsable(HookedRootModule):
             ),
             (
                 "weights",
-                f"{n_parameters:,} parameters, {size_told(weight_bytes(self))}, "  # type: ignore[arg-type]
+                f"{n_parameters:,} parameters, {size_told(weight_bytes(self))}, "
                 f"{str(weights.dtype).removeprefix('torch.')} on {weights.device}",
             ),
             ("edits in force", "; ".join(line(edit) for edit in self.edits) or "none"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from registerlens.comfort import html_table, size_told, text_table
@@ -175,9 +176,9 @@ def summarise(vit: HookedViT, size: tuple[int, int] | None = None) -> ModelSumma
     )
 
 
-def weight_bytes(vit: HookedViT) -> int:
+def weight_bytes(module: nn.Module) -> int:
     """Memory of parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*vit.parameters(), *vit.buffers()))
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def times(n: int) -> str:

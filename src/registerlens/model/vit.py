@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, TokenLayout, ViTConfig
-from registerlens.errors import HookNameError, ShapeError
+from registerlens.errors import ConfigError, HookNameError, ShapeError
 from registerlens.model.block import Block
 from registerlens.model.browsing import Browsable
 from registerlens.model.cache import Cache
@@ -92,6 +92,7 @@ class HookedViT(Browsable):
 
         Raises:
             ShapeError: the input does not fit the model, or the layer does not exist.
+            ConfigError: the return type is neither of the two.
         """
         start = 0 if start_at_layer is None else self._layer(start_at_layer)
         stop = self.cfg.n_layers if stop_at_layer is None else self._layer(stop_at_layer)
@@ -101,7 +102,7 @@ class HookedViT(Browsable):
                 " Start at the same block or an earlier one."
             )
         if return_type not in ("output", "tokens"):
-            raise ValueError(f"return_type must be 'output' or 'tokens', got {return_type!r}.")
+            raise ConfigError(f"return_type must be 'output' or 'tokens', got {return_type!r}.")
         if start_at_layer is None:
             resid, layout = self._embed(images)
         else:
