@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace, trace
+from registerlens.data.examples import example_pictures
 from registerlens.data.images import load_images, to_display
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import FLAT, synthetic_images
@@ -89,9 +89,7 @@ def _tiny(folder: Path) -> DemoPage:
     study = study_registers(vit, images, others.images, samples, labels=labels, batch_size=EVALUATED)
     mechanism = study_mechanism(vit, others.images, _neurons(study), batch_size=EVALUATED)
     shown = images[:4]
-    low, high = shown.quantile(0.01), shown.quantile(0.99)
-    display = ((shown - low) / (high - low)).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).numpy()
-    display, names = np.ascontiguousarray(display), [f"synthetic image {i}" for i in range(len(shown))]
+    display, names = example_pictures(vit, shown), [f"synthetic image {i}" for i in range(len(shown))]
     label = "tiny ViT in which register neurons emerged by training; its outliers are the flat patches"
     path = write_report(
         folder / "tiny.html",
