@@ -15,6 +15,7 @@ SIZE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_mlp": 40, "image_size": (
     [
         {},
         {"pooling": ("cls", "mean"), "d_out": 7, "head_act": "tanh", "layer_scale": True, "ln_pre": True},
+        {"attention": "sigmoid", "norm_after": True},
         {"class_token": False, "pooling": (), "act_fn": "relu2", "d_head": 5, "n_trained_registers": 4},
         {"distillation_token": True, "pooling": ("cls", "distillation"), "pos_interpolation": "bicubic_antialias"},
     ],
@@ -23,7 +24,9 @@ def test_a_config_goes_through_json_and_back(changes):
     cfg = ViTConfig(**SIZE, **changes)
     again = ViTConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
     assert again == cfg and hash(again) == hash(cfg)
-    assert set(cfg.to_dict()).isdisjoint({"attn_only", "normalization_type", "final_rms"})
+    assert set(cfg.to_dict()).isdisjoint(
+        {"attn_only", "normalization_type", "final_rms", "use_normalization_before_and_after"}
+    )
 
 
 def test_preprocessing_goes_through_json_and_back():

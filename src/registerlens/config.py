@@ -10,7 +10,14 @@ from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor
 
-from registerlens.config_parts import Activation, AttentionPoolConfig, NormKind, QKNormConfig, RopeConfig
+from registerlens.config_parts import (
+    Activation,
+    AttentionKind,
+    AttentionPoolConfig,
+    NormKind,
+    QKNormConfig,
+    RopeConfig,
+)
 from registerlens.errors import ConfigError, ShapeError
 
 PooledPart = Literal["cls", "distillation", "mean", "mean_all", "attention"]
@@ -53,6 +60,9 @@ class ViTConfig:
     """LayerNorm or RMSNorm, throughout."""
     norm_eps: float = 1e-6
     """Epsilon of every norm."""
+    norm_after: bool = False
+    """Whether what a sublayer computed is normalised before it is added to the stream: "sandwich norm", as in Gemma 2;
+    TransformerLens's `use_normalization_before_and_after`."""
     patch_norm: bool = False
     """Whether patch embeddings are normalised before positions are added (AIMv2)."""
     patch_bias: bool = True
@@ -74,6 +84,9 @@ class ViTConfig:
     """Rotary positions of queries and keys."""
     ln_pre: bool = False
     """Whether a norm precedes block 0, as in CLIP."""
+    attention: AttentionKind = "softmax"
+    """What makes a pattern of the scores: softmax, or, of every score s among n keys on its own, sigmoid(s - log n)
+    (Ramapuram et al. 2024), so that rows need not sum to 1."""
     qkv_bias: bool = True
     """Whether queries, keys and values have biases."""
     qk_norm: QKNormConfig | None = None
@@ -108,13 +121,13 @@ class ViTConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
         object.__setattr__(self, "pooling", tuple(self.pooling))
-        for name in ("n_layers", "d_model", "n_heads", "d_mlp", "n_channels"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.n_trained_registers < 0:
-            raise ConfigError(f"n_trained_registers must be at least 0, got {self.n_trained_registers}.")
-        if self.act_fn not in get_args(Activation):
-            raise ConfigError(f"act_fn must be one of {list(get_args(Activation))}, got {self.act_fn!r}.")
+        least_of = {"n_layers": 1, "d_model": 1, "n_heads": 1, "d_mlp": 1, "n_channels": 1, "n_trained_registers": 0}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        for name, kind in (("act_fn", Activation), ("attention", AttentionKind)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
         if self.distillation_token and not self.class_token:
             raise ConfigError(
                 "A distillation token stands after [CLS]; this configuration has no [CLS]."
@@ -146,6 +159,11 @@ class ViTConfig:
     def normalization_type(self) -> str:
         """TransformerLens's name for the blocks' norm."""
         return {"layer": "LN", "rms": "RMS"}[self.norm]
+
+    @property
+    def use_normalization_before_and_after(self) -> bool:
+        """TransformerLens's name for `norm_after`."""
+        return self.norm_after
 
     @property
     def final_rms(self) -> bool:

@@ -9,6 +9,7 @@ from registerlens.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"]
 NormKind = Literal["layer", "rms"]
+AttentionKind = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, kw_only=True)

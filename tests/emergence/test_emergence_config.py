@@ -43,6 +43,7 @@ def _lists(config):
         ({"learning_rate": "fast"}, "learning_rate must be of the kind float, got 'fast'"),
         ({"model": {"class_token": "yes"}}, "model.class_token must be of the kind bool"),
         ({"model": {"act_fn": "gelo"}}, "act_fn must be one of"),
+        ({"model": {"attention": "sigmoids"}}, "attention must be one of .*Did you mean 'sigmoid'"),
         ({"model": {"n_heads": 3}}, "not divisible by n_heads=3"),
         ({"optimiser": "adam"}, "optimiser must be one of"),
         ({"optimiser": "sgd", "beta2": 0.9}, "beta2 means nothing with the optimiser 'sgd'"),

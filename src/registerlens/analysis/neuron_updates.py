@@ -22,6 +22,7 @@ from registerlens.analysis.top_outliers import located, look, need_some, random_
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -135,6 +136,7 @@ def neuron_updates(
         ConfigError: no random set was asked for.
         ImageError: there are no images, or none has an outlier.
         NonFiniteError: norms are NaN or infinite.
+        UnsupportedArchitectureError: a norm stands after the sublayers.
 
     Source: Jiang et al. 2025, figure 21.
 
@@ -147,6 +149,7 @@ def neuron_updates(
         >>> bool(found.cosine[0, 0] > 0.95), found.p_value(found.norm).round(2).tolist()
         (True, [0.01])
     """
+    require_linear_output(vit.cfg, "The split of an update by neurons")
     if draws < 1:
         raise ConfigError(f"draws must be at least 1, got {draws}.")
     detection = located(vit, images, neurons, detection, "Measuring updates at outliers", batch_size)

@@ -19,6 +19,7 @@ from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons, random_sets
 from registerlens.config import ViTConfig
 from registerlens.errors import NonFiniteError
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 
@@ -124,6 +125,7 @@ def output_weights(
     Raises:
         InterventionError: no neuron was given, the model does not have one of them, or a layer has too few others.
         NonFiniteError: a layer's weights, which are named, are NaN or infinite.
+        UnsupportedArchitectureError: a norm stands after the sublayers.
 
     Source: Jiang et al. 2025, figure 25.
 
@@ -134,6 +136,7 @@ def output_weights(
         >>> found.shared_dimensions[:2].tolist(), found.p_value < 0.01
         ([31, 8], True)
     """
+    require_linear_output(vit.cfg, "The reading of output weights")
     check_neurons(vit, neurons)
     if isinstance(generator, int):
         generator = torch.Generator().manual_seed(generator)

@@ -25,6 +25,7 @@ from registerlens.analysis.stored import Stored
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -212,6 +213,7 @@ def singular_defects(
         ConfigError: fewer than 2 x d_model samples.
         NoOutliersError: images were given, and outliers are absent on them; it carries the evidence.
         ImageError: images were given, but there are none.
+        UnsupportedArchitectureError: a norm stands after the sublayers.
 
     Source: Wang et al. 2024 (SINDER), who use 100,000 samples and no pairs; the score of neurons is ours.
 
@@ -221,6 +223,7 @@ def singular_defects(
         >>> found.neurons(top=1)[["layer", "rank_in_layer"]].values.tolist()
         [[1, 0]]
     """
+    require_linear_output(vit.cfg, "The search for singular defects")
     d_model = vit.cfg.d_model
     _check_finite(vit)
     if n_samples < 2 * d_model:

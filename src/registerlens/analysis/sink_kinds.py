@@ -28,6 +28,7 @@ from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, whole_file, write_json
+from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -247,6 +248,7 @@ def classify_sinks(
         ConfigError: a threshold or `queries` is out of range.
         ImageError: there are no images.
         NonFiniteError: an attention is NaN.
+        UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Fesser et al. 2026 (2606.08105); sink rate: Gu et al. 2025.
 
@@ -258,6 +260,8 @@ def classify_sinks(
         >>> found.events.shape
         (4, 6, 1)
     """
+    require_softmax(vit.cfg, "The classification of sinks")
+    require_linear_output(vit.cfg, "The classification of sinks")
     swept = tuple(sorted({float(threshold) for threshold in thresholds}, reverse=True))
     if not swept or not 0 < swept[-1] <= swept[0] <= 1:
         raise ConfigError(f"Thresholds are shares of a query's attention, above 0 and at most 1; got {thresholds}.")

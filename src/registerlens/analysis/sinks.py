@@ -59,7 +59,7 @@ Receive = Callable[[int, Float[Tensor, "batch head key"]], None]
 def attention_hooks(vit: HookedViT, layout: TokenLayout, layers: Iterable[int], receive: Receive) -> list[Any]:
     """Hooks that hand `receive(layer, attention)` the attention each key draws, in the order of the layers.
 
-    It is computed from queries and keys; where scores or patterns of a layer are edited already, from its pattern.
+    It is computed from queries and keys; where scores or patterns are edited already, or are no softmax, from patterns.
 
     Args:
         vit: the model, its edits in place.
@@ -93,7 +93,7 @@ def pattern_hooks(
     from_pair: Callable[[int, Tensor, Tensor], None],
     from_pattern: Callable[[int, Tensor], None],
 ) -> list[Any]:
-    """Hooks that hand over what a layer's pattern is made of, or the pattern itself where it is edited already.
+    """Hooks that hand over what a layer's softmax is taken of, or the pattern itself where it is edited or no softmax.
 
     So nobody who only counts makes the model hold its patterns.
 
@@ -129,7 +129,7 @@ def pattern_hooks(
     hooks: list[Any] = []
     for layer in layers:
         attn, name = cast(Block, vit.blocks[layer]).attn, f"blocks.{layer}.attn"
-        if listening(attn.hook_attn_scores, attn.hook_pattern):
+        if vit.cfg.attention != "softmax" or listening(attn.hook_attn_scores, attn.hook_pattern):
             hooks.append((f"{name}.hook_pattern", with_pattern))
         else:
             hooks += [(f"{name}.{q_point}", keep_query), (f"{name}.{k_point}", with_key)]

@@ -30,6 +30,7 @@ from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, InterventionError
 from registerlens.evaluation.intervals import resample
 from registerlens.interventions.targets import Heads
+from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -87,6 +88,7 @@ def attention_circuit(
             do not add up because an edit in force changes what the weights say.
         NoOutliersError: the model has no outliers on these images.
         ShapeError: images are no batch, or smaller than a patch.
+        UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Elhage et al. 2021 (frozen norms, direct contributions); Jiang et al. 2025, section 3 (the path); Wang et
         al. 2022 (2211.00593; path patching).
@@ -100,6 +102,8 @@ def attention_circuit(
         >>> circuit.reader, circuit.block, round(circuit.onset_share, 2), circuit.sum_error < 1e-5
         ('mean patch', 1, 1.0, True)
     """
+    require_softmax(vit.cfg, "A circuit")
+    require_linear_output(vit.cfg, "A circuit")
     _check_options(min_share, n_boot)
     check_neurons(vit, neurons)
     check_target(vit.cfg, target)

@@ -19,6 +19,7 @@ from registerlens.circuits.readout import Direction, Readout, Space, pool_weight
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.norms import Norm
 from registerlens.model.parts import at_least_float32
@@ -171,6 +172,7 @@ def direct_contributions(
         ConfigError: a class of a model without a head, or the output of a model that pools by attention.
         ImageError: there are no images.
         ShapeError: the class does not exist, or the vector does not fit.
+        UnsupportedArchitectureError: a norm stands after the sublayers.
 
     Source: Gandelsman et al. 2024 (2310.05916), equations 5 to 8, for heads and what they
     attend to; Elhage et al. 2021.
@@ -183,6 +185,7 @@ def direct_contributions(
         >>> found.heads.shape, found.neurons.shape, found.largest_remainder < 1e-4
         ((6, 1), (6, 256), True)
     """
+    require_linear_output(vit.cfg, "The direct contributions of heads and neurons")
     readout = Readout.of(vit, direction, space)
     detection = detection or detect(vit, images, batch_size=batch_size)
     cfg = vit.cfg

@@ -18,6 +18,7 @@ from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons
 from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.attention import HeadNorm
 from registerlens.model.block import Block
 from registerlens.model.norms import LayerNorm
@@ -184,6 +185,7 @@ def head_circuits(
         InterventionError: no neuron was given, or the model does not have one of them.
         NonFiniteError: a weight is NaN or infinite.
         ShapeError: the vector is not of the stream's width, or zero after centring.
+        UnsupportedArchitectureError: a norm stands after the sublayers.
 
     Source: Elhage et al. 2021 (QK and OV circuits, copying score); Jiang et al. 2025, proposition 1, for u2.
 
@@ -195,6 +197,7 @@ def head_circuits(
         >>> found.copying.shape, bool((found.value("key_gain")[2:] > 1).all())
         ((6, 1), True)
     """
+    require_linear_output(vit.cfg, "The reading of weights")
     if n_null < 20:
         raise ConfigError(f"n_null must be at least 20 for a 95% range, got {n_null}.")
     along, words = directions_met(vit, direction)

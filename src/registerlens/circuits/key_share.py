@@ -21,6 +21,7 @@ from registerlens.circuits.heads import directions_met
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError
+from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.attention import final_point
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -125,6 +126,7 @@ def key_share(
         InterventionError: no neuron was given, or the model does not have one of them.
         NoOutliersError: the model has no outliers on these images.
         ShapeError: the vector does not fit.
+        UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Elhage et al. 2021 for QK circuits and frozen norms; Jiang et al. 2025, proposition 1, for u2.
 
@@ -137,6 +139,8 @@ def key_share(
         >>> bool((found.share[2:4] > 0.5).all())
         True
     """
+    require_softmax(vit.cfg, "The share of a key in the scores")
+    require_linear_output(vit.cfg, "The share of a key in the scores")
     if n_null < 20:
         raise ConfigError(f"n_null must be at least 20, got {n_null}.")
     met, words = directions_met(vit, direction)

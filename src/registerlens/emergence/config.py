@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from registerlens.config import ViTConfig
-from registerlens.config_parts import Activation
+from registerlens.config_parts import Activation, AttentionKind
 from registerlens.data.flat_content import FlatContent
 from registerlens.data.synthetic import SyntheticTask
 from registerlens.errors import ConfigError, close_matches
@@ -35,6 +35,10 @@ class ModelShape:
     """The MLP's nonlinearity."""
     gated_mlp: bool = False
     """Whether another linear map multiplies it: with act_fn "silu", SwiGLU."""
+    attention: AttentionKind = "softmax"
+    """Softmax, or the sigmoid of every score on its own."""
+    norm_after: bool = False
+    """Whether what a sublayer adds is normalised first ("sandwich norm")."""
     class_token: bool = False
     """Whether there is a [CLS] token, which must report the image's labels."""
     n_trained_registers: int = 0

@@ -46,13 +46,13 @@ class Recording:
     keys: dict[int, Float[Tensor, "head key d_head"]]
     """By layer; more than tokens where an attention bias is in force."""
     patterns: dict[int, Float[Tensor, "head pos key"]]
-    """By layer, where scores or patterns are edited, so that queries and keys do not tell them."""
+    """By layer, where scores or patterns are edited or no softmax, so that queries and keys do not tell them."""
     strongest: Int[Tensor, "pos rank 2"]
     """(layer, neuron) of the neurons that write most at each token: |activation| times the norm of what they write."""
     strongest_activation: Float[Tensor, "pos rank"]
     """Their activations."""
     strongest_written: Float[Tensor, "pos rank"]
-    """The norm of what each adds to the residual stream."""
+    """The norm of what each writes into the residual stream, before a norm that may stand there (`norm_after`)."""
     chosen_activation: Float[Tensor, "pos chosen"]
     """Activations of the neurons asked for."""
 
@@ -75,7 +75,7 @@ class Recording:
         return self.keys[0].shape[1]
 
     def pattern(self, layer: int) -> Float[Tensor, "head pos key"]:
-        """The attention pattern of a block, computed here; rows sum to 1."""
+        """The attention pattern of a block, computed here; of a softmax, rows sum to 1."""
         self.check(layer)
         if layer in self.patterns:
             return self.patterns[layer]

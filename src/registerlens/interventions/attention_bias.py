@@ -21,6 +21,7 @@ from registerlens.errors import ImageError, InterventionError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.assumptions import require_softmax
 from registerlens.model.attention import final_point
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -69,6 +70,7 @@ class AttentionBias(Intervention):
         Raises:
             ImageError: there are no images.
             InterventionError: the register appends no or several tokens, or the model lacks a neuron.
+            UnsupportedArchitectureError: attention is no softmax.
 
         Example:
             >>> import registerlens as rl
@@ -78,6 +80,7 @@ class AttentionBias(Intervention):
             ...     vit(images).shape, bias.k.shape
             (torch.Size([2, 36, 52]), torch.Size([6, 1, 64]))
         """
+        require_softmax(vit.cfg, "An attention bias")
         register = TestTimeRegisters(neurons) if register is None else register
         if register.n != 1 or register.neurons.pairs != neurons.pairs:
             raise InterventionError(

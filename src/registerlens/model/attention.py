@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from registerlens.config import ViTConfig
 from registerlens.config_parts import QKNormConfig
 from registerlens.model.norms import NORMS
-from registerlens.model.parts import ResidualWriter, at_least_float32, editable, listening
+from registerlens.model.parts import PATTERNS, ResidualWriter, at_least_float32, editable, listening
 from registerlens.model.rotary import Rotation
 
 
@@ -52,12 +52,14 @@ class Attention(nn.Module):
     Queries and keys may be normalised (`q_norm`, `k_norm`) and then turned by their positions (`hook_rot_q`,
     `hook_rot_k`), and the heads' outputs normalised before W_O (`ln`): `hook_z` is always what W_O reads.
 
-    Scores and patterns exist only while `hook_attn_scores` or `hook_pattern` has a hook; per-head results only while
-    `hook_result` has one. Otherwise `scaled_dot_product_attention` runs. Axes of scores and patterns: head, query, key.
+    Scores and patterns exist only while `hook_attn_scores` or `hook_pattern` has a hook, or where attention is no
+    softmax; per-head results only while `hook_result` has one. Otherwise `scaled_dot_product_attention` runs. Axes of
+    scores and patterns: head, query, key.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
+        self.kind = cfg.attention
         self.n_heads = cfg.n_heads
         self.d_head = cfg.d_head
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.n_heads * cfg.d_head, bias=cfg.qkv_bias)
@@ -91,7 +93,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = self.hook_rot_q(rotation(q)), self.hook_rot_k(rotation(k))
-        if listening(self.hook_attn_scores, self.hook_pattern):
+        if self.kind != "softmax" or listening(self.hook_attn_scores, self.hook_pattern):
             z = self._explicit(q, k, v)
         else:
             z = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -112,7 +114,7 @@ class Attention(nn.Module):
         # Head by head in memory: one copy each, where the matrix products would copy with strides again and again.
         queries, keys, values = (t.transpose(1, 2).contiguous() for t in (q * self.d_head**-0.5, k, v))
         scores = self.hook_attn_scores(queries @ keys.mT)
-        pattern = scores.softmax(-1, dtype=at_least_float32(v.dtype)).to(v.dtype)
+        pattern = PATTERNS[self.kind](scores, at_least_float32(v.dtype)).to(v.dtype)
         return (self.hook_pattern(editable(pattern, self.hook_pattern)) @ values).transpose(1, 2)
 
     @property

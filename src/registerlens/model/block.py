@@ -14,7 +14,8 @@ from registerlens.model.rotary import Rotation
 
 
 class Block(nn.Module):
-    """A pre-norm block; every tensor [batch, pos, d_model] on its way through has a hook point."""
+    """A block that reads a normalised stream, and may normalise what it adds (`norm_after`); every tensor
+    [batch, pos, d_model] on its way through has a hook point."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -23,10 +24,12 @@ class Block(nn.Module):
         self.hook_resid_pre = HookPoint()
         self.ln1 = norm(cfg.d_model, cfg.norm_eps)
         self.attn = Attention(cfg)
+        self.ln1_post = norm(cfg.d_model, cfg.norm_eps) if cfg.norm_after else nn.Identity()
         self.hook_attn_out = HookPoint()
         self.hook_resid_mid = HookPoint()
         self.ln2 = norm(cfg.d_model, cfg.norm_eps)
         self.mlp = GatedMLP(cfg) if cfg.gated_mlp else PlainMLP(cfg)
+        self.ln2_post = norm(cfg.d_model, cfg.norm_eps) if cfg.norm_after else nn.Identity()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
@@ -35,5 +38,5 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this block."""
         resid = self.hook_resid_pre(resid)
-        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(self.ln1(resid), rotation)))
-        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(resid))))
+        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.ln1_post(self.attn(self.ln1(resid), rotation))))
+        return self.hook_resid_post(resid + self.hook_mlp_out(self.ln2_post(self.mlp(self.ln2(resid)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from registerlens.config_parts import Activation
+from registerlens.config_parts import Activation, AttentionKind
 
 
 def _quick_gelu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -34,6 +35,18 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu2": _relu2,
 }
 """The nonlinearities of `ViTConfig.act_fn`."""
+
+
+def _softmax(scores: Float[Tensor, "*row key"], dtype: torch.dtype) -> Float[Tensor, "*row key"]:
+    return scores.softmax(-1, dtype=dtype)
+
+
+def _sigmoid(scores: Float[Tensor, "*row key"], dtype: torch.dtype) -> Float[Tensor, "*row key"]:
+    return (scores.to(dtype) - math.log(scores.shape[-1])).sigmoid()
+
+
+PATTERNS: dict[AttentionKind, Callable[[Tensor, torch.dtype], Tensor]] = {"softmax": _softmax, "sigmoid": _sigmoid}
+"""What makes a pattern of scores [..., key], in a number type; the kinds of `ViTConfig.attention`."""
 
 
 def listening(*points: HookPoint) -> bool:

@@ -191,7 +191,7 @@ def _parts(vit: HookedViT, flops_of: Callable[[str], int], total: int) -> tuple[
     homes = {}
     for layer in range(vit.cfg.n_layers):
         for kind, norm in (("attn", "ln1"), ("mlp", "ln2")):
-            homes[f"blocks.{layer}.{kind}"] = (f"blocks.{layer}.{kind}.", f"blocks.{layer}.{norm}.")
+            homes[f"blocks.{layer}.{kind}"] = tuple(f"blocks.{layer}.{name}." for name in (kind, norm, f"{norm}_post"))
     homes |= {"ln_final": ("ln_final.",), "head": ("head.",)}
     counts = dict.fromkeys(["embedding", *homes], 0)
     for name, parameter in vit.named_parameters():

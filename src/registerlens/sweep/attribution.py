@@ -24,6 +24,7 @@ from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count
 from registerlens.errors import ConfigError, InterventionError
 from registerlens.interventions.ablation import Heads
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -154,6 +155,7 @@ def attribute_edges(
         ImageError: there are no images, or none has an outlier.
         InterventionError: a neuron or head does not exist, or no head comes after a neuron.
         NoOutliersError: the model has no outliers, which "score" and "attention" are about.
+        UnsupportedArchitectureError: a norm stands after the sublayers.
 
     Source: Syed et al. 2023 (2310.10348), edge attribution patching; Elhage et al. 2021 for frozen norms.
 
@@ -165,6 +167,7 @@ def attribute_edges(
         >>> edges.effects.shape, bool((edges.effects[0] > abs(edges.effects[1])).all())
         ((2, 4, 1), True)
     """
+    require_linear_output(vit.cfg, "The attribution of edges")
     if norm not in get_args(Norm):
         raise ConfigError(f"norm must be one of {list(get_args(Norm))}, got {norm!r}.")
     check_neurons(vit, neurons)

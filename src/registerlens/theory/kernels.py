@@ -19,6 +19,7 @@ from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.files import read_json, read_tensors, whole_file, write_json
+from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.theory.measurements import (
     COLUMNS,
@@ -282,6 +283,7 @@ def check_kernels(
         NonFiniteError: a weight is NaN or infinite; it is named.
         WeightsError: none of the neurons writes anything.
         ImageError, ShapeError: there are no images, or they do not fit the model.
+        UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Jiang et al. 2025, Proposition 1 and figure 25.
 
@@ -292,6 +294,8 @@ def check_kernels(
         >>> report.finding("value").verdict, report.finding("mlp").verdict
         ('holds approximately', 'fails')
     """
+    require_softmax(vit.cfg, "The check of kernel conditions")
+    require_linear_output(vit.cfg, "The check of kernel conditions")
     if not len(neurons):
         raise ConfigError("No neuron to check: the list is empty. See rl.find_register_neurons(vit, images).")
     layers = tuple(neurons.check(vit.cfg).by_layer())

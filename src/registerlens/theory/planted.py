@@ -105,8 +105,10 @@ def plant_register_neurons(
         '1.mlp'
     """
     cfg = vit.cfg
-    plain = cfg.norm == "layer" and not (cfg.gated_mlp or cfg.mlp_norm or cfg.attn_norm or cfg.qk_norm or cfg.attn_pool)
-    _check(plain, "the model must have plain LayerNorms, MLPs and pooling (no RMSNorm, gates or inner norms)")
+    inner = cfg.gated_mlp or cfg.mlp_norm or cfg.attn_norm or cfg.norm_after or cfg.qk_norm or cfg.attn_pool
+    plain = cfg.norm == "layer" and cfg.attention == "softmax" and not inner
+    what = "the model must have plain LayerNorms, MLPs, attention and pooling"
+    _check(plain, f"{what} (no RMSNorm, gates, inner norms or sigmoids)")
     sink_heads = max(1, cfg.n_heads // 3) if sink_heads is None else sink_heads
     _check(0 <= layer < cfg.n_layers - 1, f"layer must be 0 to {cfg.n_layers - 2} (a block must follow), got {layer}")
     _check(1 <= n <= cfg.d_mlp, f"n must be 1 to {cfg.d_mlp}, got {n}")

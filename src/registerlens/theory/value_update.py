@@ -23,6 +23,7 @@ from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.files import read_json, whole_file, write_json
 from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -216,6 +217,7 @@ def value_update(
         ImageError: there are no images.
         InterventionError: the model lacks a neuron, or all neurons lie beyond the layer.
         ShapeError: the layer does not exist.
+        UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Jiang et al. 2025, equation 19 and table 8 (A.5).
 
@@ -228,6 +230,8 @@ def value_update(
         >>> found.conditions, found.cosine[0].round(3).item()
         (('1 test-time register', '2 test-time registers'), 1.0)
     """
+    require_softmax(vit.cfg, "The split of the value update")
+    require_linear_output(vit.cfg, "The split of the value update")
     if not -vit.cfg.n_layers <= layer < vit.cfg.n_layers:
         raise ShapeError(f"Layer {layer} does not exist: the model has blocks 0 to {vit.cfg.n_layers - 1}.")
     if neurons is None and vit.cfg.n_trained_registers < 2:
