@@ -1,4 +1,4 @@
-"""The command line: trace, report, neurons, kernels, circuit, ablate, register, bake, sweep, emerge, demo, help."""
+"""The command line: every command by its name; what they do is in `registerlens.commands`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ app.command()(editing.register)
 app.command()(baking.bake)
 app.add_typer(sweeping.app, name="sweep")
 app.command()(emerging.emerge)
+app.command()(emerging.runs)
 app.command("help")(helping.help_command)
 
 

@@ -1,5 +1,7 @@
 """What comes first: courses whose order is known, and a run between random weights and the embedded model's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,9 +10,11 @@ from small_runs import small
 from typer.testing import CliRunner
 
 import registerlens as rl
+from registerlens.cli import app
 from registerlens.data.synthetic import FLAT
 from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.dynamics import SIGNS, Dynamics, _halfway, order_of_signs, training_dynamics
+from registerlens.emergence.recipes import RECIPES, recipe_of
 from registerlens.emergence.research import judge_run, results_table, summarise
 from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.emergence.training import DivergedError, initial_vit, train
@@ -135,6 +139,8 @@ def test_a_table_of_runs_lists_those_that_fail(towards_tiny, tmp_path):
         train(small(learning_rate=30.0), tmp_path / "diverged")
     table = results_table([towards_tiny.folder, tmp_path / "diverged"], n_images=32)
     emerged, failed = table.iloc[0], table.iloc[1]
+    assert (emerged["recipe"], emerged["prefix_norm"], emerged["prefix_sink"]) == ("-", 0, 0)
+    assert emerged["largest"] >= emerged["largest/median"]
     assert (emerged["settings"], emerged["ended"], emerged["minutes"]) == ("steps=400", "finished", 1.0)
     assert (emerged["outliers"], emerged["criteria"], emerged["failing"]) == ("present", emerged["of"], "")
     assert failed["ended"].startswith("diverged at") and "learning_rate=30.0" in failed["settings"]
@@ -145,20 +151,30 @@ def test_a_table_of_runs_lists_those_that_fail(towards_tiny, tmp_path):
     assert judge_run(towards_tiny).n_met == emerged["criteria"] and kept.stat().st_mtime_ns == before
 
 
-def test_the_command_trains_and_ends_with_the_table(tmp_path):
-    import typer
-
-    from registerlens.commands.emerging import emerge
-
-    app = typer.Typer()
-    app.command()(emerge)
+def test_the_commands_train_end_with_the_table_and_list_runs(tmp_path):
     (tmp_path / "few.yaml").write_text(
         "{steps: 2, warm_up: 0, batch_size: 2, log_every: 2, checkpoint_every: 2, model: {n_layers: 1, d_mlp: 8},"
         " task: {grid: 4, patch: 4, n_triggers: 2}}"
     )
-    command = ["--config", str(tmp_path / "few.yaml"), "--out", str(tmp_path / "run")]
+    command = ["emerge", "--config", str(tmp_path / "few.yaml"), "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0 and "nothing has emerged" in done.output and "register: outliers" in done.output
     assert len(pd.read_parquet(tmp_path / "run" / "criteria.parquet")) == 19
     with pytest.raises(ConfigError, match="seed is 0 there, 3 here"):
         CliRunner().invoke(app, [*command, "--seed", "3"], catch_exceptions=False)
+    listing = ["runs", str(tmp_path / "run"), "--out", str(tmp_path / "table.parquet")]
+    listed = CliRunner().invoke(app, listing, catch_exceptions=False)
+    assert "finished" in listed.output and "0 of 1" in listed.output and "task.n_triggers=2" in listed.output
+    table = pd.read_parquet(tmp_path / "table.parquet")
+    assert table["recipe"].tolist() == ["-"] and table["criteria"].tolist() == [0]
+    with pytest.raises(ConfigError, match="nothing"):
+        CliRunner().invoke(app, ["runs", str(tmp_path / "nothing")], catch_exceptions=False)
+
+
+def test_recipes_are_known_by_their_configuration(tmp_path):
+    assert {recipe_of(one.config).name for one in RECIPES.values()} == set(RECIPES)
+    assert recipe_of(replace(RECIPES["cls"].config, seed=4, log_every=100)).name == "cls"
+    unknown = CliRunner().invoke(app, ["emerge", "--recipe", "gelu", "--out", str(tmp_path / "run")])
+    assert isinstance(unknown.exception, ConfigError) and "Did you mean 'gelu-" in str(unknown.exception)
+    both = ["emerge", "--recipe", "cls", "--config", "x.yaml", "--out", str(tmp_path / "run")]
+    assert CliRunner().invoke(app, both).exit_code == 2

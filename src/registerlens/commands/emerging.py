@@ -1,18 +1,15 @@
-"""The command that trains a tiny ViT in which register neurons emerge: emerge."""
+"""The commands that train tiny ViTs in which register neurons emerge, and list what came of it: emerge, runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from registerlens.commands.options import Debug
-from registerlens.commands.printing import print_words
+from registerlens.commands.printing import print_criteria, print_runs, print_words
 from registerlens.commands.shared import write_figure, write_parquet
-
-if TYPE_CHECKING:
-    from registerlens.emergence.criteria import EmergenceCriteria
 
 
 def emerge(
@@ -20,6 +17,10 @@ def emerge(
     config: Annotated[
         Path | None,
         typer.Option("--config", metavar="FILE", help="YAML or JSON; default: the recipe of registerlens:tiny"),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="NAME", help="One of the research, by name: 'cls', 'gelu-4e-3', ..."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the configuration's")] = None,
     debug: Debug = False,
@@ -31,12 +32,15 @@ def emerge(
     """
     from dataclasses import replace  # noqa: PLC0415
 
+    from registerlens.emergence import recipes  # noqa: PLC0415
     from registerlens.emergence.config import TrainingConfig  # noqa: PLC0415
     from registerlens.emergence.dynamics import training_dynamics  # noqa: PLC0415
     from registerlens.emergence.research import judge_run  # noqa: PLC0415
     from registerlens.emergence.training import train  # noqa: PLC0415
 
-    asked = TrainingConfig() if config is None else TrainingConfig.from_file(config)
+    if config is not None and recipe is not None:
+        raise typer.BadParameter("give --config or --recipe, not both", param_hint="--recipe")
+    asked = recipes.recipe(recipe or "default").config if config is None else TrainingConfig.from_file(config)
     run = train(asked if seed is None else replace(asked, seed=seed), out)
     last = run.metrics().iloc[-1]
     accuracies = {name[9:]: last[name] for name in last.index if name.startswith("accuracy_")}
@@ -57,18 +61,20 @@ def emerge(
     )
 
 
-def print_criteria(found: EmergenceCriteria) -> None:
-    """The criteria in words and as a table."""
-    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+def runs(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Of runs that emerge trained")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The whole table, as .parquet")] = None,
+    debug: Debug = False,
+) -> None:
+    """List training runs: recipe, seeds, how often register neurons emerged, which criteria hold; failures too.
 
-    print_words(found.describe(), style="bold")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for header in ("criterion", "value", "threshold", "holds"):
-        table.add_column(header, justify="left" if header == "criterion" else "right")
-    for row in found.to_dataframe().to_dict("records"):
-        holds = "[green]yes" if row["holds"] else "[red]no"
-        value = "-" if row["value"] != row["value"] else f"{row['value']:.3f}"
-        table.add_row(row["criterion"], value, row["threshold"], holds)
-    Console().print(table)
+    Runs that were not judged yet are judged now.
+    """
+    from registerlens.emergence.research import results_table, summarise  # noqa: PLC0415
+    from registerlens.progress import track  # noqa: PLC0415
+
+    table = results_table(track(folders, "runs", len(folders)))
+    print_runs(table, summarise(table))
+    if out is not None:
+        write_parquet(table, out)
+        typer.echo(f"Wrote {out}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from registerlens.analysis.neurons import RegisterNeurons
     from registerlens.analysis.trace import Trace
+    from registerlens.emergence.criteria import EmergenceCriteria
     from registerlens.evaluation.effects import Evaluation
     from registerlens.sweep.result import SweepResult
     from registerlens.theory.kernels import KernelReport
@@ -208,6 +212,39 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
     return f"{brief(row[name])}\n{brief(row[f'{name}_low'])} to {brief(row[f'{name}_high'])}"
 
 
+def print_criteria(found: EmergenceCriteria) -> None:
+    """The criteria of emergence in words and as a table."""
+    print_words(found.describe(), style="bold")
+    table = _table("", "")
+    for header in ("criterion", "value", "threshold", "holds"):
+        table.add_column(header, justify="left" if header == "criterion" else "right")
+    for row in found.to_dataframe().to_dict("records"):
+        value = "-" if row["value"] != row["value"] else f"{row['value']:.3f}"
+        table.add_row(row["criterion"], value, row["threshold"], "[green]yes" if row["holds"] else "[red]no")
+    _console().print(table)
+
+
+def print_runs(table: pd.DataFrame, summary: pd.DataFrame) -> None:
+    """Training runs, and below them their recipes."""
+    from rich.text import Text  # noqa: PLC0415
+
+    columns = ["run", "recipe", "seed", "ended", "outliers", "onset", "neurons", "criteria", "failing", "minutes"]
+    for title, frame in (("Runs", table.reindex(columns=columns)), ("Recipes", summary)):
+        shown = _table(title, "")
+        for header in frame.columns:
+            shown.add_column(header, vertical="top")
+        for cells in frame.itertuples(index=False):
+            shown.add_row(*(Text(_cell(value)) for value in cells))
+        _console().print(shown)
+
+
+def _cell(value: Any) -> str:
+    """One decimal, whole numbers as they are, and a dash for what is not there."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) and value % 1 else str(value).removesuffix(".0")
+
+
 def print_words(text: str, style: str = "") -> None:
     """Text as it is: no markup, no highlighting."""
     _console().print(text, style=style, markup=False, highlight=False)
@@ -226,4 +263,10 @@ def _table(title: str, caption: str) -> Any:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    return Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=Text(title), caption=caption or None)
+    return Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title=Text(title) if title else None,
+        caption=caption or None,
+    )

@@ -10,6 +10,7 @@ import numpy as np
 
 from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria, emergence_criteria
+from registerlens.emergence.recipes import recipe_of
 from registerlens.emergence.run import TrainingRun, flat_settings, held_out_images, labels_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64)
 
 
 def results_table(folders: Iterable[str | Path], *, n_images: int = JUDGED) -> pd.DataFrame:
-    """One row a run: what its recipe changes of the default one, seed, whether it ended, what emerged, and the time.
+    """One row a run: its recipe and what that changes of the default one, seed, whether it ended, what emerged, time.
+
+    `largest` is the largest patch norm over the median at whatever sublayer it is largest, `prefix_norm` the largest of
+    [CLS] and of trained registers in the same unit, and `prefix_sink` the attention to them all at the layer where
+    that is largest: where outliers went if not to patches.
 
     Args:
         folders: of runs, finished or not.
@@ -59,18 +64,19 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
     Example:
         >>> import pandas as pd
-        >>> row = {"settings": "default", "seed": 0, "ended": "finished", "outliers": "present", "criteria": 19,
-        ...        "failing": "", "minutes": 5.0}
+        >>> row = {"recipe": "default", "settings": "", "seed": 0, "ended": "finished", "outliers": "present",
+        ...        "criteria": 19, "failing": "", "minutes": 5.0}
         >>> summarise(pd.DataFrame([row, row | {"seed": 1, "criteria": 18}])).iloc[0].to_dict()
-        {'settings': 'default', 'seeds': '0 1', 'emerged': '2 of 2', 'criteria': '19 18', 'minutes': 5.0}
+        {'recipe': 'default', 'settings': '', 'seeds': '0 1', 'emerged': '2 of 2', 'criteria': '19 18', 'minutes': 5.0}
     """
     import pandas as pd  # noqa: PLC0415
 
     rows = []
-    for settings, mine in table.groupby("settings", sort=False):
+    for (recipe, settings), mine in table.groupby(["recipe", "settings"], sort=False):
         ended = mine[mine["ended"] == "finished"]
         rows.append(
             {
+                "recipe": recipe,
                 "settings": settings,
                 "seeds": " ".join(map(str, mine["seed"])),
                 "emerged": f"{(ended['outliers'] == 'present').sum()} of {len(mine)}",
@@ -84,7 +90,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
     ours, default = flat_settings(run.config), flat_settings(TrainingConfig())
     changed = [f"{name}={ours[name]}" for name in ours if ours[name] != default[name] and name not in _NO_SETTING]
-    row: dict[str, Any] = {"run": run.folder.name, "settings": ", ".join(changed) or "default", "seed": run.config.seed}
+    recipe = recipe_of(run.config)
+    row: dict[str, Any] = {"run": run.folder.name, "recipe": recipe.name if recipe else "-"}
+    row |= {"settings": ", ".join(changed), "seed": run.config.seed}
     step = run.checkpoints[-1] if run.checkpoints else 0
     ended = "finished" if run.finished else f"diverged at {run.diverged['step']}" if run.diverged else f"at step {step}"
     last = run.metrics().iloc[-1]
@@ -95,7 +103,11 @@ def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
         return row
     found = judge_run(run, n_images=n_images)
     failing = ", ".join(one.name for one in CRITERIA if not found.holds(one.name))
-    names = ("largest/median", "bimodality", "one MLP", "register: outliers", "register: norm")
-    values = dict(zip((one.name for one in CRITERIA), found.values.tolist(), strict=True))
     row |= {"outliers": found.detection.evidence.verdict, "onset": found.onset, "neurons": len(found.neurons)}
-    return row | {"criteria": found.n_met, "of": len(CRITERIA), "failing": failing} | {n: values[n] for n in names}
+    row |= {"criteria": found.n_met, "of": len(CRITERIA), "failing": failing}
+    row |= {"largest": float(found.largest_over_median.max())}
+    row |= {
+        "prefix_norm": float(found.prefix_norm.max(initial=0)),
+        "prefix_sink": float(found.prefix_sink.sum(1).max()),
+    }
+    return row | dict(zip((one.name for one in CRITERIA), found.values.tolist(), strict=True))

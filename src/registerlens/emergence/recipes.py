@@ -1,0 +1,87 @@
+"""Named recipes of the research on what makes register neurons appear: each changes one thing of the default one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from registerlens.emergence.config import TrainingConfig
+from registerlens.errors import ConfigError, close_matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One recipe: what it asks, and how it trains."""
+
+    name: str
+    """As in the tables."""
+    question: str
+    """What it is there to find out."""
+    config: TrainingConfig
+    """The training; the seed is 0."""
+
+
+def _recipe(name: str, question: str, changes: Mapping[str, Any]) -> Recipe:
+    return Recipe(name=name, question=question, config=TrainingConfig.from_dict(changes))
+
+
+_LONGER = {"steps": 6000}
+_GELU = {"model": {"act_fn": "gelu"}}
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _recipe("default", "How often and how cleanly does it emerge?", {}),
+        _recipe("gelu-2e-3", "GELU, twice as long: half the learning rate", _GELU | _LONGER | {"learning_rate": 2e-3}),
+        _recipe("gelu-4e-3", "GELU, twice as long: the same learning rate", _GELU | _LONGER),
+        _recipe("gelu-8e-3", "GELU, twice as long: twice the learning rate", _GELU | _LONGER | {"learning_rate": 8e-3}),
+        _recipe("swiglu", "SwiGLU of as many weights", {"model": {"act_fn": "silu", "gated_mlp": True, "d_mlp": 172}}),
+        _recipe(
+            "cls", "A [CLS] token with a label of its own: where do outliers go?", {"model": {"class_token": True}}
+        ),
+        _recipe("registers", "4 trained registers: where do outliers go?", {"model": {"n_trained_registers": 4}}),
+        _recipe("gradients", "Flat patches show a ramp: is it overwritten?", {"task": {"flat_content": ["gradient"]}}),
+        _recipe("soft-noise", "Flat patches show soft noise", {"task": {"flat_content": ["soft_noise"]}}),
+        _recipe("photographs", "Flat patches show backgrounds", {"task": {"flat_content": ["photographs"]}}),
+        _recipe(
+            "mixed",
+            "Flat patches show ramps, soft noise and backgrounds",
+            {"task": {"flat_content": ["gradient", "soft_noise", "photographs"]}},
+        ),
+        _recipe("deep", "8 blocks: does the onset move to mid-depth?", {"model": {"n_layers": 8}}),
+        _recipe("no-look-up", "Control: no patch needs another one", {"task": {"n_triggers": 0}}),
+        _recipe("sigmoid", "Control: attention that need not sum to 1", {"model": {"attention": "sigmoid"}}),
+        _recipe("sandwich", "Control: norms after the sublayers too", {"model": {"norm_after": True}}),
+        _recipe("sgd", "Control: SGD with momentum", {"optimiser": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}),
+        _recipe("no-decay", "Control: no weight decay", {"weight_decay": 0.0}),
+    )
+}
+"""By name; `registerlens emerge --recipe NAME --seed N` trains one."""
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        ConfigError: there is none.
+
+    Example:
+        >>> recipe("swiglu").config.model.gated_mlp
+        True
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"There is no recipe {name!r}.{close_matches(name, RECIPES)} There are: {list(RECIPES)}.")
+    return RECIPES[name]
+
+
+def recipe_of(config: TrainingConfig) -> Recipe | None:
+    """The recipe that a run follows, whatever its seed and what it keeps on the way; None where it follows none.
+
+    Example:
+        >>> recipe_of(TrainingConfig(seed=3)).name, recipe_of(TrainingConfig(steps=500))
+        ('default', None)
+    """
+    plain = TrainingConfig()
+    same = replace(config, seed=0, log_every=plain.log_every, checkpoint_every=plain.checkpoint_every)
+    return next((one for one in RECIPES.values() if one.config == same), None)
