@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from registerlens.analysis.detection import Outliers, find_outliers
     from registerlens.analysis.faithfulness import Faithfulness, faithfulness, linear_cka
+    from registerlens.analysis.local_information import LocalInformation, local_information
     from registerlens.analysis.maps import NeuronMaps, neuron_maps
     from registerlens.analysis.massive import MassiveActivations, massive_activations
     from registerlens.analysis.mechanism import SinkEffects, sink_no_op
@@ -131,6 +132,7 @@ _HOMES = {
     "InterventionMaps": "registerlens.evaluation.comparison",
     "KernelReport": "registerlens.theory.kernels",
     "KeyShare": "registerlens.circuits.key_share",
+    "LocalInformation": "registerlens.analysis.local_information",
     "MassiveActivations": "registerlens.analysis.massive",
     "Metric": "registerlens.sweep.metrics",
     "ModelSummary": "registerlens.model.summary",
@@ -203,6 +205,7 @@ _HOMES = {
     "key_share": "registerlens.circuits.key_share",
     "linear_cka": "registerlens.analysis.faithfulness",
     "load_images": "registerlens.data.images",
+    "local_information": "registerlens.analysis.local_information",
     "massive_activations": "registerlens.analysis.massive",
     "measure_shift": "registerlens.evaluation.shifts",
     "metric": "registerlens.sweep.metrics",
@@ -272,6 +275,7 @@ __all__ = [
     "InterventionMaps",
     "KernelReport",
     "KeyShare",
+    "LocalInformation",
     "MassiveActivations",
     "Metric",
     "ModelSummary",
@@ -344,6 +348,7 @@ __all__ = [
     "key_share",
     "linear_cka",
     "load_images",
+    "local_information",
     "massive_activations",
     "measure_shift",
     "metric",

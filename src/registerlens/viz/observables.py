@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from registerlens.analysis.local_information import GROUPS, LocalInformation
 from registerlens.analysis.massive import MassiveActivations
 from registerlens.analysis.overlap import Overlap
 from registerlens.analysis.singular_defects import SingularDefects
@@ -15,18 +16,21 @@ from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode, ap
 _NAMED = 5
 """Neurons named in the figure of singular defects."""
 
+_MARK = {"color": GREY, "dash": "dot", "width": 1}
+
 
 def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure:
     """Largest and median magnitude, the companions, and the channels of largest magnitude where they stand out most.
 
-    Source: Sun et al. 2024, figures 1 and 2.
+        Source: Sun et al. 2024, figures 1 and 2.
 
-    Example:
-        >>> import torch, registerlens as rl
-        >>> from registerlens.analysis.massive import massive_activations
-        >>> found = massive_activations(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
-        >>> [curve.name for curve in massive_figure(found).data][:2]
-        ['largest magnitude', 'median magnitude']
+        Example:
+            >>> import torch, registerlens as rl
+            >>> from registerlens.analysis.local_information import GROUPS, LocalInformation
+    from registerlens.analysis.massive import massive_activations
+            >>> found = massive_activations(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
+            >>> [curve.name for curve in massive_figure(found).data][:2]
+            ['largest magnitude', 'median magnitude']
     """
     at = int(found.ratio.argmax())
     figure = make_subplots(
@@ -230,3 +234,21 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
         )
     limit = float(np.cos(np.radians(defects.random_angle)))
     figure.add_hline(y=limit, line={"color": GREEN, "dash": "dash", "width": 1}, row=1, col=2)  # type: ignore[arg-type]
+
+
+def local_information_figure(found: LocalInformation, mode: Mode = "light") -> go.Figure:
+    """What can be read of its own patch from a token, and how alike tokens are, place by place; the onset is marked."""
+    titles = ("Pixels of its own patch, read linearly", "Likeness of two tokens")
+    figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.12)
+    onset = found.sublayers.index(found.detection.onset or found.detection.sublayer)
+    for column, values in enumerate((found.readable, found.likeness), start=1):
+        for group, row, colour, dash in zip(GROUPS, values, (RED, BLUE), ("solid", "dash"), strict=True):
+            line = go.Scatter(x=found.sublayers, y=row, name=group, line={"color": colour, "dash": dash})
+            line.update(legendgroup=group, showlegend=column == 1, hovertemplate=f"{group}: %{{y:.3f}}<extra></extra>")
+            figure.add_trace(line, row=1, col=column)
+        figure.add_vline(x=onset, line=_MARK, row=1, col=column)  # type: ignore[arg-type]
+    figure.update_yaxes(title_text="R squared", row=1, col=1)
+    figure.update_yaxes(title_text="mean cosine", row=1, col=2)
+    figure.update_xaxes(title_text="after", tickangle=-60)
+    figure.update_layout(height=380, legend={"orientation": "h", "x": 0, "y": 1.25})
+    return apply_theme(figure, mode)

@@ -1,0 +1,227 @@
+"""How much of its own patch a token still tells: its pixels, read linearly from outliers and from normal patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from registerlens.analysis.detection import Detection, detect, require_outliers
+from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.stored import Stored
+from registerlens.analysis.trace import sublayers
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ImageError
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+GROUPS = ("outliers", "normal patches")
+"""Whose tokens are read: the outliers, and as many normal patches of the same images, at random."""
+FITTED, CHOSEN, TESTED = range(3)
+"""What the images are for, in turn: the read-out's weights, its penalty, its quality."""
+PENALTIES = 10.0 ** np.arange(-8, 1)
+"""Ridge penalties to choose from, in units of the tokens' mean variance."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LocalInformation(Stored):
+    """What `local_information` found."""
+
+    model: str
+    """Where the model came from."""
+    detection: Detection
+    """Where and above which norm a patch is an outlier."""
+    sublayers: tuple[str, ...]
+    """Places in the stream: "embed", "0.attn", "0.mlp", ..."""
+    readable: Float[np.ndarray, "group sublayer"]
+    """R squared of the pixels of a token's own patch, read linearly from the token, on images that nothing was fitted
+    to; 1 is all of their variance within the group, 0 no more than their mean tells. In the order of `GROUPS`."""
+    likeness: Float[np.ndarray, "group sublayer"]
+    """Mean cosine of two tokens of the group, of whatever images; as the next norm sees them, its weights left out."""
+    n_tokens: Int[np.ndarray, "use"]
+    """Outliers (and as many normal patches) for weights, penalty and test."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a place: R squared and likeness of both groups."""
+        columns = {"sublayer": self.sublayers}
+        for name, values in (("readable", self.readable), ("likeness", self.likeness)):
+            columns |= {f"{name}_{group.split()[0]}": row for group, row in zip(GROUPS, values, strict=True)}
+        return pd.DataFrame(columns)
+
+    def describe(self) -> str:
+        """The result in words."""
+        onset = self.detection.onset or self.detection.sublayer
+        at = self.sublayers.index(onset)
+        told = [
+            f"{group.capitalize()}: R squared {read[0]:.2f} at the embedding, {read[at]:.2f} after {onset}, "
+            f"{read[-1]:.2f} at the end; cosine of two tokens {like[0]:.2f}, {like[at]:.2f}, {like[-1]:.2f}"
+            for group, read, like in zip(GROUPS, self.readable, self.likeness, strict=True)
+        ]
+        return f"{self.model}, pixels of a token's own patch, read from the token. {'. '.join(told)}."
+
+    def plot(self) -> go.Figure:
+        """Both measures, place by place."""
+        from registerlens.viz.observables import local_information_figure  # noqa: PLC0415  (viz stands on results)
+
+        return local_information_figure(self)
+
+
+def local_information(
+    vit: HookedViT, images: Images, *, detection: Detection | None = None, batch_size: int = 16, seed: int = 0
+) -> LocalInformation:
+    """Whether outliers have lost what their patch showed: its pixels, read from the token by ridge regression.
+
+    At every place in the residual stream the tokens are centred and scaled as the next block's norm does it, and the
+    pixels of their own patch are read from them by one linear map for outliers and one for normal patches. Every third
+    image fits the map, every third chooses its penalty, every third tests it. Whatever an image's outliers are, they
+    have their equals among its normal patches, drawn at random; but what outliers show differs from what others show
+    (it is often a plain background), so that R squared is to be compared along the depth rather than between groups. Few
+    tokens, beside the model's width, read worse than many.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], or batches of one size that can be iterated twice; some hundreds.
+        detection: where, and above which norm, a patch is an outlier; default: found on the same images.
+        batch_size: images at once when a tensor is given.
+        seed: of the choice of normal patches.
+
+    Raises:
+        NoOutliersError: the model has no outliers on these images.
+        ImageError: too few of the images have outliers (a third of them must have at least 8 together).
+
+    Source: Darcet et al. 2024, section 2.2 (pixels of a patch are read worse from outliers than from normal patches).
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> found = local_information(vit, synthetic_images(96, 0).images)
+        >>> found.sublayers[4], found.likeness[:, 4].round(1).tolist()
+        ('1.mlp', [1.0, 0.4])
+    """
+    detection = detection or detect(vit, images, batch_size=batch_size)
+    require_outliers(detection, "Comparing outliers with normal patches")
+    sums, generator, seen = _Sums(vit), torch.Generator().manual_seed(seed), 0
+    with torch.inference_mode():
+        for batch in track(in_batches(images, batch_size), "local information", count(images)):
+            batch = batch.to(vit.device, vit.dtype)  # noqa: PLW2901
+            sums.add(batch, detection, generator, torch.arange(seen, seen + len(batch)) % 3)
+            seen += len(batch)
+    return sums.result(vit, detection)
+
+
+def patch_pixels(
+    images: Float[Tensor, "batch channel height width"], patch: tuple[int, int]
+) -> Float[Tensor, "batch patch pixel"]:
+    """The pixels of every patch, row by row; what is left at the right and below, no patch sees.
+
+    Example:
+        >>> patch_pixels(torch.arange(16.0).view(1, 1, 4, 4), (2, 2))[0, 1]
+        tensor([2., 3., 6., 7.])
+    """
+    rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
+    whole = images[..., : rows * patch[0], : columns * patch[1]]
+    return rearrange(whole, "b c (h p) (w q) -> b (h w) (p q c)", p=patch[0], q=patch[1])
+
+
+class _Sums:
+    """Second moments of tokens and pixels, for every use of the images, group and place; constant memory."""
+
+    def __init__(self, vit: HookedViT) -> None:
+        self.vit, self.places = vit, sublayers(vit.cfg.n_layers)
+        n_pixels = vit.cfg.n_channels * vit.cfg.patch_size[0] * vit.cfg.patch_size[1]
+        shape = (3, len(GROUPS), len(self.places))
+        width = vit.cfg.d_model + 1  # a one beside every token, for the means
+        self.wide = torch.float32 if vit.device.type == "mps" else torch.float64
+        self.tokens = torch.zeros(*shape, width, width, dtype=self.wide, device=vit.device)
+        self.both = torch.zeros(*shape, width, n_pixels, dtype=self.wide, device=vit.device)
+        self.pixels = torch.zeros(3, len(GROUPS), dtype=self.wide, device=vit.device)
+        self.units = torch.zeros(len(GROUPS), len(self.places), width - 1, dtype=self.wide, device=vit.device)
+
+    def add(self, batch: Tensor, detection: Detection, generator: torch.Generator, use: Int[Tensor, " batch"]) -> None:
+        """One batch; `use` is what each image is for."""
+        patches, kept = self.vit.layout(batch).patches, []
+        names = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
+        with self.vit.hooks([(names, lambda resid, hook: kept.append(resid[:, patches]))]):
+            self.vit(batch, stop_at_layer=self.vit.cfg.n_layers)
+        mask = detection.cutoff.above(token_norms(kept[self.places.index(detection.sublayer)]))
+        pixels = patch_pixels(batch, self.vit.cfg.patch_size).to(self.wide)
+        for group, chosen in enumerate((mask, _as_many_others(mask, generator))):
+            for fold in range(3):
+                image, patch = (chosen & (use == fold).to(mask.device)[:, None]).nonzero(as_tuple=True)
+                here = pixels[image, patch]
+                self.pixels[fold, group] += here.square().sum()
+                for place, resid in enumerate(kept):
+                    self._add(fold, group, place, resid[image, patch], here)
+
+    def _add(self, fold: int, group: int, place: int, resid: Tensor, pixels: Tensor) -> None:
+        norm = self.vit.blocks[0].ln1
+        centred = norm.centre(resid.to(self.wide))  # type: ignore[operator]
+        unit = torch.nn.functional.normalize(centred, dim=-1)
+        x = torch.cat([unit * unit.shape[-1] ** 0.5, torch.ones_like(unit[:, :1])], 1)
+        self.units[group, place] += unit.sum(0)
+        self.tokens[fold, group, place] += x.T @ x
+        self.both[fold, group, place] += x.T @ pixels
+
+    def result(self, vit: HookedViT, detection: Detection) -> LocalInformation:
+        each = self.tokens[:, :, 0, -1, -1].round()
+        n, every = each[:, 0].long().cpu(), each.sum(0)[:, None]
+        if n.min() < 8:
+            raise ImageError(
+                f"Too few outliers to read pixels from: {n.tolist()} in the images for the map, its penalty and its "
+                f"test; each third must have at least 8. Give more images."
+            )
+        likeness = (self.units.square().sum(-1) - every) / (every * (every - 1))
+        readable = [[self._readable(group, at) for at in range(len(self.places))] for group in range(len(GROUPS))]
+        return LocalInformation(
+            model=vit.source,
+            detection=detection,
+            sublayers=self.places,
+            readable=np.array(readable),
+            likeness=likeness.cpu().double().numpy(),
+            n_tokens=n.numpy(),
+        )
+
+    def _readable(self, group: int, place: int) -> float:
+        """R squared on the third fold, with the penalty that does best on the second."""
+        tokens, both = self.tokens[:, group, place].cpu(), self.both[:, group, place].cpu()
+        n = tokens[FITTED, -1, -1]
+        unit = tokens[FITTED].diagonal()[:-1].mean()  # the tokens' mean square, times their number
+        penalised = torch.ones(len(tokens[FITTED]), dtype=tokens.dtype)
+        penalised[-1] = 0  # the mean is free
+        maps = [torch.linalg.solve(tokens[FITTED] + p * unit * penalised.diag(), both[FITTED]) for p in PENALTIES]
+        errors = [self._error(weights, tokens, both, CHOSEN, group) for weights in maps]
+        best = maps[int(torch.stack(errors).argmin())]
+        mean = both[FITTED, -1] / n
+        constant = torch.zeros_like(best)
+        constant[-1] = mean
+        alone = self._error(constant, tokens, both, TESTED, group)
+        return float(1 - self._error(best, tokens, both, TESTED, group) / alone)
+
+    def _error(self, weights: Tensor, tokens: Tensor, both: Tensor, fold: int, group: int) -> Tensor:
+        """Sum of squared errors of a map from tokens to pixels, from the moments alone."""
+        fitted = (weights * (tokens[fold] @ weights)).sum()
+        return self.pixels[fold, group].cpu() - 2 * (weights * both[fold]).sum() + fitted
+
+
+def _as_many_others(mask: Bool[Tensor, "batch patch"], generator: torch.Generator) -> Bool[Tensor, "batch patch"]:
+    """As many other patches of every image, at random; all others where there are fewer.
+
+    Example:
+        >>> mask = torch.tensor([[True, False, False, True, False], [False, False, False, False, False]])
+        >>> others = _as_many_others(mask, torch.Generator().manual_seed(0))
+        >>> others.sum(1).tolist(), bool((others & mask).any())
+        ([2, 0], False)
+    """
+    drawn = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(mask, -1)
+    rank = drawn.argsort(1, descending=True).argsort(1)
+    return (rank < mask.sum(1, keepdim=True)) & ~mask
