@@ -83,9 +83,9 @@ def local_information(
     At every place in the residual stream the tokens are centred and scaled as the next block's norm does it, and the
     pixels of their own patch are read from them by one linear map for outliers and one for normal patches. Every third
     image fits the map, every third chooses its penalty, every third tests it. Whatever an image's outliers are, they
-    have their equals among its normal patches, drawn at random; but what outliers show differs from what others show
-    (it is often a plain background), so that R squared is to be compared along the depth rather than between groups. Few
-    tokens, beside the model's width, read worse than many.
+    have their equals among its normal patches, drawn at random. Compare R squared along the depth rather than between
+    groups, which show different things (outliers often a plain background); few tokens, beside the model's width, read
+    worse than many.
 
     Args:
         vit: the model, edited or not.
