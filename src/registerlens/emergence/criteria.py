@@ -57,7 +57,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("largest/median", ">=", 5.0, "largest patch norm over the median after the onset block's MLP"),
         ("bimodality", ">=", 2.0, "there, 1st percentile of outliers over 99.9th percentile of normal patches"),
         ("one MLP", ">=", 0.5, "share of the rise of largest/median (in logarithms) that the onset block's MLP makes"),
-        ("sink", ">=", 0.3, "attention to outliers, mean over queries (or [CLS]) and the layers after the onset"),
+        ("sink", ">=", 0.3, "attention to outliers, mean over all queries and the layers after the onset"),
         ("value drain", "<=", 0.5, "value norms of outliers over those of other patches, mean of the same layers"),
         ("few neurons", "<=", 0.02, "register neurons as a share of all MLP neurons"),
         ("AUC, onset block", "<=", 0.1, f"share of the onset block's neurons with an AUC of at least {FIRES}"),
@@ -102,13 +102,13 @@ class EmergenceCriteria(Stored):
     untrained: Float[np.ndarray, " sublayer"]
     """The same of random weights of this architecture."""
     sink: Float[np.ndarray, " layer"]
-    """Attention to outliers, mean over queries, or that of [CLS]."""
+    """Attention to outliers, mean over all queries: patches, which must all report something, and [CLS]."""
     value_ratio: Float[np.ndarray, " layer"]
     """Value norms of outliers over those of other patches."""
     prefix_norm: Float[np.ndarray, "sublayer prefix"]
     """Norm of [CLS] and of every trained register, in units of the image's median patch norm: outliers may go there."""
     prefix_sink: Float[np.ndarray, "layer prefix"]
-    """Attention to each of them, mean over queries, or that of [CLS]."""
+    """Attention to each of them, mean over all queries."""
     quantiles: Float[np.ndarray, "2"]
     """99.9th percentile of normal patches' norms at the onset and 1st of outliers', in units of the median."""
     outliers: Float[np.ndarray, " condition"]

@@ -53,7 +53,7 @@ class Dynamics(Stored):
     norm: Float[np.ndarray, "step sublayer image"]
     """Norm of an image's outliers over the median of its patches, mean over the outliers."""
     sink: Float[np.ndarray, "step layer image"]
-    """Attention (0 to 1) to an image's outliers, mean over queries, or [CLS]'s."""
+    """Attention (0 to 1) to an image's outliers, mean over queries."""
     value_ratio: Float[np.ndarray, "step layer image"]
     """Value norms of an image's outliers over those of its other patches."""
     activation: Float[np.ndarray, "step neuron"]
@@ -191,7 +191,7 @@ def _look(
         ([f"blocks.{layer}.mlp.hook_post" for layer in layers], lambda post, hook: posts.update({hook.layer(): post})),
     ]
     with vit.hooks(hooks):
-        seen = observe(vit, images)
+        seen = observe(vit, images, "all")
     patches = seen.layout.patches
     norms, drained = seen.norms[..., patches], torch.stack(values)[..., patches]
     acts = torch.stack([posts[layer][:, patches, neuron] for layer, neuron in neurons.pairs])

@@ -80,7 +80,7 @@ class Evidence:
             values: list[Tensor] = []
             keep = ("blocks.*.attn.hook_v", lambda v, hook: values.append(token_norms(v).mean(-1)))
             with vit.hooks([keep]):
-                clean = observe(vit, images)
+                clean = observe(vit, images, "all")
             ruler = Yardstick(clean, self.place, self.detection.cutoff, self.layers, labels, classifies(vit.cfg))
             self.rows["clean"].append(ruler.measure(clean))
             patches = clean.layout.patches
@@ -95,7 +95,7 @@ class Evidence:
                 moving = isinstance(edit, MoveOutliers)
                 here = replace(edit, positions=_one_normal_patch(ruler.mask, generator)) if moving else edit
                 with vit.edit(here):
-                    seen = observe(vit, images)
+                    seen = observe(vit, images, "all")
                 self.rows[name].append(ruler.measure(seen, here.aim(Scene(seen.layout, images))))
 
     def mean(self, metric: str, condition: str) -> float:
@@ -134,7 +134,7 @@ def prefix_tokens(vit: HookedViT, images: Tensor, batch_size: int) -> dict[str, 
     norms, sinks = [], []
     with torch.inference_mode():
         for batch in images.split(batch_size):
-            seen = observe(vit, batch)
+            seen = observe(vit, batch, "all")
             patches = seen.layout.patches
             norms.append(seen.norms[..., : patches.start] / medians(seen.norms[..., patches]))
             sinks.append(seen.attention[..., : patches.start])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,14 +47,21 @@ class Observation:
     norms: Float[Tensor, "sublayer batch pos"]
     """Residual norms after the embedding, and after each attention and MLP in turn."""
     attention: Float[Tensor, "layer batch key"]
-    """Attention drawn by each key, mean over heads; an attention bias has the last column."""
+    """Attention drawn by each key, of the queries asked for, mean over heads; an attention bias has the last column."""
     tokens: Float[Tensor, "batch pos d_model"]
     """After the final norm."""
     output: Float[Tensor, "batch *out"]
 
 
-def observe(vit: HookedViT, batch: Float[Tensor, "batch channel height width"]) -> Observation:
+def observe(
+    vit: HookedViT, batch: Float[Tensor, "batch channel height width"], queries: Literal["cls", "all"] = "cls"
+) -> Observation:
     """Run the model, edited or not, and look.
+
+    Args:
+        vit: the model.
+        batch: preprocessed images.
+        queries: whose attention: that of [CLS] (without one, the mean over all), or the mean over all in any case.
 
     Example:
         >>> import registerlens as rl
@@ -72,7 +79,8 @@ def observe(vit: HookedViT, batch: Float[Tensor, "batch channel height width"]) 
 
     places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
     hooks: list[Any] = [(places, lambda resid, hook: norms.append(token_norms(resid)))]
-    hooks += attention_hooks(vit, layout, range(vit.cfg.n_layers), receive)
+    asked = layout if queries == "cls" else replace(layout, class_token=False)
+    hooks += attention_hooks(vit, asked, range(vit.cfg.n_layers), receive)
     with vit.hooks(hooks):
         tokens = vit(batch.to(vit.device), return_type="tokens")
     attention = torch.stack([drawn[layer] for layer in range(vit.cfg.n_layers)])
