@@ -130,6 +130,13 @@ def test_norms_and_attention_of_cls_and_registers_are_told(tmp_path):
     assert np.array_equal(again.prefix_norm, found.prefix_norm) and again.n_met == 0
 
 
+def test_without_labels_all_but_accuracy_is_told(tiny, batch, found):
+    bare = emergence_criteria(tiny, batch.images)
+    told = bare.to_dataframe()["value"].notna()
+    assert bare.to_dataframe()["criterion"][~told].tolist() == ["register: accuracy", "zeroing: accuracy"]
+    assert np.array_equal(bare.values[told], found.values[told]) and bare.n_met == len(CRITERIA) - 2
+
+
 def test_it_comes_back_from_files(found, tmp_path):
     again = EmergenceCriteria.load(found.save(tmp_path))
     assert np.array_equal(again.values, found.values) and again.neurons == found.neurons

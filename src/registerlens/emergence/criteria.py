@@ -178,7 +178,7 @@ class EmergenceCriteria(Stored):
 def emergence_criteria(
     vit: HookedViT,
     images: Float[Tensor, "image channel height width"],
-    labels: Int[Tensor, "labelled ..."],
+    labels: Int[Tensor, "labelled ..."] | None = None,
     *,
     top_k: Literal["auto"] | int = "auto",
     batch_size: int = 64,
@@ -191,7 +191,8 @@ def emergence_criteria(
     Args:
         vit: the model.
         images: preprocessed; at least 32.
-        labels: as for `evaluate_intervention`; -1 where there is none.
+        labels: as for `evaluate_intervention`; -1 where there is none. Without any, the criteria of accuracy are NaN and
+            do not hold.
         top_k: how many neurons; see `find_register_neurons`.
         batch_size: images at once.
         seed: of the random neurons and the chosen patches.
@@ -210,8 +211,9 @@ def emergence_criteria(
         >>> found.n_met, found.onset
         (19, '1.mlp')
     """
-    if len(images) < 32 or len(images) != len(labels):
-        raise ShapeError(f"Expected at least 32 images with a label each, got {len(images)} and {len(labels)} labels.")
+    n_labels = len(images if labels is None else labels)
+    if len(images) < 32 or len(images) != n_labels:
+        raise ShapeError(f"Expected at least 32 images with a label each, got {len(images)} and {n_labels} labels.")
     half = len(images) // 2
     chosen, others = images[:half], images[half:]
     selected = trace(vit, chosen, batch_size=batch_size)
@@ -226,8 +228,10 @@ def emergence_criteria(
         neurons, values["AUC, onset block"], values["AUC, all"] = choose(vit, chosen, detection, top_k, batch_size)
         edits = make_edits(vit, chosen, neurons, batch_size, seed)
         measured = Evidence(vit, detection, list(edits))
-        for part, told in zip(others.split(batch_size), labels[half:].split(batch_size), strict=True):
-            measured.add(part, told, edits, seed)
+        for start in range(0, len(others), batch_size):
+            stop = start + batch_size
+            told = None if labels is None else labels[half:][start:stop]
+            measured.add(others[start:stop], told, edits, seed)
         result = measured.result() | {"neurons": neurons}
         values |= _judged(seen, detection, result, vit.cfg) | measured.of_chosen_patch()
     return EmergenceCriteria(

@@ -73,7 +73,7 @@ class Evidence:
         self.norms: list[Float[Tensor, "batch patch"]] = []
         self.masks: list[Bool[Tensor, "batch patch"]] = []
 
-    def add(self, images: Tensor, labels: Tensor, edits: dict[str, Intervention | None], seed: int) -> None:
+    def add(self, images: Tensor, labels: Tensor | None, edits: dict[str, Intervention | None], seed: int) -> None:
         """Take in one batch."""
         vit = self.vit
         with torch.inference_mode():
