@@ -13,6 +13,7 @@ import registerlens as rl
 from registerlens.cli import app
 from registerlens.data.synthetic import FLAT
 from registerlens.emergence.config import TrainingConfig
+from registerlens.emergence.criteria import CRITERIA
 from registerlens.emergence.dynamics import SIGNS, Dynamics, _halfway, order_of_signs, training_dynamics
 from registerlens.emergence.recipes import RECIPES, recipe_of
 from registerlens.emergence.research import judge_run, results_table, summarise
@@ -20,7 +21,7 @@ from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.emergence.training import DivergedError, initial_vit, train
 from registerlens.errors import ConfigError, NoOutliersError
 from registerlens.loading.native import save
-from registerlens.viz.emergence import dynamics_figure
+from registerlens.viz.emergence import dynamics_figure, research_figure
 
 NEURONS = rl.RegisterNeurons.from_pairs([(0, 1), (0, 2)])
 
@@ -146,6 +147,13 @@ def test_a_table_of_runs_lists_those_that_fail(towards_tiny, tmp_path):
     assert failed["ended"].startswith("diverged at") and "learning_rate=30.0" in failed["settings"]
     assert failed["outliers"] == "absent" and failed["criteria"] == 0
     assert summarise(table)["emerged"].tolist() == ["1 of 1", "0 of 1"]
+    figure = research_figure(table)
+    cells, points = figure.data[0], figure.data[1:]
+    assert list(cells.y) == [f"- {emerged['settings']} (1)", f"- {failed['settings']} (1)"]
+    assert cells.z.tolist() == [[1.0] * len(CRITERIA), [0.0] * len(CRITERIA)]  # one that diverged meets none
+    assert points[0].x.tolist() == [emerged["largest"]] and "19 of 19" in points[0].text[0]
+    with pytest.raises(ConfigError, match="no run"):
+        research_figure(table.iloc[:0])
     kept = towards_tiny.folder / "criteria" / "step_000400" / "emergence_criteria.json"
     before = kept.stat().st_mtime_ns
     assert judge_run(towards_tiny).n_met == emerged["criteria"] and kept.stat().st_mtime_ns == before

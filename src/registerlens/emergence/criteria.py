@@ -191,8 +191,8 @@ def emergence_criteria(
     Args:
         vit: the model.
         images: preprocessed; at least 32.
-        labels: as for `evaluate_intervention`; -1 where there is none. Without any, the criteria of accuracy are NaN and
-            do not hold.
+        labels: as for `evaluate_intervention`; -1 where there is none. Without any, the criteria of accuracy are NaN
+            and do not hold.
         top_k: how many neurons; see `find_register_neurons`.
         batch_size: images at once.
         seed: of the random neurons and the chosen patches.

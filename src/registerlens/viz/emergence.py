@@ -1,15 +1,20 @@
-"""Figures of training: which sign of register neurons comes first."""
+"""Figures of training: which sign of register neurons comes first, and which recipes they emerge under."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Bool, Int
 from plotly.subplots import make_subplots
 
+from registerlens.emergence.criteria import CRITERIA, Criterion
 from registerlens.emergence.dynamics import HALFWAY, SIGNS, Dynamics, order_of_signs
 from registerlens.errors import ConfigError
-from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme
+from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme, on_cells
 
 _COLOURS = dict(zip(SIGNS, (RED, ORANGE, BLUE), strict=True))
 
@@ -68,3 +73,66 @@ def _curve(figure: go.Figure, column: int, one: Dynamics, y: object, name: str, 
     line = {"color": colour, "dash": dash}
     curve = go.Scatter(x=one.steps, y=y, name=name, line=line, legendgroup=name, showlegend=column == 1)
     figure.add_trace(curve.update(hovertemplate="%{y:.2f}"), row=1, col=column)
+
+
+def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
+    """Which criteria hold under which recipe, and how far the largest norms rise.
+
+    Left, the share of a recipe's seeds in which a criterion holds (a run that diverged or was not finished meets none);
+    right, the largest patch norm over the median at whatever sublayer it is largest, one point a run.
+
+    Args:
+        table: as `results_table` makes it, or read from a file of it.
+        mode: "light" or "dark".
+
+    Raises:
+        ConfigError: the table has no row.
+    """
+    if not len(table):
+        raise ConfigError("The table holds no run. Give results_table(folders).")
+    groups = [
+        (f"{recipe}{'' if recipe != '-' else f' {settings}'}", runs) for (recipe, settings), runs in _recipes(table)
+    ]
+    names = [f"{name} ({len(runs)})" for name, runs in groups]
+    shares = np.array([[_held(runs, one).mean() for one in CRITERIA] for _, runs in groups])
+    told = [[f"{_held(runs, one).sum()} of {len(runs)}" for one in CRITERIA] for _, runs in groups]
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        column_widths=[0.72, 0.28],
+        horizontal_spacing=0.03,
+        shared_yaxes=True,
+        subplot_titles=("Seeds in which a criterion holds", "Largest norm over the median"),
+    )
+    cells = go.Heatmap(z=shares, x=[one.name for one in CRITERIA], y=names, zmin=0, zmax=1, customdata=told)
+    counts = np.array([[one.split()[0] for one in row] for row in told])
+    cells.update(colorscale="Viridis", xgap=1, ygap=1, showscale=False)
+    cells.update(on_cells(counts, shares, 0.0, 1.0, "Viridis", mode, width=600))
+    cells.update(hovertemplate="%{y}, %{x}: holds in %{customdata}<extra></extra>")
+    figure.add_trace(cells, row=1, col=1)
+    for name, (_, runs) in zip(names, groups, strict=True):
+        words = [
+            f"seed {seed}: {met:.0f} of {len(CRITERIA)}" for seed, met in zip(runs["seed"], _n_met(runs), strict=True)
+        ]
+        points = go.Scatter(x=runs["largest"], y=[name] * len(runs), mode="markers", text=words, showlegend=False)
+        points.update(marker={"color": RED, "size": 8}, hovertemplate="%{text}, %{x:.1f} x<extra></extra>")
+        figure.add_trace(points, row=1, col=2)
+    figure.update_xaxes(tickangle=-60, row=1, col=1)
+    figure.update_xaxes(type="log", tickvals=[1, 2, 5, 10, 20, 50, 100, 200, 500], row=1, col=2)
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(height=240 + 24 * len(names))
+    return apply_theme(figure, mode)
+
+
+def _recipes(table: pd.DataFrame) -> Any:
+    return table.groupby(["recipe", "settings"], sort=False)
+
+
+def _held(runs: pd.DataFrame, criterion: Criterion) -> Bool[np.ndarray, " run"]:
+    """In which runs it holds; those that were not finished hold nothing."""
+    values = runs[criterion.name].astype(float)
+    return np.array([criterion.holds(value) for value in values]) & (runs["ended"] == "finished").to_numpy()
+
+
+def _n_met(runs: pd.DataFrame) -> Int[np.ndarray, " run"]:
+    return np.sum([_held(runs, one) for one in CRITERIA], axis=0)
