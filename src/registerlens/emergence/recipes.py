@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,39 +21,47 @@ class Recipe:
     """The training; the seed is 0."""
 
 
-def _recipe(name: str, question: str, changes: Mapping[str, Any]) -> Recipe:
-    return Recipe(name=name, question=question, config=TrainingConfig.from_dict(changes))
+def _model(**changes: Any) -> dict[str, Any]:
+    return {"model": changes}
 
 
+def _flats(*content: str) -> dict[str, Any]:
+    return {"task": {"flat_content": list(content)}}
+
+
+_ALL = ("gradient", "soft_noise", "photographs")
 _LONGER = {"steps": 6000}
-_GELU = {"model": {"act_fn": "gelu"}}
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _recipe("default", "How often and how cleanly does it emerge?", {}),
-        _recipe("gelu-2e-3", "GELU, twice as long: half the learning rate", _GELU | _LONGER | {"learning_rate": 2e-3}),
-        _recipe("gelu-4e-3", "GELU, twice as long: the same learning rate", _GELU | _LONGER),
-        _recipe("gelu-8e-3", "GELU, twice as long: twice the learning rate", _GELU | _LONGER | {"learning_rate": 8e-3}),
-        _recipe("swiglu", "SwiGLU of as many weights", {"model": {"act_fn": "silu", "gated_mlp": True, "d_mlp": 172}}),
-        _recipe(
-            "cls", "A [CLS] token with a label of its own: where do outliers go?", {"model": {"class_token": True}}
+    name: Recipe(name=name, question=question, config=TrainingConfig.from_dict(changes))
+    for name, question, changes in (
+        ("default", "How often and how cleanly does it emerge?", {}),
+        (
+            "gelu-2e-3",
+            "GELU, twice as long: half the learning rate",
+            _model(act_fn="gelu") | _LONGER | {"learning_rate": 2e-3},
         ),
-        _recipe("registers", "4 trained registers: where do outliers go?", {"model": {"n_trained_registers": 4}}),
-        _recipe("gradients", "Flat patches show a ramp: is it overwritten?", {"task": {"flat_content": ["gradient"]}}),
-        _recipe("soft-noise", "Flat patches show soft noise", {"task": {"flat_content": ["soft_noise"]}}),
-        _recipe("photographs", "Flat patches show backgrounds", {"task": {"flat_content": ["photographs"]}}),
-        _recipe(
-            "mixed",
-            "Flat patches show ramps, soft noise and backgrounds",
-            {"task": {"flat_content": ["gradient", "soft_noise", "photographs"]}},
+        ("gelu-4e-3", "GELU, twice as long: the same learning rate", _model(act_fn="gelu") | _LONGER),
+        (
+            "gelu-8e-3",
+            "GELU, twice as long: twice the learning rate",
+            _model(act_fn="gelu") | _LONGER | {"learning_rate": 8e-3},
         ),
-        _recipe("deep", "8 blocks: does the onset move to mid-depth?", {"model": {"n_layers": 8}}),
-        _recipe("no-look-up", "Control: no patch needs another one", {"task": {"n_triggers": 0}}),
-        _recipe("sigmoid", "Control: attention that need not sum to 1", {"model": {"attention": "sigmoid"}}),
-        _recipe("sandwich", "Control: norms after the sublayers too", {"model": {"norm_after": True}}),
-        _recipe("sgd", "Control: SGD with momentum", {"optimiser": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}),
-        _recipe("no-decay", "Control: no weight decay", {"weight_decay": 0.0}),
+        ("swiglu", "SwiGLU of as many weights", _model(act_fn="silu", gated_mlp=True, d_mlp=172)),
+        ("cls", "A [CLS] token with a label of its own: where do outliers go?", _model(class_token=True)),
+        ("registers", "4 trained registers: where do outliers go?", _model(n_trained_registers=4)),
+        ("gradients", "Flat patches show a ramp: is it overwritten?", _flats("gradient")),
+        ("soft-noise", "Flat patches show soft noise: is it overwritten?", _flats("soft_noise")),
+        ("photographs", "Flat patches show backgrounds of photographs: are they overwritten?", _flats("photographs")),
+        ("mixed", "Flat patches show ramps, soft noise and backgrounds", _flats(*_ALL)),
+        ("mixed-long", "The same, longer", _flats(*_ALL) | {"steps": 5000}),
+        ("deep", "8 blocks: does the onset move to mid-depth?", _model(n_layers=8)),
+        ("no-look-up", "Control: no patch needs another one", {"task": {"n_triggers": 0}}),
+        ("sigmoid", "Control: attention that need not sum to 1", _model(attention="sigmoid")),
+        ("sigmoid-long", "The same, longer", _model(attention="sigmoid") | {"steps": 8000}),
+        ("sandwich", "Control: norms after the sublayers too", _model(norm_after=True)),
+        ("sgd", "Control: SGD with momentum", {"optimiser": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}),
+        ("no-decay", "Control: no weight decay", {"weight_decay": 0.0}),
     )
 }
 """By name; `registerlens emerge --recipe NAME --seed N` trains one."""
