@@ -59,6 +59,12 @@ def results_table(folders: Iterable[str | Path], *, n_images: int = JUDGED) -> p
     return pd.DataFrame([_row(TrainingRun.open(folder), n_images) for folder in folders])
 
 
+def by_recipe(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Name, settings and runs of every recipe of a results table, in its order; the table may be read from a file."""
+    groups: Any = table.fillna({"settings": ""}).groupby(["recipe", "settings"], sort=False)
+    return [(recipe, settings, runs) for (recipe, settings), runs in groups]
+
+
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row a recipe: seeds, in how many of them it emerged (outliers present), which criteria held in how many.
 
@@ -72,7 +78,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd  # noqa: PLC0415
 
     rows = []
-    for (recipe, settings), mine in table.groupby(["recipe", "settings"], sort=False):
+    for recipe, settings, mine in by_recipe(table):
         ended = mine[mine["ended"] == "finished"]
         rows.append(
             {
@@ -80,7 +86,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                 "settings": settings,
                 "seeds": " ".join(map(str, mine["seed"])),
                 "emerged": f"{(ended['outliers'] == 'present').sum()} of {len(mine)}",
-                "criteria": " ".join(map(str, mine["criteria"])),
+                "criteria": " ".join("-" if np.isnan(met) else f"{met:.0f}" for met in mine["criteria"]),
                 "minutes": round(float(np.mean(mine["minutes"])), 1),
             }
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import ViTConfig
-from registerlens.config_parts import QKNormConfig
+from registerlens.config_parts import AttentionKind, QKNormConfig
 from registerlens.model.norms import NORMS
 from registerlens.model.parts import PATTERNS, ResidualWriter, at_least_float32, editable, listening
 from registerlens.model.rotary import Rotation
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.kind = cfg.attention
+        self.kind: AttentionKind = cfg.attention
         self.n_heads = cfg.n_heads
         self.d_head = cfg.d_head
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.n_heads * cfg.d_head, bias=cfg.qkv_bias)

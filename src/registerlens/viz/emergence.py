@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from registerlens.emergence.criteria import CRITERIA, Criterion
 from registerlens.emergence.dynamics import HALFWAY, SIGNS, Dynamics, order_of_signs
+from registerlens.emergence.research import by_recipe
 from registerlens.errors import ConfigError
 from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme, on_cells
 
@@ -91,7 +91,7 @@ def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
     if not len(table):
         raise ConfigError("The table holds no run. Give results_table(folders).")
     groups = [
-        (f"{recipe}{'' if recipe != '-' else f' {settings}'}", runs) for (recipe, settings), runs in _recipes(table)
+        (f"{recipe}{'' if recipe != '-' else f' {settings}'}", runs) for recipe, settings, runs in by_recipe(table)
     ]
     names = [f"{name} ({len(runs)})" for name, runs in groups]
     shares = np.array([[_held(runs, one).mean() for one in CRITERIA] for _, runs in groups])
@@ -122,10 +122,6 @@ def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(height=240 + 24 * len(names))
     return apply_theme(figure, mode)
-
-
-def _recipes(table: pd.DataFrame) -> Any:
-    return table.groupby(["recipe", "settings"], sort=False)
 
 
 def _held(runs: pd.DataFrame, criterion: Criterion) -> Bool[np.ndarray, " run"]:
