@@ -34,8 +34,8 @@ def named(number):
 # As they are stored ---------------------------------------------------------------------------------------------------
 
 
-def test_there_are_ten_numbered_without_a_gap():
-    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(1, 11)]
+def test_there_are_eleven_numbered_without_a_gap():
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(1, 12)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
