@@ -159,3 +159,20 @@ def test_too_few_images_and_labels_that_do_not_fit(tiny, batch):
         emergence_criteria(tiny, batch.images[:64], labels[:60])
     with pytest.raises(ShapeError, match="do not fit an output"):
         emergence_criteria(tiny, batch.images[:64], labels[:64, :30])
+
+
+def test_the_onset_is_where_norms_jump_not_where_they_are_first_apart(batch):
+    """A trace in which the same patches stand apart from block 0 on, at a quarter of the norm."""
+    vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+    seen = rl.trace(vit, batch.images)
+    names = ("largest_over_median", "histogram", "largest_histogram")
+    first = replace(seen, **{name: getattr(seen, name).copy() for name in names})
+    at, jump = seen.sublayers.index("0.mlp"), seen.sublayers.index("1.mlp")
+    for place in (at, at + 1):  # apart already, at a quarter of the way
+        first.histogram[place], first.largest_histogram[place] = seen.histogram[jump], seen.largest_histogram[jump]
+        first.largest_over_median[place] = 4.0
+    assert first.onset == "0.mlp"
+    found = evidence.emerging(first)
+    assert (found.onset, found.sublayer) == ("1.mlp", "1.mlp") and found.evidence.present
+    absent = evidence.emerging(rl.trace(rl.HookedViT(vit.cfg), batch.images[:32]))
+    assert absent.onset is None and not absent.evidence.present

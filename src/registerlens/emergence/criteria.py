@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, after_onset, detection_in
+from registerlens.analysis.detection import Detection, after_onset
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.trace import Trace, trace
@@ -23,6 +23,7 @@ from registerlens.emergence.evidence import (
     RANDOM_SETS,
     Evidence,
     choose,
+    emerging,
     make_edits,
     nothing,
     prefix_tokens,
@@ -122,7 +123,7 @@ class EmergenceCriteria(Stored):
 
     @property
     def onset(self) -> str | None:
-        """The sublayer where outliers arise; None where there are none."""
+        """The MLP that makes most of the outliers; None where there are none."""
         return self.detection.onset
 
     def holds(self, name: str) -> bool:
@@ -217,7 +218,7 @@ def emergence_criteria(
     half = len(images) // 2
     chosen, others = images[:half], images[half:]
     selected = trace(vit, chosen, batch_size=batch_size)
-    detection = detection_in(selected, selected.onset)
+    detection = emerging(selected)
     seen = trace(vit, others, batch_size=batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -17,11 +17,11 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.trace import trace
+from registerlens.emergence.evidence import choose, emerging
 from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.errors import ConfigError
 from registerlens.evaluation.intervals import LEVEL, resample
 from registerlens.evaluation.observe import observe
-from registerlens.interventions.search import find_register_neurons
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -155,8 +155,9 @@ def training_dynamics(
     last = run.vit()
     choosing, images = (held_out_images(run.config, n_images, part).images for part in (CHOOSING, FOLLOWING))
     if neurons is None:
-        onset = trace(last, choosing, batch_size=batch_size).onset
-        neurons = find_register_neurons(last, choosing, detection_layer=onset or "auto", batch_size=batch_size)
+        detection = emerging(trace(last, choosing, batch_size=batch_size))
+        require_outliers(detection, "Following a run")
+        neurons, *_ = choose(last, choosing, detection, "auto", batch_size)
     outliers = find_outliers(last, images, batch_size=batch_size)
     require_outliers(outliers.detection, "Following a run")
     there = outliers.mask.any(1)

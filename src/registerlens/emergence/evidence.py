@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, after_onset
+from registerlens.analysis.detection import Detection, after_onset, detection_in
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.predictions import classifies
-from registerlens.analysis.trace import sublayers
+from registerlens.analysis.trace import Trace, sublayers
 from registerlens.evaluation.controls import matched_neurons, neuron_activity
 from registerlens.evaluation.observe import Yardstick, observe
 from registerlens.interventions.ablation import Ablate
@@ -30,6 +30,26 @@ FIRES = 0.95
 CONDITIONS = ("clean", "register", "zeroing", "unedited", "chosen patch")
 """What is done to the model."""
 MEASURED = ("outliers", "accuracy", "register_norm", "register_attention")
+
+
+def emerging(found: Trace) -> Detection:
+    """Outliers after the MLP that makes most of them: where the largest norm over the median rises most, in logarithms,
+    of the MLPs after which norms are separate. A trace's `onset` is the first of these, which may lift the same patches
+    only a little, well before the jump. Where there is none, the place of the strongest evidence.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.analysis.trace import trace
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> emerging(trace(rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images)).onset
+        '1.mlp'
+    """
+    rise = np.diff(np.log(found.largest_over_median), prepend=np.nan)
+    there = [i for i, name in enumerate(found.sublayers) if name.endswith("mlp") and found.evidence[i].present]
+    if not there:
+        return detection_in(found)
+    sublayer = found.sublayers[max(there, key=lambda i: rise[i])]
+    return replace(detection_in(found, sublayer), onset=sublayer)
 
 
 def choose(
