@@ -126,6 +126,11 @@ def test_norms_and_attention_of_cls_and_registers_are_told(tmp_path):
     assert found.prefix_norm[4] == pytest.approx(expected.numpy(), rel=1e-4) and found.prefix_norm[4].argmax() == 2
     drawn = cache["blocks.1.attn.hook_pattern"][..., :3].mean((0, 1, 2))  # of all queries, not of [CLS] alone
     assert found.prefix_sink[1] == pytest.approx(drawn.numpy(), rel=1e-4)
+    norms, drawn = found.plot().data[:3], found.plot().data[3:]
+    assert norms[2].name == drawn[1].name == "[CLS] and 2 trained registers"
+    assert norms[2].y == pytest.approx(found.prefix_norm.max(1)) and drawn[1].y == pytest.approx(
+        found.prefix_sink.sum(1)
+    )
     again = EmergenceCriteria.load(found.save(tmp_path))
     assert np.array_equal(again.prefix_norm, found.prefix_norm) and again.n_met == 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,9 @@ from registerlens.emergence.evidence import (
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.evaluation.verdict import GONE
 from registerlens.model.vit import HookedViT
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +164,12 @@ class EmergenceCriteria(Stored):
         names = [*CONDITIONS, *(f"matched random neurons {i + 1}" for i in range(len(self.outliers) - len(CONDITIONS)))]
         columns = {name: getattr(self, name) for name in MEASURED}
         return pd.DataFrame({"condition": names, **columns})
+
+    def plot(self) -> go.Figure:
+        """Norms along the depth, and who draws the attention: outliers, [CLS] or trained registers."""
+        from registerlens.viz.emergence import criteria_figure  # noqa: PLC0415  (viz stands on results)
+
+        return criteria_figure(self)
 
     def describe(self) -> str:
         """The result in words."""

@@ -10,7 +10,9 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Int
 from plotly.subplots import make_subplots
 
-from registerlens.emergence.criteria import CRITERIA, Criterion
+from registerlens.analysis.trace import sublayers
+from registerlens.config import ViTConfig
+from registerlens.emergence.criteria import CRITERIA, Criterion, EmergenceCriteria
 from registerlens.emergence.dynamics import HALFWAY, SIGNS, Dynamics, order_of_signs
 from registerlens.emergence.research import by_recipe
 from registerlens.errors import ConfigError
@@ -73,6 +75,43 @@ def _curve(figure: go.Figure, column: int, one: Dynamics, y: object, name: str, 
     line = {"color": colour, "dash": dash}
     curve = go.Scatter(x=one.steps, y=y, name=name, line=line, legendgroup=name, showlegend=column == 1)
     figure.add_trace(curve.update(hovertemplate="%{y:.2f}"), row=1, col=column)
+
+
+def criteria_figure(found: EmergenceCriteria, mode: Mode = "light") -> go.Figure:
+    """Where large norms are along the depth, and where attention goes: to outliers, or to what precedes the patches.
+
+    Left, in units of the image's median patch norm: the largest patch, the same with random weights, and the largest of
+    [CLS] and trained registers; right, the mean over all queries of the attention to outliers and to those tokens.
+    """
+    titles = ("Norm over the median patch norm", "Attention, mean over queries")
+    figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.12)
+    places, layers = sublayers(found.config.n_layers), list(range(found.config.n_layers))
+    curves = [
+        ("largest patch", found.largest_over_median, RED, "solid"),
+        ("largest patch, untrained", found.untrained, GREY, "dot"),
+    ]
+    drawn = [("outliers", found.sink, RED, "solid")]
+    if found.prefix_norm.shape[1]:
+        what = _prefix_told(found.config)
+        curves.append((what, found.prefix_norm.max(1), BLUE, "dash"))
+        drawn.append((what, found.prefix_sink.sum(1), BLUE, "dash"))
+    for column, (x, told) in enumerate(((places, curves), (layers, drawn)), start=1):
+        for name, values, colour, dash in told:
+            line = go.Scatter(x=x, y=values, name=name, line={"color": colour, "dash": dash})
+            line.update(legendgroup=name, showlegend=column == 1 or name == "outliers")
+            figure.add_trace(line.update(hovertemplate=f"{name}: %{{y:.2f}}<extra></extra>"), row=1, col=column)
+    figure.update_xaxes(title_text="after", tickangle=-60, row=1, col=1)
+    figure.update_xaxes(title_text="block", dtick=1, row=1, col=2)
+    figure.update_yaxes(type="log", tickvals=[0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100], row=1, col=1)
+    figure.update_yaxes(range=[0, 1.02], row=1, col=2)
+    figure.update_layout(height=400, legend={"orientation": "h", "x": 0, "y": 1.25})
+    return apply_theme(figure, mode)
+
+
+def _prefix_told(cfg: ViTConfig) -> str:
+    """What stands before the patches, in words."""
+    registers = f"{cfg.n_trained_registers} trained registers" if cfg.n_trained_registers else ""
+    return " and ".join(filter(None, ("[CLS]" if cfg.class_token else "", registers)))
 
 
 def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
