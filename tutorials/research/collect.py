@@ -1,7 +1,7 @@
 """`python tutorials/research/collect.py RUNS_DIR`: what tutorial 11 shows of the research, taken from training runs.
 
 Every folder in RUNS_DIR is a run of `registerlens emerge`. Written beside this file: runs.csv, one row a run; what came
-first in those runs whose checkpoints lie close enough together (`checkpoint_every: 20`); for seed 0 of some recipes, where
+first in runs whose checkpoints lie close enough together (`checkpoint_every: 20`); for seed 0 of some recipes, where
 attention goes, and whether outliers have lost what their patches showed.
 """
 
