@@ -22,15 +22,14 @@ _MARK = {"color": GREY, "dash": "dot", "width": 1}
 def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure:
     """Largest and median magnitude, the companions, and the channels of largest magnitude where they stand out most.
 
-        Source: Sun et al. 2024, figures 1 and 2.
+    Source: Sun et al. 2024, figures 1 and 2.
 
-        Example:
-            >>> import torch, registerlens as rl
-            >>> from registerlens.analysis.local_information import GROUPS, LocalInformation
-    from registerlens.analysis.massive import massive_activations
-            >>> found = massive_activations(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
-            >>> [curve.name for curve in massive_figure(found).data][:2]
-            ['largest magnitude', 'median magnitude']
+    Example:
+        >>> import torch, registerlens as rl
+        >>> from registerlens.analysis.massive import massive_activations
+        >>> found = massive_activations(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
+        >>> [curve.name for curve in massive_figure(found).data][:2]
+        ['largest magnitude', 'median magnitude']
     """
     at = int(found.ratio.argmax())
     figure = make_subplots(
