@@ -51,6 +51,7 @@ def experiments_model(name, config):
     return vit.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_the_experiments_table(name):
     settings, onset, per_image, jump, quantiles, n_neurons, register_norm, zeroed = TABLE[name]
