@@ -24,9 +24,7 @@ def test_a_config_goes_through_json_and_back(changes):
     cfg = ViTConfig(**SIZE, **changes)
     again = ViTConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
     assert again == cfg and hash(again) == hash(cfg)
-    assert set(cfg.to_dict()).isdisjoint(
-        {"attn_only", "normalization_type", "final_rms", "use_normalization_before_and_after"}
-    )
+    assert set(cfg.to_dict()).isdisjoint({"attn_only", "normalization_type", "final_rms"})
 
 
 def test_preprocessing_goes_through_json_and_back():

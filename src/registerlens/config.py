@@ -86,7 +86,7 @@ class ViTConfig:
     """Whether a norm precedes block 0, as in CLIP."""
     attention: AttentionKind = "softmax"
     """What makes a pattern of the scores: softmax, or, of every score s among n keys on its own, sigmoid(s - log n)
-    (Ramapuram et al. 2024), so that rows need not sum to 1."""
+    (Ramapuram et al. 2024), so that rows need not sum to 1; n counts every key, so that one more weakens all others."""
     qkv_bias: bool = True
     """Whether queries, keys and values have biases."""
     qk_norm: QKNormConfig | None = None
@@ -159,11 +159,6 @@ class ViTConfig:
     def normalization_type(self) -> str:
         """TransformerLens's name for the blocks' norm."""
         return {"layer": "LN", "rms": "RMS"}[self.norm]
-
-    @property
-    def use_normalization_before_and_after(self) -> bool:
-        """TransformerLens's name for `norm_after`."""
-        return self.norm_after
 
     @property
     def final_rms(self) -> bool:

@@ -1,5 +1,7 @@
 """Pixels read from tokens: against scikit-learn's ridge regression, on content that is there and that is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,9 @@ from sklearn.linear_model import Ridge
 import registerlens as rl
 from registerlens.analysis.local_information import PENALTIES, LocalInformation, patch_pixels
 from registerlens.data.synthetic import synthetic_images
-from registerlens.errors import ImageError, NoOutliersError
+from registerlens.errors import ImageError, NoOutliersError, ShapeError
 
-N = 150
+N = 288
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +56,20 @@ def test_it_is_ridge_regression_on_the_tokens(tiny, images, found):
         cosines = everywhere @ everywhere.T
         n = len(everywhere)
         assert found.likeness[0, at] == pytest.approx(float((cosines.sum() - n) / (n * (n - 1))), abs=1e-6)
-        assert found.n_tokens.tolist() == [len(fit), len(choose), len(test)]
+        assert found.n_tokens[0].tolist() == found.n_tokens[1].tolist() == [len(fit), len(choose), len(test)]
 
 
 def test_batches_and_order_of_reading_change_nothing(tiny, images, found):
     again = rl.local_information(tiny, [images[:40], images[40:]], batch_size=7)
     assert again.likeness == pytest.approx(found.likeness, abs=1e-6)
     assert again.readable == pytest.approx(found.readable, abs=1e-5)
+
+
+def test_normal_patches_are_not_drawn_as_the_images_were(tiny):
+    """From the seed of the images, the same numbers would place roles and choose patches: always plain ones."""
+    images = synthetic_images(N, 0).images  # both seeds are 0
+    likeness = [rl.local_information(tiny, images, seed=seed).likeness[1] for seed in (0, 1)]
+    assert likeness[0] == pytest.approx(likeness[1], abs=0.05)
 
 
 def test_what_is_not_there_is_not_read(tiny, images, found):
@@ -77,7 +86,10 @@ def test_words_file_figure_and_refusals(tiny, images, found, tmp_path):
     again = LocalInformation.load(found.save(tmp_path))
     assert np.array_equal(again.readable, found.readable) and again.describe() == found.describe()
     assert len(found.plot().data) == 4
-    with pytest.raises(ImageError, match=r"each third must have at least 8\. Give more images"):
+    with pytest.raises(ImageError, match=r"each must have 128, 2 for each of 64 dimensions\. Give more images"):
         rl.local_information(tiny, images[:6], detection=found.detection)
+    elsewhere = replace(found.detection, sublayer="7.mlp")
+    with pytest.raises(ShapeError, match="7"):
+        rl.local_information(tiny, images[:6], detection=elsewhere)
     with pytest.raises(NoOutliersError):
         rl.local_information(rl.HookedViT(tiny.cfg).eval(), images)

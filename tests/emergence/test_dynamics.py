@@ -16,7 +16,7 @@ from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.criteria import CRITERIA
 from registerlens.emergence.dynamics import SIGNS, Dynamics, _halfway, order_of_signs, training_dynamics
 from registerlens.emergence.recipes import RECIPES, recipe_of
-from registerlens.emergence.research import judge_run, results_table, summarise
+from registerlens.emergence.research import RULES, judge_run, results_table, summarise
 from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.emergence.training import DivergedError, initial_vit, train
 from registerlens.errors import ConfigError, NoOutliersError
@@ -154,9 +154,9 @@ def test_a_table_of_runs_lists_those_that_fail(towards_tiny, tmp_path):
     assert points[0].x.tolist() == [emerged["largest"]] and "19 of 19" in points[0].text[0]
     with pytest.raises(ConfigError, match="no run"):
         research_figure(table.iloc[:0])
-    kept = towards_tiny.folder / "criteria" / "step_000400" / "emergence_criteria.json"
+    kept = towards_tiny.folder / "criteria" / f"step_000400_rules_{RULES}_images_32" / "emergence_criteria.json"
     before = kept.stat().st_mtime_ns
-    assert judge_run(towards_tiny).n_met == emerged["criteria"] and kept.stat().st_mtime_ns == before
+    assert judge_run(towards_tiny, n_images=32).n_met == emerged["criteria"] and kept.stat().st_mtime_ns == before
 
 
 def test_the_commands_train_end_with_the_table_and_list_runs(tmp_path):

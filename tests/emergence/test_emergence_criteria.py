@@ -76,7 +76,7 @@ def test_numbers_computed_again_without_the_machinery(found, tiny, batch):
     value = found.to_dataframe().set_index("criterion")["value"]
     assert value["sink"] == pytest.approx(found.sink[2:].mean())
     mean = np.log(found.largest_over_median)
-    assert value["one MLP"] == pytest.approx((mean[4] - mean[3]) / (mean[4] - mean[0]))
+    assert value["one MLP"] == pytest.approx((mean[4] - mean[3]) / (mean.max() - mean[0]))
 
 
 @pytest.mark.slow
@@ -179,5 +179,10 @@ def test_the_onset_is_where_norms_jump_not_where_they_are_first_apart(batch):
     assert first.onset == "0.mlp"
     found = evidence.emerging(first)
     assert (found.onset, found.sublayer) == ("1.mlp", "1.mlp") and found.evidence.present
+    assert evidence.made_by_mlp(found)
+    before = seen.sublayers.index("1.attn")
+    first.largest_over_median[before], first.largest_over_median[before - 1] = 18.0, 1.5
+    by_attention = evidence.emerging(first)  # then no neurons can be to blame
+    assert by_attention.onset == "1.attn" and not evidence.made_by_mlp(by_attention)
     absent = evidence.emerging(rl.trace(rl.HookedViT(vit.cfg), batch.images[:32]))
     assert absent.onset is None and not absent.evidence.present

@@ -87,8 +87,9 @@ def test_sigmoid_attention_received_is_that_of_the_pattern(cls, images):
         _, cache = vit.run_with_cache(images, names_filter="blocks.1.attn.hook_*")
     pattern = (cache["attn_scores", 1] - math.log(cache["attn_scores", 1].shape[-1])).sigmoid()
     assert relative(cache["pattern", 1], pattern) < 1e-6
-    assert relative(seen[1], pattern[:, :, 0] if cls else pattern.mean(2)) < 1e-6
     assert (pattern.sum(-1) - 1).abs().max() > 0.01  # or it would be a softmax's
+    shares = pattern / pattern.sum(-1, keepdim=True)
+    assert relative(seen[1], shares[:, :, 0] if cls else shares.mean(2)) < 1e-6
 
 
 def test_norm_after_bounds_what_a_sublayer_adds(images):
@@ -103,11 +104,37 @@ def test_norm_after_bounds_what_a_sublayer_adds(images):
 
 def test_norms_after_are_counted_and_stay_when_norms_are_folded(images):
     vit = model(**SANDWICH)
-    summary = vit.summary()
-    assert summary.parameters == sum(parameter.numel() for parameter in vit.parameters())
-    assert dict.fromkeys(part.name for part in summary.parts)  # each part is named once
-    assert len({part.parameters for part in summary.parts if part.name.endswith(".attn")}) == 1
+    parts = {part.name: part.parameters for part in vit.summary().parts}
+    block = vit.blocks[1]
+    for name, modules in (
+        ("attn", (block.attn, block.ln1, block.ln1_post)),
+        ("mlp", (block.mlp, block.ln2, block.ln2_post)),
+    ):
+        expected = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        assert parts[f"blocks.1.{name}"] == expected
     assert relative(fold_layer_norm(vit)(images), vit(images)) < 1e-5
+
+
+def test_paths_start_at_what_the_norms_after_give(images):
+    """From block 0's MLP straight to the last stream: its own change alone, whatever blocks 1 and 2 make of it."""
+    vit, clean, corrupted = model(**SANDWICH), images, images.flip(0)
+
+    def measure(edited, clean):
+        return edited.output.flatten(1).square().sum(1)
+
+    by_path = rl.path_patching(
+        vit, clean, corrupted, "blocks.0.mlp.hook_post", "blocks.2.hook_resid_post", metric=measure
+    )
+    with torch.no_grad():
+        _, ours = vit.run_with_cache(clean, names_filter=["blocks.2.hook_resid_post", "blocks.0.hook_mlp_out"])
+        posts = vit.run_with_cache(corrupted, names_filter="blocks.0.mlp.hook_post")[1]
+        block = vit.blocks[0]
+        theirs = block.ln2_post(block.mlp.out(posts["post", 0]))
+        stream = ours["resid_post", 2] - ours["mlp_out", 0] + theirs
+        tokens = vit.ln_final(stream)
+        expected = vit.head(tokens, vit.layout(clean)).flatten(1).square().sum(1)
+        before = vit(clean).flatten(1).square().sum(1)
+    assert relative(torch.tensor(by_path.effects[0]), expected - before) < 1e-4
 
 
 @pytest.mark.parametrize("shape", [SIGMOID, SANDWICH], ids=["sigmoid", "sandwich"])
@@ -117,6 +144,16 @@ def test_what_is_measured_works(shape, images):
     with vit.edit(rl.TestTimeRegisters(found)):
         assert observe(vit, images).attention.shape[-1] == 38
     assert rl.trace(vit, images).mean_sink.shape == (3,)
+
+
+def bias_of_softmax(found):
+    """Fitted on a model of the same sizes."""
+    return rl.AttentionBias(found, torch.zeros(3, 2, 32), torch.zeros(3, 2, 32))
+
+
+def edited(vit, images, intervention):
+    with vit.edit(intervention):
+        return vit(images)
 
 
 REFUSED = {
@@ -131,20 +168,35 @@ REFUSED = {
     "updates": lambda vit, images, found: rl.neuron_updates(vit, images, found),
     "defects": lambda vit, images, found: rl.singular_defects(vit),
     "edges": lambda vit, images, found: rl.attribute_edges(vit, images, found),
+    "no-op": lambda vit, images, found: rl.sink_no_op(vit, images),
+    "biases": lambda vit, images, found: vit.accumulated_bias(2),
+    "heads of a cache": lambda vit, images, found: vit.run_with_cache(images)[1].stack_head_results(),
+    "neurons of a cache": lambda vit, images, found: vit.run_with_cache(images)[1].stack_neuron_results(2),
+    "one block's neurons": lambda vit, images, found: vit.run_with_cache(images)[1].get_neuron_results(1),
+    "everything of a cache": lambda vit, images, found: vit.run_with_cache(images)[1].get_full_resid_decomposition(),
+    "export": lambda vit, images, found: vit.to_state_dict("transformers:ViTModel"),
+    "bias from elsewhere": lambda vit, images, found: edited(vit, images, bias_of_softmax(found)),
     "bias": lambda vit, images, found: rl.AttentionBias.fit(vit, found, images),
 }
-OF_SIGMOID = {"circuit", "key share", "kernels", "value update", "sinks", "bias"}
+ALSO_OF_SIGMOID = {"circuit", "key share", "kernels", "value update", "sinks", "defects", "no-op"}
+ONLY_OF_SIGMOID = {"bias", "bias from elsewhere", "export"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_assumes_a_softmax_or_linear_output_refuses(name, images):
     found = rl.RegisterNeurons.from_pairs([(0, 1)])
-    if name in OF_SIGMOID:
+    if name in ALSO_OF_SIGMOID | ONLY_OF_SIGMOID:
         with pytest.raises(UnsupportedArchitectureError, match="assumes that attention is a softmax"):
             REFUSED[name](model(**SIGMOID), images, found)
-    if name != "bias":
+    if name not in ONLY_OF_SIGMOID:
         with pytest.raises(UnsupportedArchitectureError, match=r"norm stands between \(norm_after\)"):
             REFUSED[name](model(**SANDWICH), images, found)
+
+
+def test_a_cache_still_splits_the_stream_by_sublayers(images):
+    vit = model(**SANDWICH)
+    _, cache = vit.run_with_cache(images)
+    assert relative(cache.decompose_resid().sum(0), cache["resid_post", 2]) < 1e-5
 
 
 def test_planting_refuses_what_it_has_not_worked_out():

@@ -32,6 +32,7 @@ from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError
 from registerlens.files import read_json, whole_file, write_json
+from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -201,6 +202,7 @@ def sink_no_op(
         ConfigError: an edit, head, threshold or share does not exist, or images that are no tensor come without
             `reference`.
         ImageError: there are too few images.
+        UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Fesser et al. 2026 (2606.08105), the edits at fixed A; Parodi et al. 2026 (2604.14433), why not zero alone.
 
@@ -212,6 +214,8 @@ def sink_no_op(
         >>> found.of("output", "remove").shape
         (6, 1)
     """
+    require_softmax(vit.cfg, "Editing a sink at fixed attention")
+    require_linear_output(vit.cfg, "Editing a sink at fixed attention")
     chosen = _checked(vit.cfg, edits, heads, threshold, queries)
     reference, measured = _held_out(images, reference)
     probe = Probe(vit, chosen, threshold, queries)

@@ -25,7 +25,7 @@ from registerlens.analysis.stored import Stored
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
-from registerlens.model.assumptions import require_linear_output
+from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
@@ -213,7 +213,7 @@ def singular_defects(
         ConfigError: fewer than 2 x d_model samples.
         NoOutliersError: images were given, and outliers are absent on them; it carries the evidence.
         ImageError: images were given, but there are none.
-        UnsupportedArchitectureError: a norm stands after the sublayers.
+        UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Wang et al. 2024 (SINDER), who use 100,000 samples and no pairs; the score of neurons is ours.
 
@@ -223,6 +223,7 @@ def singular_defects(
         >>> found.neurons(top=1)[["layer", "rank_in_layer"]].values.tolist()
         [[1, 0]]
     """
+    require_softmax(vit.cfg, "The search for singular defects")
     require_linear_output(vit.cfg, "The search for singular defects")
     d_model = vit.cfg.d_model
     _check_finite(vit)

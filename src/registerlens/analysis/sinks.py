@@ -101,7 +101,8 @@ def pattern_hooks(
         vit: the model, its edits in place.
         layers: blocks to watch.
         from_pair: takes a block's index, its queries and its keys [batch, pos, head, d_head], normalised and turned.
-        from_pattern: takes a block's index and its pattern [batch, head, query, key].
+        from_pattern: takes a block's index and its pattern [batch, head, query, key]; where attention is no softmax,
+            and rows have any sum, each key's share of its row.
 
     Example:
         >>> import registerlens as rl
@@ -124,6 +125,8 @@ def pattern_hooks(
         from_pair(layer_of(hook), queries.pop(layer_of(hook)), k)
 
     def with_pattern(pattern: Tensor, hook: Any) -> None:
+        if vit.cfg.attention != "softmax":
+            pattern = pattern / pattern.sum(-1, keepdim=True)
         from_pattern(layer_of(hook), pattern)
 
     hooks: list[Any] = []

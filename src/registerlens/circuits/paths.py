@@ -19,7 +19,6 @@ from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count
 from registerlens.errors import ConfigError
 from registerlens.evaluation.intervals import mean_intervals, resample
-from registerlens.model.assumptions import require_linear_output
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.sweep.differentiable import Measure, metric_of
@@ -153,7 +152,6 @@ def path_patching(
         ImageError: there are no pairs, or all are one image twice.
         ShapeError: pairs do not fit, a site has no such heads, neurons or tokens, or the metric does not give one
             number an image.
-        UnsupportedArchitectureError: a norm stands after the sublayers.
 
     Source: Wang et al. 2022 (2211.00593), section 3 and appendix; Goldowsky-Dill et al. 2023 (2304.05969).
 
@@ -168,7 +166,6 @@ def path_patching(
         >>> found.receivers[0], found.effects.shape
         ('blocks.2.attn.hook_k', (4, 8))
     """
-    require_linear_output(vit.cfg, "Path patching")
     plan = _plan(vit, clean, sender, receivers)
     one = metric_of(metric, vit, clean, batch_size)
     columns: dict[str, list[Tensor]] = {"clean": [], "corrupted": [], "effects": [], "together": [], "identical": []}

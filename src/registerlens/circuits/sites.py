@@ -210,7 +210,8 @@ def sublayer_output(name: str) -> str | None:
         ('blocks.2.hook_attn_out', None)
     """
     parts = name.split(".")
-    kinds = {"ln1": "attn", "attn": "attn", "hook_attn_out": "attn", "ln2": "mlp", "mlp": "mlp", "hook_mlp_out": "mlp"}
+    of_attention, of_mlp = ("ln1", "attn", "ln1_post", "hook_attn_out"), ("ln2", "mlp", "ln2_post", "hook_mlp_out")
+    kinds = dict.fromkeys(of_attention, "attn") | dict.fromkeys(of_mlp, "mlp")
     if parts[0] != "blocks" or parts[2] not in kinds:
         return None
     return f"blocks.{parts[1]}.hook_{kinds[parts[2]]}_out"

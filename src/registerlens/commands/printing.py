@@ -242,7 +242,7 @@ def _cell(value: Any) -> str:
     """One decimal, whole numbers as they are, and a dash for what is not there."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.1f}" if isinstance(value, float) and value % 1 else str(value).removesuffix(".0")
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def print_words(text: str, style: str = "") -> None:

@@ -24,6 +24,7 @@ from registerlens.emergence.evidence import (
     Evidence,
     choose,
     emerging,
+    made_by_mlp,
     make_edits,
     nothing,
     prefix_tokens,
@@ -60,7 +61,12 @@ CRITERIA: tuple[Criterion, ...] = tuple(
     for name, side, threshold, words in (
         ("largest/median", ">=", 5.0, "largest patch norm over the median after the onset block's MLP"),
         ("bimodality", ">=", 2.0, "there, 1st percentile of outliers over 99.9th percentile of normal patches"),
-        ("one MLP", ">=", 0.5, "share of the rise of largest/median (in logarithms) that the onset block's MLP makes"),
+        (
+            "one MLP",
+            ">=",
+            0.5,
+            "share of the whole rise of largest/median (in logarithms) that the onset block's MLP makes",
+        ),
         ("sink", ">=", 0.3, "attention to outliers, mean over all queries and the layers after the onset"),
         ("value drain", "<=", 0.5, "value norms of outliers over those of other patches, mean of the same layers"),
         ("few neurons", "<=", 0.02, "register neurons as a share of all MLP neurons"),
@@ -106,7 +112,7 @@ class EmergenceCriteria(Stored):
     untrained: Float[np.ndarray, " sublayer"]
     """The same of random weights of this architecture."""
     sink: Float[np.ndarray, " layer"]
-    """Attention to outliers, mean over all queries: patches, which must all report something, and [CLS]."""
+    """Attention to outliers, mean over all queries, outliers and what precedes the patches among them."""
     value_ratio: Float[np.ndarray, " layer"]
     """Value norms of outliers over those of other patches."""
     prefix_norm: Float[np.ndarray, "sublayer prefix"]
@@ -234,7 +240,7 @@ def emergence_criteria(
         untrained = trace(HookedViT(vit.cfg).to(vit.device), others[:batch_size], batch_size=batch_size)
     result: dict[str, Any] = dict(nothing(vit.cfg.n_layers), neurons=RegisterNeurons.from_pairs([]))
     values = {"largest/median": float(seen.largest_over_median[seen.sublayers.index(detection.sublayer)])}
-    if detection.evidence.present and detection.sublayer.endswith("mlp"):
+    if made_by_mlp(detection):
         neurons, values["AUC, onset block"], values["AUC, all"] = choose(vit, chosen, detection, top_k, batch_size)
         edits = make_edits(vit, chosen, neurons, batch_size, seed)
         measured = Evidence(vit, detection, list(edits))
@@ -269,7 +275,7 @@ def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTCo
     register, unedited = CONDITIONS.index("register"), CONDITIONS.index("unedited")
     return {
         "bimodality": found["quantiles"][1] / found["quantiles"][0],
-        "one MLP": (curve[at] - curve[at - 1]) / (curve[at] - curve[0]),
+        "one MLP": (curve[at] - curve[at - 1]) / (curve.max() - curve[0]),
         "sink": drawn,
         "value drain": found["value_ratio"][after].mean(),
         "few neurons": len(found["neurons"]) / (cfg.n_layers * cfg.d_mlp),

@@ -17,7 +17,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.trace import trace
-from registerlens.emergence.evidence import choose, emerging
+from registerlens.emergence.evidence import choose, emerging, made_by_mlp
 from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.errors import ConfigError
 from registerlens.evaluation.intervals import LEVEL, resample
@@ -148,7 +148,7 @@ def training_dynamics(
 
     Raises:
         NoOutliersError: the last checkpoint has no outliers.
-        ConfigError: there are fewer than two checkpoints.
+        ConfigError: there are fewer than two checkpoints, or no MLP makes the outliers.
     """
     if len(run.checkpoints) < 2:
         raise ConfigError(f"Dynamics need at least two checkpoints; '{run.folder}' has {len(run.checkpoints)}.")
@@ -157,6 +157,8 @@ def training_dynamics(
     if neurons is None:
         detection = emerging(trace(last, choosing, batch_size=batch_size))
         require_outliers(detection, "Following a run")
+        if not made_by_mlp(detection):
+            raise ConfigError(f"Outliers arise at {detection.sublayer}, which has no neurons. Give neurons to follow.")
         neurons, *_ = choose(last, choosing, detection, "auto", batch_size)
     outliers = find_outliers(last, images, batch_size=batch_size)
     require_outliers(outliers.detection, "Following a run")

@@ -22,6 +22,7 @@ from registerlens.interventions.base import Intervention, Scene
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
 from registerlens.interventions.search import find_register_neurons
 from registerlens.model.vit import HookedViT
+from registerlens.seeds import generator_of
 
 RANDOM_SETS = 5
 """Sets of activation-matched random neurons."""
@@ -29,13 +30,16 @@ FIRES = 0.95
 """A neuron whose AUC is at least this separates outliers from normal patches."""
 CONDITIONS = ("clean", "register", "zeroing", "unedited", "chosen patch")
 """What is done to the model."""
+CHOSEN_PATCH = 5
+"""What the patches that are to become outliers are drawn for: see `generator_of`."""
 MEASURED = ("outliers", "accuracy", "register_norm", "register_attention")
 
 
 def emerging(found: Trace) -> Detection:
-    """Outliers after the MLP that makes most of them: where the largest norm over the median rises most, in logarithms,
-    of the MLPs after which norms are separate. A trace's `onset` is the first of these, which may lift the same patches
-    only a little, well before the jump. Where there is none, the place of the strongest evidence.
+    """Outliers after the sublayer that makes most of them: where the largest norm over the median rises most, in
+    logarithms, of those after which norms are separate. A trace's `onset` is the first of these, which may lift the
+    same patches only a little, well before the jump. Where norms are separate nowhere, the place of the strongest
+    evidence.
 
     Example:
         >>> import registerlens as rl
@@ -45,11 +49,16 @@ def emerging(found: Trace) -> Detection:
         '1.mlp'
     """
     rise = np.diff(np.log(found.largest_over_median), prepend=np.nan)
-    there = [i for i, name in enumerate(found.sublayers) if name.endswith("mlp") and found.evidence[i].present]
+    there = [i for i, evidence in enumerate(found.evidence) if i and evidence.present]
     if not there:
         return detection_in(found)
     sublayer = found.sublayers[max(there, key=lambda i: rise[i])]
     return replace(detection_in(found, sublayer), onset=sublayer)
+
+
+def made_by_mlp(detection: Detection) -> bool:
+    """Whether there are outliers, and an MLP makes most of them: only then are there neurons to look for."""
+    return detection.evidence.present and detection.sublayer.endswith("mlp")
 
 
 def choose(
@@ -108,7 +117,7 @@ class Evidence:
             self.value_norms.append(torch.stack(values)[..., patches])
             self.norms.append(clean.norms[self.place][:, patches] / ruler.median)
             self.masks.append(ruler.mask)
-            generator = torch.Generator().manual_seed(seed + len(self.masks))
+            generator = generator_of(CHOSEN_PATCH, seed, len(self.masks))
             for name, edit in edits.items():
                 if edit is None:
                     continue

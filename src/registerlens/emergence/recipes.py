@@ -1,4 +1,4 @@
-"""Named recipes of the research on what makes register neurons appear: each changes one thing of the default one."""
+"""Named recipes of the research on what makes register neurons appear: the default one, changed in one respect."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def _flats(*content: str) -> dict[str, Any]:
     return {"task": {"flat_content": list(content)}}
 
 
+NO_SETTING = ("seed", "log_every", "checkpoint_every")
+"""What changes nothing of a recipe."""
 _ALL = ("gradient", "soft_noise", "photographs")
 _LONGER = {"steps": 6000}
 
@@ -90,5 +92,5 @@ def recipe_of(config: TrainingConfig) -> Recipe | None:
         ('default', None)
     """
     plain = TrainingConfig()
-    same = replace(config, seed=0, log_every=plain.log_every, checkpoint_every=plain.checkpoint_every)
+    same = replace(config, **{name: getattr(plain, name) for name in NO_SETTING})
     return next((one for one in RECIPES.values() if one.config == same), None)

@@ -10,16 +10,16 @@ import numpy as np
 
 from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria, emergence_criteria
-from registerlens.emergence.recipes import recipe_of
+from registerlens.emergence.recipes import NO_SETTING, recipe_of
 from registerlens.emergence.run import TrainingRun, flat_settings, held_out_images, labels_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
+RULES = 2
+"""Raised whenever criteria, or how they are measured, change: what was judged by others is judged anew."""
 JUDGED = 512
 """Held-out images for the criteria, of each half: for the selection and for the evaluation."""
-_NO_SETTING = ("seed", "log_every", "checkpoint_every")
-"""What changes nothing of a recipe."""
 
 
 def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64) -> EmergenceCriteria:
@@ -30,7 +30,7 @@ def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64)
         n_images: images of each half.
         batch_size: images at once.
     """
-    folder = run.folder / "criteria" / f"step_{run.checkpoints[-1]:06d}"
+    folder = run.folder / "criteria" / f"step_{run.checkpoints[-1]:06d}_rules_{RULES}_images_{n_images}"
     if (folder / "emergence_criteria.json").exists():
         return EmergenceCriteria.load(folder)
     vit, batch = run.vit(), held_out_images(run.config, 2 * n_images, part=1)
@@ -95,7 +95,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
     ours, default = flat_settings(run.config), flat_settings(TrainingConfig())
-    changed = [f"{name}={ours[name]}" for name in ours if ours[name] != default[name] and name not in _NO_SETTING]
+    changed = [f"{name}={ours[name]}" for name in ours if ours[name] != default[name] and name not in NO_SETTING]
     recipe = recipe_of(run.config)
     row: dict[str, Any] = {"run": run.folder.name, "recipe": recipe.name if recipe else "-"}
     row |= {"settings": ", ".join(changed), "seed": run.config.seed}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -18,6 +17,7 @@ from registerlens.data.synthetic import FLAT, SyntheticBatch, synthetic_images
 from registerlens.emergence.config import TrainingConfig
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, reading, whole_file, write_json
+from registerlens.seeds import seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,16 +26,6 @@ if TYPE_CHECKING:
 
 TRAINING, HELD_OUT = 1, 2
 """What images are for: no image of one kind is drawn from a seed of the other."""
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed of 32 bits, which is all that torch's generator on the CPU takes; like numbers give unlike seeds.
-
-    Example:
-        >>> seed_of(TRAINING, 0, 1) != seed_of(TRAINING, 1, 0)
-        True
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def held_out_images(config: TrainingConfig, n: int, part: int = 0) -> SyntheticBatch:

@@ -21,12 +21,13 @@ from registerlens.analysis.trace import trace
 from registerlens.config import TokenLayout
 from registerlens.data.synthetic import FLAT, ROLES, SyntheticBatch, synthetic_images
 from registerlens.emergence.config import TrainingConfig
-from registerlens.emergence.run import TRAINING, TrainingRun, held_out_images, seed_of
+from registerlens.emergence.run import TRAINING, TrainingRun, held_out_images
 from registerlens.errors import ConfigError, DivergedError, NonFiniteError, WeightsError
 from registerlens.files import whole_file, write_json
 from registerlens.loading.native import save
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.seeds import seed_of
 
 WATCHED = 64
 """Held-out images that every row of the metrics is measured on."""

@@ -46,7 +46,8 @@ class Recording:
     keys: dict[int, Float[Tensor, "head key d_head"]]
     """By layer; more than tokens where an attention bias is in force."""
     patterns: dict[int, Float[Tensor, "head pos key"]]
-    """By layer, where scores or patterns are edited or no softmax, so that queries and keys do not tell them."""
+    """By layer, where scores or patterns are edited, so that queries and keys do not tell them, or where attention is
+    no softmax: then each key's share of its row."""
     strongest: Int[Tensor, "pos rank 2"]
     """(layer, neuron) of the neurons that write most at each token: |activation| times the norm of what they write."""
     strongest_activation: Float[Tensor, "pos rank"]
@@ -75,7 +76,7 @@ class Recording:
         return self.keys[0].shape[1]
 
     def pattern(self, layer: int) -> Float[Tensor, "head pos key"]:
-        """The attention pattern of a block, computed here; of a softmax, rows sum to 1."""
+        """The attention pattern of a block, computed here; rows sum to 1."""
         self.check(layer)
         if layer in self.patterns:
             return self.patterns[layer]

@@ -114,6 +114,7 @@ class AttentionBias(Intervention):
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """Zeroing the neurons, and one more key and value in every layer."""
         cfg = host.cfg
+        require_softmax(cfg, "An attention bias")
         expected = (cfg.n_layers, cfg.n_heads, cfg.d_head)
         if tuple(self.k.shape) != expected or tuple(self.v.shape) != expected:
             raise InterventionError(

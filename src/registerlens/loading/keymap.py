@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from registerlens.config import Activation, Preprocess, ViTConfig
 from registerlens.errors import ConfigError, UnsupportedArchitectureError, WeightsError, close_matches
 from registerlens.loading.weights import Piece, Weight, join
+from registerlens.model.assumptions import require_softmax
 from registerlens.model.vit import HookedViT
 
 _ABSENT = object()
@@ -357,7 +358,9 @@ def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
 
     Raises:
         WeightsError: the family has no place for one of the weights, or reads several of its own as one.
+        UnsupportedArchitectureError: attention is no softmax, as that of all families is.
     """
+    require_softmax(vit.cfg, f"{family.library}'s {family.source_class}")
     family = family.of(vit.cfg)
     found: dict[str, list[Piece]] = {}
     known = {key for weight in family.weights.values() for rule in (weight, *weight.others) for key in rule.keys}

@@ -12,6 +12,7 @@ from transformer_lens import ActivationCache
 
 from registerlens.comfort import html_table, size_told, text_table
 from registerlens.errors import HookNameError, close_matches
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.names import pooled
 
 _ROWS = 60
@@ -49,6 +50,28 @@ class Cache(ActivationCache):
             return super().__getitem__(key)
         except KeyError as error:
             raise HookNameError(self._lacking(str(error.args[0]))) from None
+
+    def _ensure_head_results(self) -> bool:
+        require_linear_output(self.model.cfg, "The split of attention by heads")
+        return super()._ensure_head_results()
+
+    def get_neuron_results(self, *args: Any, **options: Any) -> Any:
+        """What each neuron of a block writes; as TransformerLens's.
+
+        Raises:
+            UnsupportedArchitectureError: a norm stands after the sublayers.
+        """
+        require_linear_output(self.model.cfg, "The split of an MLP by neurons")
+        return super().get_neuron_results(*args, **options)
+
+    def stack_neuron_results(self, *args: Any, **options: Any) -> Any:
+        """What the neurons of several blocks write; as TransformerLens's.
+
+        Raises:
+            UnsupportedArchitectureError: a norm stands after the sublayers.
+        """
+        require_linear_output(self.model.cfg, "The split of MLPs by neurons")
+        return super().stack_neuron_results(*args, **options)
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> Cache:
         """A cache of some images only; as TransformerLens's."""

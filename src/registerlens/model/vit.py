@@ -14,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, TokenLayout, ViTConfig
 from registerlens.errors import ConfigError, HookNameError, ShapeError
+from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.browsing import Browsable
 from registerlens.model.cache import Cache
@@ -335,7 +336,12 @@ class HookedViT(Browsable):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The sum of the output biases written before `layer` (with `mlp_input`, its attention's too)."""
+        """The sum of the output biases written before `layer` (with `mlp_input`, its attention's too).
+
+        Raises:
+            UnsupportedArchitectureError: a norm stands after the sublayers.
+        """
+        require_linear_output(self.cfg, "A sum of output biases")
         total = self.embed.prefix.new_zeros(self.cfg.d_model)
         for index, block in enumerate(self.blocks[: layer + mlp_input]):
             block = cast(Block, block)

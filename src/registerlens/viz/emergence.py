@@ -110,8 +110,9 @@ def criteria_figure(found: EmergenceCriteria, mode: Mode = "light") -> go.Figure
 
 def _prefix_told(cfg: ViTConfig) -> str:
     """What stands before the patches, in words."""
-    registers = f"{cfg.n_trained_registers} trained registers" if cfg.n_trained_registers else ""
-    return " and ".join(filter(None, ("[CLS]" if cfg.class_token else "", registers)))
+    n = cfg.n_trained_registers
+    there = {"[CLS]": cfg.class_token, "distillation token": cfg.distillation_token, f"{n} trained registers": n}
+    return " and ".join(name for name, some in there.items() if some)
 
 
 def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
