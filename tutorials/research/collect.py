@@ -21,8 +21,10 @@ FINE = 20
 """Steps between checkpoints that are fine enough for the order of the signs."""
 FOLLOWED = 64
 """Images that dynamics are followed on: some hundred kilobytes a run."""
-READ = 768
-"""Images that pixels are read on."""
+READING = 5
+"""Part of the held-out images that pixels are read on; see `held_out_images`."""
+READ = 3072
+"""Images that pixels are read on: some 30 outliers for each dimension of the stream."""
 
 
 WITH_PREFIX = ("cls", "registers")
@@ -30,22 +32,24 @@ VARIED = ("default", "gradients", "soft-noise", "photographs", "mixed")
 
 
 def main(folder: Path) -> None:
-    """Judge what is not judged yet, and write."""
-    runs = [rl.TrainingRun.open(path) for path in sorted(folder.iterdir()) if (path / "config.json").exists()]
-    table = rl.results_table(track([run.folder for run in runs], "judging", len(runs)))
+    """Judge what is not judged yet, and write; the same run with closer checkpoints counts once."""
+    paths = [path for path in sorted(folder.iterdir()) if (path / "config.json").exists()]
     order = {recipe: i for i, recipe in enumerate([*RECIPES, "-"])}
+    table = rl.results_table(track(paths, "judging", len(paths)))
     table = table.sort_values("seed").sort_values("recipe", key=lambda names: names.map(order), kind="stable")
-    table.drop(columns="run").round(4).to_csv(HERE / "runs.csv", index=False)
-    for run in track([run for run in runs if run.finished], "looking closer", None):
-        recipe = recipe_of(run.config)
+    table = table.drop(columns="run").drop_duplicates(["recipe", "settings", "seed"])
+    table.round(4).to_csv(HERE / "runs.csv", index=False)
+    for path in track(paths, "looking closer", len(paths)):
+        run = rl.TrainingRun.open(path)
+        recipe, found = recipe_of(run.config), judge_run(run)
         name = "" if recipe is None else recipe.name
-        if run.config.checkpoint_every <= FINE:
-            found = rl.training_dynamics(run, judge_run(run).neurons, n_images=FOLLOWED)
-            found.save(HERE / "dynamics" / f"seed_{run.config.seed}")
-        if name in WITH_PREFIX and run.config.seed == 0:
-            judge_run(run).save(HERE / "criteria" / name)
-        if name in VARIED and run.config.seed == 0 and run.config.checkpoint_every > FINE:
-            images = held_out_images(run.config, READ, part=5).images
+        if run.config.checkpoint_every <= FINE and len(found.neurons):
+            followed = rl.training_dynamics(run, found.neurons, n_images=FOLLOWED)
+            followed.save(HERE / "dynamics" / f"{name}_seed_{run.config.seed}")
+        elif name in WITH_PREFIX and run.config.seed == 0:
+            found.save(HERE / "criteria" / name)
+        elif name in VARIED and run.config.seed == 0 and len(found.neurons):
+            images = held_out_images(run.config, READ, part=READING).images
             rl.local_information(run.vit(), images, batch_size=64).save(HERE / "local_information" / name)
 
 

@@ -110,7 +110,7 @@ def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
     found = judge_run(run, n_images=n_images)
     failing = ", ".join(one.name for one in CRITERIA if not found.holds(one.name))
     row |= {"outliers": found.detection.evidence.verdict, "onset": found.onset, "neurons": len(found.neurons)}
-    row |= {"criteria": found.n_met, "of": len(CRITERIA), "failing": failing}
+    row |= {"criteria": found.n_met, "of": len(CRITERIA), "failing": failing if found.n_met else "all"}
     row |= {"largest": float(found.largest_over_median.max())}
     row |= {
         "prefix_norm": float(found.prefix_norm.max(initial=0)),
