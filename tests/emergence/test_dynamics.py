@@ -1,5 +1,6 @@
 """What comes first: courses whose order is known, and a run between random weights and the embedded model's."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -177,6 +178,18 @@ def test_the_commands_train_end_with_the_table_and_list_runs(tmp_path):
     assert table["recipe"].tolist() == ["-"] and table["criteria"].tolist() == [0]
     with pytest.raises(ConfigError, match="nothing"):
         CliRunner().invoke(app, ["runs", str(tmp_path / "nothing")], catch_exceptions=False)
+
+
+def test_runs_that_stopped_early_are_listed_too(tmp_path):
+    begun = train(small(), tmp_path / "begun")
+    for path in begun.folder.glob("checkpoints/step_000008"):  # killed between the two checkpoints
+        shutil.rmtree(path)
+    TrainingRun.make(tmp_path / "new", small())
+    table = results_table([begun.folder, tmp_path / "new"], n_images=32)
+    assert table["ended"].tolist() == ["at step 4", "not begun"] and table["criteria"].isna().tolist() == [False, True]
+    assert summarise(table)[["emerged", "criteria"]].to_numpy().tolist() == [["0 of 2", "0 -"]]
+    figure = research_figure(table)
+    assert figure.data[0].z.tolist() == [[0.0] * len(CRITERIA)]
 
 
 def test_recipes_are_known_by_their_configuration(tmp_path):

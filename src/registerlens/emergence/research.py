@@ -99,21 +99,29 @@ def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
     recipe = recipe_of(run.config)
     row: dict[str, Any] = {"run": run.folder.name, "recipe": recipe.name if recipe else "-"}
     row |= {"settings": ", ".join(changed), "seed": run.config.seed}
+    if not run.begun:
+        return row | {"ended": "not begun"}
     step = run.checkpoints[-1] if run.checkpoints else 0
     ended = "finished" if run.finished else f"diverged at {run.diverged['step']}" if run.diverged else f"at step {step}"
     last = run.metrics().iloc[-1]
     row |= {"ended": ended, "minutes": last["seconds"] / 60, "cpu_minutes": last["cpu_seconds"] / 60}
-    accuracies = [name for name in last.index if name.startswith("accuracy_")]
-    row |= {name: last[name] for name in accuracies}
-    if not run.checkpoints:
-        return row
+    row |= {name: last[name] for name in last.index if name.startswith("accuracy_")}
+    return row | _judged(run, n_images) if run.checkpoints else row
+
+
+def _judged(run: TrainingRun, n_images: int) -> dict[str, Any]:
+    """What emerged."""
     found = judge_run(run, n_images=n_images)
     failing = ", ".join(one.name for one in CRITERIA if not found.holds(one.name))
-    row |= {"outliers": found.detection.evidence.verdict, "onset": found.onset, "neurons": len(found.neurons)}
-    row |= {"criteria": found.n_met, "of": len(CRITERIA), "failing": failing if found.n_met else "all"}
-    row |= {"largest": float(found.largest_over_median.max())}
-    row |= {
+    return {
+        "outliers": found.detection.evidence.verdict,
+        "onset": found.onset,
+        "neurons": len(found.neurons),
+        "criteria": found.n_met,
+        "of": len(CRITERIA),
+        "failing": failing if found.n_met else "all",
+        "largest": float(found.largest_over_median.max()),
         "prefix_norm": float(found.prefix_norm.max(initial=0)),
         "prefix_sink": float(found.prefix_sink.sum(1).max()),
+        **dict(zip((one.name for one in CRITERIA), found.values.tolist(), strict=True)),
     }
-    return row | dict(zip((one.name for one in CRITERIA), found.values.tolist(), strict=True))

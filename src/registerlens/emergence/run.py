@@ -121,6 +121,11 @@ class TrainingRun:
         return tuple(sorted(int(path.parent.name[5:]) for path in whole))
 
     @property
+    def begun(self) -> bool:
+        """Whether there is a row of its metrics."""
+        return any((self.folder / "metrics").glob("step_*.parquet"))
+
+    @property
     def finished(self) -> bool:
         """Whether it was trained to its end."""
         return self.config.steps in self.checkpoints
