@@ -240,6 +240,42 @@ def clean_features(text):
     assert "'load.py'" in text and "the baked model gives the edited features: True" in text
 
 
+def train_your_own(text):
+    assert "19 of 19 criteria hold" in text and "checkpoints at steps 0 10 20 30" in text
+    signs = re.findall(r"^\d+\s+(\d)\s+(sink|value drain|norm)\s+([\d.]+)", text, re.M)
+    steps = {(seed, sign): float(step) for seed, sign, step in signs}
+    seeds = {seed for seed, _ in steps}
+    assert len(seeds) == 3
+    for seed in seeds:
+        drain, sink, norm = (steps[seed, sign] for sign in ("value drain", "sink", "norm"))
+        assert drain + 40 < min(sink, norm) and abs(sink - norm) < 20  # "... within one checkpoint of each other"
+    runs = re.findall(r"^(\S+)\s+(\d)\s+finished\s+(present|absent)\s+(\S+)\s+(\d+)\s+(\d+)\s", text, re.M)
+    verdicts = {}
+    for recipe, _, verdict, *_ in runs:
+        verdicts.setdefault(recipe, []).append(verdict)
+    assert len(verdicts["default"]) == 5 and len(verdicts["deep"]) >= 2
+    emerged = {recipe for recipe, found in verdicts.items() if set(found) == {"present"}}
+    assert emerged == EMERGED and all("present" not in verdicts[recipe] for recipe in set(verdicts) - EMERGED)
+    onsets = {recipe: {onset for name, _, _, onset, *_ in runs if name == recipe} for recipe in verdicts}
+    assert onsets["default"] == {"1.mlp"}  # "in the same block"
+    to_cls = [float(x) for x in re.search(r"^cls attention to it, block by block: (.*)", text, re.M)[1].split()]
+    to_outliers = [float(x) for x in re.search(r"^cls attention to outliers: (.*)", text, re.M)[1].split()]
+    assert to_cls[1] > 0.6 > 0.1 > to_cls[2] and to_outliers[1] < 0.1 < 0.4 < to_outliers[2]
+    assert number(r"registers norm over the median, at most: ([\d.]+)", text) > 8
+    course = {
+        (recipe, what): [float(x) for x in values.split()]
+        for recipe, what, values in re.findall(r"^(\S+), (\w+): outliers ([\d. ]+) normal", text, re.M)
+    }
+    for recipe in ("photographs", "soft-noise", "mixed", "gradients"):
+        start, onset, end = course[recipe, "readable"]
+        assert end < 0.7 * start and onset > 0.8 * start  # "with a small loss ... a third or more is gone"
+        assert course[recipe, "likeness"][0] < 0.85 and course[recipe, "likeness"][1] > 0.99
+    assert course["default", "readable"][2] > 0.8 * course["default", "readable"][0]  # "little is lost"
+
+
+EMERGED = {"default", "cls", "gradients", "soft-noise", "photographs", "mixed", "mixed-long", "deep", "swiglu"}
+"""Recipes of tutorial 11 in which outliers emerged; in the others they did in no seed."""
+
 CLAIMS = {
     "01": (hooks_and_caches, 2),
     "02": (outliers_and_sinks, 4),
@@ -251,8 +287,13 @@ CLAIMS = {
     "08": (attention_circuits, 2),
     "09": (your_own_model, 0),
     "10": (clean_features, 1),
+    "11": (train_your_own, 5),
 }
 """What the text of each says, as a check of what it printed; and how many figures it draws."""
+
+
+def test_every_tutorial_is_run():
+    assert list(CLAIMS) == [path.name[:2] for path in NOTEBOOKS]
 
 
 @pytest.mark.slow
@@ -307,7 +348,9 @@ def test_the_switch_takes_another_model(which, folder, monkeypatch, capsys):
     space = run_here(named(which), str(folder))
     printed = capsys.readouterr().out
     assert space["vit"].cfg.d_model == 48 and space["vit"].cfg.n_heads == 3
-    if which not in ("01", "02", "09"):  # it has no outliers: told so, then with planted ones whose places are known
+    if which == "11":
+        assert "nothing has emerged" in printed
+    elif which not in ("01", "02", "09"):  # it has no outliers: told so, then with planted ones whose places are known
         assert "a copy of the model with planted" in printed and space["vit"].source.endswith(", planted")
         assert set(space["neurons"].pairs) == set(space["truth"].neurons.pairs)
     if which == "02":

@@ -52,8 +52,12 @@ class Cache(ActivationCache):
             raise HookNameError(self._lacking(str(error.args[0]))) from None
 
     def _ensure_head_results(self) -> bool:
-        require_linear_output(self.model.cfg, "The split of attention by heads")
+        self._refuse_norms_after("The split of attention by heads")
         return super()._ensure_head_results()
+
+    def _refuse_norms_after(self, purpose: str) -> None:
+        cfg: Any = self.model.cfg  # a ViTConfig, where TransformerLens expects its own
+        require_linear_output(cfg, purpose)
 
     def get_neuron_results(self, *args: Any, **options: Any) -> Any:
         """What each neuron of a block writes; as TransformerLens's.
@@ -61,7 +65,7 @@ class Cache(ActivationCache):
         Raises:
             UnsupportedArchitectureError: a norm stands after the sublayers.
         """
-        require_linear_output(self.model.cfg, "The split of an MLP by neurons")
+        self._refuse_norms_after("The split of an MLP by neurons")
         return super().get_neuron_results(*args, **options)
 
     def stack_neuron_results(self, *args: Any, **options: Any) -> Any:
@@ -70,7 +74,7 @@ class Cache(ActivationCache):
         Raises:
             UnsupportedArchitectureError: a norm stands after the sublayers.
         """
-        require_linear_output(self.model.cfg, "The split of MLPs by neurons")
+        self._refuse_norms_after("The split of MLPs by neurons")
         return super().stack_neuron_results(*args, **options)
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> Cache:
