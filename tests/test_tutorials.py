@@ -240,41 +240,59 @@ def clean_features(text):
     assert "'load.py'" in text and "the baked model gives the edited features: True" in text
 
 
+EMERGED = {
+    "default": [19, 19, 19, 18, 17],
+    "swiglu": [15],
+    "cls": [17, 16],
+    "gradients": [18],
+    "soft-noise": [17],
+    "photographs": [17],
+    "mixed": [18, 17],
+    "mixed-long": [17],
+    "deep": [17, 16],
+    "sgd": [12],
+    "no-decay": [15],
+}
+"""Recipes of tutorial 11 with outliers, and how many criteria each seed met; in the other recipes there are none."""
+ABSENT = {"gelu-2e-3", "gelu-4e-3", "registers", "no-look-up", "sigmoid", "sigmoid-long", "sandwich"}
+
+
 def train_your_own(text):
     assert "19 of 19 criteria hold" in text and "checkpoints at steps 0 10 20 30" in text
     signs = re.findall(r"^\d+\s+(\d)\s+(sink|value drain|norm)\s+([\d.]+)", text, re.M)
     steps = {(seed, sign): float(step) for seed, sign, step in signs}
-    seeds = {seed for seed, _ in steps}
-    assert len(seeds) == 3
-    for seed in seeds:
+    for seed in "034":
         drain, sink, norm = (steps[seed, sign] for sign in ("value drain", "sink", "norm"))
-        assert drain + 40 < min(sink, norm) and abs(sink - norm) < 20  # "... within one checkpoint of each other"
-    runs = re.findall(r"^(\S+)\s+(\d)\s+finished\s+(present|absent)\s+(\S+)\s+(\d+)\s+(\d+)\s", text, re.M)
-    verdicts = {}
-    for recipe, _, verdict, *_ in runs:
-        verdicts.setdefault(recipe, []).append(verdict)
-    assert len(verdicts["default"]) == 5 and len(verdicts["deep"]) >= 2
-    emerged = {recipe for recipe, found in verdicts.items() if set(found) == {"present"}}
-    assert emerged == EMERGED and all("present" not in verdicts[recipe] for recipe in set(verdicts) - EMERGED)
-    onsets = {recipe: {onset for name, _, _, onset, *_ in runs if name == recipe} for recipe in verdicts}
-    assert onsets["default"] == {"1.mlp"}  # "in the same block"
+        assert drain + 40 < sink < norm < min(300, sink + 40)
+    runs = re.findall(r"^([\w-]+)\s+\d\s+finished\s+(present|absent)\s+(\S+)\s+(\d+)\s+(\d+)\s", text, re.M)
+    met, onsets, n_neurons = {}, {}, {}
+    for recipe, verdict, onset, neurons, criteria in runs:
+        if verdict == "present":
+            met.setdefault(recipe, []).append(int(criteria))
+            onsets.setdefault(recipe, set()).add(onset)
+            n_neurons.setdefault(recipe, []).append(int(neurons))
+    assert met == EMERGED and {recipe for recipe, *_ in runs} == set(EMERGED) | ABSENT
+    assert (
+        onsets["default"] == {"1.mlp"} and onsets["deep"] == {"2.mlp"} and sorted(n_neurons["default"])[::4] == [2, 5]
+    )
     to_cls = [float(x) for x in re.search(r"^cls attention to it, block by block: (.*)", text, re.M)[1].split()]
     to_outliers = [float(x) for x in re.search(r"^cls attention to outliers: (.*)", text, re.M)[1].split()]
     assert to_cls[1] > 0.6 > 0.1 > to_cls[2] and to_outliers[1] < 0.1 < 0.4 < to_outliers[2]
     assert number(r"registers norm over the median, at most: ([\d.]+)", text) > 8
     course = {
-        (recipe, what): [float(x) for x in values.split()]
-        for recipe, what, values in re.findall(r"^(\S+), (\w+): outliers ([\d. ]+) normal", text, re.M)
+        (recipe, what, group): [float(x) for x in values.split()]
+        for recipe, what, *both in re.findall(r"^(\S+), (\w+): outliers ([\d. ]+) normal ([\d. ]+)$", text, re.M)
+        for group, values in zip(("outliers", "normal"), both, strict=True)
     }
     for recipe in ("photographs", "soft-noise", "mixed", "gradients"):
-        start, onset, end = course[recipe, "readable"]
-        assert end < 0.7 * start and onset > 0.8 * start  # "with a small loss ... a third or more is gone"
-        assert course[recipe, "likeness"][0] < 0.85 and course[recipe, "likeness"][1] > 0.99
-    assert course["default", "readable"][2] > 0.8 * course["default", "readable"][0]  # "little is lost"
+        start, onset, end = course[recipe, "readable", "outliers"]
+        assert 0.38 * start < end < 0.7 * start and onset > 0.8 * start  # "a third to six tenths is gone"
+        assert course[recipe, "likeness", "outliers"][0] < 0.85 and course[recipe, "likeness", "outliers"][1] > 0.99
+        start, _, end = course[recipe, "readable", "normal"]
+        assert 0.78 * start < end < 0.87 * start  # "normal patches lose a fifth"
+    start, _, end = course["default", "readable", "outliers"]
+    assert end > 0.85 * start
 
-
-EMERGED = {"default", "cls", "gradients", "soft-noise", "photographs", "mixed", "mixed-long", "deep", "swiglu"}
-"""Recipes of tutorial 11 in which outliers emerged; in the others they did in no seed."""
 
 CLAIMS = {
     "01": (hooks_and_caches, 2),

@@ -19,7 +19,7 @@ from registerlens.progress import track
 HERE = Path(__file__).parent
 FINE = 20
 """Steps between checkpoints that are fine enough for the order of the signs."""
-FOLLOWED = 64
+FOLLOWED = 32
 """Images that dynamics are followed on: some hundred kilobytes a run."""
 READING = 5
 """Part of the held-out images that pixels are read on; see `held_out_images`."""
