@@ -68,7 +68,7 @@ def dynamics_figure(found: Sequence[Dynamics], mode: Mode = "light") -> go.Figur
     figure.update_yaxes(title_text="share of the way", row=1, col=1)
     figure.update_yaxes(autorange="reversed", row=2, col=1)
     figure.update_layout(height=620, legend={"orientation": "h", "x": 0, "y": -0.12})
-    return apply_theme(figure, mode)
+    return apply_theme(figure, mode).update_layout(margin={"r": 40})  # the last label of an axis stands half outside
 
 
 def _curve(figure: go.Figure, column: int, one: Dynamics, y: object, name: str, colour: str, dash: str) -> None:
