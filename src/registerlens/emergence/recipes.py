@@ -44,11 +44,6 @@ RECIPES: dict[str, Recipe] = {
             _model(act_fn="gelu") | _LONGER | {"learning_rate": 2e-3},
         ),
         ("gelu-4e-3", "GELU, twice as long: the same learning rate", _model(act_fn="gelu") | _LONGER),
-        (
-            "gelu-8e-3",
-            "GELU, twice as long: twice the learning rate",
-            _model(act_fn="gelu") | _LONGER | {"learning_rate": 8e-3},
-        ),
         ("swiglu", "SwiGLU of as many weights", _model(act_fn="silu", gated_mlp=True, d_mlp=172)),
         ("cls", "A [CLS] token with a label of its own: where do outliers go?", _model(class_token=True)),
         ("registers", "4 trained registers: where do outliers go?", _model(n_trained_registers=4)),
