@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import plotly.io as pio
 import pytest
 import torch
+from IPython.core.displayhook import CapturingDisplayHook
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
@@ -73,7 +75,9 @@ def shell(monkeypatch):
     monkeypatch.chdir(FOLDER)
     monkeypatch.setattr(pio.renderers, "default", "plotly_mimetype")
     shell = InteractiveShell.instance()
-    yield shell
+    shell.display_formatter.active_types = shell.display_formatter.format_types  # HTML too, as in a kernel
+    with pd.option_context("display.max_columns", 20, "display.max_colwidth", 50):  # a kernel's, not a terminal's
+        yield shell
     shell.reset(new_session=True)
     InteractiveShell.clear_instance()
 
@@ -82,10 +86,12 @@ def run(path, shell):
     """What a notebook tells, as one string; and how many figures it draws."""
     tells, drawn = [], 0
     for source in code_of(path):
+        values = []
+        shell.display_trap.hook = CapturingDisplayHook(shell=shell, outputs=values)
         with capture_output() as out:
             done = shell.run_cell(source, store_history=True)
         done.raise_error()
-        data = [output.data for output in out.outputs]
+        data = [output.data for output in out.outputs] + [value["data"] for value in values]
         drawn += sum(FIGURE in one for one in data)
         tells += [out.stdout, *map(told, data)]
     return "".join(tells), drawn
