@@ -190,6 +190,10 @@ def test_runs_that_stopped_early_are_listed_too(tmp_path):
     assert summarise(table)[["emerged", "criteria"]].to_numpy().tolist() == [["0 of 2", "0 -"]]
     figure = research_figure(table)
     assert figure.data[0].z.tolist() == [[0.0] * len(CRITERIA)]
+    listed = CliRunner().invoke(app, ["runs", str(tmp_path / "new")], catch_exceptions=False)
+    assert "not begun" in listed.output and "0 of 1" in listed.output
+    with pytest.raises(ConfigError, match="no checkpoint to judge yet"):
+        judge_run(TrainingRun.open(tmp_path / "new"))
 
 
 def test_recipes_are_known_by_their_configuration(tmp_path):

@@ -25,8 +25,6 @@ READING = 5
 """Part of the held-out images that pixels are read on; see `held_out_images`."""
 READ = 3072
 """Images that pixels are read on: some 30 outliers for each dimension of the stream."""
-
-
 WITH_PREFIX = ("cls", "registers")
 VARIED = ("default", "gradients", "soft-noise", "photographs", "mixed")
 
@@ -39,8 +37,8 @@ def main(folder: Path) -> None:
     table = table.sort_values("seed").sort_values("recipe", key=lambda names: names.map(order), kind="stable")
     table = table.drop(columns="run").drop_duplicates(["recipe", "settings", "seed"])
     table.round(4).to_csv(HERE / "runs.csv", index=False)
-    for path in track(paths, "looking closer", len(paths)):
-        run = rl.TrainingRun.open(path)
+    runs = [run for run in map(rl.TrainingRun.open, paths) if run.finished]
+    for run in track(runs, "looking closer", len(runs)):
         recipe, found = recipe_of(run.config), judge_run(run)
         name = "" if recipe is None else recipe.name
         if run.config.checkpoint_every <= FINE and len(found.neurons):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from registerlens.analysis.trace import sublayers
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError
+from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.seeds import generator_of
@@ -125,14 +126,14 @@ def local_information(
     """
     detection = detection or detect(vit, images, batch_size=batch_size)
     require_outliers(detection, "Comparing outliers with normal patches")
-    sublayer_of(detection.sublayer, vit.cfg)
+    sublayer_of(detection.sublayer, vit.cfg)  # refuses a place of another model
     sums, generator, seen = _Sums(vit), generator_of(PURPOSE, seed), 0
     with torch.inference_mode():
         for batch in track(in_batches(images, batch_size), "local information", count(images)):
             batch = batch.to(vit.device, vit.dtype)  # noqa: PLW2901
             sums.add(batch, detection, generator, torch.arange(seen, seen + len(batch)) % 3)
             seen += len(batch)
-    return sums.result(vit, detection)
+    return sums.result(detection)
 
 
 def patch_pixels(
@@ -183,15 +184,15 @@ class _Sums:
                     self._add(fold, group, place, resid[image, patch], here)
 
     def _add(self, fold: int, group: int, place: int, resid: Tensor, pixels: Tensor) -> None:
-        norm = self.vit.blocks[0].ln1
-        centred = norm.centre(resid.double())  # type: ignore[operator]
+        centred = cast(Block, self.vit.blocks[0]).ln1.centre(resid.double())
         unit = torch.nn.functional.normalize(centred, dim=-1)
         x = torch.cat([unit * unit.shape[-1] ** 0.5, torch.ones_like(unit[:, :1])], 1)
         self.units[group, place] += unit.sum(0)
         self.tokens[fold, group, place] += x.T @ x
         self.both[fold, group, place] += x.T @ pixels
 
-    def result(self, vit: HookedViT, detection: Detection) -> LocalInformation:
+    def result(self, detection: Detection) -> LocalInformation:
+        vit = self.vit
         n = self.tokens[:, :, 0, -1, -1].round().T  # group use
         every, least = n.sum(1, keepdim=True), FEWEST * vit.cfg.d_model
         if n.min() < least:

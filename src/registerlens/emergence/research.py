@@ -12,6 +12,7 @@ from registerlens.emergence.config import TrainingConfig
 from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria, emergence_criteria
 from registerlens.emergence.recipes import NO_SETTING, recipe_of
 from registerlens.emergence.run import TrainingRun, flat_settings, held_out_images, labels_of
+from registerlens.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +23,13 @@ JUDGED = 512
 """Held-out images for the criteria, of each half: for the selection and for the evaluation."""
 
 
+_TOLD = (
+    *("minutes", "cpu_minutes", "outliers", "onset", "neurons", "criteria", "of", "failing"),
+    *("largest", "prefix_norm", "prefix_sink", *(one.name for one in CRITERIA)),
+)
+"""Columns of every row, NaN where a run has no such thing yet."""
+
+
 def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64) -> EmergenceCriteria:
     """The criteria of a run's last checkpoint, on held-out images of its task; kept in its folder, read from there.
 
@@ -29,7 +37,12 @@ def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64)
         run: the run.
         n_images: images of each half.
         batch_size: images at once.
+
+    Raises:
+        ConfigError: it has no checkpoint yet.
     """
+    if not run.checkpoints:
+        raise ConfigError(f"'{run.folder}' has no checkpoint to judge yet. Train it first.")
     folder = run.folder / "criteria" / f"step_{run.checkpoints[-1]:06d}_rules_{RULES}_images_{n_images}"
     if (folder / "emergence_criteria.json").exists():
         return EmergenceCriteria.load(folder)
@@ -98,7 +111,7 @@ def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
     changed = [f"{name}={ours[name]}" for name in ours if ours[name] != default[name] and name not in NO_SETTING]
     recipe = recipe_of(run.config)
     row: dict[str, Any] = {"run": run.folder.name, "recipe": recipe.name if recipe else "-"}
-    row |= {"settings": ", ".join(changed), "seed": run.config.seed}
+    row |= {"settings": ", ".join(changed), "seed": run.config.seed, **dict.fromkeys(_TOLD, np.nan)}
     if not run.begun:
         return row | {"ended": "not begun"}
     step = run.checkpoints[-1] if run.checkpoints else 0

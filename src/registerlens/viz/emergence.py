@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from plotly.subplots import make_subplots
 
 from registerlens.analysis.trace import sublayers
 from registerlens.config import ViTConfig
-from registerlens.emergence.criteria import CRITERIA, Criterion, EmergenceCriteria
+from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria
 from registerlens.emergence.dynamics import HALFWAY, SIGNS, Dynamics, order_of_signs
 from registerlens.emergence.research import by_recipe
 from registerlens.errors import ConfigError
@@ -134,8 +134,10 @@ def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
         (f"{recipe}{'' if recipe != '-' else f' {settings}'}", runs) for recipe, settings, runs in by_recipe(table)
     ]
     names = [f"{name} ({len(runs)})" for name, runs in groups]
-    shares = np.array([[_held(runs, one).mean() for one in CRITERIA] for _, runs in groups])
-    told = [[f"{_held(runs, one).sum()} of {len(runs)}" for one in CRITERIA] for _, runs in groups]
+    held = [_held(runs) for _, runs in groups]
+    shares = np.stack([each.mean(0) for each in held])
+    counts = np.stack([each.sum(0) for each in held]).astype(str)
+    told = [[f"{count} of {len(each)}" for count in row] for row, each in zip(counts, held, strict=True)]
     figure = make_subplots(
         rows=1,
         cols=2,
@@ -145,15 +147,13 @@ def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
         subplot_titles=("Seeds in which a criterion holds", "Largest norm over the median"),
     )
     cells = go.Heatmap(z=shares, x=[one.name for one in CRITERIA], y=names, zmin=0, zmax=1, customdata=told)
-    counts = np.array([[one.split()[0] for one in row] for row in told])
     cells.update(colorscale="Viridis", xgap=1, ygap=1, showscale=False)
     cells.update(on_cells(counts, shares, 0.0, 1.0, "Viridis", mode, width=600))
     cells.update(hovertemplate="%{y}, %{x}: holds in %{customdata}<extra></extra>")
     figure.add_trace(cells, row=1, col=1)
-    for name, (_, runs) in zip(names, groups, strict=True):
-        words = [
-            f"seed {seed}: {met:.0f} of {len(CRITERIA)}" for seed, met in zip(runs["seed"], _n_met(runs), strict=True)
-        ]
+    for name, (_, runs), each in zip(names, groups, held, strict=True):
+        met = zip(runs["seed"], each.sum(1), strict=True)
+        words = [f"seed {seed}: {n} of {len(CRITERIA)}" for seed, n in met]
         points = go.Scatter(x=runs["largest"], y=[name] * len(runs), mode="markers", text=words, showlegend=False)
         points.update(marker={"color": RED, "size": 8}, hovertemplate="%{text}, %{x:.1f} x<extra></extra>")
         figure.add_trace(points, row=1, col=2)
@@ -164,11 +164,7 @@ def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
     return apply_theme(figure, mode)
 
 
-def _held(runs: pd.DataFrame, criterion: Criterion) -> Bool[np.ndarray, " run"]:
-    """In which runs it holds; those that were not finished hold nothing."""
-    values = runs[criterion.name].astype(float)
-    return np.array([criterion.holds(value) for value in values]) & (runs["ended"] == "finished").to_numpy()
-
-
-def _n_met(runs: pd.DataFrame) -> Int[np.ndarray, " run"]:
-    return np.sum([_held(runs, one) for one in CRITERIA], axis=0)
+def _held(runs: pd.DataFrame) -> Bool[np.ndarray, "run criterion"]:
+    """Which criteria hold in which runs; those that were not finished hold none."""
+    finished = (runs["ended"] == "finished").to_numpy()[:, None]
+    return np.array([[one.holds(value) for value in runs[one.name].astype(float)] for one in CRITERIA]).T & finished
