@@ -186,3 +186,19 @@ def test_the_onset_is_where_norms_jump_not_where_they_are_first_apart(batch):
     assert by_attention.onset == "1.attn" and not evidence.made_by_mlp(by_attention)
     absent = evidence.emerging(rl.trace(rl.HookedViT(vit.cfg), batch.images[:32]))
     assert absent.onset is None and not absent.evidence.present
+
+
+def test_attention_to_outliers_is_that_of_all_queries_where_there_is_a_cls():
+    torch.manual_seed(0)
+    cfg = rl.ViTConfig(n_layers=4, d_model=48, n_heads=2, d_mlp=96, image_size=(64, 64), patch_size=(8, 8))
+    vit, truth = rl.plant_register_neurons(rl.HookedViT(cfg), layer=1, n=2)
+    found = emergence_criteria(vit, truth.calibration)
+    others = truth.calibration[len(truth.calibration) // 2 :]
+    with torch.inference_mode():
+        _, cache = vit.run_with_cache(others)
+    norms = cache["resid_post", 1][:, 1:].norm(dim=-1)
+    outlier = norms / norms.quantile(0.5, dim=1, keepdim=True) > found.detection.cutoff.value
+    drawn = [(cache["pattern", i][..., 1:] * outlier[:, None, None]).sum(-1).mean((0, 1)) for i in range(4)]
+    expected = [float(queries.mean()) for queries in drawn]
+    assert found.onset == "1.mlp" and found.sink == pytest.approx(expected, rel=1e-4)
+    assert float(drawn[2][0]) != pytest.approx(expected[2], rel=1e-3)  # that of [CLS] alone would be told apart
