@@ -30,7 +30,7 @@ GROUPS = {
     "theory": ("Theory", ("theory",), "The paper's propositions as exact models, and their conditions on real ones."),
     "circuits": ("Circuits", ("circuits",), "Who writes what to whom: paths, patching, lenses, contributions."),
     "sweeps": ("Sweeps", ("sweep",), "Many edits on many images, resumable; first-order screening; plans."),
-    "figures": ("Figures and widgets", ("viz", "explorer", "comfort"), "Figures from results, and views to explore."),
+    "figures": ("Figures and widgets", ("viz", "explorer", "display"), "Figures from results, and views to explore."),
     "emergence": ("Emergence", ("emergence",), "Training the small models in which register neurons emerge."),
     "errors": (
         "Errors",

@@ -9,9 +9,9 @@ from scipy import stats
 
 from registerlens.data.images import Skipped
 from registerlens.errors import ConfigError
+from registerlens.stats.permutation import holm, sign_flip_p
 from registerlens.sweep.metrics import Metric
 from registerlens.sweep.result import SweepResult
-from registerlens.sweep.statistics import holm, sign_flip_p
 
 N = 20
 

@@ -14,11 +14,11 @@ from jaxtyping import TypeCheckError
 import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
+from registerlens.stats.moments import Moments, rank_correlation
 from registerlens.sweep.differentiable import largest_norm
 from registerlens.sweep.exact import exact_effects
 from registerlens.sweep.gradients import frozen_weights
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.moments import Moments, rank_correlation
 from registerlens.sweep.screening import Screening, screen_neurons
 from registerlens.sweep.stations import Replacement
 

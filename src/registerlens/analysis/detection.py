@@ -15,9 +15,9 @@ from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence, medians, token_norms
 from registerlens.analysis.trace import Trace, sublayers, trace
-from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.vit import HookedViT

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from registerlens.analysis.detection import Outliers
-from registerlens.comfort import Shown
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.vit import HookedViT

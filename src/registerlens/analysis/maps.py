@@ -14,7 +14,7 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.sinks import attention_hooks
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.errors import InterventionError, ShapeError
 from registerlens.model.vit import HookedViT
 

@@ -27,9 +27,9 @@ from registerlens.analysis.sink_edits import (
     ordinary_value,
 )
 from registerlens.analysis.sink_events import QUERIES
-from registerlens.comfort import Shown
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError
 from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.assumptions import require_linear_output, require_softmax

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from registerlens.comfort import Shown, card, html_table
 from registerlens.config import ViTConfig
+from registerlens.display import Shown, card, html_table
 from registerlens.errors import ConfigError, InterventionError, close_matches
 from registerlens.files import reading, write_json
 

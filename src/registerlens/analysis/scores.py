@@ -15,7 +15,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.outliers import OutlierEvidence, RatioHistogram
 from registerlens.analysis.sighting import Sighting, look
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track

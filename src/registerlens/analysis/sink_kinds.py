@@ -23,9 +23,9 @@ from registerlens.analysis.sink_counts import (
     SinkWatch,
 )
 from registerlens.analysis.sink_events import QUERIES, output_factors
-from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.display import Shown
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.assumptions import require_linear_output, require_softmax

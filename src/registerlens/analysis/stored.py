@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from registerlens.analysis.detection import Detection, detection_from_dict, detection_to_dict
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
+from registerlens.display import Shown
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, read_tensors, whole_file, write_json
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from registerlens.analysis.outliers import N_BINS, OutlierEvidence, bin_edges, count_bins, judge, token_norms
 from registerlens.analysis.sinks import attention_hooks
-from registerlens.comfort import Shown
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.display import Shown
 from registerlens.errors import ImageError, NonFiniteError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.vit import HookedViT

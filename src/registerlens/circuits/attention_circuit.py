@@ -28,12 +28,12 @@ from registerlens.circuits.records import AttentionCircuit
 from registerlens.circuits.sighting import Sight, locate, look, reads_by_cls
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, InterventionError
-from registerlens.evaluation.intervals import resample
 from registerlens.interventions.targets import Heads
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.intervals import resample
 
 TOLERANCE = 1e-4
 """Parts add up to the whole within this share of it."""

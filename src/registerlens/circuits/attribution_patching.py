@@ -21,10 +21,10 @@ from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.moments import Moments
 from registerlens.sweep.differentiable import Measure, metric_of
 from registerlens.sweep.gradients import STATIONARY, frozen_weights
 from registerlens.sweep.metrics import Metric, View, measured
-from registerlens.sweep.moments import Moments
 from registerlens.sweep.views import Watched, mapped, run_clean, run_from
 
 

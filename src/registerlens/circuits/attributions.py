@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from registerlens.analysis.stored import Stored
 from registerlens.config import ViTConfig
-from registerlens.sweep.moments import RankCorrelation, rank_correlation
+from registerlens.stats.moments import RankCorrelation, rank_correlation
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

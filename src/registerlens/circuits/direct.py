@@ -25,7 +25,7 @@ from registerlens.model.norms import Norm
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
-from registerlens.sweep.moments import Moments
+from registerlens.stats.moments import Moments
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -16,7 +16,7 @@ from registerlens.circuits.contributions import LATER, reader_parts, stream_part
 from registerlens.circuits.edge_checks import NORMS
 from registerlens.circuits.sighting import VIA
 from registerlens.config import ViTConfig
-from registerlens.evaluation.intervals import mean_intervals
+from registerlens.stats.intervals import mean_intervals
 
 STREAM, OUTPUT, REST = "outlier stream", "output", "rest of "
 """Names of nodes."""

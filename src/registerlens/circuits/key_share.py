@@ -25,8 +25,8 @@ from registerlens.model.assumptions import require_linear_output, require_softma
 from registerlens.model.attention import final_point
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.moments import Moments
 from registerlens.sweep.gradients import frozen_weights
-from registerlens.sweep.moments import Moments
 from registerlens.theory.subspaces import directions as unit_directions
 
 if TYPE_CHECKING:

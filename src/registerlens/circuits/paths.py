@@ -18,9 +18,9 @@ from registerlens.circuits.sites import Place, Site, block_of, expand, firing_or
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count
 from registerlens.errors import ConfigError
-from registerlens.evaluation.intervals import mean_intervals, resample
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.intervals import mean_intervals, resample
 from registerlens.sweep.differentiable import Measure, metric_of
 from registerlens.sweep.metrics import Metric, View, measured
 from registerlens.sweep.views import Watched, run_clean, run_from

@@ -20,10 +20,10 @@ from registerlens.analysis.trace import trace
 from registerlens.emergence.evidence import choose, emerging, made_by_mlp
 from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.errors import ConfigError
-from registerlens.evaluation.intervals import LEVEL, resample
 from registerlens.evaluation.observe import observe
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.intervals import LEVEL, resample
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

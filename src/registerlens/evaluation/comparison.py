@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.maps import PatchMaps, patch_maps
-from registerlens.comfort import Shown
 from registerlens.data.images import to_display
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edits, several

@@ -26,11 +26,10 @@ from registerlens.analysis.detection import (
 )
 from registerlens.analysis.predictions import classifies
 from registerlens.analysis.trace import sublayers, trace
-from registerlens.comfort import Shown
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_controls
-from registerlens.evaluation.intervals import mean_intervals, resample
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
 from registerlens.evaluation.verdict import Verdict, judge_effect
 from registerlens.files import read_tensors, reading, whole_file, write_json
@@ -38,6 +37,7 @@ from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.intervals import mean_intervals, resample
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

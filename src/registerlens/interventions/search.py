@@ -26,8 +26,8 @@ from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.analysis.sighting import Sighting
 from registerlens.analysis.trace import sublayers
-from registerlens.comfort import Shown
 from registerlens.data.batches import Images, count, first_and_all
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, NoOutliersError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.how_many import MOST, find_elbow, sweep

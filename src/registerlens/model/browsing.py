@@ -9,8 +9,8 @@ from torch import nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from registerlens.comfort import html_table, line, size_told
 from registerlens.config import Preprocess, ViTConfig
+from registerlens.display import html_table, line, size_told
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.summary import ModelSummary, summarise, weight_bytes

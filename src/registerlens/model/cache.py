@@ -10,7 +10,7 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from registerlens.comfort import html_table, size_told, text_table
+from registerlens.display import html_table, size_told, text_table
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.names import pooled

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from registerlens.comfort import html_table, size_told, text_table
 from registerlens.config import ViTConfig
+from registerlens.display import html_table, size_told, text_table
 from registerlens.model.cache import bytes_held, dtype_told, shape_rows
 from registerlens.model.names import pooled
 

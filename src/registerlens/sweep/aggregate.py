@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.errors import ConfigError
-from registerlens.evaluation.intervals import CHUNK, mean_intervals, resample
+from registerlens.stats.intervals import CHUNK, mean_intervals, resample
+from registerlens.stats.permutation import holm, least_p, n_flips, sign_flip_p
 from registerlens.sweep.conditions import Factor
 from registerlens.sweep.records import Places, Swept
-from registerlens.sweep.statistics import holm, least_p, n_flips, sign_flip_p
 
 if TYPE_CHECKING:
     from registerlens.sweep.result import SweepResult

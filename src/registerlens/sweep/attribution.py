@@ -28,10 +28,10 @@ from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.moments import Moments
 from registerlens.sweep.differentiable import Measure, metric_of
 from registerlens.sweep.gradients import frozen_weights, not_differentiable
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.moments import Moments
 from registerlens.sweep.stations import labelled, stations
 from registerlens.sweep.views import mapped
 

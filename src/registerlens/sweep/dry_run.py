@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.comfort import Shown, size_told
 from registerlens.data.sources import Shard, Source
+from registerlens.display import Shown, size_told
 from registerlens.errors import ImageError
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition

@@ -14,9 +14,9 @@ from registerlens.data.sources import Shard
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.moments import Moments
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.moments import Moments
 from registerlens.sweep.runner import run_task
 from registerlens.sweep.stations import Replacement, labelled
 

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from registerlens.comfort import Shown
 from registerlens.data.images import Skipped
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, close_matches
 from registerlens.files import reading, whole_file, write_json
 from registerlens.sweep.aggregate import NUMBERS, Comparison, aggregate, compare

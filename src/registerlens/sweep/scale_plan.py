@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.errors import ConfigError
 from registerlens.sweep.tasks import GROUP
 

@@ -25,6 +25,7 @@ from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.moments import Moments, RankCorrelation, rank_correlation
 from registerlens.sweep.differentiable import Measure, metric_of
 from registerlens.sweep.exact import exact_effects
 from registerlens.sweep.gradients import (
@@ -35,7 +36,6 @@ from registerlens.sweep.gradients import (
     not_differentiable,
 )
 from registerlens.sweep.metrics import Metric
-from registerlens.sweep.moments import Moments, RankCorrelation, rank_correlation
 from registerlens.sweep.stations import Replacement, Station, labelled, stations
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 
-from registerlens.comfort import Shown
 from registerlens.data.images import Skipped
+from registerlens.display import Shown
 from registerlens.errors import StoreError
 from registerlens.sweep.lock import Holder, holder_of
 from registerlens.sweep.parts import SUFFIX, skipped_of

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.theory.bounds import ACTIVATION_GRID, Activations, attention_beside, checked_activations, spectral
 from registerlens.theory.conditions import Condition, check_conditions, in_words
 from registerlens.theory.proposition import NO_OP, SINK, output_moves, setup_of

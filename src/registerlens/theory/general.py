@@ -45,7 +45,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.theory.bounds import lipschitz, spectral
 from registerlens.theory.two_block import TwoBlockModel

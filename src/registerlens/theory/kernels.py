@@ -14,9 +14,9 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.comfort import Shown
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.files import read_json, read_tensors, whole_file, write_json
 from registerlens.model.assumptions import require_linear_output, require_softmax

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.comfort import Shown
+from registerlens.display import Shown
 from registerlens.theory.bounds import (
     ACTIVATION_GRID,
     Activations,

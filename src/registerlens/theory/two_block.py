@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from registerlens.comfort import Shown
 from registerlens.config import Activation
+from registerlens.display import Shown
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError, close_matches
 from registerlens.model.parts import ACTIVATIONS
 from registerlens.theory.draw import Draw, turned_towards, with_products

@@ -23,8 +23,8 @@ from registerlens.analysis.overlap import Overlap, observable_overlap
 from registerlens.analysis.singular_defects import SingularDefects, singular_defects
 from registerlens.analysis.sink_events import QUERIES
 from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
-from registerlens.comfort import Shown
 from registerlens.data.batches import Images, first_and_all
+from registerlens.display import Shown
 from registerlens.errors import ImageError, NoOutliersError, RegisterLensError
 from registerlens.evaluation.causal_order import CausalOrder, causal_order
 from registerlens.model.vit import HookedViT

@@ -6,8 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from registerlens.stats.moments import RankCorrelation
 from registerlens.sweep.attribution import EdgeAttribution
-from registerlens.sweep.moments import RankCorrelation
 from registerlens.sweep.screening import METHODS, Screening
 from registerlens.viz.agreement import agreement_panel
 from registerlens.viz.theme import BLUE, RED, Mode, apply_theme

@@ -13,8 +13,8 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
 from registerlens.circuits.attention_circuit import attention_circuit
 from registerlens.circuits.records import AttentionCircuit
-from registerlens.comfort import Shown
 from registerlens.data.batches import Images
+from registerlens.display import Shown
 from registerlens.errors import NoOutliersError, RegisterLensError
 from registerlens.evaluation.effects import Evaluation, evaluate_intervention
 from registerlens.explorer.explorer import Explorer, explore

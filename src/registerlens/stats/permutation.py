@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from registerlens.evaluation.intervals import CHUNK
+from registerlens.stats.intervals import CHUNK
 
 EXACT = 14
 """Up to this many images every pattern of signs is tried."""

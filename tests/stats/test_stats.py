@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from registerlens.evaluation import intervals
-from registerlens.evaluation.intervals import mean_intervals, resample
-from registerlens.sweep import statistics
-from registerlens.sweep.statistics import ENOUGH, LEAST, holm, least_p, n_flips, sign_flip_p
+from registerlens.stats import intervals, permutation
+from registerlens.stats.intervals import mean_intervals, resample
+from registerlens.stats.permutation import ENOUGH, LEAST, holm, least_p, n_flips, sign_flip_p
 
 
 def exact_p(differences):
@@ -101,7 +100,7 @@ def test_random_patterns_come_near_the_exact_value(monkeypatch):
     p = sign_flip_p(d, 20_000, seed=1)
     error = np.sqrt(exact * (1 - exact) / np.minimum(20_000, ENOUGH / exact))
     assert (np.abs(p - exact) < 4 * error).all(), (p, exact)
-    monkeypatch.setattr(statistics, "CHUNK", 3000)  # three rows at a time: the same patterns, the same numbers
+    monkeypatch.setattr(permutation, "CHUNK", 3000)  # three rows at a time: the same patterns, the same numbers
     assert (sign_flip_p(d, 20_000, seed=1) == p).all()
 
 

@@ -17,7 +17,7 @@ from transformer_lens import ActivationCache
 
 import registerlens as rl
 from registerlens.analysis.stored import Stored
-from registerlens.comfort import Shown, card, line, memory
+from registerlens.display import Shown, card, line, memory
 from registerlens.errors import HookNameError, ShapeError
 from registerlens.interventions.base import Intervention
 from registerlens.model.names import pooled
