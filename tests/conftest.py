@@ -10,6 +10,7 @@ import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 torch.set_num_threads(1)
+pytest_plugins = ["skips"]
 
 
 # Shapes are checked at run time, which costs as much as the tests themselves, so: in every test function's first case

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("timm")
     monkeypatch.syspath_prepend(ROOT)
     import benchmarks.__main__ as module
 
@@ -127,7 +126,9 @@ def test_the_ratio_is_the_median_of_pairs(benchmarks: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak of loading counts too")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="runs on Linux: elsewhere the peak of loading counts too"
+)
 def test_peak_memory_sees_the_task_and_nothing_before_it(
     benchmarks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from registerlens.data.images import decode, preprocess_image
 from registerlens.data.photographs import shipped_photographs
 from registerlens.errors import ImageError, MissingExtraError, SourceError
 
-datasets = pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets: pip install '.[streams]'")
 PREPROCESS = Preprocess(resize=(24, 24))
 N = 13
 

@@ -16,7 +16,7 @@ from registerlens.data.photographs import shipped_photographs
 from registerlens.data.tar_sources import WebDatasetSource
 from registerlens.errors import ConfigError, ImageError, MissingExtraError, SourceError
 
-webdataset = pytest.importorskip("webdataset")
+webdataset = pytest.importorskip("webdataset", reason="needs webdataset: pip install '.[streams]'")
 PREPROCESS = Preprocess(resize=(24, 24))
 SIZE = 50
 

@@ -99,7 +99,7 @@ def alive(folder):
     return found
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes through /proc")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="runs on Linux: it looks at processes through /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_driver(tmp_path, how):
     _context()

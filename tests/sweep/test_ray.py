@@ -22,7 +22,7 @@ from registerlens.sweep.ray import RayBackend, _Crew, _room, _Slot
 from registerlens.sweep.tasks import Task, group_conditions, tasks_of
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 from ray.cluster_utils import Cluster  # noqa: E402  (after its settings)
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test

@@ -121,7 +121,13 @@ class AttentionCircuit(Shown):
         """A directed multigraph (networkx): nodes by name, an edge for each group of keys; columns as attributes.
 
         Example:
-            >>> circuit = AttentionCircuit.load("folder").to_networkx()  # doctest: +SKIP
+            >>> import registerlens as rl
+            >>> from registerlens.data.synthetic import synthetic_images
+            >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(4, 0).images
+            >>> neurons = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)])
+            >>> graph = rl.attention_circuit(vit, images, neurons).to_networkx()
+            >>> list(graph.successors("neuron 1:183"))
+            ['outlier stream']
         """
         import networkx as nx  # noqa: PLC0415  (torch brings it along; only this needs it)
 

@@ -59,11 +59,11 @@ def zero_shot_head(
 
     Source: Radford et al. 2021, section 3.1.
 
-    Example:
-        >>> import registerlens as rl
-        >>> vit = rl.HookedViT.from_pretrained("open_clip:ViT-B-16/laion2b_s34b_b88k")  # doctest: +SKIP
-        >>> head = rl.zero_shot_head(vit.source, ["cat", "dog"])  # doctest: +SKIP
-        >>> logits = 100 * torch.nn.functional.normalize(vit(images), dim=-1) @ head  # doctest: +SKIP
+    With weights from the hub:
+
+        vit = rl.HookedViT.from_pretrained("open_clip:ViT-B-16/laion2b_s34b_b88k")
+        head = rl.zero_shot_head(vit.source, ["cat", "dog"])
+        logits = 100 * torch.nn.functional.normalize(vit(images), dim=-1) @ head
     """
     class_names, templates = list(class_names), list(templates)
     _check(class_names, templates, batch_size)
