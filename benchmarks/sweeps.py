@@ -13,11 +13,11 @@ from benchmarks.harness import Row, Scale, check_equal, in_pairs
 from benchmarks.models import dinov2, pixels
 from registerlens.analysis.detection import detect
 from registerlens.data.sources import Shard
+from registerlens.engine.memory import find_stack
+from registerlens.engine.views import View, Watched, run_from
+from registerlens.evaluation.edit_runs import run_task
+from registerlens.evaluation.metrics import Metric, default_metrics, measured
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric, View, default_metrics, measured
-from registerlens.sweep.runner import run_task
-from registerlens.sweep.stacking import find_stack
-from registerlens.sweep.views import Watched, run_from
 
 IMAGES, CONDITIONS = 4, 36
 """Of a pair: the clean run, which both sides make once, is one of 37."""

@@ -28,8 +28,8 @@ GROUPS = {
     "interventions": ("Interventions", ("interventions",), "Edits for `vit.edit(...)`, `rl.attach(...)` and sweeps."),
     "evaluation": ("Evaluation", ("evaluation",), "What an edit does, beside its controls."),
     "theory": ("Theory", ("theory",), "The paper's propositions as exact models, and their conditions on real ones."),
-    "circuits": ("Circuits", ("circuits",), "Who writes what to whom: paths, patching, lenses, contributions."),
-    "sweeps": ("Sweeps", ("sweep",), "Many edits on many images, resumable; first-order screening; plans."),
+    "circuits": ("Circuits", ("circuits",), "Who writes what to whom: paths, patching, screening, lenses."),
+    "sweeps": ("Sweeps", ("sweep", "engine"), "Many edits on many images, resumable; plans."),
     "figures": ("Figures and widgets", ("viz", "explorer", "display"), "Figures from results, and views to explore."),
     "emergence": ("Emergence", ("emergence",), "Training the small models in which register neurons emerge."),
     "errors": (

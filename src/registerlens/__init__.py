@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from registerlens.circuits.attribution_patching import attribution_patching
     from registerlens.circuits.attributions import Attributions
     from registerlens.circuits.direct import DirectContributions, direct_contributions
+    from registerlens.circuits.edge_attribution import EdgeAttribution, attribute_edges
     from registerlens.circuits.heads import HeadCircuits, head_circuits
     from registerlens.circuits.key_share import KeyShare, key_share
     from registerlens.circuits.lens import PatchLens, patch_lens
     from registerlens.circuits.paths import PathEffects, path_patching
     from registerlens.circuits.records import AttentionCircuit
+    from registerlens.circuits.screening import Screening, screen_neurons
     from registerlens.circuits.sites import Site
     from registerlens.config import Preprocess, TokenLayout, ViTConfig
     from registerlens.data.examples import example_images
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from registerlens.emergence.research import results_table
     from registerlens.emergence.run import TrainingRun
     from registerlens.emergence.training import train
+    from registerlens.engine.ray import RayBackend
+    from registerlens.engine.views import View
     from registerlens.errors import (
         BackendError,
         DivergedError,
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from registerlens.evaluation.causal_order import CausalOrder, causal_order
     from registerlens.evaluation.comparison import InterventionMaps, compare_maps
     from registerlens.evaluation.effects import Evaluation, evaluate_intervention
+    from registerlens.evaluation.metrics import Metric, default_metrics, metric
     from registerlens.evaluation.shifts import OutlierShift, RandomPatches, measure_shift
     from registerlens.evaluation.zero_shot import zero_shot_head
     from registerlens.explorer.explorer import Explorer, explore
@@ -70,19 +75,15 @@ if TYPE_CHECKING:
     from registerlens.loading import from_module, from_pretrained
     from registerlens.model.summary import ModelSummary
     from registerlens.model.vit import HookedViT
-    from registerlens.sweep.attribution import EdgeAttribution, attribute_edges
     from registerlens.sweep.conditions import Condition
     from registerlens.sweep.controls import with_controls
     from registerlens.sweep.dry_run import SweepPlan, plan_sweep
     from registerlens.sweep.fitting import fit_conditions
     from registerlens.sweep.grid import Conditions, grid, product
-    from registerlens.sweep.metrics import Metric, View, default_metrics, metric
     from registerlens.sweep.planned import ablation
-    from registerlens.sweep.ray import RayBackend
     from registerlens.sweep.result import Comparison, SweepResult
     from registerlens.sweep.run import read_sweep, run_sweep
     from registerlens.sweep.scale_plan import Rates, scale_plan
-    from registerlens.sweep.screening import Screening, screen_neurons
     from registerlens.sweep.status import SweepStatus, sweep_status
     from registerlens.theory.corollary import verify_corollary
     from registerlens.theory.general import GeneralModel
@@ -115,7 +116,7 @@ _HOMES = {
     "DirectContributions": "registerlens.circuits.direct",
     "DivergedError": "registerlens.errors",
     "Dynamics": "registerlens.emergence.dynamics",
-    "EdgeAttribution": "registerlens.sweep.attribution",
+    "EdgeAttribution": "registerlens.circuits.edge_attribution",
     "EmergenceCriteria": "registerlens.emergence.criteria",
     "Evaluation": "registerlens.evaluation.effects",
     "Explorer": "registerlens.explorer.explorer",
@@ -134,7 +135,7 @@ _HOMES = {
     "KeyShare": "registerlens.circuits.key_share",
     "LocalInformation": "registerlens.analysis.local_information",
     "MassiveActivations": "registerlens.analysis.massive",
-    "Metric": "registerlens.sweep.metrics",
+    "Metric": "registerlens.evaluation.metrics",
     "ModelSummary": "registerlens.model.summary",
     "MoveOutliers": "registerlens.interventions.registers",
     "NeuronMaps": "registerlens.analysis.maps",
@@ -151,11 +152,11 @@ _HOMES = {
     "Preprocess": "registerlens.config",
     "RandomPatches": "registerlens.evaluation.shifts",
     "Rates": "registerlens.sweep.scale_plan",
-    "RayBackend": "registerlens.sweep.ray",
+    "RayBackend": "registerlens.engine.ray",
     "RegisterLensError": "registerlens.errors",
     "RegisterNeurons": "registerlens.analysis.neurons",
     "Scale": "registerlens.interventions.scaling",
-    "Screening": "registerlens.sweep.screening",
+    "Screening": "registerlens.circuits.screening",
     "SingularDefects": "registerlens.analysis.singular_defects",
     "SinkEffects": "registerlens.analysis.mechanism",
     "SinkKinds": "registerlens.analysis.sink_kinds",
@@ -175,20 +176,20 @@ _HOMES = {
     "TwoBlockModel": "registerlens.theory.two_block",
     "ValueUpdate": "registerlens.theory.value_update",
     "ViTConfig": "registerlens.config",
-    "View": "registerlens.sweep.metrics",
+    "View": "registerlens.engine.views",
     "WebDatasetSource": "registerlens.data.tar_sources",
     "ablation": "registerlens.sweep.planned",
     "activation_distributions": "registerlens.analysis.neuron_evidence",
     "attach": "registerlens.interventions.attach",
     "attention_circuit": "registerlens.circuits.attention_circuit",
     "attention_heads": "registerlens.viz.attention",
-    "attribute_edges": "registerlens.sweep.attribution",
+    "attribute_edges": "registerlens.circuits.edge_attribution",
     "attribution_patching": "registerlens.circuits.attribution_patching",
     "causal_order": "registerlens.evaluation.causal_order",
     "check_kernels": "registerlens.theory.kernels",
     "classify_sinks": "registerlens.analysis.sink_kinds",
     "compare_maps": "registerlens.evaluation.comparison",
-    "default_metrics": "registerlens.sweep.metrics",
+    "default_metrics": "registerlens.evaluation.metrics",
     "direct_contributions": "registerlens.circuits.direct",
     "emergence_criteria": "registerlens.emergence.criteria",
     "evaluate_intervention": "registerlens.evaluation.effects",
@@ -208,7 +209,7 @@ _HOMES = {
     "local_information": "registerlens.analysis.local_information",
     "massive_activations": "registerlens.analysis.massive",
     "measure_shift": "registerlens.evaluation.shifts",
-    "metric": "registerlens.sweep.metrics",
+    "metric": "registerlens.evaluation.metrics",
     "neuron_maps": "registerlens.analysis.maps",
     "neuron_updates": "registerlens.analysis.neuron_updates",
     "observable_overlap": "registerlens.analysis.overlap",
@@ -226,7 +227,7 @@ _HOMES = {
     "run_sweep": "registerlens.sweep.run",
     "save_figure": "registerlens.viz.sizes",
     "scale_plan": "registerlens.sweep.scale_plan",
-    "screen_neurons": "registerlens.sweep.screening",
+    "screen_neurons": "registerlens.circuits.screening",
     "singular_defects": "registerlens.analysis.singular_defects",
     "sink_no_op": "registerlens.analysis.mechanism",
     "sized": "registerlens.viz.sizes",

@@ -18,15 +18,15 @@ from registerlens.analysis.detection import (
     detection_from_dict,
     detection_in,
     detection_to_dict,
-    hook_of,
     patch_norms,
     require_outliers,
-    sublayer_of,
 )
-from registerlens.analysis.outliers import RatioHistogram, medians
+from registerlens.analysis.outliers import RatioHistogram
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, NoOutliersError, ShapeError
+from registerlens.model.sublayers import hook_of, sublayer_of
+from registerlens.stats.histograms import medians
 
 CFG = rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=64, image_size=(32, 48), patch_size=(8, 8))
 SEVEN = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]

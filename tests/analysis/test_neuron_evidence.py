@@ -11,18 +11,15 @@ from hypothesis import strategies as st
 from scipy.stats import kurtosis, skew
 
 import registerlens as rl
-from registerlens.analysis.detection import Cutoff, detect, hook_of
-from registerlens.analysis.neuron_evidence import (
-    ActivationDistributions,
-    activation_distributions,
-    count_signed,
-    signed_edges,
-)
+from registerlens.analysis.detection import Cutoff, detect
+from registerlens.analysis.neuron_evidence import ActivationDistributions, activation_distributions
 from registerlens.analysis.neuron_updates import COSINE_BINS, NeuronUpdates, neuron_updates
 from registerlens.analysis.output_weights import OutputWeights, output_weights
 from registerlens.analysis.top_outliers import pick, random_sets
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, InterventionError, NonFiniteError, NoOutliersError
+from registerlens.model.sublayers import hook_of
+from registerlens.stats.histograms import count_signed, signed_edges
 from registerlens.theory.planted import plant_register_neurons
 
 CFG = rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=40, image_size=(40, 48), patch_size=(8, 8))

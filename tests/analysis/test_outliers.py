@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS, OutlierEvidence, bin_edges, judge
+from registerlens.analysis.outliers import OutlierEvidence, judge
+from registerlens.stats.histograms import LOG_HIGH, LOG_LOW, N_BINS, bin_edges
 
 
 def evidence_of(norms):

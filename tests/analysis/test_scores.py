@@ -11,11 +11,12 @@ import torch
 from helpers import randomise
 
 import registerlens as rl
-from registerlens.analysis.detection import Cutoff, detect, hook_of
+from registerlens.analysis.detection import Cutoff, detect
 from registerlens.analysis.scores import SCORES, NeuronScores, normal_patches, score_neurons
 from registerlens.analysis.sighting import Sighting
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
+from registerlens.model.sublayers import hook_of
 
 CFG = rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=40, image_size=(40, 48), patch_size=(8, 8))
 CFGS = {

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from helpers import randomise
 
 import registerlens as rl
-from registerlens.analysis import sinks
 from registerlens.analysis.maps import patch_maps
-from registerlens.analysis.outliers import LOG_HIGH, LOG_LOW, N_BINS
 from registerlens.analysis.trace import QUANTILES, Trace, _Sums, _Watch
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
+from registerlens.engine import attention_received
 from registerlens.errors import ImageError, NonFiniteError, ShapeError
 from registerlens.model.attention import Attention
+from registerlens.stats.histograms import LOG_HIGH, LOG_LOW, N_BINS
 
 CFG = rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=64, image_size=(32, 48), patch_size=(8, 8))
 CFGS = {
@@ -181,7 +181,9 @@ def test_hooks_are_gone_afterwards_and_after_an_exception(monkeypatch):
     vit = model()
     rl.trace(vit, noise(2))
     assert not any(point.has_hooks() for point in vit.hook_dict.values())
-    monkeypatch.setattr(sinks, "received_attention", lambda *a: (_ for _ in ()).throw(RuntimeError("halfway")))
+    monkeypatch.setattr(
+        attention_received, "received_attention", lambda *a: (_ for _ in ()).throw(RuntimeError("halfway"))
+    )
     with pytest.raises(RuntimeError, match="halfway"):
         rl.trace(vit, noise(2))
     assert not any(point.has_hooks() for point in vit.hook_dict.values())

@@ -19,8 +19,8 @@ from registerlens.emergence import training
 from registerlens.emergence.config import ModelShape
 from registerlens.emergence.run import TRAINING, TrainingRun, labels_of, seed_of
 from registerlens.emergence.training import DivergedError, initial_vit, task_loss, train
+from registerlens.engine.processes import _context
 from registerlens.errors import ConfigError, WeightsError
-from registerlens.sweep.processes import _context
 
 CLOCKS = ["seconds", "cpu_seconds"]
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import registerlens as rl
-from registerlens.analysis.detection import detect, hook_of
+from registerlens.analysis.detection import detect
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ImageError, InterventionError, NoOutliersError
 from registerlens.evaluation.causal_order import CONDITIONS, CausalOrder, causal_order
 from registerlens.interventions.ablation import Ablate
+from registerlens.model.sublayers import hook_of
 from registerlens.theory.planted import plant_register_neurons
 
 CFG = rl.ViTConfig(n_layers=4, d_model=32, n_heads=4, d_mlp=40, image_size=(40, 48), patch_size=(8, 8))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import registerlens as rl
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.emergence.config import TrainingConfig
+from registerlens.engine.attention_received import attention_hooks
 from registerlens.errors import ConfigError, UnsupportedArchitectureError
 from registerlens.evaluation.observe import observe
 from registerlens.model.folding import fold_layer_norm

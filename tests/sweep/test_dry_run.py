@@ -10,10 +10,10 @@ from sweep_vits import ablate_head, build, neurons, pixels
 import registerlens as rl
 from registerlens.data.sources import Shard, TensorSource
 from registerlens.errors import ConfigError, ImageError, InterventionError
+from registerlens.evaluation.metrics import Metric
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.dry_run import plan_sweep, time_clean
 from registerlens.sweep.grid import Conditions, grid
-from registerlens.sweep.metrics import Metric
 
 VIT = build()
 HEADS = grid(ablate_head, layer=[0, 1, 3], head=[0, 1])

@@ -6,23 +6,12 @@ import time
 from multiprocessing import forkserver
 
 import pytest
-from store_cases import bits, long_sweep, part_bits, part_files, sweep, victim, victim_at
+from store_cases import bits, long_sweep, part_bits, part_files, start, sweep, victim, victim_at
 
-from registerlens.sweep.processes import _context
+from registerlens.engine.processes import _context
 from registerlens.sweep.status import sweep_status
 
 N_TASKS = 60
-
-
-def start(target, *arguments):
-    """A process forked from a server that has torch and registerlens imported; returns when it has said something."""
-    context = _context()
-    mine, its = context.Pipe()
-    process = context.Process(target=target, args=(arguments[0], its, *arguments[1:]))
-    process.start()
-    its.close()
-    assert mine.poll(200), "the process never started"
-    return process, mine, mine.recv()
 
 
 @pytest.fixture(scope="module", autouse=True)

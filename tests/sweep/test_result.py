@@ -9,8 +9,8 @@ from scipy import stats
 
 from registerlens.data.images import Skipped
 from registerlens.errors import ConfigError
+from registerlens.evaluation.metrics import Metric
 from registerlens.stats.permutation import holm, sign_flip_p
-from registerlens.sweep.metrics import Metric
 from registerlens.sweep.result import SweepResult
 
 N = 20

@@ -10,13 +10,13 @@ from store_cases import METRICS, bits, neurons, part_bits, part_files, pixels, r
 
 import registerlens as rl
 from registerlens.data.sources import TensorSource
+from registerlens.engine.backends import LocalBackend
+from registerlens.engine.store import Store
 from registerlens.errors import ConfigError, InterventionError, ShapeError, StoreError
+from registerlens.evaluation.metrics import Metric
 from registerlens.progress import track
-from registerlens.sweep.backends import LocalBackend
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.grid import grid
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.store import Store
 
 
 def test_the_numbers_are_those_of_a_plain_loop():

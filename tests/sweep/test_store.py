@@ -18,14 +18,14 @@ import torch
 from store_cases import METRICS, Spotty, bits, neurons, part_bits, part_files, pixels, rows, sweep, tiny_vit
 
 import registerlens as rl
+from registerlens.engine import lock
+from registerlens.engine.folder import LocalFolder, folder_at
+from registerlens.engine.lock import holder_of, locked
+from registerlens.engine.parts import from_bytes, name_of, to_bytes
+from registerlens.engine.store import CorruptPartWarning, Store
 from registerlens.errors import StoreError
-from registerlens.sweep import lock
-from registerlens.sweep.folder import LocalFolder, folder_at
-from registerlens.sweep.lock import holder_of, locked
-from registerlens.sweep.parts import from_bytes, name_of, to_bytes
 from registerlens.sweep.run import read_sweep
 from registerlens.sweep.status import sweep_status
-from registerlens.sweep.store import CorruptPartWarning, Store
 from registerlens.sweep.tasks import Task
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import registerlens as rl
+from registerlens.circuits.edge_attribution import attribute_edges
+from registerlens.circuits.screening import screen_neurons
 from registerlens.data.synthetic import synthetic_images
-from registerlens.sweep.attribution import attribute_edges
-from registerlens.sweep.screening import screen_neurons
 from registerlens.viz.screening import edges_figure, screening_figure
 from registerlens.viz.theme import ink, paper
 

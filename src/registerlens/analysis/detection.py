@@ -13,15 +13,18 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from registerlens.analysis.outliers import OutlierEvidence, medians, token_norms
-from registerlens.analysis.trace import Trace, sublayers, trace
+from registerlens.analysis.outliers import OutlierEvidence
+from registerlens.analysis.trace import Trace, trace
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
 from registerlens.files import read_tensors, reading, whole_file, write_json
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import hook_of, layer_of, sublayer_of
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.histograms import medians
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -394,41 +397,6 @@ def after_onset(detection: Detection, n_layers: int) -> range:
 
 
 # Names of places -----------------------------------------------------------------------------------------------------
-
-
-def layer_of(sublayer: str) -> int:
-    """The block of a sublayer; -1 for "embed"."""
-    return -1 if sublayer == "embed" else int(sublayer.partition(".")[0])
-
-
-def hook_of(sublayer: str) -> str:
-    """The hook point at which the stream is as it is after the sublayer.
-
-    Example:
-        >>> hook_of("embed"), hook_of("5.attn"), hook_of("5.mlp")
-        ('blocks.0.hook_resid_pre', 'blocks.5.hook_resid_mid', 'blocks.5.hook_resid_post')
-    """
-    if sublayer == "embed":
-        return "blocks.0.hook_resid_pre"
-    layer, kind = sublayer.split(".")
-    return f"blocks.{layer}.hook_resid_{'post' if kind == 'mlp' else 'mid'}"
-
-
-def sublayer_of(layer: int | str, cfg: ViTConfig) -> str:
-    """The sublayer a caller means by a block index (after its MLP; negative counts from the end) or by its name.
-
-    Raises:
-        ShapeError: there is no such place.
-    """
-    names = sublayers(cfg.n_layers)
-    if isinstance(layer, int) and -cfg.n_layers <= layer < cfg.n_layers:
-        return f"{layer % cfg.n_layers}.mlp"
-    if layer in names:
-        return str(layer)
-    raise ShapeError(
-        f"There is no layer {layer!r}: give a block from 0 to {cfg.n_layers - 1}, or a sublayer such as 'embed', "
-        f"'0.attn', '{cfg.n_layers - 1}.mlp'.{close_matches(str(layer), names)}"
-    )
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, detect, require_outliers, sublayer_of
-from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.stored import Stored
-from registerlens.analysis.trace import sublayers
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError
 from registerlens.model.block import Block
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import sublayer_of, sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.seeds import generator_of

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import token_norms
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.display import Shown
+from registerlens.engine.attention_received import attention_hooks
 from registerlens.errors import InterventionError, ShapeError
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 
 _BATCH = 16

@@ -19,29 +19,10 @@ from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.histograms import N_BINS, count_signed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-N_BINS, LIMIT = 500, 12.5
-"""Histograms are over arsinh(x) from -12.5 to 12.5 in steps of 0.05: linear near zero, logarithmic up to 134,000."""
-
-
-def signed_edges() -> Float[np.ndarray, " edge"]:
-    """Edges of the bins of signed values."""
-    return np.sinh(np.linspace(-LIMIT, LIMIT, N_BINS + 1))
-
-
-def count_signed(values: Float[Tensor, "row value"]) -> Int[Tensor, "row bin"]:
-    """Histogram of each row over the bins of `signed_edges()`, on the CPU; the ends collect what lies outside.
-
-    Example:
-        >>> count_signed(torch.tensor([[0.01, 0.02, -1e9]])).nonzero()[:, 1].tolist()
-        [0, 250]
-    """
-    bins = ((values.asinh() + LIMIT) * (N_BINS / (2 * LIMIT))).long().clamp(0, N_BINS - 1)
-    counts = torch.zeros(len(values), N_BINS, dtype=torch.int64, device=values.device)
-    return counts.scatter_add_(1, bins, torch.ones_like(bins)).cpu()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

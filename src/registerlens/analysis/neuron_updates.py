@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection
-from registerlens.analysis.neuron_evidence import N_BINS, count_signed
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import located, look, need_some, random_sets
@@ -26,6 +25,7 @@ from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.histograms import N_BINS, count_signed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

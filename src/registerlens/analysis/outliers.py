@@ -16,10 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.model.parts import at_least_float32
-
-LOG_LOW, LOG_HIGH, N_BINS = -3.0, 7.0, 500
-"""Histograms of log(norm / median norm of the image): from e^-3 to e^7 in steps of 2%; the ends collect the rest."""
+from registerlens.stats.histograms import LOG_HIGH, LOG_LOW, N_BINS, bin_edges, count_bins, medians
 
 MIN_GAP = 1.3
 """The outlier mode starts at least this many times above where the normal mode ends."""
@@ -72,44 +69,6 @@ class OutlierEvidence:
         """The inverse of `to_dict`."""
         missing: dict[str, Any] = {name: math.nan for name, value in values.items() if value is None}
         return cls(**values | missing)
-
-
-def token_norms(resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
-    """Euclidean norms over the last axis, summed in float32 at least, returned as float32.
-
-    Example:
-        >>> token_norms(torch.full((2, 4), 0.5, dtype=torch.bfloat16))
-        tensor([1., 1.])
-    """
-    return torch.linalg.vector_norm(resid, dim=-1, dtype=at_least_float32(resid.dtype)).float()
-
-
-def medians(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch 1"]:
-    """The median over the last axis, of an even number the mean of the middle two, as `quantile(0.5)` at any size.
-
-    Example:
-        >>> medians(torch.tensor([[1.0, 2.0, 4.0, 9.0]]))
-        tensor([[3.]])
-    """
-    lower, upper = values.median(-1, keepdim=True).values, -(-values).median(-1, keepdim=True).values
-    return (lower + upper) / 2
-
-
-def bin_edges() -> Float[np.ndarray, " edges"]:
-    """Edges of the histogram bins, as multiples of the image's median norm."""
-    return np.exp(np.linspace(LOG_LOW, LOG_HIGH, N_BINS + 1))
-
-
-def count_bins(relative: Float[Tensor, "row value"]) -> Int[Tensor, "row bin"]:
-    """Histogram of each row over the bins of `bin_edges()`, on the CPU; the ends collect what lies outside.
-
-    Example:
-        >>> count_bins(torch.tensor([[1.0, 1.0, 20.0]])).nonzero()[:, 1]
-        tensor([150, 299])
-    """
-    bins = ((relative.log() - LOG_LOW) * (N_BINS / (LOG_HIGH - LOG_LOW))).long().clamp(0, N_BINS - 1)
-    rows = torch.zeros(len(relative), N_BINS, dtype=torch.int64, device=relative.device)
-    return rows.scatter_add_(1, bins, torch.ones_like(bins)).cpu()
 
 
 def judge(

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.massive import kurtosis
-from registerlens.analysis.neuron_evidence import count_signed
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons, random_sets
@@ -22,6 +21,7 @@ from registerlens.errors import NonFiniteError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
+from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, Threshold, detect, layer_of, require_outliers
+from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.massive import ABSOLUTE, RELATIVE, is_massive, magnitudes_of
-from registerlens.analysis.outliers import token_norms
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.engine.attention_received import attention_hooks
 from registerlens.errors import ImageError, NonFiniteError
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import hook_of
-from registerlens.analysis.outliers import token_norms
 from registerlens.errors import NonFiniteError
 from registerlens.model.block import Block
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import hook_of
 from registerlens.model.vit import HookedViT
 
 

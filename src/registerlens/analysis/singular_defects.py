@@ -17,16 +17,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, detect, layer_of, require_outliers
+from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.linearise import block_map, compose
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.stored import Stored
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.block import Block
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 

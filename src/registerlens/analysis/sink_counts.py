@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.outliers import N_BINS, RatioHistogram, bin_edges, count_bins, medians, token_norms
+from registerlens.analysis.outliers import RatioHistogram
 from registerlens.analysis.sink_events import (
     StrongestKey,
     norm_over_others,
@@ -18,10 +18,12 @@ from registerlens.analysis.sink_events import (
     strongest_key,
     strongest_key_of,
 )
-from registerlens.analysis.sinks import pattern_hooks
 from registerlens.config import TokenLayout, ViTConfig
+from registerlens.engine.attention_received import pattern_hooks
 from registerlens.errors import ImageError, NonFiniteError
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
+from registerlens.stats.histograms import N_BINS, bin_edges, count_bins, medians
 
 NOP_RATIO = 0.2
 """A sink whose output is at most this share of the others' mean is a NOP."""

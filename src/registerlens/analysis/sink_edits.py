@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.sink_events import StrongestKey, output_factors, strongest_key
 from registerlens.config import TokenLayout, ViTConfig
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 
 SinkEdit = Literal["remove", "zero", "mean", "other_image", "ordinary"]

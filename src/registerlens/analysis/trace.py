@@ -14,15 +14,18 @@ from jaxtyping import Float, Int
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from registerlens.analysis.outliers import N_BINS, OutlierEvidence, bin_edges, count_bins, judge, token_norms
-from registerlens.analysis.sinks import attention_hooks
+from registerlens.analysis.outliers import OutlierEvidence, judge
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.display import Shown
+from registerlens.engine.attention_received import attention_hooks
 from registerlens.errors import ImageError, NonFiniteError
 from registerlens.files import read_tensors, reading, whole_file, write_json
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.histograms import N_BINS, bin_edges, count_bins
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -272,16 +275,6 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
             sums.sizes[batch.shape[2], batch.shape[3]] = None
             sums.add(torch.stack(watch.norms), watch.sinks)
     return sums.result()
-
-
-def sublayers(n_layers: int) -> tuple[str, ...]:
-    """Every place of the residual stream.
-
-    Example:
-        >>> sublayers(2)
-        ('embed', '0.attn', '0.mlp', '1.attn', '1.mlp')
-    """
-    return ("embed", *(f"{layer}.{kind}" for layer in range(n_layers) for kind in ("attn", "mlp")))
 
 
 class _Watch:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, Threshold, detect, layer_of, require_outliers
+from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
 from registerlens.circuits.collect import Collected
@@ -31,6 +31,7 @@ from registerlens.errors import ConfigError, ImageError, InterventionError
 from registerlens.interventions.targets import Heads
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
+from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.intervals import resample

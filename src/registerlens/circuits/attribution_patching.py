@@ -11,21 +11,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.circuits.attributions import Attributions
+from registerlens.circuits.differentiable import Measure, metric_of
+from registerlens.circuits.neuron_gradients import STATIONARY, frozen_weights
 from registerlens.circuits.pairs import PairBatch, first_image, paired
 from registerlens.circuits.paths import keep, labels_alone, patch
 from registerlens.circuits.sites import Site, TokenKind, block_of, firing_order
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count
+from registerlens.engine.views import View, Watched, mapped, run_clean, run_from
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
+from registerlens.evaluation.metrics import Metric, measured
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.moments import Moments
-from registerlens.sweep.differentiable import Measure, metric_of
-from registerlens.sweep.gradients import STATIONARY, frozen_weights
-from registerlens.sweep.metrics import Metric, View, measured
-from registerlens.sweep.views import Watched, mapped, run_clean, run_from
 
 
 def attribution_patching(

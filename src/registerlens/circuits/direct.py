@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect
-from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.stored import Stored
 from registerlens.circuits.readout import Direction, Readout, Space, pool_weights
 from registerlens.config import ViTConfig
@@ -22,7 +21,7 @@ from registerlens.errors import ImageError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.norms import Norm
-from registerlens.model.parts import at_least_float32
+from registerlens.model.parts import at_least_float32, token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.moments import Moments

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import need_some
 from registerlens.circuits.heads import directions_met
+from registerlens.circuits.neuron_gradients import frozen_weights
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.attention import final_point
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.moments import Moments
-from registerlens.sweep.gradients import frozen_weights
 from registerlens.theory.subspaces import directions as unit_directions
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import hook_of
 from registerlens.analysis.stored import Stored
-from registerlens.analysis.trace import sublayers as every_sublayer
 from registerlens.circuits.readout import Space, check_class, output_width, space_of
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import ConfigError, ImageError, ShapeError, close_matches
+from registerlens.model.sublayers import hook_of
+from registerlens.model.sublayers import sublayers as every_sublayer
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 

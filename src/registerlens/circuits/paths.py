@@ -13,17 +13,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.stored import Stored
+from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.pairs import PairBatch, first_image, paired
 from registerlens.circuits.sites import Place, Site, block_of, expand, firing_order, sublayer_output
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count
+from registerlens.engine.views import View, Watched, run_clean, run_from
 from registerlens.errors import ConfigError
+from registerlens.evaluation.metrics import Metric, measured
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.intervals import mean_intervals, resample
-from registerlens.sweep.differentiable import Measure, metric_of
-from registerlens.sweep.metrics import Metric, View, measured
-from registerlens.sweep.views import Watched, run_clean, run_from
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

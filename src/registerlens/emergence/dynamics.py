@@ -14,15 +14,16 @@ from torch import Tensor
 
 from registerlens.analysis.detection import find_outliers, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.trace import trace
 from registerlens.emergence.evidence import choose, emerging, made_by_mlp
 from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.errors import ConfigError
 from registerlens.evaluation.observe import observe
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.stats.histograms import medians
 from registerlens.stats.intervals import LEVEL, resample
 
 if TYPE_CHECKING:

@@ -12,17 +12,19 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, after_onset, detection_in
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.predictions import classifies
-from registerlens.analysis.trace import Trace, sublayers
+from registerlens.analysis.trace import Trace
 from registerlens.evaluation.controls import matched_neurons, neuron_activity
 from registerlens.evaluation.observe import Yardstick, observe
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
 from registerlens.interventions.search import find_register_neurons
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.seeds import generator_of
+from registerlens.stats.histograms import medians
 
 RANDOM_SETS = 5
 """Sets of activation-matched random neurons."""

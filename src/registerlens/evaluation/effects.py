@@ -25,7 +25,7 @@ from registerlens.analysis.detection import (
     require_outliers,
 )
 from registerlens.analysis.predictions import classifies
-from registerlens.analysis.trace import sublayers, trace
+from registerlens.analysis.trace import trace
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError, ShapeError
@@ -35,6 +35,7 @@ from registerlens.evaluation.verdict import Verdict, judge_effect
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.intervals import mean_intervals, resample

@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Cutoff
-from registerlens.analysis.outliers import medians, token_norms
 from registerlens.analysis.predictions import accuracy, divergence
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.config import TokenLayout
+from registerlens.engine.attention_received import attention_hooks
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
+from registerlens.stats.histograms import medians
 
 METRICS = {
     "largest_norm": "largest patch norm where outliers are detected, in units of the clean image's median",

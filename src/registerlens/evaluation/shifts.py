@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.outliers import token_norms
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.engine.attention_received import attention_hooks
 from registerlens.errors import ImageError, InterventionError, NonFiniteError, ShapeError
 from registerlens.interventions.base import Intervention, Scene
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.trace import Trace, sublayers, trace
+from registerlens.analysis.trace import Trace, trace
 from registerlens.data.images import to_display
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
 from registerlens.explorer.attention import Attention
@@ -23,6 +23,7 @@ from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Edits, Intervention, plan, several
 from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 
 if TYPE_CHECKING:

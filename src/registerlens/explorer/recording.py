@@ -15,13 +15,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.outliers import token_norms
-from registerlens.analysis.sinks import pattern_hooks
-from registerlens.analysis.trace import sublayers
 from registerlens.config import TokenLayout
+from registerlens.engine.attention_received import pattern_hooks
 from registerlens.errors import ShapeError
 from registerlens.interventions.base import Intervention
 from registerlens.model.block import Block
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 
 STRONGEST = 8

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.analysis.outliers import medians
 from registerlens.explorer.attention import Attention, Head, Role
+from registerlens.stats.histograms import medians
 
 
 @dataclass(frozen=True, kw_only=True)

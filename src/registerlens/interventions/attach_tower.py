@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from registerlens.errors import InterventionError, UnsupportedArchitectureError
 from registerlens.interventions.attach_attention import STAND_INS, with_still_tokens
-from registerlens.interventions.base import TOKENS, Edit, Intervention, Plan, Scene, plan
+from registerlens.interventions.base import Edit, Intervention, Plan, Scene, plan
 from registerlens.loading.registry import find_vision, library_of
 from registerlens.model.attention import final_point
+from registerlens.model.names import TOKENS
 
 _PLACES = r"blocks\.(\d+)\.(hook_resid_pre|hook_resid_post|mlp\.hook_post|attn\.(?:{q}|{k}|hook_v|hook_z))"
 _TAG = "_registerlens_call"

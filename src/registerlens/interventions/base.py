@@ -15,10 +15,8 @@ from torch import Tensor
 
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import InterventionError
+from registerlens.model.names import TOKENS
 from registerlens.model.vit import HookedViT
-
-TOKENS = "hook_tokens"
-"""The point where tokens can be appended: the sequence as it enters block 0."""
 
 
 @runtime_checkable

@@ -12,12 +12,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from registerlens.analysis.detection import Cutoff, Detection, hook_of, sublayer_of
-from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.detection import Cutoff, Detection
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
-from registerlens.model.parts import at_least_float32
+from registerlens.model.parts import at_least_float32, token_norms
+from registerlens.model.sublayers import hook_of, sublayer_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError, InterventionError
-from registerlens.interventions.base import TOKENS, Edit, Host, Intervention, Scene
+from registerlens.interventions.base import Edit, Host, Intervention, Scene
+from registerlens.model.names import TOKENS
 from registerlens.model.norms import Norm
 
 Extreme = Literal["per_neuron", "shared"]

@@ -25,12 +25,12 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.analysis.sighting import Sighting
-from registerlens.analysis.trace import sublayers
 from registerlens.data.batches import Images, count, first_and_all
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, NoOutliersError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.how_many import MOST, find_elbow, sweep
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 
 if TYPE_CHECKING:

@@ -106,3 +106,7 @@ def _brace(numbers: list[int]) -> str:
             runs.append([number, number])
     told = ",".join(f"{first}" if first == last else f"{first}..{last}" for first, last in runs)
     return told if len(numbers) == 1 else f"{{{told}}}"
+
+
+TOKENS = "hook_tokens"
+"""The point where tokens can be appended: the sequence as it enters block 0."""

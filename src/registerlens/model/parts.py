@@ -94,3 +94,13 @@ class ResidualWriter(nn.Module):
             return out
         # `out` is ours alone here: without a graph to keep, scaling in place saves a pass over memory.
         return out * self.gamma if torch.is_grad_enabled() else out.mul_(self.gamma)
+
+
+def token_norms(resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+    """Euclidean norms over the last axis, summed in float32 at least, returned as float32.
+
+    Example:
+        >>> token_norms(torch.full((2, 4), 0.5, dtype=torch.bfloat16))
+        tensor([1., 1.])
+    """
+    return torch.linalg.vector_norm(resid, dim=-1, dtype=at_least_float32(resid.dtype)).float()

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from registerlens.errors import ConfigError, InterventionError
-from registerlens.interventions.base import TOKENS, Host, Intervention, plan
+from registerlens.interventions.base import Host, Intervention, plan
+from registerlens.model.names import TOKENS
 from registerlens.sweep.content import content_hash
 
 CLEAN = "clean"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from registerlens.analysis.detection import Detection, detect
 from registerlens.data.sources import Source
 from registerlens.errors import ConfigError, ImageError
+from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.metrics import Metric, default_metrics
 from registerlens.sweep.yaml_config import SweepConfig
 
 METRICS = {

@@ -14,6 +14,7 @@ from registerlens.analysis.detection import Cutoff, detect
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.sources import Source
 from registerlens.errors import ConfigError, RegisterLensError
+from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.interpolation import InterpolateOutliers
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
@@ -29,7 +30,6 @@ from registerlens.sweep.controls import with_controls
 from registerlens.sweep.dry_run import SweepPlan, plan_sweep
 from registerlens.sweep.grid import Conditions, grid
 from registerlens.sweep.levels import Level
-from registerlens.sweep.metrics import Metric
 from registerlens.sweep.planned import ablation
 from registerlens.sweep.result import SweepResult
 from registerlens.sweep.run import run_sweep

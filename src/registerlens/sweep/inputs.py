@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from registerlens.data.sources import Source, TensorSource
+from registerlens.engine.packing import check_untouched
 from registerlens.errors import ConfigError, ShapeError, close_matches
+from registerlens.evaluation.metrics import Metric, check_metrics, default_metrics
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.grid import Conditions
-from registerlens.sweep.metrics import Metric, check_metrics, default_metrics
-from registerlens.sweep.shipping import check_untouched
 
 
 def as_models(models: HookedViT | Mapping[str, HookedViT]) -> dict[str, HookedViT]:

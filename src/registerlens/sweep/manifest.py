@@ -11,10 +11,10 @@ import torch
 
 from registerlens.data.sources import Source
 from registerlens.errors import StoreError
+from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.content import content, content_hash, tensor_hash
-from registerlens.sweep.metrics import Metric
 from registerlens.sweep.tasks import Task, tasks_of
 
 FORMAT = 1

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from registerlens.data.images import Skipped
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, close_matches
+from registerlens.evaluation.metrics import COLUMNS, Metric
 from registerlens.files import reading, whole_file, write_json
 from registerlens.sweep.aggregate import NUMBERS, Comparison, aggregate, compare
 from registerlens.sweep.conditions import Condition, Factor
-from registerlens.sweep.metrics import COLUMNS, Metric
 from registerlens.sweep.records import Places, Swept, places_of
 
 if TYPE_CHECKING:

@@ -10,10 +10,15 @@ from typing import Any
 
 import torch
 
+from registerlens.engine.backends import Backend, Job, LocalBackend
+from registerlens.engine.memory import find_stack
+from registerlens.engine.parts import skipped_of
+from registerlens.engine.processes import ProcessBackend
+from registerlens.engine.store import Store, grown, joined, writing
 from registerlens.errors import ConfigError
+from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
-from registerlens.sweep.backends import Backend, Job, LocalBackend
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.fitted import References, fit_missing, identity_of
 from registerlens.sweep.fitting import unfitted
@@ -21,13 +26,8 @@ from registerlens.sweep.grid import Conditions
 from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
 from registerlens.sweep.manifest import OWN, Manifest, manifest_of
 from registerlens.sweep.memory import MemoryStore
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.parts import skipped_of
-from registerlens.sweep.processes import ProcessBackend
 from registerlens.sweep.records import Swept
 from registerlens.sweep.result import SweepResult
-from registerlens.sweep.stacking import find_stack
-from registerlens.sweep.store import Store, grown, joined, writing
 from registerlens.sweep.tasks import Task, group_conditions
 
 
@@ -220,7 +220,7 @@ def _backend(backend: str | Backend, workers: int, address: str | None) -> tuple
         n = workers or _cores()
         return ProcessBackend(workers=n), n
     if backend == "ray":
-        from registerlens.sweep.ray import RayBackend  # noqa: PLC0415  (an extra)
+        from registerlens.engine.ray import RayBackend  # noqa: PLC0415  (an extra)
 
         # A worker that is asked for no threads gets one core of its node, whatever this machine has.
         return RayBackend(address=address, workers=workers or None), torch.get_num_threads()

@@ -8,10 +8,10 @@ from datetime import datetime
 
 from registerlens.data.images import Skipped
 from registerlens.display import Shown
+from registerlens.engine.lock import Holder, holder_of
+from registerlens.engine.parts import SUFFIX, skipped_of
+from registerlens.engine.store import CORRUPT, PARTS, Store
 from registerlens.errors import StoreError
-from registerlens.sweep.lock import Holder, holder_of
-from registerlens.sweep.parts import SUFFIX, skipped_of
-from registerlens.sweep.store import CORRUPT, PARTS, Store
 
 
 @dataclass(frozen=True, kw_only=True)

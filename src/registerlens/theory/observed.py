@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, detection_in, hook_of, layer_of
-from registerlens.analysis.outliers import token_norms
+from registerlens.analysis.detection import Detection, detection_in
 from registerlens.analysis.trace import trace
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, first_and_all
 from registerlens.model.block import Block
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import hook_of, layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.theory.subspaces import directions

@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from registerlens.analysis.detection import Outliers
-from registerlens.analysis.outliers import medians
 from registerlens.analysis.trace import Trace
+from registerlens.stats.histograms import medians
 from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, Mode, apply_theme
 
 _BINS = 80

@@ -10,12 +10,12 @@ import plotly.graph_objects as go
 from jaxtyping import Bool
 from plotly.subplots import make_subplots
 
-from registerlens.analysis.trace import sublayers
 from registerlens.config import ViTConfig
 from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria
 from registerlens.emergence.dynamics import HALFWAY, SIGNS, Dynamics, order_of_signs
 from registerlens.emergence.research import by_recipe
 from registerlens.errors import ConfigError
+from registerlens.model.sublayers import sublayers
 from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme, on_cells
 
 _COLOURS = dict(zip(SIGNS, (RED, ORANGE, BLUE), strict=True))

@@ -7,11 +7,12 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 
-from registerlens.analysis.neuron_evidence import LIMIT, N_BINS, ActivationDistributions, signed_edges
+from registerlens.analysis.neuron_evidence import ActivationDistributions
 from registerlens.analysis.neuron_updates import COSINE_BINS, NeuronUpdates
 from registerlens.analysis.output_weights import OutputWeights
 from registerlens.analysis.top_outliers import PLACES
 from registerlens.evaluation.causal_order import CONDITIONS, CausalOrder
+from registerlens.stats.histograms import ASINH_LIMIT, N_BINS, signed_edges
 from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme, on_cells, paper
 
 _ROW = 250
@@ -267,12 +268,12 @@ def _gap(rows: int) -> float:
 def _bars(counts: Float[np.ndarray, " bin"] | Int[np.ndarray, " bin"], colour: str) -> dict:
     """Bars over the arsinh bins, several bins to a bar; empty ones left out, as a log axis has no zero."""
     pooled = counts.reshape(-1, _POOLED).sum(1)
-    middles = np.linspace(-LIMIT, LIMIT, len(pooled) + 1)[:-1] + LIMIT / len(pooled)
+    middles = np.linspace(-ASINH_LIMIT, ASINH_LIMIT, len(pooled) + 1)[:-1] + ASINH_LIMIT / len(pooled)
     some = pooled > 0
     return {
         "x": middles[some],
         "y": pooled[some],
-        "width": 2 * LIMIT / len(pooled),
+        "width": 2 * ASINH_LIMIT / len(pooled),
         "customdata": np.sinh(middles[some]),
         "marker": {"color": colour, "line": {"width": 0}},
         "hovertemplate": "%{customdata:.3g}: %{y:.4g}<extra></extra>",
@@ -286,7 +287,7 @@ def _share(counts: Int[np.ndarray, " bin"]) -> Float[np.ndarray, " bin"]:
 def _signed_axis(figure: go.Figure, axis: str, counts: np.ndarray, *, row: int, col: int) -> None:
     """An arsinh axis that shows every bin with a count, and decades as ticks."""
     used = np.flatnonzero(counts.sum(0))
-    edges = np.linspace(-LIMIT, LIMIT, N_BINS + 1)
+    edges = np.linspace(-ASINH_LIMIT, ASINH_LIMIT, N_BINS + 1)
     low, high = (edges[used[0]], edges[used[-1] + 1]) if len(used) else (-1.0, 1.0)
     low, high = low - 0.15, high + 0.15
     known = np.sort(np.concatenate([_DECADES, _THIRDS])) if high - low < _NARROW else _DECADES

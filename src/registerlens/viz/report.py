@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from registerlens.analysis.detection import layer_of
 from registerlens.analysis.maps import neuron_maps, patch_maps
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
 from registerlens.errors import NoOutliersError, RegisterLensError
+from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.viz import mechanism_sections, sections
 from registerlens.viz.mechanism import Mechanism

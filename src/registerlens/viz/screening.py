@@ -6,9 +6,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from registerlens.circuits.edge_attribution import EdgeAttribution
+from registerlens.circuits.screening import METHODS, Screening
 from registerlens.stats.moments import RankCorrelation
-from registerlens.sweep.attribution import EdgeAttribution
-from registerlens.sweep.screening import METHODS, Screening
 from registerlens.viz.agreement import agreement_panel
 from registerlens.viz.theme import BLUE, RED, Mode, apply_theme
 
@@ -25,7 +25,7 @@ def screening_figure(found: Screening, mode: Mode = "light") -> go.Figure:
     Example:
         >>> import registerlens as rl
         >>> from registerlens.data.synthetic import synthetic_images
-        >>> from registerlens.sweep.screening import screen_neurons
+        >>> from registerlens.circuits.screening import screen_neurons
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(16, 0).images
         >>> found = screen_neurons(vit, images, "largest_norm@1.mlp", exact=3, sample=3)
         >>> [dots.name for dots in screening_figure(found).data]
@@ -49,7 +49,7 @@ def edges_figure(found: EdgeAttribution, mode: Mode = "light") -> go.Figure:
     Example:
         >>> import registerlens as rl
         >>> from registerlens.data.synthetic import synthetic_images
-        >>> from registerlens.sweep.attribution import attribute_edges
+        >>> from registerlens.circuits.edge_attribution import attribute_edges
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images
         >>> edges = attribute_edges(vit, images, rl.RegisterNeurons.from_pairs([(1, 183)]))
         >>> list(edges_figure(edges).data[0].x)

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import registerlens as rl
-from registerlens.analysis import sinks
-from registerlens.analysis.sinks import received_attention
 from registerlens.config import TokenLayout
 from registerlens.config_parts import QKNormConfig, RopeConfig
+from registerlens.engine import attention_received
+from registerlens.engine.attention_received import attention_hooks, received_attention
 
 
 def naive(q, k, layout):
@@ -55,7 +55,7 @@ def test_only_the_class_query_counts_where_there_is_one():
 def test_pieces_of_any_size_give_the_same_mean(monkeypatch, limit):
     layout = TokenLayout(grid=(5, 10), n_prefix=0, class_token=False)
     q, k = random_qk(3, 50, 2, 4)
-    monkeypatch.setattr(sinks, "_SCORES_AT_ONCE", limit)
+    monkeypatch.setattr(attention_received, "_SCORES_AT_ONCE", limit)
     assert torch.allclose(received_attention(q, k, layout).double(), naive(q, k, layout), atol=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_the_whole_pattern_is_never_held(monkeypatch, class_token):
         assert sizes == [2 * 2 * n]
     else:
         assert sum(sizes) == 2 * 2 * n * n  # every score once,
-        assert max(sizes) <= sinks._SCORES_AT_ONCE < 2 * 2 * n * n / 8  # few at a time
+        assert max(sizes) <= attention_received._SCORES_AT_ONCE < 2 * 2 * n * n / 8  # few at a time
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -109,7 +109,10 @@ def test_hooks_see_queries_and_keys_normalised_and_turned_as_the_scores_do(rope,
     options = {"class_token": class_token, "pooling": (), "rope": rope, "qk_norm": qk_norm}
     vit = randomise(rl.HookedViT(rl.ViTConfig(**size, **options)))
     images, seen = torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(0)), {}
-    with torch.no_grad(), vit.hooks(sinks.attention_hooks(vit, vit.layout(images), [0, 1], seen.__setitem__)):
+    with (
+        torch.no_grad(),
+        vit.hooks(attention_hooks(vit, vit.layout(images), [0, 1], seen.__setitem__)),
+    ):
         vit(images)
     with torch.no_grad():
         _, cache = vit.run_with_cache(images, names_filter="blocks.*.attn.hook_pattern")

@@ -12,11 +12,10 @@ import registerlens as rl
 from registerlens.analysis.detection import Cutoff, after_onset, detect
 from registerlens.analysis.predictions import accuracy, agreement, cross_entropy, divergence
 from registerlens.config import TokenLayout
+from registerlens.engine.views import View
 from registerlens.errors import ConfigError, ShapeError
-from registerlens.evaluation.observe import Yardstick, observe
-from registerlens.sweep.metrics import (
+from registerlens.evaluation.metrics import (
     Metric,
-    View,
     check_metrics,
     default_metrics,
     largest_norm,
@@ -26,6 +25,7 @@ from registerlens.sweep.metrics import (
     sink_outliers,
     sink_patch,
 )
+from registerlens.evaluation.observe import Yardstick, observe
 
 LAYOUT = TokenLayout(grid=(1, 4), n_prefix=1)
 

@@ -12,7 +12,8 @@ from registerlens.analysis.detection import Cutoff, detect
 from registerlens.config_parts import QKNormConfig, RopeConfig
 from registerlens.data.sources import Shard
 from registerlens.data.synthetic import synthetic_images
-from registerlens.sweep.metrics import View, default_metrics, metric
+from registerlens.engine.views import View
+from registerlens.evaluation.metrics import default_metrics, metric
 
 SIZE = {"n_layers": 4, "d_model": 24, "n_heads": 3, "d_mlp": 20, "image_size": (24, 32), "patch_size": (8, 8)}
 CFGS = {

@@ -1,32 +1,62 @@
-"""Runs as metrics see them, from the images or from a residual stream in the middle."""
+"""Runs as metrics see them, from the images or from the residual stream before a block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import hook_of, layer_of
-from registerlens.analysis.outliers import token_norms
-from registerlens.analysis.sinks import attention_hooks
 from registerlens.config import TokenLayout
-from registerlens.interventions.base import TOKENS
-from registerlens.model.parts import listening
+from registerlens.engine.attention_received import attention_hooks
+from registerlens.model.names import TOKENS
+from registerlens.model.parts import listening, token_norms
+from registerlens.model.sublayers import hook_of, layer_of
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.metrics import Metric, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What may be looked at of one run over a batch, clean or edited."""
+
+    layout: TokenLayout
+    """Which token is which; test-time registers included."""
+    tokens: Float[Tensor, "batch pos d_model"]
+    """After the final norm."""
+    output: Float[Tensor, "batch *out"]
+    """What the model returns: logits, projection or pooled token."""
+    norms: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
+    """Residual norms at the sublayers asked for, such as "3.mlp"; float32."""
+    attention: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
+    """Attention drawn by each key in the layers asked for (from [CLS], or the mean over queries), 0 to 1; float32."""
+    labels: Int[Tensor, "batch ..."] | None = None
+    """The images' labels, where there are any."""
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """What says which norms and whose attention it looks at: a metric, for one."""
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Sublayers, named as in a trace: "embed", "3.attn", "3.mlp"."""
+        ...
+
+    @property
+    def attention(self) -> tuple[int, ...]:
+        """Layers."""
+        ...
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What metrics look at beside tokens and output.
+    """What is looked at beside tokens and output.
 
     Example:
-        >>> metrics = [Metric(name="a", measure=lambda edited, clean: edited.output[:, 0], norms=("0.mlp", "3.attn"))]
-        >>> Watched.by(metrics).since(2)
+        >>> Watched(norms=("0.mlp", "3.attn"), attention=()).since(2)
         Watched(norms=('3.attn',), attention=())
     """
 
@@ -36,10 +66,11 @@ class Watched:
     """Layers, as `View.attention`; ascending."""
 
     @classmethod
-    def by(cls, metrics: Iterable[Metric]) -> Watched:
-        """Everything that one of the metrics asks for."""
-        norms = dict.fromkeys(place for one in metrics for place in one.norms)
-        return cls(tuple(norms), tuple(sorted({layer for one in metrics for layer in one.attention})))
+    def by(cls, asking: Iterable[Asking]) -> Watched:
+        """Everything that one of them asks for."""
+        every = list(asking)
+        norms = dict.fromkeys(place for one in every for place in one.norms)
+        return cls(tuple(norms), tuple(sorted({layer for one in every for layer in one.attention})))
 
     def since(self, layer: int) -> Watched:
         """What a run that starts before a block comes by."""

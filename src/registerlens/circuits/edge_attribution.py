@@ -17,23 +17,23 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import token_norms
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons, need_some
+from registerlens.circuits.differentiable import Measure, metric_of
+from registerlens.circuits.neuron_gradients import frozen_weights, not_differentiable
+from registerlens.circuits.resumed import labelled, stations
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count
+from registerlens.engine.views import mapped
 from registerlens.errors import ConfigError, InterventionError
+from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Heads
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
+from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.moments import Moments
-from registerlens.sweep.differentiable import Measure, metric_of
-from registerlens.sweep.gradients import frozen_weights, not_differentiable
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.stations import labelled, stations
-from registerlens.sweep.views import mapped
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

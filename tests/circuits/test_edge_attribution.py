@@ -7,9 +7,9 @@ from helpers import randomise
 from jaxtyping import TypeCheckError
 
 import registerlens as rl
+from registerlens.circuits.edge_attribution import EdgeAttribution, attribute_edges
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, InterventionError, NoOutliersError, ShapeError
-from registerlens.sweep.attribution import EdgeAttribution, attribute_edges
 
 CFG = rl.ViTConfig(n_layers=4, d_model=48, n_heads=3, d_mlp=40, image_size=(64, 64), patch_size=(8, 8), d_out=5)
 PAIRS = [(1, 3), (0, 7), (2, 5), (1, 0)]

@@ -13,12 +13,12 @@ import pytest
 import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.data.synthetic import synthetic_images
+from registerlens.engine.agenda import Agenda
+from registerlens.engine.backends import Job, LocalBackend
+from registerlens.engine.ray import RayBackend, _Crew, _room, _Slot
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
-from registerlens.sweep.agenda import Agenda
-from registerlens.sweep.backends import Job, LocalBackend
+from registerlens.evaluation.metrics import Metric
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.ray import RayBackend, _Crew, _room, _Slot
 from registerlens.sweep.tasks import Task, group_conditions, tasks_of
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}

@@ -2,7 +2,7 @@
 
 import random
 
-from registerlens.sweep.agenda import Agenda
+from registerlens.engine.agenda import Agenda
 from registerlens.sweep.tasks import Task
 
 

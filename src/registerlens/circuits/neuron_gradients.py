@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.circuits.resumed import Replacement, Station
+from registerlens.engine.views import View, mapped
 from registerlens.errors import ConfigError
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.metrics import View
-from registerlens.sweep.stations import Replacement, Station
-from registerlens.sweep.views import mapped
 
 Effects = dict[int, Float[Tensor, "batch neuron"]]
 """Of each neuron of a layer on each image, float32; a layer that the metric does not depend on is left out."""

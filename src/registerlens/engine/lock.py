@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from registerlens.engine.folder import Folder, LocalFolder, explained
 from registerlens.errors import StoreError
-from registerlens.sweep.folder import Folder, LocalFolder, explained
 
 NAME = "run.lock"
 """The lock's file in a store; it says who holds it."""

@@ -17,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from registerlens.engine.agenda import Agenda
+from registerlens.engine.backends import Job, perform
 from registerlens.errors import BackendError, ConfigError
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.agenda import Agenda
-from registerlens.sweep.backends import Job, perform
 from registerlens.sweep.tasks import Task
 
 RETRIES = 3

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.analysis.detection import detect, sublayer_of
+from registerlens.analysis.detection import detect
 from registerlens.data.batches import Images
+from registerlens.engine.views import View
 from registerlens.errors import ConfigError, ShapeError, close_matches
+from registerlens.evaluation.metrics import Metric
+from registerlens.model.sublayers import sublayer_of
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.metrics import Metric, View
 
 
 @runtime_checkable

@@ -14,13 +14,13 @@ from runner_cases import MODELS, edits_of, metrics_of, model, naive_loop, neuron
 
 import registerlens as rl
 from registerlens.data.sources import Shard
+from registerlens.engine.memory import find_stack, floats_a_token, free_memory, out_of_memory_in
 from registerlens.errors import ConfigError, InterventionError, OutOfMemoryError, ShapeError
+from registerlens.evaluation import edit_runs
+from registerlens.evaluation.edit_runs import run_task
+from registerlens.evaluation.metrics import Metric, metric
 from registerlens.interventions.base import Edit, Intervention
-from registerlens.sweep import runner
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric, metric
-from registerlens.sweep.runner import run_task
-from registerlens.sweep.stacking import find_stack, floats_a_token, free_memory, out_of_memory_in
 
 MEAN = Metric(name="mean", measure=lambda edited, clean: edited.output.flatten(1).mean(1))
 
@@ -129,7 +129,7 @@ def test_the_stack_is_filled_and_never_exceeded(monkeypatch):
     vit, _ = model("planted")
     conditions = [Condition(interventions=(rl.Ablate(neurons((2, i))),)) for i in range(7)]
     shard, sizes_seen = shard_of("planted", 4, (32, 32)), []
-    monkeypatch.setattr(runner, "run_from", spy(runner.run_from, lambda vit, x, *rest: sizes_seen.append(len(x))))
+    monkeypatch.setattr(edit_runs, "run_from", spy(edit_runs.run_from, lambda vit, x, *rest: sizes_seen.append(len(x))))
     run_task(vit, shard, conditions, [MEAN], index=0, batch_size=2, stack=7)
     assert sizes_seen == [6, 6, 2] * 2
 
@@ -145,9 +145,9 @@ def spy(function, note):
 def test_metrics_that_need_no_attention_do_not_pay_for_it(monkeypatch):
     vit, _ = model("planted")
     monkeypatch.setattr(
-        "registerlens.analysis.sinks.received_attention", lambda *_: pytest.fail("attention was computed")
+        "registerlens.engine.attention_received.received_attention", lambda *_: pytest.fail("attention was computed")
     )
-    monkeypatch.setattr("registerlens.sweep.views.token_norms", lambda *_: pytest.fail("norms were computed"))
+    monkeypatch.setattr("registerlens.engine.views.token_norms", lambda *_: pytest.fail("norms were computed"))
     conditions = conditions_of("planted", (32, 32), [["zero head"]])
     run_task(vit, shard_of("planted", 2, (32, 32)), conditions, [MEAN], index=0, batch_size=2, stack=2)
 
@@ -294,7 +294,7 @@ class Append(Intervention):
 
 
 def test_an_edit_that_never_fires_is_an_error(monkeypatch):
-    monkeypatch.setattr(runner, "stacked_hooks", lambda plans, scenes: [])
+    monkeypatch.setattr(edit_runs, "stacked_hooks", lambda plans, scenes: [])
     fails(InterventionError, "Ablate never fired")
 
 
@@ -317,10 +317,10 @@ def short_of_memory(monkeypatch, most, error, clean_too=True):
         if len(x) > most:
             raise error
 
-    real = runner.run_from
-    monkeypatch.setattr(runner, "run_from", spy(real, lambda vit, x, *rest: check(x)))
+    real = edit_runs.run_from
+    monkeypatch.setattr(edit_runs, "run_from", spy(real, lambda vit, x, *rest: check(x)))
     if clean_too:
-        monkeypatch.setattr("registerlens.sweep.views.run_from", spy(real, lambda vit, x, *rest: check(x)))
+        monkeypatch.setattr("registerlens.engine.views.run_from", spy(real, lambda vit, x, *rest: check(x)))
     return tried
 
 
@@ -389,9 +389,9 @@ def test_the_stack_found_is_a_multiple_of_the_batch_within_memory(monkeypatch):
     assert find_stack(vit, 1, size=320) == 1
     a_sequence = tokens * floats_a_token(vit.cfg) * 4
     kept = 2 * tokens * vit.cfg.d_model * (vit.cfg.n_layers + 2) * 4
-    monkeypatch.setattr("registerlens.sweep.stacking.free_memory", lambda device: 2 * (kept + 9.5 * a_sequence))
+    monkeypatch.setattr("registerlens.engine.memory.free_memory", lambda device: 2 * (kept + 9.5 * a_sequence))
     assert find_stack(vit, 2) == 8
-    monkeypatch.setattr("registerlens.sweep.stacking.free_memory", lambda device: 0.0)
+    monkeypatch.setattr("registerlens.engine.memory.free_memory", lambda device: 0.0)
     assert find_stack(vit, 2) == 2
     with pytest.raises(ConfigError, match="batch_size"):
         find_stack(vit, 0)

@@ -19,24 +19,24 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import Pair, RegisterNeurons
 from registerlens.analysis.stored import Stored
-from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError
-from registerlens.interventions.ablation import Ablate, Reference
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
-from registerlens.stats.moments import Moments, RankCorrelation, rank_correlation
-from registerlens.sweep.differentiable import Measure, metric_of
-from registerlens.sweep.exact import exact_effects
-from registerlens.sweep.gradients import (
+from registerlens.circuits.differentiable import Measure, metric_of
+from registerlens.circuits.exact import exact_effects
+from registerlens.circuits.neuron_gradients import (
     check_slope,
     first_order,
     frozen_weights,
     integrated_gradients,
     not_differentiable,
 )
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.stations import Replacement, Station, labelled, stations
+from registerlens.circuits.resumed import Replacement, Station, labelled, stations
+from registerlens.config import ViTConfig
+from registerlens.data.batches import Images, count
+from registerlens.errors import ConfigError, NonFiniteError, ShapeError
+from registerlens.evaluation.metrics import Metric
+from registerlens.interventions.ablation import Ablate, Reference
+from registerlens.model.vit import HookedViT
+from registerlens.progress import track
+from registerlens.stats.moments import Moments, RankCorrelation, rank_correlation
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

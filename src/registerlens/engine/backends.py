@@ -12,13 +12,13 @@ import torch
 
 from registerlens.data.images import Skipped
 from registerlens.data.sources import LastShard, Source
+from registerlens.engine.packing import PackedModel, pack
+from registerlens.engine.parts import part_schema, with_skipped
 from registerlens.errors import ImageError
+from registerlens.evaluation.edit_runs import run_task
+from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.parts import part_schema, with_skipped
-from registerlens.sweep.runner import run_task
-from registerlens.sweep.shipping import PackedModel, pack
 from registerlens.sweep.tasks import Task
 
 

@@ -18,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.data.sources import Shard
+from registerlens.engine.memory import out_of_memory_in
+from registerlens.engine.views import View, Watched, repeated, run_clean, run_from
 from registerlens.errors import ConfigError, OutOfMemoryError, ShapeError
-from registerlens.interventions.base import TOKENS, Plan, Scene, plan, stacked_hooks
+from registerlens.evaluation.metrics import COLUMNS, Metric, check_metrics, measured
+from registerlens.interventions.base import Plan, Scene, plan, stacked_hooks
+from registerlens.model.names import TOKENS
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import COLUMNS, Metric, View, check_metrics, measured
-from registerlens.sweep.stacking import out_of_memory_in
-from registerlens.sweep.views import Watched, repeated, run_clean, run_from
 
 
 def run_task(
@@ -62,7 +63,7 @@ def run_task(
 
     Example:
         >>> import registerlens as rl
-        >>> from registerlens.sweep.metrics import default_metrics
+        >>> from registerlens.evaluation.metrics import default_metrics
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> shard = Shard(names=("a", "b"), images=torch.rand(2, 3, 48, 48))
         >>> heads = [Condition(interventions=(rl.Ablate(rl.Heads([(layer, 0)])),)) for layer in (1, 4)]

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
+from registerlens.engine.folder import Entry, Folder, folder_at
+from registerlens.engine.lock import locked
+from registerlens.engine.parts import SUFFIX, check_table, from_bytes, name_of, part_schema, to_bytes
 from registerlens.errors import StoreError
 from registerlens.sweep import manifest as manifests
 from registerlens.sweep.fitted import Fits, pack_fits, unpack_fits
-from registerlens.sweep.folder import Entry, Folder, folder_at
-from registerlens.sweep.lock import locked
 from registerlens.sweep.manifest import Manifest
-from registerlens.sweep.parts import SUFFIX, check_table, from_bytes, name_of, part_schema, to_bytes
 from registerlens.sweep.tasks import Task
 
 PARTS, FITTED = "parts", "fitted"

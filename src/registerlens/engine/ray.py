@@ -17,9 +17,9 @@ import pyarrow as pa
 import torch
 
 from registerlens.data.sources import LastShard
+from registerlens.engine.agenda import Agenda
+from registerlens.engine.backends import Job, perform
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
-from registerlens.sweep.agenda import Agenda
-from registerlens.sweep.backends import Job, perform
 from registerlens.sweep.tasks import Task
 
 AHEAD = 2

@@ -13,11 +13,12 @@ import torch
 import registerlens as rl
 from registerlens.data.images import Skipped
 from registerlens.data.sources import Shard, TensorSource
+from registerlens.engine.processes import _context
+from registerlens.engine.store import Store
 from registerlens.errors import ImageError
+from registerlens.evaluation.metrics import Metric
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric
 from registerlens.sweep.run import run_sweep
-from registerlens.sweep.store import Store
 
 CFG = rl.ViTConfig(n_layers=2, d_model=8, n_heads=2, d_mlp=12, image_size=(8, 8), patch_size=(4, 4))
 PAUSE = 0.005
@@ -219,3 +220,14 @@ class DeadlyOnce:
             (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return TensorSource(pixels(), shard_size=2).shard(index)
+
+
+def start(target, *arguments):
+    """A process forked from a server that has torch and registerlens imported; returns when it has said something."""
+    context = _context()
+    mine, its = context.Pipe()
+    process = context.Process(target=target, args=(arguments[0], its, *arguments[1:]))
+    process.start()
+    its.close()
+    assert mine.poll(200), "the process never started"
+    return process, mine, mine.recv()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
+from registerlens.engine.views import View, Watched
 from registerlens.errors import ImageError, ShapeError
+from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Reference
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.metrics import Metric, View
-from registerlens.sweep.views import Watched
 
 
 @dataclass(frozen=True)

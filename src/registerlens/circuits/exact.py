@@ -9,16 +9,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import Pair, RegisterNeurons
+from registerlens.circuits.resumed import Replacement, labelled
 from registerlens.data.batches import Images, count
 from registerlens.data.sources import Shard
+from registerlens.evaluation.edit_runs import run_task
+from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.moments import Moments
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.runner import run_task
-from registerlens.sweep.stations import Replacement, labelled
 
 
 def exact_effects(
@@ -46,7 +46,7 @@ def exact_effects(
 
     Example:
         >>> import registerlens as rl
-        >>> from registerlens.sweep.differentiable import largest_norm
+        >>> from registerlens.circuits.differentiable import largest_norm
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
         >>> exact_effects(vit, images, largest_norm("1.mlp"), [(5, 0), (2, 3)], Replacement()).mean.tolist()
         [0.0, 0.0]

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_cases import METRICS, DeadlyOnce, Noting, bits, driver, neurons, part_bits, pixels, sweep, tiny_vit
-from test_kill import start
+from store_cases import METRICS, DeadlyOnce, Noting, bits, driver, neurons, part_bits, pixels, start, sweep, tiny_vit
 
 import registerlens as rl
 from registerlens.data.sources import TensorSource
+from registerlens.engine.backends import Job, LocalBackend, perform
+from registerlens.engine.packing import pack
+from registerlens.engine.processes import ProcessBackend, _context
 from registerlens.errors import BackendError, ConfigError
-from registerlens.sweep.backends import Job, LocalBackend, perform
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.processes import ProcessBackend, _context
-from registerlens.sweep.shipping import pack
+from registerlens.evaluation.metrics import Metric
 from registerlens.sweep.tasks import Task
 
 

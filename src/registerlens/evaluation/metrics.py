@@ -12,33 +12,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Cutoff, Detection, after_onset
-from registerlens.analysis.outliers import medians
 from registerlens.analysis.predictions import accuracy, agreement, classifies, cross_entropy, divergence
-from registerlens.analysis.trace import sublayers
 from registerlens.config import TokenLayout, ViTConfig
+from registerlens.engine.views import View
 from registerlens.errors import ConfigError, ShapeError, close_matches
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
+from registerlens.stats.histograms import medians
 
 COLUMNS = ("condition", "shard", "image")
 """Columns of a result that are no metrics."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """What a metric may look at: one run over a batch, clean or edited."""
-
-    layout: TokenLayout
-    """Which token is which; test-time registers included."""
-    tokens: Float[Tensor, "batch pos d_model"]
-    """After the final norm."""
-    output: Float[Tensor, "batch *out"]
-    """What the model returns: logits, projection or pooled token."""
-    norms: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
-    """Residual norms at the sublayers asked for, such as "3.mlp"; float32."""
-    attention: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
-    """Attention drawn by each key in the layers asked for (from [CLS], or the mean over queries), 0 to 1; float32."""
-    labels: Int[Tensor, "batch ..."] | None = None
-    """The images' labels, where there are any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,15 @@ from helpers import randomise, relative
 from jaxtyping import TypeCheckError
 
 import registerlens as rl
+from registerlens.circuits.differentiable import largest_norm
+from registerlens.circuits.exact import exact_effects
+from registerlens.circuits.neuron_gradients import frozen_weights
+from registerlens.circuits.resumed import Replacement
+from registerlens.circuits.screening import Screening, screen_neurons
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
+from registerlens.evaluation.metrics import Metric
 from registerlens.stats.moments import Moments, rank_correlation
-from registerlens.sweep.differentiable import largest_norm
-from registerlens.sweep.exact import exact_effects
-from registerlens.sweep.gradients import frozen_weights
-from registerlens.sweep.metrics import Metric
-from registerlens.sweep.screening import Screening, screen_neurons
-from registerlens.sweep.stations import Replacement
 
 CFG = rl.ViTConfig(
     n_layers=4,
