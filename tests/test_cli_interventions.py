@@ -107,7 +107,7 @@ def test_ablate_measures_given_neurons_beside_controls(run, folder, tmp_path):
     code, out, err = run("ablate", "tiny", *arguments)
     assert (code, err) == (0, "")
     done = Evaluation.load(tmp_path)
-    assert done.conditions[:4] == ("clean", "ablated", "zeroed", "random 1") and "matched 3" in done.conditions
+    assert done.conditions[:4] == ("clean", "ablated", "zeroed", "neighbours") and "matched 3" in done.conditions
     assert done.verdicts["ablated"].words in out and "The neurons were given (a test)" in out
     assert done.mean("outliers", "ablated") == 0 < done.mean("outliers", "random 1")
     for condition in done.conditions:

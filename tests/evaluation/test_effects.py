@@ -18,11 +18,13 @@ from registerlens.evaluation.controls import (
 )
 from registerlens.evaluation.effects import Evaluation, evaluate_intervention
 from registerlens.evaluation.observe import METRICS
-from registerlens.evaluation.verdict import judge_effect
+from registerlens.evaluation.verdict import SPECIFIC, ConditionKind, judge_effect
 from registerlens.interventions.base import Edit, Intervention
+from registerlens.interventions.scaling import Scale
 
 NEURONS = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
 NONE = rl.RegisterNeurons.from_pairs([])
+MADE_UP = (ConditionKind.CLEAN, ConditionKind.TESTED, ConditionKind.CONTROL)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +135,11 @@ def test_the_clean_condition_is_clean(done, tiny, batch):
 def test_controls_behave(done):
     outliers = done.mean("outliers", "clean")
     assert outliers > 1.8
-    random = [c for c in done.conditions if c.startswith(("random", "matched"))]
-    assert len(random) == 7
+    kinds = dict(zip(done.conditions, done.kinds, strict=True))
+    random = [name for name, kind in kinds.items() if kind is ConditionKind.CONTROL]
+    assert len(random) == 7 and {name for name, kind in kinds.items() if kind is ConditionKind.BASELINE} == {
+        *("zeroed", "mean", "neighbours")
+    }
     for condition in random:
         assert done.mean("outliers", condition) == pytest.approx(outliers, abs=0.05), condition
         assert done.mean("sink_register", condition) < 0.05
@@ -145,8 +150,7 @@ def test_controls_behave(done):
     assert done.mean("sink_register", "register") > 0.6
     assert done.mean("sink_register", "bias") > 0.6
     assert done.norm_curve[done.conditions.index("bias")].max() < 0.4 * done.norm_curve[0].max()  # figure 8
-    kinds = dict(zip(done.conditions, done.kinds, strict=True))
-    assert kinds["clean"] == "clean" and kinds["bias"] == "intervention" and kinds["neighbours"] == "control"
+    assert kinds["clean"] is ConditionKind.CLEAN and kinds["bias"] is ConditionKind.TESTED
 
 
 def test_verdicts(done):
@@ -173,7 +177,7 @@ def test_intervals_cover_and_differences_are_paired(done):
 
 def test_save_and_load(done, tmp_path):
     again = Evaluation.load(done.save(tmp_path))
-    assert again.conditions == done.conditions and again.verdicts == done.verdicts
+    assert again.conditions == done.conditions and again.kinds == done.kinds and again.verdicts == done.verdicts
     assert again.detection == done.detection
     np.testing.assert_array_equal(again.values, done.values)
     assert again.to_dataframe().equals(done.to_dataframe())
@@ -210,7 +214,71 @@ def test_a_model_with_a_classifier_and_cls():
     np.testing.assert_allclose(done.of("sink_register", "TestTimeRegisters"), drawn.numpy(), rtol=1e-4)
 
 
-class _Louder(Intervention):
+@pytest.fixture(scope="module")
+def six():
+    """A model with [CLS] and two trained registers, planted with six neurons, each for patches of its own."""
+    cfg = rl.ViTConfig(
+        n_layers=4, d_model=48, n_heads=4, d_mlp=12, image_size=(64, 64), patch_size=(8, 8), n_trained_registers=2
+    )
+    torch.manual_seed(0)
+    return rl.plant_register_neurons(rl.HookedViT(cfg).eval(), layer=1, n=6, firing="alone", share=0.05)
+
+
+@pytest.fixture(scope="module")
+def with_two_registers(six):
+    """Two test-time registers; the controls are those of the weakest two neurons, and meet some of the others."""
+    planted, truth = six
+    weakest = truth.fires.sum((1, 2)).argsort()[:2].tolist()
+    two = rl.RegisterNeurons.from_pairs([truth.neurons.pairs[i] for i in weakest])
+    tested = {"two": rl.TestTimeRegisters(two, n=2), "all": rl.TestTimeRegisters(truth.neurons, n=2)}
+    return evaluate_intervention(planted, truth.calibration[:12], tested)
+
+
+def test_the_control_that_removes_most_decides_whether_an_effect_is_the_neurons_own(with_two_registers):
+    done = with_two_registers
+    kinds = zip(done.conditions, done.kinds, strict=True)
+    controls = [name for name, kind in kinds if kind is ConditionKind.CONTROL]
+    left = sorted(done.mean("old_outliers", name) / done.mean("outliers", "clean") for name in controls)
+    assert left[0] < SPECIFIC < left[-1] and len({*left}) >= 3
+    assert done.mean("old_outliers", "all") == 0  # it works, and cannot be told from a lucky draw
+    verdict = done.verdicts["all"]
+    assert not verdict.worked and f"random neurons do it too (at least {left[0]:.0%} of the" in verdict.words
+
+
+def test_curves_are_of_patches_and_of_all_registers_together(six, with_two_registers):
+    (planted, truth), done = six, with_two_registers
+    images, names = truth.calibration[:12], ["blocks.*.hook_resid_post", "blocks.*.attn.hook_pattern"]
+    with torch.no_grad(), planted.edit(rl.TestTimeRegisters(truth.neurons, n=2)):
+        _, cache = planted.run_with_cache(images, names_filter=names)
+    norms = torch.stack([cache[f"blocks.{i}.hook_resid_post"].norm(dim=-1) for i in range(4)])
+    assert norms[-1, :, -2:].amin() > 2 * norms[-1, :, 3:-2].amax()  # else no curve could take one for the other
+    expected = {
+        "norm_curve": norms[:, :, 3:-2].amax(-1).mean(1),
+        "register_curve": norms[:, :, -2:].amax(-1).mean(1),
+    }
+    row = done.conditions.index("all")
+    for name, values in expected.items():
+        np.testing.assert_allclose(getattr(done, name)[row, 2::2], values, rtol=1e-5)
+    drawn = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"][:, :, 0].mean(1) for i in range(4)])  # [CLS] asks
+    assert drawn[-1, :, -2:].amin() > 0.01  # both draw something
+    np.testing.assert_allclose(done.register_sink_curve[row], drawn[..., -2:].sum(-1).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(done.sink_curve[row], drawn[..., 3:-2].amax(-1).mean(1), rtol=1e-5)
+
+
+def test_outliers_after_an_edit_are_those_above_the_clean_medians(six):
+    planted, truth = six
+    louder = Scale(rl.Tokens(1, list(range(64))), 30.0)  # of every patch, so that none stands out from the others
+    done = evaluate_intervention(planted, truth.calibration[:12], {"louder": louder}, controls=False)
+    assert done.mean("outliers", "louder") == 64 > 10 * done.mean("outliers", "clean")
+
+
+def test_an_intervention_may_be_named_like_a_control(tiny, batch):
+    done = evaluate_intervention(tiny, batch.images[:16], {"random assignment": rl.TestTimeRegisters(NEURONS)})
+    verdict = done.verdicts["random assignment"]
+    assert verdict.worked and "random neurons do not" in verdict.words
+
+
+class _Flipped(Intervention):
     """Sends the outliers elsewhere: what a hand-off looks like."""
 
     def edits(self, host, first_register):
@@ -222,7 +290,7 @@ class _Louder(Intervention):
 
 
 def test_a_hand_off_is_called_one(tiny, batch):
-    done = evaluate_intervention(tiny, batch.images, {"flip": _Louder()}, controls=False)
+    done = evaluate_intervention(tiny, batch.images, {"flip": _Flipped()}, controls=False)
     verdict = done.verdicts["flip"]
     assert not verdict.worked and "handed off" in verdict.words
     assert done.mean("new_outliers", "flip") > 1.5
@@ -241,10 +309,12 @@ def test_verdict_on_made_up_numbers():
     clean = [2, 2, 0, 0.8, 0.05, np.nan, 1]
     good = [0, 0, 0, 0.0, 0.05, 0.7, 0.99]
 
+    kinds = dict(zip(("clean", "mine", "other neurons"), MADE_UP, strict=True))
+
     def verdict(after, control=clean, placed=np.nan):
         rows = [[*clean, np.nan], [*after, placed], [*control, np.nan]]
         values = np.array(rows, dtype=float)[..., None]
-        return judge_effect([*metrics, "placed"], values, ["clean", "mine", "random 1"], "mine")
+        return judge_effect([*metrics, "placed"], values, kinds, "mine")
 
     assert verdict(good).worked
     assert not verdict([2, 2, 0, 0.8, 0.05, 0.0, 1.0]).worked  # nothing happened
@@ -255,7 +325,7 @@ def test_verdict_on_made_up_numbers():
     assert verdict([1, 0, 0, 0.0, 0.05, np.nan, 0.99], placed=1.0).worked
     assert not verdict([0, 0, 0, 0.0, 0.05, np.nan, 0.99], placed=0.5).worked  # not where they were wanted
     assert "random neurons do it too" in verdict(good, control=good).words and not verdict(good, control=good).worked
-    nothing = judge_effect(metrics, np.zeros((2, 7, 1)), ["clean", "mine"], "mine")
+    nothing = judge_effect(metrics, np.zeros((3, 7, 1)), kinds, "mine")
     assert not nothing.worked and "no outlier" in nothing.words
 
 
@@ -328,7 +398,7 @@ def test_errors(tiny, batch, dinov2_small):
         evaluate_intervention(tiny, images, {})
     with pytest.raises(ConfigError, match="name of the unedited"):
         evaluate_intervention(tiny, images, {"clean": register})
-    with pytest.raises(ConfigError, match=r"named \['mean', 'zeroed'\], as controls are"):
+    with pytest.raises(ConfigError, match=r"named \['mean', 'zeroed'\], as baselines or controls are"):
         evaluate_intervention(tiny, images, {"mean": register, "register": register, "zeroed": register})
     with pytest.raises(InterventionError, match="do not exist"):
         evaluate_intervention(tiny, images, rl.TestTimeRegisters(rl.RegisterNeurons.from_pairs([(1, 999)])))

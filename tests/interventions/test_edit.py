@@ -423,3 +423,12 @@ def test_equal_seeds_equal_bits_and_the_global_generator_is_left_alone():
         assert torch.equal(run(vit, images, one), run(vit, images, again)), kind
         assert relative(run(vit, images, dataclasses.replace(one, seed=77)), run(vit, images, one)) > 1e-5, kind
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_images_of_the_same_pixels_in_another_order_draw_anew():
+    vit, seen = build(), []
+    images = pixels(2)
+    with vit.edit(Note(seen)):
+        vit(torch.cat([images, images.flip(-1), images.flip(1), images.roll(1, 2), images]))
+    keys = next(scene.keys for _, scene in seen)
+    assert len({*keys}) == len(keys) - 2 and keys[-2:] == keys[:2]

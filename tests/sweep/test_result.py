@@ -17,7 +17,7 @@ N = 20
 
 
 def planted(seed=0):
-    """Three neurons and two controls of the first on 20 images: effects -2, 0.5 and 0, and 0.1 of the controls."""
+    """Three neurons and three unequal controls of the first on 20 images: effects -2, 0.5, 0 and -0.6, 0.1, 0.2."""
     rng = np.random.default_rng(seed)
     strong = ablated(3, 7)
     conditions = [
@@ -25,13 +25,13 @@ def planted(seed=0):
         strong,
         ablated(3, 8),
         ablated(4, 0),
-        *(ablated(3, 90 + i, control_of=strong.key, control=i) for i in range(2)),
+        *(ablated(3, 90 + i, control_of=strong.key, control=i) for i in range(3)),
     ]
     base = rng.normal(10, 5, N)  # images differ by far more than conditions do
-    effects = np.array([0, -2, 0.5, 0, 0.1, 0.1])[:, None]
-    noise = rng.normal(0, 0.3, (6, N)) * (np.arange(6) > 0)[:, None]
+    effects = np.array([0, -2, 0.5, 0, -0.6, 0.1, 0.2])[:, None]
+    noise = rng.normal(0, 0.3, (7, N)) * (np.arange(7) > 0)[:, None]
     norm = base + effects + noise
-    return conditions, {"norm": norm, "kl": rng.random((6, N)) * (np.arange(6) > 0)[:, None]}
+    return conditions, {"norm": norm, "kl": rng.random((7, N)) * (np.arange(7) > 0)[:, None]}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_numbers_come_back_image_by_image_whatever_the_order_of_rows(result):
     for c, condition in enumerate(conditions):
         assert (result.of("norm", condition) == values["norm"][c]).all()
     assert result.n_images == N and result.places["images"].names == tuple(f"image {i}" for i in range(N))
-    shuffled = table_of(conditions, values).take(np.random.default_rng(0).permutation(6 * N))
+    shuffled = table_of(conditions, values).take(np.random.default_rng(0).permutation(7 * N))
     again = SweepResult.from_table(shuffled, conditions, ["norm", "kl"])
     order = [again.places["images"].names.index(f"image {i}") for i in range(N)]
     for c, condition in enumerate(conditions):
@@ -67,7 +67,7 @@ def test_means_differences_and_controls_against_scipy(result):
     norm, strong = values["norm"], conditions[1]
     found = row(result, strong)
     assert found["label"] == "layer=3 neuron=7 mode=zero" and found["kind"] == "tested" and found["layer"] == 3
-    assert found["n_images"] == N and found["n_controls"] == 2
+    assert found["n_images"] == N and found["n_controls"] == 3
     beside = norm[4:].mean(0)
     cases = {"mean": norm[1], "difference": norm[1] - norm[0], "vs_controls": norm[1] - beside}
     ends = {"mean": ("low", "high")} | {name: (f"{name}_low", f"{name}_high") for name in ("difference", "vs_controls")}
@@ -104,7 +104,7 @@ def test_the_frame_is_one_row_a_condition_and_metric_in_order(result):
     frame = result.to_dataframe()
     conditions, _ = planted()
     assert frame["condition"].tolist() == [one.key for one in conditions for _ in range(2)]
-    assert frame["metric"].tolist() == ["norm", "kl"] * 6
+    assert frame["metric"].tolist() == ["norm", "kl"] * 7
     assert {"layer", "neuron", "mode", "control"} <= set(frame.columns)
     assert frame.equals(result.to_dataframe())
     frame.loc[0, "mean"] = 1e9  # a copy
@@ -138,7 +138,7 @@ def test_nan_leaves_its_image_out_of_every_number_it_touches():
 def test_a_sweep_that_is_not_finished_counts_the_images_there_are():
     conditions, values = planted()
     table = table_of(conditions, values)
-    missing = pa.array([i % 7 != 2 for i in range(table.num_rows)])
+    missing = pa.array([i % 8 != 2 for i in range(table.num_rows)])
     found = SweepResult.from_table(table.filter(missing), conditions, ["norm"])
     for c, condition in enumerate(conditions):
         there = [
@@ -149,7 +149,7 @@ def test_a_sweep_that_is_not_finished_counts_the_images_there_are():
         assert row(found, condition)["n_images"] == len(there) < N
         assert row(found, condition)["mean"] == pytest.approx(values["norm"][c][there].mean())
     none = SweepResult.from_table(table.slice(0, 0), conditions, ["norm"])
-    assert none.to_dataframe()["n_images"].tolist() == [0] * 6 and none.n_images == 0
+    assert none.to_dataframe()["n_images"].tolist() == [0] * 7 and none.n_images == 0
 
 
 def test_each_model_and_image_set_has_its_own_clean_run():
@@ -214,7 +214,7 @@ def test_compare_is_paired_and_takes_label_key_or_condition(result):
 def test_select_keeps_clean_runs_and_controls(result):
     conditions, _ = planted()
     part = result.select(layer=3, neuron=[7, 100])
-    assert [one.key for one in part.conditions] == [conditions[i].key for i in (0, 1, 4, 5)]
+    assert [one.key for one in part.conditions] == [conditions[i].key for i in (0, 1, 4, 5, 6)]
     assert row(part, conditions[1])["vs_controls"] == row(result, conditions[1])["vs_controls"]
     assert row(part, conditions[1])["p_holm"] == row(part, conditions[1])["p"]  # one test now
     with pytest.raises(ConfigError, match="No tested condition"):
@@ -226,7 +226,7 @@ def test_raw_numbers_with_labels(result):
     conditions, values = planted()
     one = frame[(frame["label"] == conditions[2].label) & (frame["image"] == "image 13")]
     assert one["norm"].tolist() == [values["norm"][2, 13]] and one["condition"].tolist() == [conditions[2].key]
-    assert len(frame) == 6 * N and one["model"].tolist() == ["model"]
+    assert len(frame) == 7 * N and one["model"].tolist() == ["model"]
 
 
 def test_factors_called_like_other_columns_are_renamed():
@@ -244,7 +244,7 @@ def test_save_and_load(result, tmp_path):
     }
     assert again.skipped == result.skipped
     pd.testing.assert_frame_equal(again.to_dataframe(), result.to_dataframe())
-    assert pd.read_parquet(tmp_path / "sweep.parquet").shape == (6 * N, 5)
+    assert pd.read_parquet(tmp_path / "sweep.parquet").shape == (7 * N, 5)
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(ConfigError, match="valid JSON"):
         SweepResult.load(tmp_path)

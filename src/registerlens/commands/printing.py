@@ -131,6 +131,7 @@ def print_evaluation(done: Evaluation, samples: str) -> None:
     """The verdicts in words, and a table of means with 95% intervals, controls included."""
     from rich.text import Text  # noqa: PLC0415
 
+    from registerlens.evaluation.verdict import ConditionKind  # noqa: PLC0415
     from registerlens.viz.tables import evaluation_table  # noqa: PLC0415
 
     for name, verdict in done.verdicts.items():
@@ -149,7 +150,7 @@ def print_evaluation(done: Evaluation, samples: str) -> None:
         table.add_column(_HEADERS[metric], justify="right")
     for (name, cells), kind in zip(rows, done.kinds, strict=True):
         texts = (f"{cell}\n{cell.interval}" if cell else "-" for cell in map(cells.get, metrics))
-        table.add_row(Text(name), *texts, style="bold" if kind == "intervention" else "")
+        table.add_row(Text(name), *texts, style="bold" if kind is ConditionKind.TESTED else "")
     _console().print(table)
 
 
@@ -172,10 +173,11 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
     """For each metric the conditions that do most, with intervals and corrected p-values; skipped images."""
     from rich.text import Text  # noqa: PLC0415
 
+    from registerlens.evaluation.verdict import ConditionKind  # noqa: PLC0415
     from registerlens.viz.tables import brief  # noqa: PLC0415
 
     frame: Any = result.to_dataframe()
-    n_tested = sum(one.kind == "tested" for one in result.conditions)
+    n_tested = sum(one.kind is ConditionKind.TESTED for one in result.conditions)
     caption = (
         "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% bootstrap "
         f"intervals. p: sign-flip permutation test, Holm-corrected over the {n_tested} conditions that were tested."
@@ -185,7 +187,7 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
         table.add_column(header, justify="left" if header in ("metric", "condition") else "right", vertical="top")
     shared = {one.model for one in result.conditions}, {one.images for one in result.conditions}
     for metric in result.metrics:
-        tested = frame[(frame["metric"] == metric) & (frame["kind"] == "tested")]
+        tested = frame[(frame["metric"] == metric) & (frame["kind"] == ConditionKind.TESTED)]
         by = "difference" if tested["difference"].notna().any() else "mean"
         order = tested[by].abs().sort_values(ascending=False, kind="stable").index[:n]
         for place, row in enumerate(tested.loc[order].to_dict("records")):

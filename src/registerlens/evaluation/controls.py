@@ -137,47 +137,54 @@ def neuron_activity(vit: HookedViT, images: Images, layers: list[int], batch_siz
     return {layer: total.clone() / max(n, 1) for layer, total in sums.items()}
 
 
-def build_controls(
-    vit: HookedViT,
-    images: Images,
-    intervention: Intervention,
-    baseline_at: Detection | None,
-    seed: int,
-    batch_size: int,
+def build_baselines(
+    vit: HookedViT, images: Images, intervention: Intervention, neighbours_at: Detection | None, batch_size: int
 ) -> dict[str, Intervention]:
-    """Everything an intervention is compared with, by name.
+    """Other edits against the same outliers, by name: the neurons ablated, the outliers overwritten.
 
     Args:
         vit: the model.
-        images: from which means and activities are taken.
+        images: from which means are taken.
         intervention: what is tested.
-        baseline_at: where the interpolation baseline works; None leaves it out.
+        neighbours_at: where outliers are overwritten by their neighbours; None leaves that out.
+        batch_size: images at once when a tensor is given.
+    """
+    baselines: dict[str, Intervention] = {}
+    neurons = neurons_of(intervention)
+    if neurons is not None and len(neurons):
+        itself = intervention.mode if isinstance(intervention, Ablate) else ""
+        if itself != "zero":
+            baselines["zeroed"] = Ablate(neurons)
+        if itself != "mean":
+            baselines["mean"] = Ablate.fit(vit, neurons, images, "mean", batch_size=batch_size)
+    if neighbours_at is not None:
+        baselines["neighbours"] = InterpolateOutliers.at(neighbours_at)
+    return baselines
+
+
+def build_controls(
+    vit: HookedViT, images: Images, intervention: Intervention, seed: int, batch_size: int
+) -> dict[str, Intervention]:
+    """The same intervention on random neurons of the same layers, by name; nothing if it is not about neurons.
+
+    Args:
+        vit: the model.
+        images: from which activities are taken.
+        intervention: what is tested.
         seed: of the random neurons.
         batch_size: images at once when a tensor is given.
     """
-    controls: dict[str, Intervention] = {}
     neurons = neurons_of(intervention)
-    if neurons is not None and len(neurons):
-        generator = torch.Generator().manual_seed(seed)
-        activity = neuron_activity(vit, images, list(neurons.by_layer()), batch_size)
-        itself = intervention.mode if isinstance(intervention, Ablate) else ""
-        if itself != "zero":
-            controls["zeroed"] = Ablate(neurons)
-        if itself != "mean":
-            controls["mean"] = Ablate.fit(vit, neurons, images, "mean", batch_size=batch_size)
-        for kind in ("random", "matched"):
-            for draw in range(1, DRAWS + 1):
-                other = (
-                    random_neurons(neurons, vit.cfg.d_mlp, generator)
-                    if kind == "random"
-                    else matched_neurons(neurons, activity, generator)
-                )
-                controls[f"{kind} {draw}"] = _same_on(vit, images, intervention, other, batch_size)
-        if isinstance(intervention, MoveOutliers | TestTimeRegisters):
-            other = random_neurons(neurons, vit.cfg.d_mlp, generator)
-            controls["random, copied maxima"] = replace(intervention, neurons=other, maxima_of=neurons)
-    if baseline_at is not None:
-        controls["neighbours"] = InterpolateOutliers.at(baseline_at)
+    if neurons is None or not len(neurons):
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    activity = neuron_activity(vit, images, list(neurons.by_layer()), batch_size)
+    drawn = {f"random {i}": random_neurons(neurons, vit.cfg.d_mlp, generator) for i in range(1, DRAWS + 1)}
+    drawn |= {f"matched {i}": matched_neurons(neurons, activity, generator) for i in range(1, DRAWS + 1)}
+    controls = {name: _same_on(vit, images, intervention, other, batch_size) for name, other in drawn.items()}
+    if isinstance(intervention, MoveOutliers | TestTimeRegisters):
+        other = random_neurons(neurons, vit.cfg.d_mlp, generator)
+        controls["random, copied maxima"] = replace(intervention, neurons=other, maxima_of=neurons)
     return controls
 
 

@@ -29,9 +29,9 @@ from registerlens.analysis.trace import trace
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError, ShapeError
-from registerlens.evaluation.controls import build_controls
+from registerlens.evaluation.controls import build_baselines, build_controls
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
-from registerlens.evaluation.verdict import Verdict, judge_effect
+from registerlens.evaluation.verdict import ConditionKind, Verdict, judge_effect
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 CLEAN = "clean"
-Kind = Literal["clean", "intervention", "control"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,8 +55,8 @@ class Evaluation(Shown):
     detection: Detection
     """Where outliers were counted, and above which norm."""
     conditions: tuple[str, ...]
-    """"clean" first, then the interventions, then the controls."""
-    kinds: tuple[Kind, ...]
+    """"clean" first, then the interventions, then baselines and controls."""
+    kinds: tuple[ConditionKind, ...]
     """What each condition is."""
     interventions: tuple[str, ...]
     """What each condition did, in words."""
@@ -156,7 +155,8 @@ class Evaluation(Shown):
                 model=told["model"],
                 detection=detection_from_dict(told["detection"]),
                 verdicts={name: Verdict(**verdict) for name, verdict in told["verdicts"].items()},
-                **{name: tuple(told[name]) for name in _LISTS},
+                kinds=tuple(map(ConditionKind, told["kinds"])),
+                **{name: tuple(told[name]) for name in _LISTS if name != "kinds"},
                 **arrays,
             )
 
@@ -177,12 +177,12 @@ def evaluate_intervention(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure an intervention, or several, beside the clean model and controls.
+    """Measure an intervention, or several, beside the clean model, baselines and controls.
 
-    Controls: zeroing the same neurons, setting them to their mean, the same intervention on random neurons (as many in
-    each layer, 3 draws), on activation-matched random neurons (3 draws), on random neurons that get the register
-    neurons' maxima (figure 24), and the outlier patches overwritten by their neighbours. Those about neurons are made
-    for the first intervention.
+    Baselines: zeroing the same neurons, setting them to their mean, and the outlier patches overwritten by their
+    neighbours. Controls: the same intervention on random neurons (as many in each layer, 3 draws), on
+    activation-matched random neurons (3 draws), and on random neurons that get the register neurons' maxima
+    (figure 24). Those about neurons are made for the first intervention.
 
     Args:
         vit: the model.
@@ -191,14 +191,14 @@ def evaluate_intervention(
         intervention: one, or several by name.
         labels: [image] classes, or as the output's leading axes say ([image, patch] for a head on every patch), or with
             one more axis for several equal groups of classes; -1 where there is none.
-        controls: leave them out with False.
+        controls: leave them and the baselines out with False.
         threshold, layer: what counts as an outlier; as for `find_outliers`.
         batch_size: images at once when a tensor is given.
         seed: of the random neurons.
 
     Raises:
         NoOutliersError: the clean model has no outliers and no threshold is given.
-        ConfigError: no intervention is given, or one has the name of the clean model or of a control.
+        ConfigError: no intervention is given, or one has the name of the clean model, a baseline or a control.
         ImageError: there are no images, or the batches can be iterated only once.
         InterventionError: the intervention does not fit the model, or never fires.
         ShapeError: the labels do not fit.
@@ -221,28 +221,31 @@ def evaluate_intervention(
         raise ShapeError(f"{len(labels)} labels for {count(images)} images; one for each is needed.")
     detection, baseline_at = _where(vit, images, threshold, layer, batch_size)
     require_outliers(detection, "Evaluating an intervention")
-    against = {}
+    baselines, controlled = {}, {}
     if controls:
         first = next(iter(tested.values()))
-        against = build_controls(vit, images, first, baseline_at, seed, batch_size)
+        baselines = build_baselines(vit, images, first, baseline_at, batch_size)
+        controlled = build_controls(vit, images, first, seed, batch_size)
+    against = baselines | controlled
     if taken := sorted(tested.keys() & against.keys()):
         raise ConfigError(
-            f"Interventions are named {taken}, as controls are: {sorted(against)}. Give them other names, or pass "
-            f"controls=False."
+            f"Interventions are named {taken}, as baselines or controls are: {sorted(against)}. Give them other names, "
+            f"or pass controls=False."
         )
     done: dict[str, Intervention | None] = {CLEAN: None, **tested, **against}
+    kinds = {CLEAN: ConditionKind.CLEAN, **dict.fromkeys(tested, ConditionKind.TESTED)}
+    kinds |= dict.fromkeys(baselines, ConditionKind.BASELINE) | dict.fromkeys(controlled, ConditionKind.CONTROL)
     sums = _measure(vit, in_batches(images, batch_size), done, detection, labels, count(images))
-    kinds = [CLEAN, *("intervention" for _ in tested), *("control" for _ in against)]
     measured = sums.result()
     verdicts = {
-        name: judge_effect(measured["metrics"], measured["values"], list(done), name, isinstance(one, Ablate))
+        name: judge_effect(measured["metrics"], measured["values"], kinds, name, isinstance(one, Ablate))
         for name, one in tested.items()
     }
     return Evaluation(
         model=vit.source,
         detection=detection,
         conditions=tuple(done),
-        kinds=tuple(kinds),  # type: ignore[arg-type]
+        kinds=tuple(kinds.values()),
         interventions=tuple("" if one is None else repr(one) for one in done.values()),
         sublayers=sums.sublayers,
         verdicts=verdicts,

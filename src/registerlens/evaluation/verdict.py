@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,19 @@ TAKEN = 0.5
 """The register has taken over when it draws at least this share of the attention that outliers drew."""
 KEPT = 0.95
 """Below this cosine to the clean run, the output has changed."""
+
+
+class ConditionKind(StrEnum):
+    """What a condition is there for."""
+
+    CLEAN = "clean"
+    """The unedited model."""
+    TESTED = "tested"
+    """An intervention in question."""
+    BASELINE = "baseline"
+    """Another edit for the same purpose, to compare with."""
+    CONTROL = "control"
+    """The same edit on other neurons, which must do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +52,28 @@ class Verdict:
 def judge_effect(
     metrics: Sequence[str],
     values: Float[np.ndarray, "condition metric image"],
-    conditions: Sequence[str],
+    kinds: Mapping[str, ConditionKind],
     name: str,
     ablation: bool = False,
 ) -> Verdict:
     """The verdict on one condition.
 
     Args:
-        metrics, values, conditions: as in `Evaluation`.
-        name: of the condition.
+        metrics, values: as in `Evaluation`.
+        kinds: of the conditions by their names, in the order of `values`.
+        name: of the condition to judge.
         ablation: whether it is an ablation, whose effect is told without praise or blame.
 
     Example:
         >>> metrics = ["outliers", "old_outliers", "new_outliers", "sink_outliers", "sink_elsewhere"]
         >>> clean, after = [[2.0], [2.0], [0.0], [0.9], [0.1]], [[2.0], [2.0], [0.0], [0.9], [0.1]]
-        >>> judge_effect(metrics, np.array([clean, after]), ["clean", "mine"], "mine").worked
+        >>> kinds = {"clean": ConditionKind.CLEAN, "mine": ConditionKind.TESTED}
+        >>> judge_effect(metrics, np.array([clean, after]), kinds, "mine").worked
         False
     """
+
+    conditions = list(kinds)
+    clean = conditions[list(kinds.values()).index(ConditionKind.CLEAN)]
 
     def mean(metric: str, condition: str = name) -> float:
         if metric not in metrics:
@@ -62,20 +81,20 @@ def judge_effect(
         row = values[conditions.index(condition), metrics.index(metric)]
         return float(np.nanmean(row)) if np.isfinite(row).any() else float("nan")
 
-    before = mean("outliers", "clean")
+    before = mean("outliers", clean)
     if not before:
         return Verdict(worked=False, words="Nothing to tell: the clean model has no outlier on these images.")
     gone = mean("old_outliers") <= GONE * before
     handed = mean("new_outliers") > GONE * before
     missing = mean("placed") < 1 - GONE
-    random = [c for c in conditions if c.startswith(("random", "matched"))]
-    weakest = min((mean("old_outliers", c) / before for c in random), default=float("nan"))
+    left = [mean("old_outliers", one) / before for one, kind in kinds.items() if kind is ConditionKind.CONTROL]
+    weakest = min(left, default=float("nan"))
     unspecific = weakest < SPECIFIC
     took = mean("sink_register")
-    drawn = mean("sink_outliers", "clean")
+    drawn = mean("sink_outliers", clean)
     idle = took < TAKEN * drawn
     elsewhere = mean("sink_elsewhere")
-    sink_moved = elsewhere > max(2 * mean("sink_elsewhere", "clean"), TAKEN * drawn)
+    sink_moved = elsewhere > max(2 * mean("sink_elsewhere", clean), TAKEN * drawn)
     cosine = mean("cos_cls") if np.isfinite(mean("cos_cls")) else mean("cos_normal")
     changed = cosine < KEPT
     worked = gone and not (handed or missing or unspecific or idle or sink_moved or changed)
@@ -93,8 +112,8 @@ def judge_effect(
         what = "[CLS]" if np.isfinite(mean("cos_cls")) else "normal patches"
         parts.append(f"cosine of {what} to the clean run {cosine:.3f}" + (" (the output changed)" if changed else ""))
     if np.isfinite(mean("accuracy")):
-        parts.append(f"accuracy {mean('accuracy', 'clean'):.1%} -> {mean('accuracy'):.1%}")
-    if random:
+        parts.append(f"accuracy {mean('accuracy', clean):.1%} -> {mean('accuracy'):.1%}")
+    if left:
         doing = "random neurons do it too" if unspecific else "random neurons do not"
         parts.append(f"{doing} (at least {weakest:.0%} of the outliers stay)")
     if ablation:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from registerlens.display import Shown
 from registerlens.errors import ConfigError
+from registerlens.evaluation.verdict import ConditionKind
 from registerlens.stats.intervals import CHUNK, mean_intervals, resample
 from registerlens.stats.permutation import holm, least_p, n_flips, sign_flip_p
 from registerlens.sweep.conditions import Factor
@@ -34,7 +35,7 @@ NUMBERS = (
 
 def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) -> pd.DataFrame:
     """The table of `SweepResult.to_dataframe`, which explains it."""
-    tested = np.array([one.kind == "tested" for one in result.conditions])
+    tested = np.array([one.kind is ConditionKind.TESTED for one in result.conditions])
     flips = n_flips(int(tested.sum())) if flips is None else flips
     times = {name: resample(len(places.names), n_boot, seed) for name, places in result.places.items() if places.names}
     blocks = []
@@ -113,7 +114,7 @@ def _measure(
 
 def _clean_rows(swept: list[Swept]) -> Int[np.ndarray, " condition"]:
     """For each condition the clean run of its model; -1 where there is none."""
-    clean = {one.model: row for row, one in enumerate(swept) if one.kind == "clean"}
+    clean = {one.model: row for row, one in enumerate(swept) if one.kind is ConditionKind.CLEAN}
     return np.array([clean.get(one.model, -1) for one in swept], dtype=np.int64)
 
 
@@ -121,7 +122,7 @@ def _controls(swept: list[Swept]) -> dict[str, list[int]]:
     """From a condition's key to its controls."""
     found: dict[str, list[int]] = {}
     for row, one in enumerate(swept):
-        if one.kind == "control":
+        if one.kind is ConditionKind.CONTROL:
             found.setdefault(one.control_of, []).append(row)
     return found
 

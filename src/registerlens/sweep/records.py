@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from registerlens.errors import ConfigError
+from registerlens.evaluation.verdict import ConditionKind
 from registerlens.sweep.conditions import Condition, Factor
-
-Kind = Literal["clean", "control", "tested"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class Swept:
     """A condition that was run, without its interventions: what a table and a figure need of it.
 
     Example:
-        >>> Swept.of(Condition(model="small")).kind
+        >>> Swept.of(Condition(model="small")).kind.value
         'clean'
     """
 
@@ -49,11 +48,11 @@ class Swept:
         return cls(factors=dict(condition.factors), edited=bool(condition.interventions), **same)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ConditionKind:
         """The clean run, a control of another condition, or what the sweep is about."""
         if not self.edited:
-            return "clean"
-        return "control" if self.control_of else "tested"
+            return ConditionKind.CLEAN
+        return ConditionKind.CONTROL if self.control_of else ConditionKind.TESTED
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

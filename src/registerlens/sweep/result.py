@@ -20,6 +20,7 @@ from registerlens.data.images import Skipped
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, close_matches
 from registerlens.evaluation.metrics import COLUMNS, Metric
+from registerlens.evaluation.verdict import ConditionKind
 from registerlens.files import reading, whole_file, write_json
 from registerlens.sweep.aggregate import NUMBERS, Comparison, aggregate, compare
 from registerlens.sweep.conditions import Condition, Factor
@@ -214,7 +215,7 @@ class SweepResult(Shown):
         """
         self._column(metric)
         frame: Any = self._aggregates
-        rows = frame[(frame["metric"] == metric) & (frame["kind"] == "tested")]
+        rows = frame[(frame["metric"] == metric) & (frame["kind"] == ConditionKind.TESTED)]
         numbers = [name for name in NUMBERS if name not in ("metric", "n_images", "p_least", "n_controls")]
         if by not in numbers:
             raise ConfigError(f"No column {by!r} to order by.{close_matches(by, numbers)} There are {numbers}.")
@@ -253,11 +254,15 @@ class SweepResult(Shown):
         fits = [
             one for one in self.conditions if all(one.factors.get(name) in values for name, values in wanted.items())
         ]
-        tested = {one.key for one in fits if one.kind == "tested"}
+        tested = {one.key for one in fits if one.kind is ConditionKind.TESTED}
         if not tested:
             known = dict.fromkeys(name for one in self.conditions for name in one.factors)
             raise ConfigError(f"No tested condition has {factors}. Factors: {list(known)}.")
-        kept = [one for one in self.conditions if one.kind == "clean" or one.key in tested or one.control_of in tested]
+        kept = [
+            one
+            for one in self.conditions
+            if one.kind is ConditionKind.CLEAN or one.key in tested or one.control_of in tested
+        ]
         rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([one.key for one in kept]))  # type: ignore[attr-defined]
         return self.from_table(self.table.filter(rows), kept, self.metrics, self.skipped)
 

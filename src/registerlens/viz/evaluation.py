@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from registerlens.evaluation.effects import Evaluation
+from registerlens.evaluation.verdict import ConditionKind
 from registerlens.viz.theme import (
     BLUE,
     BROWN,
@@ -28,7 +29,8 @@ from registerlens.viz.theme import (
 )
 
 _INTERVENTIONS = (BLUE, GREEN, PURPLE)
-_CONTROLS = {"zeroed": RED, "mean": ORANGE, "random": GREY, "matched": SKY, "neighbours": OLIVE}
+_AGAINST = {"zeroed": RED, "mean": ORANGE, "random": GREY, "matched": SKY, "neighbours": OLIVE}
+_WIDTHS = {ConditionKind.CLEAN: 5.0, ConditionKind.TESTED: 2.5}
 FOREST = {
     "outliers": "outliers per image",
     "cos_cls": "cosine of [CLS]<br>to the clean run",
@@ -50,7 +52,7 @@ class Group:
     colour: str
     """Of lines and dots."""
     width: float
-    """Of lines in pixels: wide for the clean model, which others lie on, thin for controls."""
+    """Of lines in pixels: wide for the clean model, which others lie on, thin for baselines and controls."""
 
 
 def groups_of(evaluation: Evaluation, mode: Mode = "light") -> list[Group]:
@@ -62,29 +64,29 @@ def groups_of(evaluation: Evaluation, mode: Mode = "light") -> list[Group]:
         >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
         >>> done = rl.evaluate_intervention(vit, synthetic_images(16, 0).images, rl.TestTimeRegisters(neurons))
         >>> [group.name for group in groups_of(done)][2:]
-        ['zeroed', 'mean', 'random (3 draws)', 'matched (3 draws)', 'random, copied maxima', 'neighbours']
+        ['zeroed', 'mean', 'neighbours', 'random (3 draws)', 'matched (3 draws)', 'random, copied maxima']
     """
-    members: dict[tuple[str, str], list[int]] = {}
+    members: dict[tuple[ConditionKind, str], list[int]] = {}
     for i, (name, kind) in enumerate(zip(evaluation.conditions, evaluation.kinds, strict=True)):
-        stem = re.sub(r" \d+$", "", name) if kind == "control" else name
+        stem = re.sub(r" \d+$", "", name) if kind is ConditionKind.CONTROL else name
         members.setdefault((kind, stem), []).append(i)
-    taken = {_CONTROLS.get(stem, BROWN) for kind, stem in members if kind == "control"}
-    fresh = cycle(
-        [*_INTERVENTIONS, *(colour for colour in PALETTE["light"] if colour not in taken.union(_INTERVENTIONS))]
-    )
+    against = (ConditionKind.BASELINE, ConditionKind.CONTROL)
+    colours = {stem: _AGAINST.get(stem, BROWN) for kind, stem in members if kind in against}
+    taken = {*colours.values(), *_INTERVENTIONS}
+    fresh = cycle([*_INTERVENTIONS, *(colour for colour in PALETTE["light"] if colour not in taken)])
     groups = []
     for (kind, stem), indices in members.items():
-        colour = ink(mode) if kind == "clean" else next(fresh) if kind == "intervention" else _CONTROLS.get(stem, BROWN)
+        colour = colours[stem] if kind in against else ink(mode) if kind is ConditionKind.CLEAN else next(fresh)
         name = f"{stem} ({len(indices)} draws)" if len(indices) > 1 else stem
-        groups.append(Group(name, tuple(indices), colour, {"clean": 5.0, "intervention": 2.5}.get(kind, 1.2)))
+        groups.append(Group(name, tuple(indices), colour, _WIDTHS.get(kind, 1.2)))
     return groups
 
 
 def evaluation_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
     """Above: the largest patch norm and the largest attention to a patch (mean over heads); dashed: the register's own.
 
-    Below: the telling metrics of every condition, mean over images with a 95% bootstrap interval. Controls are thin,
-    the clean model is wide; draws of the same control share a colour and a line of the legend.
+    Below: the telling metrics of every condition, mean over images with a 95% bootstrap interval. Baselines and
+    controls are thin, the clean model is wide; draws of the same control share a colour and a line of the legend.
 
     Source: Jiang et al. 2025, figures 8, 22, 23 and 24.
 
@@ -126,7 +128,7 @@ def evaluation_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure
 
 
 def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
-    """Largest patch norm, layer by layer, of the clean model and the interventions; controls are left out.
+    """Largest patch norm, layer by layer, of the clean model and the interventions, without baselines and controls.
 
     Source: Jiang et al. 2025, figure 8.
 
@@ -142,7 +144,7 @@ def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
     sublayers = np.arange(-1, len(evaluation.sublayers) - 1) / 2
     for group in groups_of(evaluation, mode):
         for member in group.members:
-            if evaluation.kinds[member] != "control":
+            if evaluation.kinds[member] in (ConditionKind.CLEAN, ConditionKind.TESTED):
                 curve = _curve(
                     sublayers, evaluation.norm_curve[member], evaluation.sublayers, group, group.name, "solid", ""
                 )

@@ -12,6 +12,7 @@ from registerlens.analysis.maps import NeuronMaps, PatchMaps
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
 from registerlens.errors import NoOutliersError
+from registerlens.evaluation.verdict import ConditionKind
 from registerlens.viz.curves import trace_figure
 from registerlens.viz.evaluation import evaluation_figure
 from registerlens.viz.neurons import search_figure
@@ -239,15 +240,15 @@ def _evaluated(study: RegisterStudy) -> str:
     metrics, conditions = evaluation_table(evaluation)
     headers = ["condition", *(html.escape(COLUMNS[metric]) for metric in metrics)]
     rows = [[html.escape(name), *(_cell(cells.get(metric)) for metric in metrics)] for name, cells in conditions]
-    marked = [i for i, kind in enumerate(evaluation.kinds) if kind == "intervention"]
+    marked = [i for i, kind in enumerate(evaluation.kinds) if kind is ConditionKind.TESTED]
     note = (
         f"Means over {evaluation.n_images} images; below each mean, where it is not the same for every image, its 95% "
-        f"bootstrap interval. {COLUMN_NOTE} Controls: the same neurons set to zero or to their mean; the same "
-        f"intervention on as many random neurons of each block, on others that get about as active, and on random "
-        f"ones that get the register neurons' maxima; outliers overwritten by their neighbours."
+        f"bootstrap interval. {COLUMN_NOTE} Baselines: the same neurons set to zero or to their mean; "
+        f"outliers overwritten by their neighbours. Controls: the same intervention on as many random neurons of each "
+        f"block, on others that get about as active, and on random ones that get the register neurons' maxima."
     )
-    if "control" not in evaluation.kinds:
-        note = note.partition(" Controls:")[0]
+    if ConditionKind.BASELINE not in evaluation.kinds:
+        note = note.partition(" Baselines:")[0]
     caption = "Every condition by every metric; marked: the intervention."
     return f"{table(headers, rows, marked, caption)}<p><small>{html.escape(note)}</small></p>"
 

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from registerlens.errors import ConfigError
+from registerlens.evaluation.verdict import ConditionKind
 from registerlens.sweep.aggregate import HEAD, NUMBERS
 from registerlens.sweep.result import SweepResult
 from registerlens.viz.theme import GREY, Mode, apply_theme
@@ -98,7 +99,7 @@ def effects_of(result: SweepResult, metric: str, by: By) -> Effects:
     known = [name for name in frame.columns if name not in (*HEAD, *NUMBERS)]
     kept = ["condition", "label", "kind", "model", "images", "control_of", "n_images", "p_least", *known]
     frame = frame[[*kept, *columns]].rename(columns=columns)
-    tested = frame[(frame["kind"] == "tested") & frame["value"].notna()]
+    tested = frame[(frame["kind"] == ConditionKind.TESTED) & frame["value"].notna()]
     if tested.empty:
         raise ConfigError(
             f"Nothing to draw: no tested condition has the {by.words} of {metric!r}. "
@@ -106,7 +107,7 @@ def effects_of(result: SweepResult, metric: str, by: By) -> Effects:
         )
     factors = tuple(name for name in known if tested[name].notna().any())
     words = result.metrics[metric]
-    return Effects(metric, words, by, tested, frame[frame["kind"] == "control"], factors)
+    return Effects(metric, words, by, tested, frame[frame["kind"] == ConditionKind.CONTROL], factors)
 
 
 def finished(figure: go.Figure, effects: Effects, mode: Mode) -> go.Figure:
