@@ -14,10 +14,11 @@ from helpers import randomise
 
 import registerlens as rl
 from registerlens.analysis.maps import patch_maps
-from registerlens.analysis.trace import QUANTILES, Trace, _Sums, _Watch
+from registerlens.analysis.trace import QUANTILES, Trace, TraceSums
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
 from registerlens.engine import attention_received
+from registerlens.engine.stream import stream
 from registerlens.errors import ImageError, NonFiniteError, ShapeError
 from registerlens.model.attention import Attention
 from registerlens.stats.histograms import LOG_HIGH, LOG_LOW, N_BINS
@@ -159,7 +160,7 @@ def test_batches_of_different_sizes_stream():
 
 @pytest.mark.parametrize("images", [[], iter([]), torch.zeros(0, 3, 32, 48)])
 def test_no_image_is_an_error(images):
-    with pytest.raises(ImageError, match="No image to trace"):
+    with pytest.raises(ImageError, match="No image came for tracing"):
         rl.trace(model(), images)
 
 
@@ -216,7 +217,7 @@ def test_nothing_of_a_batch_outlives_it():
     gc.disable()
     try:
         rl.trace(model(), [noise(2), noise(2)])
-        assert not [thing for thing in gc.get_objects() if isinstance(thing, _Watch)]
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, TraceSums)]
     finally:
         gc.enable()
 
@@ -272,17 +273,15 @@ def test_memory_does_not_grow_with_the_images():
             del batch
             assert sum(reference() is not None for reference in alive) <= 2
 
-    sizes = []
+    sizes, held = [], []
     for n in (1, 9):
         found = rl.trace(vit, batches(n))
         sizes.append(sum(v.nbytes for v in vars(found).values() if isinstance(v, np.ndarray)))
-        sums = _Sums(vit)
-        held = []
-        for _ in range(n):
-            sums.add(torch.rand(7, 2, 24) + 1, [torch.rand(2, 6)] * 3)
-            held.append(sum(v.numel() for v in vars(sums).values() if isinstance(v, torch.Tensor)))
-        assert len(set(held)) == 1
+        sums = TraceSums(vit)
+        stream(vit, batches(n), [sums], description="tracing")
+        held.append(sum(total.numel() for total in sums.totals.values()))
     assert sizes[0] == sizes[1]
+    assert held[0] == held[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

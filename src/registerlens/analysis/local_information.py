@@ -19,7 +19,7 @@ from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import sublayer_of, sublayers
+from registerlens.model.sublayers import EVERYWHERE, sublayer_of, sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.seeds import generator_of
@@ -169,8 +169,7 @@ class _Sums:
     def add(self, batch: Tensor, detection: Detection, generator: torch.Generator, use: Int[Tensor, " batch"]) -> None:
         """One batch; `use` is what each image is for."""
         patches, kept = self.vit.layout(batch).patches, []
-        names = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
-        with self.vit.hooks([(names, lambda resid, hook: kept.append(resid[:, patches]))]):
+        with self.vit.hooks([(EVERYWHERE, lambda resid, hook: kept.append(resid[:, patches]))]):
             self.vit(batch, stop_at_layer=self.vit.cfg.n_layers)
         mask = detection.cutoff.above(token_norms(kept[self.places.index(detection.sublayer)]))
         mask, kept = mask.to(self.device), [resid.to(self.device) for resid in kept]

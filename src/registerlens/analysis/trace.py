@@ -16,16 +16,16 @@ from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence, judge
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
 from registerlens.display import Shown
 from registerlens.engine.attention_received import attention_hooks
-from registerlens.errors import ImageError, NonFiniteError
+from registerlens.engine.stream import Batch, Sums, stream
+from registerlens.errors import NonFiniteError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import sublayers
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
-from registerlens.stats.histograms import N_BINS, bin_edges, count_bins
+from registerlens.model.sublayers import EVERYWHERE, sublayers
+from registerlens.model.vit import Hook, HookedViT
+from registerlens.stats.histograms import bin_edges, count_bins
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -264,60 +264,41 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
         >>> found.verdict, found.onset
         ('present', '1.mlp')
     """
-    sums = _Sums(vit)
-    device = vit.device
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "tracing", count(images), len):
-            layout = vit.layout(batch)
-            watch = _Watch(layout)
-            with vit.hooks(watch.hooks(vit)):
-                vit(batch.to(device), stop_at_layer=vit.cfg.n_layers)
-            sums.sizes[batch.shape[2], batch.shape[3]] = None
-            sums.add(torch.stack(watch.norms), watch.sinks)
-    return sums.result()
+    [found] = stream(vit, images, [TraceSums(vit)], batch_size=batch_size, description="tracing")
+    return found
 
 
-class _Watch:
-    """One batch's norms and sinks, collected by hooks; nothing larger than [batch, patch] a sublayer is kept."""
-
-    def __init__(self, layout: TokenLayout) -> None:
-        self.layout = layout
-        self.norms: list[Tensor] = []
-        self.sinks: list[Tensor] = []
-
-    def hooks(self, vit: HookedViT) -> list[Any]:
-        places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
-        attention = attention_hooks(vit, self.layout, range(vit.cfg.n_layers), self._attention)
-        return [(places, self._norm), *attention]
-
-    def _norm(self, resid: Tensor, hook: Any) -> None:
-        self.norms.append(token_norms(resid[:, self.layout.patches]))
-
-    def _attention(self, layer: int, drawn: Float[Tensor, "batch head key"]) -> None:
-        attention = drawn[..., self.layout.patches]
-        best = attention.mean(1).max(-1)
-        self.sinks.append(torch.cat([attention.amax(-1), best.values[:, None], best.indices[:, None].float()], 1))
-
-
-class _Sums:
-    """Running sums and histograms: as large after a million images as after one."""
+class TraceSums(Sums):
+    """What a trace adds up; nothing larger than [batch, patch] a sublayer is kept of a batch."""
 
     def __init__(self, vit: HookedViT) -> None:
-        layers, heads = vit.cfg.n_layers, vit.cfg.n_heads
+        super().__init__()
         self.model, self.config = vit.source, vit.cfg
+        self.sublayers = sublayers(vit.cfg.n_layers)
         self.sizes: dict[tuple[int, int], None] = {}  # an ordered set
-        self.sublayers = sublayers(layers)
-        n = len(self.sublayers)
-        self.n_images = 0
-        self.largest, self.median, self.ratio = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
-        self.quantiles = torch.zeros(n, len(QUANTILES), dtype=torch.float64)
-        self.histogram, self.largest_histogram = (torch.zeros(n, N_BINS, dtype=torch.int64) for _ in range(2))
-        self.head_sink = torch.zeros(layers, heads, dtype=torch.float64)
-        self.mean_sink = torch.zeros(layers, dtype=torch.float64)
-        self.sink_histogram = torch.zeros(layers, N_BINS, dtype=torch.int64)
 
-    def add(self, norms: Float[Tensor, "sublayer batch patch"], sinks: list[Float[Tensor, "batch statistics"]]) -> None:
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Norms everywhere, and the attention that patches draw."""
+        self.norms: list[Float[Tensor, "batch patch"]] = []
+        self.head_sinks: list[Float[Tensor, "batch head"]] = []
+        self.sinks: list[Float[Tensor, " batch"]] = []
+        self.sink_patches: list[Int[Tensor, " batch"]] = []
+
+        def norm(resid: Tensor, hook: Any) -> None:
+            self.norms.append(token_norms(resid[:, layout.patches]))
+
+        def attention(layer: int, drawn: Float[Tensor, "batch head key"]) -> None:
+            drawn = drawn[..., layout.patches]
+            self.head_sinks.append(drawn.amax(-1))
+            strongest = drawn.mean(1).max(-1)
+            self.sinks.append(strongest.values)
+            self.sink_patches.append(strongest.indices)
+
+        return [(EVERYWHERE, norm), *attention_hooks(vit, layout, range(vit.cfg.n_layers), attention)]
+
+    def update(self, batch: Batch) -> None:
         """Take in one batch."""
+        norms = torch.stack(self.norms)  # sublayer batch patch
         if not norms.isfinite().all():
             first = self.sublayers[int((~norms.isfinite()).flatten(1).any(1).nonzero()[0])]
             raise NonFiniteError(
@@ -329,43 +310,35 @@ class _Sums:
         median = quantiles[QUANTILES.index(0.5)]
         largest = norms.amax(-1)
         relative = norms / median[..., None]
-        self.n_images += norms.shape[1]
-        self.largest += largest.sum(1).double().cpu()
-        self.median += median.sum(1).double().cpu()
-        self.ratio += (largest / median).sum(1).double().cpu()
-        self.quantiles += quantiles.sum(-1).T.double().cpu()
-        self.histogram += count_bins(relative.flatten(1))
-        self.largest_histogram += count_bins(relative.amax(-1))
-        stacked = torch.stack(sinks)  # layer batch (heads, mean head, its patch)
-        self.head_sink += stacked[..., :-2].sum(1).double().cpu()
-        self.mean_sink += stacked[..., -2].sum(1).double().cpu()
         # sublayer 2 l is what enters block l: the embedding, or the block before it after its MLP
-        entering = relative[:-1:2].gather(-1, stacked[..., -1:].long())[..., 0]
-        self.sink_histogram += count_bins(entering)
+        entering = relative[:-1:2].gather(-1, torch.stack(self.sink_patches)[..., None])[..., 0]
+        self.sizes[batch.images.shape[2], batch.images.shape[3]] = None
+        self.add(
+            n_images=len(batch),
+            largest_norm=largest.sum(1),
+            median_norm=median.sum(1),
+            largest_over_median=(largest / median).sum(1),
+            norm_quantiles=quantiles.sum(-1).T,
+            head_sink=torch.stack(self.head_sinks).sum(1),
+            mean_sink=torch.stack(self.sinks).sum(1),
+            histogram=count_bins(relative.flatten(1)),
+            largest_histogram=count_bins(relative.amax(-1)),
+            sink_histogram=count_bins(entering),
+        )
+
+    def merge(self, other: TraceSums) -> None:  # type: ignore[override]
+        """Take in what another one saw."""
+        super().merge(other)
+        self.sizes |= other.sizes
 
     def result(self) -> Trace:
-        """Everything, as means over the images.
-
-        Raises:
-            ImageError: no image came.
-        """
-        if not self.n_images:
-            raise ImageError("No image to trace: the tensor or the iterable of batches is empty. Give at least one.")
-        n = self.n_images
+        """Everything, as means over the images."""
         return Trace(
             model=self.model,
             config=self.config,
             image_sizes=tuple(self.sizes),
             sublayers=self.sublayers,
             sink_query="cls" if self.config.class_token else "mean",
-            n_images=n,
-            largest_norm=(self.largest / n).numpy(),
-            median_norm=(self.median / n).numpy(),
-            largest_over_median=(self.ratio / n).numpy(),
-            norm_quantiles=(self.quantiles / n).numpy(),
-            histogram=self.histogram.numpy(),
-            largest_histogram=self.largest_histogram.numpy(),
-            head_sink=(self.head_sink / n).numpy(),
-            mean_sink=(self.mean_sink / n).numpy(),
-            sink_histogram=self.sink_histogram.numpy(),
+            n_images=self.n_images,
+            **self.means(),
         )

@@ -1,1 +1,1 @@
-"""One pass over images: clean prefixes, what fits into memory, crews of workers, and the store of their parts."""
+"""One pass over images: reducers, clean prefixes, what fits into memory, crews of workers, the store of their parts."""

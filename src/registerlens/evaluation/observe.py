@@ -15,6 +15,7 @@ from registerlens.analysis.predictions import accuracy, divergence
 from registerlens.config import TokenLayout
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import EVERYWHERE
 from registerlens.model.vit import HookedViT
 from registerlens.stats.histograms import medians
 
@@ -78,8 +79,7 @@ def observe(
     def receive(layer: int, attention: Tensor) -> None:
         drawn[layer] = attention.mean(1)
 
-    places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
-    hooks: list[Any] = [(places, lambda resid, hook: norms.append(token_norms(resid)))]
+    hooks: list[Any] = [(EVERYWHERE, lambda resid, hook: norms.append(token_norms(resid)))]
     asked = layout if queries == "cls" else replace(layout, class_token=False)
     hooks += attention_hooks(vit, asked, range(vit.cfg.n_layers), receive)
     with vit.hooks(hooks):

@@ -21,7 +21,7 @@ from registerlens.errors import ShapeError
 from registerlens.interventions.base import Intervention
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import sublayers
+from registerlens.model.sublayers import EVERYWHERE, sublayers
 from registerlens.model.vit import HookedViT
 
 STRONGEST = 8
@@ -135,9 +135,8 @@ class _Watch:
         self.given: dict[tuple[int, int], Tensor] = {}
 
     def hooks(self) -> list[Any]:
-        places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
         inside = pattern_hooks(self.vit, range(self.vit.cfg.n_layers), self._pair, self._pattern)
-        return [(places, self._norm), ("blocks.*.mlp.hook_post", self._neurons), *inside]
+        return [(EVERYWHERE, self._norm), ("blocks.*.mlp.hook_post", self._neurons), *inside]
 
     def _norm(self, resid: Tensor, hook: Any) -> None:
         self.norms.append(token_norms(resid[0]).cpu())

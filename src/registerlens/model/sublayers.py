@@ -5,6 +5,9 @@ from __future__ import annotations
 from registerlens.config import ViTConfig
 from registerlens.errors import ShapeError, close_matches
 
+EVERYWHERE = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_mid", "blocks.*.hook_resid_post"]
+"""Hook points of all sublayers, in their order."""
+
 
 def sublayers(n_layers: int) -> tuple[str, ...]:
     """Every place of the residual stream.

@@ -1,0 +1,216 @@
+"""Images pass through the model once, batch by batch; reducers watch, and add up what they see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from registerlens.config import TokenLayout
+from registerlens.data.batches import Images, count, in_batches
+from registerlens.errors import ImageError, ShapeError
+from registerlens.model.names import match_names
+from registerlens.model.vit import Hook, HookedViT
+from registerlens.progress import track
+
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that pass together."""
+
+    images: Float[Tensor, "batch channel height width"]
+    """On the model's device."""
+    layout: TokenLayout
+    """Of their sequences."""
+    start: int
+    """How many images passed before them."""
+    labels: Int[Tensor, "batch ..."] | None = None
+    """Of these images, where there are some."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@runtime_checkable
+class Reducer(Protocol[Result_co]):
+    """What is learned from images that pass, in memory that does not grow with their number.
+
+    A reducer sees named activations, not the model: whoever has recorded them can feed it by the same hooks. Most are
+    `Sums`, so that reducers of different shards can be merged.
+    """
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> Sequence[Hook]:
+        """A batch begins: (names of hook points, function of (activation, hook point)) pairs that will watch it."""
+        ...
+
+    def update(self, batch: Batch) -> None:
+        """The batch has passed, and its hooks are gone."""
+        ...
+
+    def result(self) -> Result_co:
+        """What was learned."""
+        ...
+
+
+class Sums:
+    """Totals by name, of a reducer whose memory is sums: they add up over batches, and over shards.
+
+    Example:
+        >>> one, other = Sums(), Sums()
+        >>> one.add(n_images=2, norm=torch.tensor([1.0, 2.0]))
+        >>> other.add(n_images=1, norm=torch.tensor([4.0, 4.0]))
+        >>> one.merge(other)
+        >>> one.n_images, one.means()["norm"] * 3
+        (3, array([5., 6.]))
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    @property
+    def n_images(self) -> int:
+        """Images so far, where they are counted under this name."""
+        return int(self.totals.get("n_images", 0))
+
+    def add(self, **values: Tensor | int | float) -> None:
+        """Add to the totals of these names: floating-point numbers in float64, on the CPU."""
+        for name, value in values.items():
+            tensor = torch.as_tensor(value).cpu().contiguous()
+            # Not in place: what was made in inference mode could not be changed outside it.
+            total = tensor.double() if tensor.is_floating_point() else tensor.long()
+            self.totals[name] = self.totals[name] + total if name in self.totals else total
+
+    def merge(self, other: Sums) -> None:
+        """Take in what another reducer with the same options saw, as if its images had come here."""
+        self.add(**other.totals)
+
+    def means(self) -> dict[str, np.ndarray]:
+        """Every total as it is reported: whole numbers as counts, all others over the number of images."""
+        n = self.n_images
+        return {
+            name: (total / n if total.is_floating_point() else total).numpy()
+            for name, total in self.totals.items()
+            if name != "n_images"
+        }
+
+
+def stream(
+    vit: HookedViT,
+    images: Images,
+    reducers: Sequence[Reducer[Result_co]],
+    *,
+    batch_size: int = 16,
+    labels: Int[Tensor, "image ..."] | None = None,
+    description: str,
+) -> list[Result_co]:
+    """One pass over the images for any number of reducers; it goes no deeper than the last hook point of any of them.
+
+    Args:
+        vit: the model, edited or not.
+        images: [image, channel, height, width], split into batches here, or an iterable of batches.
+        reducers: who watches.
+        batch_size: images at once when a tensor is given.
+        labels: one an image, which come with the batches.
+        description: what is being done, for the progress bar.
+
+    Returns:
+        the reducers' results.
+
+    Raises:
+        HookNameError: a reducer asks for a hook point that does not exist.
+        ImageError: there are no images.
+        ShapeError: they do not fit the model, or there is not one label an image.
+
+    Example:
+        >>> import registerlens as rl
+        >>> class Largest(Sums):
+        ...     def hooks(self, vit, layout):
+        ...         return [("blocks.1.hook_resid_post", lambda x, hook: self.add(largest=x.amax((1, 2)).sum()))]
+        ...
+        ...     def update(self, batch):
+        ...         self.add(n_images=len(batch))
+        ...
+        ...     def result(self):
+        ...         return self.n_images, float(self.means()["largest"]) > 0
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> stream(vit, torch.rand(5, 3, 48, 48), [Largest()], batch_size=2, description="looking")
+        [(5, True)]
+    """
+    with torch.inference_mode():
+        for batch in batches(vit, images, batch_size, description, labels):
+            run_until_seen(vit, batch.images, [hook for one in reducers for hook in one.hooks(vit, batch.layout)])
+            for reducer in reducers:
+                reducer.update(batch)
+    return [reducer.result() for reducer in reducers]
+
+
+def batches(
+    vit: HookedViT,
+    images: Images,
+    batch_size: int,
+    description: str,
+    labels: Int[Tensor, "image ..."] | None = None,
+) -> Iterator[Batch]:
+    """The images in batches on the model's device, with a progress bar; for what is more than one pass.
+
+    Raises:
+        ImageError: no image came.
+        ShapeError: images do not fit the model, or there is not one label an image.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(3, 3, 48, 48)
+        >>> [(one.start, one.labels.tolist()) for one in batches(vit, images, 2, "counting", torch.tensor([5, 6, 7]))]
+        [(0, [5, 6]), (2, [7])]
+    """
+    n, known = 0, count(images)
+    if labels is not None and known not in (None, len(labels)):
+        raise ShapeError(f"{len(labels)} labels for {known} images; one for each is needed.")
+    for part in track(in_batches(images, batch_size), description, known, len):
+        layout, start, n = vit.layout(part), n, n + len(part)
+        if labels is not None and n > len(labels):
+            raise ShapeError(f"{len(labels)} labels for {n} images or more; one for each is needed.")
+        yield Batch(part.to(vit.device), layout, start, None if labels is None else labels[start:n])
+    if not n:
+        raise ImageError(
+            f"No image came for {description}: the tensor or the iterable is empty, or it could be iterated only once. "
+            f"Give a tensor, a list of batches or an rl.ImageStream."
+        )
+    if labels is not None and n != len(labels):
+        raise ShapeError(f"{len(labels)} labels for {n} images; one for each is needed.")
+
+
+def run_until_seen(vit: HookedViT, images: Float[Tensor, "batch channel height width"], hooks: Sequence[Hook]) -> None:
+    """A forward pass that ends, within a block if need be, as soon as each of the hook points has been reached.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit, seen = rl.HookedViT.from_pretrained("registerlens:tiny"), []
+        >>> with torch.inference_mode(), vit.hooks([("blocks.*.hook_mlp_out", lambda x, hook: seen.append(hook.name))]):
+        ...     run_until_seen(vit, torch.rand(1, 3, 48, 48), [("blocks.1.hook_resid_mid", lambda x, hook: None)])
+        >>> seen
+        ['blocks.0.hook_mlp_out']
+    """
+    exact = [(name, hook) for names, hook in hooks for name in match_names(names, vit.hook_dict)]
+    left = {name for name, _ in exact}
+
+    def count_down(x: Tensor, hook: Any) -> None:
+        left.discard(hook.name)
+        if not left:
+            raise _AllSeen
+
+    # A hook that raises can end a pass within a block, which stop_at_layer cannot.
+    with suppress(_AllSeen), vit.hooks([*exact, *((name, count_down) for name in left)]):
+        vit(images)
+
+
+class _AllSeen(Exception):
+    """Each hook point has been reached."""
