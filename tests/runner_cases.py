@@ -87,13 +87,13 @@ def metrics_of(name):
 
 
 def look_at_everything(edited, clean, layout):
-    """A number that changes with whatever changes."""
+    """A number that changes with whatever changes; attention's terms, which are large, do not cancel each other."""
     total = edited.tokens.abs().mean((1, 2)) / (1 + clean.tokens.abs().mean((1, 2)))
     for i, place in enumerate(sorted(edited.norms)):
         total = total + (i + 1) * (edited.norms[place].mean(1) / clean.norms[place].mean(1)).log() / 10
         total = total + edited.norms[place][:, layout.test_time_registers].sum(1) / 1000
     for layer, drawn in edited.attention.items():
-        weights = torch.linspace(-1, 1, drawn.shape[-1])
+        weights = torch.linspace(0.1, 2, drawn.shape[-1])
         total = total + (layer + 1) * (drawn.square() * weights).sum((1, 2))
     return total
 
