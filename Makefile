@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint types bench parity readme docs clean
+.PHONY: demo test test-slow test-portable count lint types bench parity readme docs clean
 
 demo: .venv/ready
 	$(BIN)/registerlens demo --out demo
@@ -13,6 +13,14 @@ test: .venv/ready
 # What takes long, and waits for others for a third of its time: tutorials, the demo, benchmarks at a tiny scale, real DINOv2-S, kills in a row, a Ray cluster.
 test-slow: .venv/ready
 	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -n 3 --dist loadgroup -m slow
+
+# The plain tests as other processors, numbers of threads and orders would have it: the main ways, or ONLY="avx2 openblas".
+test-portable: .venv/ready
+	$(BIN)/python tests/portable.py $(ONLY)
+
+# Modules and lines of code, without blanks, comments and docstrings.
+count:
+	$(PYTHON) tests/count.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

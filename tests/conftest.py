@@ -3,13 +3,13 @@
 import os
 import zlib
 
-os.environ |= {"OMP_NUM_THREADS": "1"}  # pytest -n 2 runs two processes, and tests start others
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest -n 2 runs two processes, and tests start others
 import jaxtyping
 import pytest
 import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 pytest_plugins = ["skips"]
 
 
