@@ -9,10 +9,9 @@ from PIL import Image
 import registerlens as rl
 from registerlens import cli
 from registerlens.data.synthetic import synthetic_images
-from registerlens.sweep.config_metrics import METRICS
 from registerlens.sweep.from_config import prepare
 from registerlens.sweep.result import SweepResult
-from registerlens.sweep.yaml_config import read_config
+from registerlens.sweep.yaml_config import SweepConfig
 
 CONFIG = """\
 model: registerlens:tiny
@@ -115,7 +114,7 @@ def test_a_sweep_is_run_stored_printed_and_written(run, place, tmp_path):
 )  # fmt: skip
 def test_every_kind_of_grid_becomes_its_conditions(place, grid, n, labels):
     (place / "grid.yaml").write_text(f"model: registerlens:tiny\nimages: photos\nconditions:\n- {grid}\n")
-    config = read_config(place / "grid.yaml", METRICS)
+    config = SweepConfig.from_file(place / "grid.yaml")
     prepared = prepare(config, {"model": rl.HookedViT.from_pretrained("registerlens:tiny")})
     clean, *tested = prepared.conditions
     assert clean.label == "clean" and len(tested) == n
@@ -145,7 +144,7 @@ def test_every_wrong_key_is_named_before_anything_is_loaded(run, place, monkeypa
     assert code == 1 and "3 problems" in err
     assert "line 3, column" in err and "Did you mean 'cos_patches'" in err
     assert "line 9, column 1: Unknown key 'batch_sise'. Did you mean 'batch_size'" in err
-    assert "line 10, column 7: 'seed' is 'x' (text)" in err
+    assert "line 10, column 1: 'seed' is 'x', expected a whole number from 0" in err
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import registerlens as rl
-from registerlens.data.synthetic import FLAT, KEY, NORMAL, TRIGGER, SyntheticTask, _banks, _place, synthetic_images
+from registerlens.data.synthetic import FLAT, KEY, NORMAL, TRIGGER, _banks, _place, synthetic_images
+from registerlens.data.synthetic_task import SyntheticTask
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A training run small enough to be repeated in a test, and what a killed process runs."""
 
-from registerlens.data.synthetic import SyntheticTask
+from registerlens.data.synthetic_task import SyntheticTask
 from registerlens.emergence.config import ModelShape, TrainingConfig
 from registerlens.emergence.training import train
 

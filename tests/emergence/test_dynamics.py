@@ -1,7 +1,6 @@
 """What comes first: courses whose order is known, and a run between random weights and the embedded model's."""
 
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -198,7 +197,7 @@ def test_runs_that_stopped_early_are_listed_too(tmp_path):
 
 def test_recipes_are_known_by_their_configuration(tmp_path):
     assert {recipe_of(one.config).name for one in RECIPES.values()} == set(RECIPES)
-    assert recipe_of(replace(RECIPES["cls"].config, seed=4, log_every=100)).name == "cls"
+    assert recipe_of(RECIPES["cls"].config.changed(seed=4, log_every=100)).name == "cls"
     unknown = CliRunner().invoke(app, ["emerge", "--recipe", "gelu", "--out", str(tmp_path / "run")])
     assert isinstance(unknown.exception, ConfigError) and "Did you mean 'gelu-" in str(unknown.exception)
     both = ["emerge", "--recipe", "cls", "--config", "x.yaml", "--out", str(tmp_path / "run")]

@@ -8,7 +8,8 @@ import torch
 from small_runs import MODEL, small
 
 import registerlens as rl
-from registerlens.data.synthetic import FLAT, SyntheticTask, synthetic_images
+from registerlens.data.synthetic import FLAT, synthetic_images
+from registerlens.data.synthetic_task import SyntheticTask
 from registerlens.emergence import evidence
 from registerlens.emergence.criteria import CONDITIONS, CRITERIA, RANDOM_SETS, EmergenceCriteria, emergence_criteria
 from registerlens.emergence.run import labels_of
@@ -114,7 +115,7 @@ def test_random_weights_meet_none():
 
 
 def test_norms_and_attention_of_cls_and_registers_are_told(tmp_path):
-    config = small(model=replace(MODEL, class_token=True, n_trained_registers=2))
+    config = small(model=MODEL.changed(class_token=True, n_trained_registers=2))
     vit, batch = initial_vit(config), synthetic_images(64, 0, config.task)
     with torch.no_grad():
         vit.embed.prefix[2] *= 100  # a register with a norm of its own

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from dataclasses import replace
 from multiprocessing import forkserver
 
 import pytest
@@ -139,7 +138,7 @@ def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path):
 
 def test_other_runs_are_refused(whole, tmp_path):
     with pytest.raises(ConfigError, match=r"another configuration: task.noise is 0.6 there, 0.5 here"):
-        train(small(task=replace(small().task, noise=0.5)), whole.folder)
+        train(small(task=small().task.changed(noise=0.5)), whole.folder)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty, and holds no training run"):
         train(small(), tmp_path)
@@ -215,7 +214,7 @@ def test_the_loss_counts_patches_and_cls_by_hand():
 
 
 def test_cls_and_trained_registers_and_sgd_train(tmp_path):
-    shape = replace(MODEL, class_token=True, n_trained_registers=2)
+    shape = MODEL.changed(class_token=True, n_trained_registers=2)
     run = train(small(model=shape, optimiser="sgd", learning_rate=0.05, steps=8, warm_up=0), tmp_path)
     last = run.metrics().iloc[-1]
     assert 0 <= last["accuracy_image"] <= 1 and last["loss"] < run.metrics()["loss"].iloc[1]

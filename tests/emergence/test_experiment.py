@@ -55,7 +55,7 @@ def experiments_model(name, config):
 @pytest.mark.parametrize("name", TABLE)
 def test_the_experiments_table(name):
     settings, onset, per_image, jump, quantiles, n_neurons, register_norm, zeroed = TABLE[name]
-    config = TrainingConfig.from_dict(settings)
+    config = TrainingConfig(**settings)
     vit, batch = experiments_model(name, config), held_out_images(config, 2 * N, part=1)
     found = emergence_criteria(vit, batch.images, labels_of(batch, vit.layout(batch.images)))
     failing = [row["criterion"] for row in found.to_dataframe().to_dict("records") if not row["holds"]]

@@ -19,7 +19,7 @@ SANDWICH = {"norm_after": True}
 
 
 def model(**shape):
-    config = TrainingConfig.from_dict({"model": {"n_layers": 3, "n_heads": 2, "class_token": True, **shape}})
+    config = TrainingConfig(model={"n_layers": 3, "n_heads": 2, "class_token": True, **shape})
     torch.manual_seed(0)
     return randomise(rl.HookedViT(config.vit_config)).eval()
 

@@ -30,18 +30,21 @@ def emerge(
     The same command goes on where a stopped run was, to the same weights bit for bit. The default recipe takes some
     minutes.
     """
-    from dataclasses import replace  # noqa: PLC0415
+    if config is not None and recipe is not None:
+        raise typer.BadParameter("give --config or --recipe, not both", param_hint="--recipe")
+    if config is not None:
+        from registerlens.emergence.config import TrainingConfig  # noqa: PLC0415
 
-    from registerlens.emergence import recipes  # noqa: PLC0415
-    from registerlens.emergence.config import TrainingConfig  # noqa: PLC0415
+        asked = TrainingConfig.from_file(config)  # before torch is imported, for which wrong keys need not wait
+    else:
+        from registerlens.emergence import recipes  # noqa: PLC0415
+
+        asked = recipes.recipe(recipe or "default").config
     from registerlens.emergence.dynamics import training_dynamics  # noqa: PLC0415
     from registerlens.emergence.research import judge_run  # noqa: PLC0415
     from registerlens.emergence.training import train  # noqa: PLC0415
 
-    if config is not None and recipe is not None:
-        raise typer.BadParameter("give --config or --recipe, not both", param_hint="--recipe")
-    asked = recipes.recipe(recipe or "default").config if config is None else TrainingConfig.from_file(config)
-    run = train(asked if seed is None else replace(asked, seed=seed), out)
+    run = train(asked if seed is None else asked.changed(seed=seed), out)
     last = run.metrics().iloc[-1]
     accuracies = {name[9:]: last[name] for name in last.index if name.startswith("accuracy_")}
     told = ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())

@@ -64,14 +64,14 @@ def run(
         raise typer.BadParameter("say where results are kept, or ask for --dry-run.", param_hint="--store")
     if ray is not None and workers:
         raise typer.BadParameter("give one of --ray and --workers.", param_hint="--workers")
-    from registerlens.sweep.config_metrics import METRICS  # noqa: PLC0415
-    from registerlens.sweep.from_config import prepare  # noqa: PLC0415
-    from registerlens.sweep.yaml_config import read_config  # noqa: PLC0415
+    from registerlens.sweep.yaml_config import SweepConfig  # noqa: PLC0415
 
-    asked = read_config(config, METRICS)
+    asked = SweepConfig.from_file(config)
+    from registerlens.sweep.from_config import prepare  # noqa: PLC0415  (torch, once the file is known to be right)
+
     if out is not None:
         make_folder(out)
-    models = {name: load_model(model, asked.device) for name, model in asked.models.items()}
+    models = {name: load_model(model, asked.device) for name, model in asked.named_models.items()}
     prepared = prepare(asked, models)
     if dry_run:
         print_words(prepared.plan().describe())

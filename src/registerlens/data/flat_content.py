@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.data.photographs import shipped_photographs
+from registerlens.data.synthetic_task import FlatContent
 from registerlens.errors import ConfigError
-
-FlatContent = Literal["colour", "gradient", "soft_noise", "photographs"]
-"""Nothing but the colour; a linear ramp; noise of low frequency; smooth places of photographs."""
 
 CONTRAST = 0.4
 """Standard deviation of what is shown, in pixel units: that of the textures is 0.5, of the noise on them 0.6."""

@@ -17,38 +17,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.data.flat_content import FlatContent, flat_contents
+from registerlens.data.flat_content import flat_contents
+from registerlens.data.synthetic_task import SyntheticTask
 
 NORMAL, KEY, TRIGGER, FLAT = range(4)
 ROLES = ("normal", "key", "trigger", "flat")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticTask:
-    """The settings of the generator; the defaults are those of `registerlens:tiny`."""
-
-    grid: int = 6
-    """Patches along each side."""
-    patch: int = 8
-    """Pixels along a patch's side."""
-    n_attributes: int = 4
-    """Textures summed in a normal patch."""
-    n_classes: int = 12
-    """Textures to choose from for each attribute; class `n_classes` means "none", the flat patches' label."""
-    n_types: int = 4
-    """Types of keys (one patch each) and of triggers."""
-    n_triggers: int = 7
-    """Trigger patches in every image."""
-    flats: tuple[int, int] = (1, 3)
-    """Fewest and most flat patches in an image."""
-    noise: float = 0.6
-    """Standard deviation of the pixel noise."""
-    flat_noise: float = 0.1
-    """The same on flat patches."""
-    flat_content: tuple[FlatContent, ...] = ("colour",)
-    """What flat patches show beside their colour, one of these each: nothing, or content that no label asks for."""
-    texture_seed: int = 7
-    """Seed of the textures and marks themselves: part of the task, not of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +110,7 @@ def _labels(own: Tensor, roles: Tensor, types: Tensor, key_positions: Tensor, ta
 
 
 def _paint(own: Tensor, roles: Tensor, types: Tensor, task: SyntheticTask, generator: torch.Generator) -> Tensor:
-    textures, triggers, keys = _banks(task)
+    textures, triggers, keys = _banks(task)  # type: ignore[arg-type]  (what is frozen has a hash)
 
     def only(*which: int) -> Tensor:
         return torch.isin(roles, torch.tensor(which))[..., None, None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from registerlens.emergence.config import TrainingConfig
@@ -35,7 +35,7 @@ _ALL = ("gradient", "soft_noise", "photographs")
 _LONGER = {"steps": 6000}
 
 RECIPES: dict[str, Recipe] = {
-    name: Recipe(name=name, question=question, config=TrainingConfig.from_dict(changes))
+    name: Recipe(name=name, question=question, config=TrainingConfig.model_validate(changes))
     for name, question, changes in (
         ("default", "How often and how cleanly does it emerge?", {}),
         (
@@ -87,5 +87,5 @@ def recipe_of(config: TrainingConfig) -> Recipe | None:
         ('default', None)
     """
     plain = TrainingConfig()
-    same = replace(config, **{name: getattr(plain, name) for name in NO_SETTING})
+    same = config.changed(**{name: getattr(plain, name) for name in NO_SETTING})
     return next((one for one in RECIPES.values() if one.config == same), None)

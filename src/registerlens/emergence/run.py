@@ -78,7 +78,7 @@ class TrainingRun:
         """
         folder = Path(folder)
         with reading(folder / "config.json") as told:
-            return cls(folder, TrainingConfig.from_dict(told["training"]))
+            return cls(folder, TrainingConfig(**told["training"]))
 
     @classmethod
     def make(cls, folder: str | Path, config: TrainingConfig) -> TrainingRun:
@@ -101,7 +101,7 @@ class TrainingRun:
             return there
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"'{folder}' is not empty, and holds no training run. Give another folder.")
-        write_json(folder / "config.json", {"version": __version__, "training": config.to_dict()})
+        write_json(folder / "config.json", {"version": __version__, "training": config.model_dump(mode="json")})
         return cls(folder, config)
 
     @property
@@ -203,7 +203,7 @@ def flat_settings(config: TrainingConfig) -> dict[str, Any]:
             found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
         return found
 
-    return flat(config.to_dict())
+    return flat(config.model_dump(mode="json"))
 
 
 def _differences(there: TrainingConfig, given: TrainingConfig) -> list[str]:

@@ -236,7 +236,7 @@ def _save_state(
     tensors = {f"model.{name}": tensor for name, tensor in vit.state_dict().items()}
     for index, values in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value for name, value in values.items() if value is not None}
-    told = {"step": step, "clocks": clocks, "config": run.config.to_dict()}
+    told = {"step": step, "clocks": clocks, "config": run.config.model_dump(mode="json")}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     with whole_file(run.state_file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
@@ -251,7 +251,7 @@ def _restore(run: TrainingRun, vit: HookedViT, optimiser: torch.optim.Optimizer)
         with safe_open(run.state_file, "pt") as file:
             told = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterable)
-        step, clocks, config = told["step"], told["clocks"], TrainingConfig.from_dict(told["config"])
+        step, clocks, config = told["step"], told["clocks"], TrainingConfig(**told["config"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise WeightsError(f"'{run.state_file}' is damaged: {error}. Remove the folder to start anew.") from error
     if config != run.config:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from einops import rearrange
@@ -20,11 +20,11 @@ from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
+from registerlens.interventions.choices import Mode
 from registerlens.interventions.targets import Heads, Part, Target, Tokens, parts_of, target_from_dict, target_to_dict
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
-Mode = Literal["zero", "mean", "noise", "shuffle", "resample"]
 BANK = 32
 """Reference images from which "shuffle" and "resample" draw; a random sample of those seen by `fit`."""
 NEEDS_BANK = ("shuffle", "resample")

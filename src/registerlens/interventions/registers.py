@@ -15,11 +15,10 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError, InterventionError
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
+from registerlens.interventions.choices import Assign, Clear, Extreme, Start
 from registerlens.model.names import TOKENS
 from registerlens.model.norms import Norm
 
-Extreme = Literal["per_neuron", "shared"]
-Clear = Literal["all", "patches", "outliers", "none"]
 Positions = int | Sequence[int] | Bool[Tensor, "grid_h grid_w"] | Callable[[Tensor], Shaped[Tensor, "batch ..."]]
 """Patches by index (row by row), as a grid of booleans, or as a function of the images [batch, channel, height, width]
 that gives indices [batch, n] or booleans [batch, grid_h, grid_w] or [batch, patch]."""
@@ -193,8 +192,8 @@ class TestTimeRegisters(Intervention):
     source: Literal["all", "patches"] = "all"
     clear: Clear = "all"
     fill: Literal["zero", "mean"] = "zero"
-    init: Literal["zero", "gaussian", "mean"] = "zero"
-    assign: Literal["all", "random"] = "all"
+    init: Start = "zero"
+    assign: Assign = "all"
     before_ln_pre: bool = False
     maxima_of: RegisterNeurons | None = None
     seed: int = 0
@@ -204,7 +203,7 @@ class TestTimeRegisters(Intervention):
         check_maxima(self.neurons, self.maxima_of)
         if self.n < 0:
             raise ConfigError(f"n, the number of test-time registers, must be at least 0, got {self.n}.")
-        for name, known in (("init", ("zero", "gaussian", "mean")), ("assign", ("all", "random"))):
+        for name, known in (("init", get_args(Start)), ("assign", get_args(Assign))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
         if self.before_ln_pre and self.init != "zero":

@@ -11,8 +11,8 @@ import torch
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.errors import ConfigError, close_matches
 from registerlens.evaluation.controls import Activity, matched_neurons, random_neurons
-from registerlens.interventions.ablation import Mode
 from registerlens.interventions.base import Host
+from registerlens.interventions.choices import Mode
 from registerlens.interventions.targets import Heads, Tokens
 from registerlens.sweep.levels import Level
 

@@ -31,10 +31,10 @@ def sources_of(
     names: dict[str, dict[str, str]] = {}
     for model, vit in models.items():
         alike = vit.preprocess == first
-        names[model] = {images: images if alike else f"{images} ({model})" for images in config.images}
+        names[model] = {images: images if alike else f"{images} ({model})" for images in config.named_images}
         for images, name in names[model].items():
             if name not in sources:
-                sources[name] = source_of(config, config.images[images], vit)
+                sources[name] = source_of(config, config.named_images[images], vit)
     return sources, names
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to what `run_sweep` takes: models, image sources, conditions."""
+"""From a configuration to what `run_sweep` takes: models, image sources, conditions, metrics."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from registerlens.analysis.detection import Cutoff, detect
+from registerlens.analysis.detection import Cutoff, Detection, detect
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.sources import Source
-from registerlens.errors import ConfigError, RegisterLensError
-from registerlens.evaluation.metrics import Metric
+from registerlens.errors import ConfigError, ImageError, RegisterLensError
+from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.interpolation import InterpolateOutliers
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
@@ -24,7 +24,6 @@ from registerlens.interventions.targets import Heads, Target
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.axes import cumulative, every_head, every_neuron, every_token, matched_sets, random_sets, top_k
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.config_metrics import metrics_of
 from registerlens.sweep.config_sources import source_of, sources_of
 from registerlens.sweep.controls import with_controls
 from registerlens.sweep.dry_run import SweepPlan, plan_sweep
@@ -33,7 +32,7 @@ from registerlens.sweep.levels import Level
 from registerlens.sweep.planned import ablation
 from registerlens.sweep.result import SweepResult
 from registerlens.sweep.run import run_sweep
-from registerlens.sweep.yaml_config import GridSpec, NeuronsSpec, SweepConfig
+from registerlens.sweep.yaml_config import Grid, Layers, SweepConfig
 
 Sets = dict[Any, Any]
 """Label -> Level, or what the label stands for."""
@@ -126,7 +125,7 @@ def prepare(config: SweepConfig, models: Mapping[str, HookedViT]) -> Prepared:
         ConfigError: something in it does not fit a model or cannot be read; the message names the line.
         ImageError: there are no images.
     """
-    with _at(config, config.images_line):
+    with _at(config, config.line("image_sets" if config.image_sets else "images")):
         sources, names = sources_of(config, models)
     told = config.reference_images
     reference = {
@@ -141,9 +140,67 @@ def prepare(config: SweepConfig, models: Mapping[str, HookedViT]) -> Prepared:
         models=models,
         sources=sources,
         conditions=Conditions(tuple(listed)),
-        metrics=metrics_of(config, models, {name: sources[next(iter(names[name].values()))] for name in models}),
+        metrics=_metrics_of(config, models, {name: sources[next(iter(names[name].values()))] for name in models}),
         reference_images=reference,
     )
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+_LACKING = {
+    "cos_cls": "the model has no [CLS] token",
+    "cos_output": "the model pools no output",
+    **dict.fromkeys(("outliers", "sink_outliers", "sink_patch"), "the model has no outliers on the first images"),
+    **dict.fromkeys(("kl", "agreement"), "the model predicts no classes"),
+    **dict.fromkeys(("cross_entropy", "accuracy"), "the images have no labels"),
+}
+"""Why a model may lack a metric; what is not here none lacks."""
+
+
+def _metrics_of(
+    config: SweepConfig, models: Mapping[str, HookedViT], sources: Mapping[str, Source]
+) -> tuple[Metric, ...]:
+    """The metrics that were asked for, or all that the models have alike.
+
+    Args:
+        config: the configuration.
+        models: by name.
+        sources: images of each model; the first usable shard decides where outliers show, and whether there are labels.
+
+    Raises:
+        ConfigError: a model lacks one that was asked for, or models would measure it at different places.
+    """
+    own = {name: _metrics(vit, sources[name], config.batch_size) for name, vit in models.items()}
+    first = next(iter(own.values()))
+    alike = {one: first[one] for one in first if all(_same(first[one], other.get(one)) for other in own.values())}
+    for name in config.metrics:
+        lacking = [model for model, metrics in own.items() if name not in metrics]
+        if lacking:
+            raise ConfigError(
+                f"'{config.path}': the metric {name!r} cannot be measured: {_LACKING[name]} ({lacking[0]})."
+            )
+        if name not in alike:
+            raise ConfigError(
+                f"'{config.path}': the models would measure {name!r} at different places ("
+                f"{'; '.join(metrics[name].words for metrics in own.values())}). Sweep them one by one."
+            )
+    return tuple(alike[name] for name in config.metrics or alike)
+
+
+def _same(one: Metric, other: Metric | None) -> bool:
+    return other is not None and (one.words, one.norms, one.attention) == (other.words, other.norms, other.attention)
+
+
+def _metrics(vit: HookedViT, source: Source, batch_size: int) -> dict[str, Metric]:
+    shards = (source.shard(index) for index in range(source.n_shards))
+    shard = next((one for one in shards if len(one.names)), None)
+    if shard is None:
+        raise ImageError("No image could be read. Check the paths in the file.")
+    detection: Detection = detect(vit, shard.images, batch_size=batch_size)
+    return {one.name: one for one in default_metrics(vit, detection, labels=shard.labels is not None)}
+
+
+# Conditions -----------------------------------------------------------------------------------------------------------
 
 
 def _conditions(
@@ -152,13 +209,13 @@ def _conditions(
     """Every condition of one model, its clean run first."""
     maker = _Maker(config=config, vit=vit, images=Batches(reference, config.batch_size))
     mine = Conditions((Condition(),))
-    for spec in config.conditions:
-        with _at(config, spec.line):
+    for i, spec in enumerate(config.conditions):
+        with _at(config, config.line("conditions", i)):
             mine = mine + _grid(maker, spec).check(vit)
     return mine.over(models=[name], images=images)
 
 
-def _grid(maker: _Maker, spec: GridSpec) -> Conditions:
+def _grid(maker: _Maker, spec: Grid) -> Conditions:
     made = KINDS[spec.kind](maker, spec.axes)
     if not spec.controls.n:
         return made
@@ -180,18 +237,22 @@ def _at(config: SweepConfig, line: int) -> Iterator[None]:
 
 def _neurons(maker: _Maker, axes: Mapping[str, Any]) -> Sets:
     """The sets of neurons that an axis stands for, in the layers that were named."""
-    return NEURONS[axes["neurons"].how](maker, axes["neurons"], axes.get("layers"))
+    how, value = axes["neurons"].given
+    return NEURONS[how](maker, value, axes["neurons"].of, axes.get("layers"))
 
 
-def _listed(maker: _Maker, spec: NeuronsSpec, layers: tuple[int, ...] | None) -> RegisterNeurons:
-    neurons = maker.neurons(spec.source)
+def _listed(maker: _Maker, source: str, layers: Layers) -> RegisterNeurons:
+    neurons = maker.neurons(source)
     kept = neurons if layers is None else neurons.filter(layers=layers)
     if not len(kept):
-        raise ConfigError(f"No neuron of '{spec.source}' lies in the layers {list(layers or ())}. Name others.")
+        raise ConfigError(f"No neuron of '{source}' lies in the layers {list(layers or ())}. Name others.")
     return kept
 
 
-def _each(pairs: tuple[tuple[int, int], ...]) -> Sets:
+def _each(maker: _Maker, value: Any, of: str, layers: Layers) -> Sets:
+    if value == "all":
+        return every_neuron(maker.vit, layers)
+    pairs = _listed(maker, value, layers).pairs if isinstance(value, str) else value
     singles = {pair: RegisterNeurons.from_pairs([pair]) for pair in pairs}
     return {f"{a}:{b}": Level(one, {"layer": a, "neuron": b}) for (a, b), one in singles.items()}
 
@@ -200,30 +261,30 @@ def _named(sets: Mapping[str, RegisterNeurons]) -> Sets:
     return {name: Level(one, {"neurons": name}) for name, one in sets.items()}
 
 
-def _drawn(maker: _Maker, spec: NeuronsSpec, layers: tuple[int, ...] | None) -> Sets:
-    listed, seed = _listed(maker, spec, layers), maker.config.seed
-    if spec.how == "random":
-        return _named(random_sets(listed, spec.n, maker.vit.cfg.d_mlp, seed))
+def _random(maker: _Maker, n: int, of: str, layers: Layers) -> Sets:
+    return _named(random_sets(_listed(maker, of, layers), n, maker.vit.cfg.d_mlp, maker.config.seed))
+
+
+def _matched(maker: _Maker, n: int, of: str, layers: Layers) -> Sets:
     from registerlens.evaluation.controls import neuron_activity  # noqa: PLC0415
 
+    listed = _listed(maker, of, layers)
     activity = neuron_activity(maker.vit, maker.images, list(listed.by_layer()), maker.config.batch_size)
-    return _named(matched_sets(listed, spec.n, activity, seed))
+    return _named(matched_sets(listed, n, activity, maker.config.seed))
 
 
-NEURONS: dict[str, Callable[[_Maker, NeuronsSpec, tuple[int, ...] | None], Sets]] = {
-    "all": lambda maker, spec, layers: every_neuron(maker.vit, layers),
-    "set": lambda maker, spec, layers: _named({spec.source: _listed(maker, spec, layers)}),
-    "each": lambda maker, spec, layers: _each(_listed(maker, spec, layers).pairs),
-    "listed": lambda maker, spec, layers: _each(spec.pairs),
-    "sets": lambda maker, spec, layers: _named(
-        {name: RegisterNeurons.from_pairs(pairs, name) for name, pairs in spec.sets.items()}
+NEURONS: dict[str, Callable[[_Maker, Any, str, Layers], Sets]] = {
+    "set": lambda maker, name, of, layers: _named({name: _listed(maker, name, layers)}),
+    "each": _each,
+    "sets": lambda maker, sets, of, layers: _named(
+        {name: RegisterNeurons.from_pairs(pairs, name) for name, pairs in sets.items()}
     ),
-    "top_k": lambda maker, spec, layers: top_k(_listed(maker, spec, layers), spec.k),
-    "cumulative": lambda maker, spec, layers: cumulative(_listed(maker, spec, layers)),
-    "random": _drawn,
-    "matched": _drawn,
+    "top_k": lambda maker, k, of, layers: top_k(_listed(maker, of, layers), k),
+    "cumulative": lambda maker, name, of, layers: cumulative(_listed(maker, name, layers)),
+    "random": _random,
+    "matched": _matched,
 }
-"""How neurons are named -> what makes the sets."""
+"""How neurons are named -> what makes the sets, of what stands there."""
 
 
 def _heads(maker: _Maker, axes: Mapping[str, Any]) -> Sets:

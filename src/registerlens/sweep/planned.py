@@ -15,9 +15,10 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError, InterventionError, close_matches
-from registerlens.interventions.ablation import Ablate, Mode
+from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
+from registerlens.interventions.choices import Mode
 from registerlens.interventions.targets import Target
 
 
