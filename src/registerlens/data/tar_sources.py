@@ -198,6 +198,8 @@ def _samples(url: str, wanted: set[str | None]) -> Iterator[_Sample]:
         yield sample
 
 
+# webdataset's own reader gives up a tar at its first damaged header, with the sample before it, and hands out half of a
+# sample where the tar breaks off; hence a reader that goes on after the damage and says what was lost.
 def _members(stream: Any, wanted: set[str | None]) -> Iterator[tuple[str, bytes | str]]:
     """Name and bytes of each regular file of a tar (no bytes if its suffix is not wanted), or why it has none."""
     name = ""

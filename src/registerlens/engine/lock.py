@@ -96,6 +96,8 @@ def _refusal(where: str, holder: Holder) -> StoreError:
 
 # A local folder ------------------------------------------------------------------------------------------------------
 
+# Not the library filelock: all but its newest versions empty the file, which says who holds it, when another run tries;
+# and it asks only by taking the lock, for which it must be allowed to write.
 fcntl: Any
 try:
     import fcntl
