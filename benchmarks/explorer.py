@@ -13,8 +13,8 @@ from benchmarks.harness import Row, Scale
 from benchmarks.models import pixels
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import ViTConfig
-from registerlens.explorer.answers import answer
 from registerlens.explorer.explorer import Explorer, explore
+from registerlens.explorer.widget import answer
 from registerlens.model.vit import HookedViT
 
 LIMIT = 0.1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
+
+from markupsafe import Markup
+
+from registerlens.markup import render
 
 _LONGEST = 48
 """Characters of a text in a line."""
@@ -59,17 +62,43 @@ def line(value: Any) -> str:
     return f"{type(value).__name__}({told})"
 
 
-def card(value: Any, more: str = "") -> str:
-    """A dataclass as HTML: what `describe` says where there is one, and its fields; `more` is HTML to stand between."""
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Headers and rows."""
+
+
+def card(value: Any, *more: Table) -> Markup:
+    """A dataclass as HTML: what `describe` says where there is one, its fields, and more tables between."""
     told = getattr(value, "describe", None)
-    words = f'<p style="white-space:pre-line">{html.escape(told())}</p>' if told is not None else ""
-    n_bytes = memory(value)
-    size = f" · {size_told(n_bytes)}" if n_bytes else ""
     rows = [[item.name, *_held(getattr(value, item.name))] for item in fields(value)]
-    return (
-        f"<div><strong>{html.escape(type(value).__name__)}</strong>{size}{words}{more}<details><summary>"
-        f"{len(rows)} fields</summary>{html_table(('field', 'what', 'size'), rows)}</details></div>"
+    return html_card(
+        type(value).__name__,
+        size=size_told(n_bytes) if (n_bytes := memory(value)) else "",
+        words="" if told is None else told(),
+        tables=more,
+        folded=(f"{len(rows)} fields", (("field", "what", "size"), rows)),
     )
+
+
+def html_card(
+    title: str,
+    *,
+    size: str = "",
+    words: str = "",
+    tables: Sequence[Table] = (),
+    folded: tuple[str, Table | str] | None = None,
+) -> Markup:
+    """A title, words and tables for a notebook; all of it is text.
+
+    Args:
+        title, size, words: plain text.
+        tables: headers and rows of each.
+        folded: what stands in a fold, a table or text, after its summary.
+
+    Example:
+        >>> html_card("<b>", tables=[(["a"], [["1 & 2"]])])
+        Markup('<div><strong>&lt;b&gt;</strong>...<td>1 &amp; 2</td></tr></tbody></table></div>')
+    """
+    return render("card.html", title=title, size=size, words=words, tables=tables, folded=folded)
 
 
 def memory(value: Any) -> int:
@@ -118,18 +147,6 @@ def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in (headers, *rows)
     ]
     return "\n".join(f"  {line}" for line in lines)
-
-
-def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text, which is escaped.
-
-    Example:
-        >>> html_table(["a"], [["<b>"]])
-        '<table><thead><tr><th scope="col">a</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table>'
-    """
-    head = "".join(f'<th scope="col">{html.escape(header)}</th>' for header in headers)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _is_array(value: Any) -> bool:

@@ -10,11 +10,12 @@ import torch
 import registerlens as rl
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError, ImageError, InterventionError, MissingExtraError, ShapeError
-from registerlens.explorer.answers import answer
-from registerlens.explorer.codes import LEVELS, bound, decode, encode, picture
+from registerlens.explorer.codes import LEVELS, bound, decode, encode
 from registerlens.explorer.explorer import explore
 from registerlens.explorer.manifest import manifest
 from registerlens.explorer.tokens import token_index, token_names
+from registerlens.explorer.widget import answer
+from registerlens.pictures import photograph_uri
 
 ASKED = {"id": 1, "image": 0, "conditions": ["clean"], "layer": 2, "head": "mean", "token": "(1,2)", "role": "query"}
 
@@ -53,10 +54,10 @@ def test_large_pictures_shrink_in_their_own_shape():
 
     from PIL import Image
 
-    found = picture(np.zeros((400, 1600, 3), np.uint8))
+    found = photograph_uri(np.zeros((400, 1600, 3), np.uint8))
     image = Image.open(io.BytesIO(base64.b64decode(found.partition(",")[2])))
     assert (image.format, image.size) == ("JPEG", (640, 160))
-    assert picture(np.zeros((48, 48, 3), np.uint8)).startswith("data:image/png")
+    assert photograph_uri(np.zeros((48, 48, 3), np.uint8)).startswith("data:image/png")
 
 
 @pytest.mark.parametrize(("head", "role"), [("mean", "query"), (0, "key"), ("rollout", "query")])

@@ -13,11 +13,10 @@ from conftest import NASTY
 import registerlens as rl
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError
-from registerlens.explorer import pooling
+from registerlens.explorer import page as module
 from registerlens.explorer.codes import bound, decode
 from registerlens.explorer.explorer import explore
-from registerlens.explorer.page import collect, order
-from registerlens.explorer.pooling import Cells
+from registerlens.explorer.page import Cells, collect, order
 from registerlens.explorer.recording import record
 
 
@@ -127,7 +126,7 @@ def test_cells_add_up():
 
 
 def test_many_patches_are_pooled_on_a_page(explorer, monkeypatch):
-    monkeypatch.setattr(pooling, "MOST_PATCHES", 10)
+    monkeypatch.setattr(module, "MOST_PATCHES", 10)
     data = collect(explorer, 1_000_000)
     told = data["manifest"]
     assert (told["grid"]["rows"], told["grid"]["columns"]) == (3, 3) and "2 x 2 patches" in told["left_out"]

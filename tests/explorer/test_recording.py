@@ -12,7 +12,7 @@ from registerlens.config import ViTConfig
 from registerlens.config_parts import QKNormConfig, RopeConfig
 from registerlens.explorer.attention import Attention
 from registerlens.explorer.recording import STRONGEST, record
-from registerlens.explorer.shown import patch_medians, shown
+from registerlens.explorer.widget import token_view
 from registerlens.interventions.base import Edit, Intervention
 
 
@@ -124,10 +124,10 @@ def test_rows_columns_means_and_the_cls_map(other):
     assert torch.allclose(attention.of(5, "key", 1, 2), pattern[2, :, 5], atol=1e-6)
     assert torch.allclose(attention.of(5, "query", 1, "mean"), pattern.mean(0)[5], atol=1e-6)
     assert torch.allclose(attention.reference(1, 0), pattern[0, 0], atol=1e-6)
-    about = shown(attention, 5, "key", 1, 2)
+    about = token_view(attention, 5, "key", 1, 2)
     patches = cache["blocks.2.hook_resid_post"][0, other.layout(image).patches].norm(dim=-1)
     assert about.medians[-1].item() == pytest.approx(patches.quantile(0.5).item(), rel=1e-5)
-    assert torch.equal(about.medians, patch_medians(attention))
+    assert torch.equal(about.medians, attention.recording.patch_medians)
 
 
 def test_without_cls_the_average_query_stands_in(explorer, vit, images):
@@ -136,7 +136,7 @@ def test_without_cls_the_average_query_stands_in(explorer, vit, images):
 
 
 def test_the_key_of_a_bias_has_no_norm_and_no_neurons(explorer):
-    about = shown(explorer.attention(0, "attention bias"), 36, "key", 3, "mean")
+    about = token_view(explorer.attention(0, "attention bias"), 36, "key", 3, "mean")
     assert about.attention.shape == (36,) and not len(about.norms) and not about.strongest and not len(about.chosen)
 
 

@@ -1,21 +1,21 @@
 """Maps put every value at its patch; the page holds them, whole or not at all."""
 
 import base64
-import html
 import io
 import re
 
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 
 import registerlens as rl
 from registerlens.analysis.maps import neuron_maps, patch_maps
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import InterventionError, NoOutliersError, RegisterLensError, ShapeError
+from registerlens.pictures import colour, colour_bar, data_uri
 from registerlens.viz import report, sections
-from registerlens.viz.maps import colour, colour_bar, data_uri
 from registerlens.viz.study import explore_few, study_circuit, study_registers
 
 REGISTER_NEURONS = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]
@@ -162,7 +162,7 @@ def test_an_interrupted_page_leaves_nothing(tiny, tmp_path, monkeypatch):
     def broken(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sections, "table", broken)
+    monkeypatch.setattr(sections, "numbers_section", broken)
     with pytest.raises(KeyboardInterrupt):
         report.write_report(tmp_path / "p.html", vit, batch.images[:1], display, found, names=["x"], title="t")
     assert list(tmp_path.iterdir()) == []
@@ -268,7 +268,7 @@ def test_the_page_has_the_circuit_or_the_reason_for_none(tiny, studied, tmp_path
     assert circuit.neurons.pairs == studied[0].neurons.pairs and circuit.n_used == 16
     assert circuit.detection == studied[0].evaluation.detection
     cases = (
-        (circuit, html.escape(circuit.describe().splitlines()[0])),
+        (circuit, escape(circuit.describe().splitlines()[0])),
         (NoOutliersError("too <few>"), "too &lt;few&gt;"),
     )
     for given, said in cases:

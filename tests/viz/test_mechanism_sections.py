@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 
 import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
@@ -14,7 +15,7 @@ from registerlens.errors import ConfigError, InterventionError, NoOutliersError,
 from registerlens.viz import mechanism as study
 from registerlens.viz import report
 from registerlens.viz.mechanism import Mechanism, study_mechanism
-from registerlens.viz.mechanism_sections import mechanism_answer, mechanism_sections
+from registerlens.viz.sections import mechanism_answer, mechanism_sections
 
 NEURONS = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
 RESULTS = [name for name in Mechanism.__dataclass_fields__ if not name.startswith("n_")]
@@ -107,17 +108,17 @@ def test_without_outliers_the_reason_stands_in_place_of_the_figures(plain):
         assert isinstance(getattr(plain, name), NoOutliersError), name
     assert plain.defects.n_images == 0 and plain.faithfulness.restrictions == ("patches", "cls")
     kernels, sinks, observables, evidence = (part.body for part in mechanism_sections(plain))
-    reason = html.escape(str(plain.kernels))
+    reason = escape(str(plain.kernels))
     assert reason in kernels and "plotly" not in kernels
-    assert evidence.count("Not shown") == 1 and html.escape(str(plain.distributions)) in evidence
-    assert html.escape(plain.defects.describe()) in observables and "output cosine" in sinks
+    assert evidence.count("Not shown") == 1 and escape(str(plain.distributions)) in evidence
+    assert escape(plain.defects.describe()) in observables and "output cosine" in sinks
     assert "not asked" in mechanism_answer(plain)
 
 
 def test_the_answer_at_the_top_is_the_verdict(found):
     assert found.kernels.no_op == "holds approximately"
     assert "Sinks as no-ops, by the weights: in part" in mechanism_answer(found)
-    assert html.escape(found.kernels.conclusion()) in mechanism_answer(found)
+    assert escape(found.kernels.conclusion()) in mechanism_answer(found)
 
 
 def test_reasons_are_given_as_they_are(tiny):

@@ -8,8 +8,8 @@ import pytest
 from plotly.subplots import make_subplots
 
 from registerlens.errors import ConfigError, MissingExtraError, RegisterLensError
+from registerlens.pictures import colour
 from registerlens.viz import sizes, theme
-from registerlens.viz.maps import colour
 from registerlens.viz.sizes import save_figure, sized
 from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, look_of, on_cells, paper
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from registerlens.config import ViTConfig
-from registerlens.display import Shown, card, html_table
+from registerlens.display import Shown, card
 from registerlens.errors import ConfigError, InterventionError, close_matches
 from registerlens.files import reading, write_json
 
@@ -139,7 +139,7 @@ class RegisterNeurons(Shown):
 
     def _repr_html_(self) -> str:
         listed = [(str(layer), ", ".join(map(str, neurons))) for layer, neurons in self.by_layer().items()]
-        return card(self, html_table(("block", "neurons"), listed))
+        return card(self, (("block", "neurons"), listed))
 
     def by_layer(self) -> dict[int, tuple[int, ...]]:
         """Neurons of each layer, layers in ascending order."""

@@ -1,4 +1,4 @@
-"""Attention in one byte a value, and photographs as small pictures: what a page and a widget are sent.
+"""Attention in one byte a value: what a page and a widget are sent.
 
 A row of attention is stored as the square roots of its shares of the row's largest value, in 255 steps. Attention is
 mostly small beside a sink: square roots keep small values apart where equal steps would round them to nothing.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
-
-from registerlens.viz.maps import data_uri, jpeg_uri
 
 LEVELS = 255
 """Steps of the code."""
@@ -20,10 +17,6 @@ QUANTISATION = (
     f"steps. It is off by at most 1/{LEVELS} of that value, and by less where it is small."
 )
 """In words, for those who read the numbers."""
-
-_QUALITY = 85
-_SMALL = 160**2
-"""Pictures of fewer pixels are kept as they are, as PNG: they will be enlarged."""
 
 
 def encode(rows: Float[np.ndarray, "row value"]) -> tuple[UInt8[np.ndarray, "row value"], Float[np.ndarray, " row"]]:
@@ -52,18 +45,3 @@ def bound(rows: Float[np.ndarray, "row value"]) -> Float[np.ndarray, "row value"
     half = 1 / (2 * LEVELS)
     largest = rows.max(1, keepdims=True)
     return 2 * half * np.sqrt(rows * largest) + half**2 * largest
-
-
-def picture(pixels: UInt8[np.ndarray, "height width rgb"], longest: int = 640) -> str:
-    """A photograph as a data: address: JPEG, made smaller where it is longer than `longest` pixels; PNG if tiny.
-
-    Example:
-        >>> picture(np.zeros((300, 400, 3), np.uint8))[:23]
-        'data:image/jpeg;base64,'
-    """
-    image = Image.fromarray(pixels)
-    if image.width * image.height <= _SMALL:
-        return data_uri(pixels)
-    if max(image.size) > longest:
-        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    return jpeg_uri(image, _QUALITY, subsampling=0)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from registerlens.explorer.codes import QUANTISATION, picture
+from registerlens.explorer.codes import QUANTISATION
 from registerlens.explorer.explorer import CLEAN, Explorer
-from registerlens.viz.maps import colour_bar
+from registerlens.pictures import colour_bar, photograph_uri
 
 
 def manifest(explorer: Explorer) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def manifest(explorer: Explorer) -> dict[str, Any]:
         },
         "reference": "average query" if layout.cls is None else "[CLS]",
         "images": [
-            {"name": name, "src": picture(pixels)}
+            {"name": name, "src": photograph_uri(pixels)}
             for name, pixels in zip(explorer.names, explorer.display, strict=True)
         ],
         "conditions": [

@@ -8,84 +8,71 @@ from __future__ import annotations
 
 import base64
 import gzip
-import html
-import json
+import math
 import uuid
-from dataclasses import replace
-from importlib.resources import files
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+from torch import Tensor
 
+from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError
 from registerlens.explorer.attention import Attention, Head
 from registerlens.explorer.codes import encode
 from registerlens.explorer.explorer import CLEAN, Explorer
 from registerlens.explorer.manifest import manifest
-from registerlens.explorer.pooling import Cells
-from registerlens.explorer.shown import patch_medians
 from registerlens.explorer.tokens import token_names
-from registerlens.files import whole_file
+from registerlens.markup import asset, policy, render, write_html
 from registerlens.progress import track
 
 Kind = tuple[int, Head]
 """A block and a head: one map for every image and condition."""
 
+MOST_PATCHES = 420
+"""Patches that a page shows one by one; more are pooled into cells."""
 _CORE = 3
 """Blocks whose means, with rollout and the heads of the first one, shall fit; else the last images are left out."""
 _REMARKS = 1500
 """Bytes for the lists of what was kept and left out."""
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark }}
-body {{ margin: 0; padding: 1rem; background: #fff }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #15181c }} }}
-</style></head><body>
-<main>{section}</main>
-</body></html>
-"""
 
-
-def script() -> str:
+def script() -> Markup:
     """The explorer's JavaScript: an ES module, its files one after the other."""
-    return "".join(map(_asset, ("sources.js", "drawing.js", "explorer.js")))
+    return asset("explorer/sources.js", "explorer/drawing.js", "explorer/explorer.js")
 
 
-def style() -> str:
+def page_script() -> Markup:
+    """The same, which mounts what stands on a page."""
+    return script() + asset("explorer/embedded.js")
+
+
+def style() -> Markup:
     """The explorer's style sheet."""
-    return _asset("explorer.css")
-
-
-def _asset(name: str) -> str:
-    return (files("registerlens") / "assets" / "explorer" / name).read_text(encoding="utf-8")
+    return asset("explorer/explorer.css")
 
 
 def write(explorer: Explorer, path: Path, max_bytes: int) -> Path:
     """What `Explorer.to_html` does; see there."""
-    title = html.escape(f"{explorer.vit.source}: explorer")
-    frame = len(_PAGE) + len(title)
-    text = _PAGE.format(title=title, section=section(explorer, max_bytes - frame))
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+
+    def page(inside: str) -> Markup:
+        title = f"{explorer.vit.source}: explorer"
+        return render("explorer/page.html", title=title, policy=policy([page_script()]), section=inside)
+
+    return write_html(path, page(section(explorer, max_bytes - len(page("").encode()))))
 
 
-def section(explorer: Explorer, max_bytes: int) -> str:
+def section(explorer: Explorer, max_bytes: int) -> Markup:
     """What `Explorer.section` does; see there."""
-    own = f"registerlens-explorer-{uuid.uuid4().hex[:12]}"
-    code, look = script(), style()
-    data = collect(explorer, max_bytes - len(code.encode()) - len(look.encode()) - 1000)
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return f"""<div id="{own}" class="rl-explorer"></div><style>{look}</style>
-<script type="application/json" id="{own}-data">{text}</script>
-<script type="module">{code}
-mount(document.getElementById("{own}"), embedded(JSON.parse(document.getElementById("{own}-data").textContent)));
-</script>
-"""
+    about = {"own": f"registerlens-explorer-{uuid.uuid4().hex[:12]}", "style": style(), "script": page_script()}
+    frame = render("explorer/section.html", data="", **about)
+    return render("explorer/section.html", data=collect(explorer, max_bytes - len(frame.encode())), **about)
 
 
 def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
@@ -204,7 +191,7 @@ def _facts(explorer: Explorer, scenes: Scenes, cells: Cells) -> dict[str, str]:
         neurons = [recording.strongest[..., 0], recording.strongest[..., 1]]
         neurons += [recording.strongest_activation, recording.strongest_written]
         table = torch.stack([part.float() for part in neurons], -1)[shown]
-        parts = (recording.norms[:, shown], patch_medians(attention), table, recording.chosen_activation[shown])
+        parts = (recording.norms[:, shown], recording.patch_medians, table, recording.chosen_activation[shown])
         packed[scene] = _compressed(*(part.numpy().astype("<f4") for part in parts))
     return packed
 
@@ -224,8 +211,8 @@ def _compressed(*arrays: np.ndarray) -> str:
 
 
 def _size(value: Any) -> int:
-    """Bytes as JSON on the page, where "<" takes six."""
-    return len(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")) + 1
+    """Bytes as JSON on the page, where some signs take six."""
+    return len(htmlsafe_json_dumps(value, separators=(",", ":"))) + 1
 
 
 def _reachable(start: dict[str, Any], kept: list[Kind]) -> dict[str, Any]:
@@ -264,3 +251,75 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Square cells of `side` x `side` patches; those at the right and lower edge may be cut off.
+
+    Example:
+        >>> cells = Cells.few_enough(TokenLayout(grid=(37, 37), n_prefix=1))
+        >>> cells.side, cells.layout.grid
+        (2, (19, 19))
+    """
+
+    side: int
+    """Patches along a cell; 1 leaves everything as it is."""
+    patches: TokenLayout
+    """Where the patches are."""
+
+    @classmethod
+    def few_enough(cls, layout: TokenLayout) -> Cells:
+        """The smallest cells of which there are no more than `MOST_PATCHES`."""
+        side = 1
+        while math.prod(cls(side=side, patches=layout).layout.grid) > MOST_PATCHES:
+            side += 1
+        return cls(side=side, patches=layout)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The layout with cells in the place of patches."""
+        rows, columns = (-(-length // self.side) for length in self.patches.grid)
+        return replace(self.patches, grid=(rows, columns))
+
+    @property
+    def words(self) -> str:
+        """What was pooled; empty where nothing was."""
+        if self.side == 1:
+            return ""
+        return (
+            f"To keep this page small, {self.side} x {self.side} patches share a cell, and (row,column) counts cells: "
+            f"attention to a cell is summed, attention from it averaged; norm and neurons are those of its patch with "
+            f"the largest norm in the clean model."
+        )
+
+    def pool(self, pattern: Float[Tensor, "pos key"]) -> Float[Tensor, "cell cell_or_key"]:
+        """Attention from cells to cells: the mean over queries, the sum over keys; rows that sum to 1 still do.
+
+        Example:
+            >>> cells = Cells(side=2, patches=TokenLayout(grid=(2, 2), n_prefix=1))
+            >>> cells.pool(torch.full((5, 5), 0.2))
+            tensor([[0.2000, 0.8000],
+                    [0.2000, 0.8000]])
+        """
+        if self.side == 1:
+            return pattern
+        belongs = self._belongs(len(pattern))
+        columns = pattern @ self._belongs(pattern.shape[1])
+        return belongs.T @ columns / belongs.sum(0)[:, None]
+
+    def largest(self, norms: Float[Tensor, " pos"]) -> Int[Tensor, " cell"]:
+        """For every cell its patch of largest norm; for other tokens themselves."""
+        if self.side == 1:
+            return torch.arange(len(norms))
+        members = self._belongs(len(norms)).bool()
+        return torch.where(members, norms[:, None], -math.inf).argmax(0)
+
+    def _belongs(self, n: int) -> Float[Tensor, "pos cell"]:
+        """Which cell each of `n` tokens or keys is in; those that are no patches have one of their own."""
+        start, stop = self.patches.patches.start, self.patches.patches.stop
+        rows, columns = (torch.arange(length) // self.side for length in self.patches.grid)
+        cells = rearrange(rows[:, None] * self.layout.grid_width + columns, "h w -> (h w)") + start
+        behind = torch.arange(n - stop) + self.layout.patches.stop
+        index = torch.cat([torch.arange(start), cells, behind])
+        return torch.eye(int(index.max()) + 1)[index]

@@ -23,6 +23,7 @@ from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import EVERYWHERE, sublayers
 from registerlens.model.vit import HookedViT
+from registerlens.stats.histograms import medians
 
 STRONGEST = 8
 """Neurons kept for each token: those that write most into the residual stream there, over all blocks."""
@@ -74,6 +75,11 @@ class Recording:
         if self.patterns:
             return next(iter(self.patterns.values())).shape[-1]
         return self.keys[0].shape[1]
+
+    @property
+    def patch_medians(self) -> Float[Tensor, " sublayer"]:
+        """The median patch norm of the image at every place."""
+        return medians(self.norms[:, self.layout.patches])[:, 0]
 
     def pattern(self, layer: int) -> Float[Tensor, "head pos key"]:
         """The attention pattern of a block, computed here; rows sum to 1."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -10,7 +9,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, ViTConfig
-from registerlens.display import html_table, line, size_told
+from registerlens.display import html_card, line, size_told
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.summary import ModelSummary, summarise, weight_bytes
@@ -94,11 +93,8 @@ class Browsable(HookedRootModule):
         return "\n".join([f"HookedViT: {self.source}", *(f"  {name}: {words}" for name, words in self._told())])
 
     def _repr_html_(self) -> str:
-        tree = html.escape(nn.Module.__repr__(self))
-        return (
-            f"<div><strong>HookedViT: {html.escape(self.source)}</strong>{html_table(('part', 'what'), self._told())}"
-            f"<details><summary>PyTorch's tree of modules</summary><pre>{tree}</pre></details></div>"
-        )
+        folded = "PyTorch's tree of modules", nn.Module.__repr__(self)
+        return html_card(f"HookedViT: {self.source}", tables=[(("part", "what"), self._told())], folded=folded)
 
     def _told(self) -> list[tuple[str, str]]:
         cfg, layout = self.cfg, self.cfg.layout()

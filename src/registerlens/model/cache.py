@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from registerlens.display import html_table, size_told, text_table
+from registerlens.display import html_card, size_told, text_table
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.names import pooled
@@ -95,7 +94,7 @@ class Cache(ActivationCache):
         return f"{self._head()}\n{text_table(*self._table())}"
 
     def _repr_html_(self) -> str:
-        return f"<div><strong>{html.escape(self._head())}</strong>{html_table(*self._table())}</div>"
+        return html_card(self._head(), tables=[self._table()])
 
     def _head(self) -> str:
         n = len(self.cache_dict)

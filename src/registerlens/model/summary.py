@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from registerlens.config import ViTConfig
-from registerlens.display import html_table, size_told, text_table
+from registerlens.display import html_card, size_told, text_table
 from registerlens.model.cache import bytes_held, dtype_told, shape_rows
 from registerlens.model.names import pooled
 
@@ -113,8 +112,7 @@ class ModelSummary:
         return "\n".join([self.describe(), *(text_table(*table) for table in self._tables())])
 
     def _repr_html_(self) -> str:
-        tables = "".join(html_table(*table) for table in self._tables())
-        return f"<div><p>{html.escape(self.describe())}</p>{tables}</div>"
+        return html_card(type(self).__name__, words=self.describe(), tables=self._tables())
 
     def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
         every = pooled({part.name: (part.parameters, part.flops) for part in self.parts})

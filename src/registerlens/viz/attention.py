@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import html
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from markupsafe import Markup
 from torch import Tensor
 from transformer_lens import ActivationCache
 
@@ -25,8 +24,8 @@ from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.images import to_display
 from registerlens.errors import HookNameError, MissingExtraError, ShapeError
 from registerlens.explorer.tokens import TokenName, token_index, token_names
-from registerlens.files import whole_file
-from registerlens.viz.maps import data_uri
+from registerlens.markup import asset, policy, render, write_html
+from registerlens.pictures import data_uri
 from registerlens.viz.theme import BLUE, ink, paper
 
 MOST_BYTES = 3_000_000
@@ -36,29 +35,6 @@ _PER_VALUE = 8
 """Bytes of a number as JSON, its comma included, at most."""
 _MOST_REGISTERS = 16
 """More tokens than the grid explains are test-time registers only up to here."""
-
-_MOUNT = """
-const place = document.getElementById("{own}");
-const packed = {packed};
-async function library() {{
-  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const script = document.createElement("script");
-  script.textContent = await new Response(stream).text();
-  document.head.append(script);
-}}
-if (packed) globalThis.registerlensCircuitsVis ??= library();
-for (let tries = 0; !globalThis.registerlensCircuitsVis && tries < 100; tries += 1) {{
-  await new Promise((resolve) => setTimeout(resolve, 100));
-}}
-if (globalThis.registerlensCircuitsVis) {{
-  await globalThis.registerlensCircuitsVis;
-  const properties = JSON.parse(document.getElementById("{own}-data").textContent);
-  CircuitsVis.render("{own}", CircuitsVis.AttentionHeads, properties);
-}} else {{
-  place.textContent = "CircuitsVis is not on this page: show a view with script=True first.";
-}}
-"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,10 +59,9 @@ class AttentionView:
     script: bool = True
     """Whether the view brings CircuitsVis's script (0.5 MB, compressed); one view on a page is enough."""
 
-    def html(self) -> str:
+    def html(self) -> Markup:
         """A piece of HTML with everything in it."""
-        own = f"registerlens-heads-{uuid.uuid4().hex[:12]}"
-        properties = {
+        data = {
             "attention": np.round(self.attention.astype(float), 5).tolist(),
             "attentionHeadNames": self.heads,
             "tokens": self.tokens,
@@ -95,34 +70,23 @@ class AttentionView:
             "maskUpperTri": False,  # CircuitsVis takes attention for causal unless it is told
             "positiveColor": BLUE,
         }
-        data = json.dumps(properties, separators=(",", ":")).replace("<", "\\u003c")
-        packed = f'"{_library()}"' if self.script else "null"
-        return (
-            f'<div style="background:{paper()};color:{ink()};padding:8px;font:14px/1.4 system-ui,sans-serif">'
-            f"<p>{html.escape(self.caption)}</p>{self._strip()}"
-            f'<div id="{own}" style="margin:12px 0"></div></div>'
-            f'<script type="application/json" id="{own}-data">{data}</script>'
-            f'<script type="module">{_MOUNT.format(own=own, packed=packed)}</script>'
+        return render(
+            "heads.html",
+            own=f"registerlens-heads-{uuid.uuid4().hex[:12]}",
+            paper=paper(),
+            ink=ink(),
+            caption=self.caption,
+            pictures=[(name, source) for name, source in zip(self.tokens, self.thumbnails, strict=False) if source],
+            data=data,
+            library=_library() if self.script else None,
+            script=asset("heads/heads.js"),
         )
 
     def save(self, path: str | Path) -> Path:
         """Write a page that needs no other file, whole or not at all; returns the path."""
-        path = Path(path)
-        with whole_file(path) as temporary:
-            head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Attention heads</title></head>'
-            temporary.write_text(f"{head}<body>{self.html()}</body></html>\n", encoding="utf-8")
-        return path
-
-    def _strip(self) -> str:
-        """The chosen patches as small pictures under their names."""
-        shown = [(name, src) for name, src in zip(self.tokens, self.thumbnails, strict=False) if src]
-        style = "width:36px;height:36px;display:block;object-fit:contain;image-rendering:pixelated"
-        pictures = "".join(
-            f'<figure style="margin:0;font-size:11px;text-align:center"><img style="{style}" src="{src}" alt="">'
-            f"<figcaption>{html.escape(name)}</figcaption></figure>"
-            for name, src in shown
-        )
-        return f'<div style="display:flex;flex-wrap:wrap;gap:4px 8px">{pictures}</div>' if shown else ""
+        allowed = policy([asset("heads/heads.js"), _library_text()])
+        about = {"title": "Attention heads", "policy": allowed, "body": self.html()}
+        return write_html(path, render("plain.html", **about))
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -323,7 +287,11 @@ def _thumbnails(model: Any, images: Tensor | None, image: int, layout: TokenLayo
 
 @lru_cache(maxsize=1)
 def _library() -> str:
-    """CircuitsVis's script as the installed package carries it, compressed, in base64."""
+    """CircuitsVis's script, compressed, in base64."""
+    return base64.b64encode(gzip.compress(_library_text().encode(), 9, mtime=0)).decode()
+
+
+def _library_text() -> str:
+    """The script as the installed package carries it."""
     text = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    text = text.rpartition("//# sourceMappingURL")[0] or text
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return text.rpartition("//# sourceMappingURL")[0] or text

@@ -1,29 +1,28 @@
-"""The frame of a page that needs no other file, and its building blocks: text, figures, tables, rows of pictures."""
+"""The frame of a page that needs no other file, and what stands in it: sections, figures, maps."""
 
 from __future__ import annotations
 
 import html
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-import plotly.io
 from jaxtyping import Float, UInt8
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from registerlens.files import whole_file
-from registerlens.viz.alternative import in_words
-from registerlens.viz.maps import colour, colour_bar, data_uri
+from registerlens.markup import asset, policy, render, write_html
+from registerlens.pictures import colour, data_uri
 
-_ASSETS = files("registerlens") / "assets" / "page"
 _MARKUP = re.compile(r'<(?!/?(br|b|i|em|sub|sup|extra|span)\s*/?>|span style="color:#[0-9a-f]{6}">)')
 """A `<` that begins none of the tags our figures use."""
+_MOST = 12
+"""Series of a figure that are told in words; the rest is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,70 +33,111 @@ class Section:
     """Where links lead: letters, digits, hyphens."""
     title: str
     """The heading, plain text."""
-    body: str
-    """What follows it, HTML."""
+    body: Markup
+    """What follows it."""
+    scripts: tuple[str, ...] = ()
+    """Scripts in it, which the page lets run."""
 
-    def to_html(self) -> str:
+    def to_html(self) -> Markup:
         """The section as HTML.
 
         Example:
-            >>> Section(id="a", title="T & U", body="<p>x</p>").to_html()
-            '<section aria-labelledby="a"><h2 id="a">T &amp; U</h2><p>x</p></section>'
+            >>> Section(id="a", title="T & U", body=Markup("<p>x</p>")).to_html()
+            Markup('<section aria-labelledby="a"><h2 id="a">T &amp; U</h2><p>x</p></section>')
         """
-        title = f'<h2 id="{self.id}">{html.escape(self.title)}</h2>'
-        return f'<section aria-labelledby="{self.id}">{title}{self.body}</section>'
+        return render("report/section.html", **vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A small picture with its caption."""
+
+    source: str
+    """A data: address."""
+    caption: tuple[str, ...]
+    """Lines of plain text."""
+    words: str
+    """What is seen, for those who do not see it."""
+    width: int
+    """Together with the height: the shape in which it is shown."""
+    height: int
+    """See width."""
+    kind: str = ""
+    """"map" where each pixel is a patch."""
 
 
 def write_page(
-    path: str | Path, title: str, facts: Sequence[str], body: Sequence[Section | str], footer: str = ""
+    path: str | Path, title: str, facts: Sequence[str], sections: Sequence[Section], footer: str = ""
 ) -> Path:
-    """Write the page, whole or not at all, plotly's script inside; it opens from disk without a network.
+    """Write the page, whole or not at all, plotly's script inside; it opens from disk and can ask no network.
 
     Args:
         path: the HTML file.
         title: the heading, plain text.
         facts: plain text below it, set apart by dots.
-        body: sections, which are listed in the table of contents, and HTML, which is not.
-        footer: HTML.
+        sections: the page; where they are several, a table of contents lists them.
+        footer: plain text.
 
     Returns:
         the path.
 
     Example:
         >>> import tempfile
-        >>> page = write_page(Path(tempfile.mkdtemp()) / "page.html", "T & U", ["tiny"], ["<p>hello</p>"])
+        >>> hello = Section(id="hello", title="Hello", body=Markup("<p>hello</p>"))
+        >>> page = write_page(Path(tempfile.mkdtemp()) / "page.html", "T & U", ["tiny"], [hello])
         >>> "<h1>T &amp; U</h1>" in page.read_text()
         True
     """
-    path = Path(path)
-    style, script = ((_ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    contents = _contents([part for part in body if isinstance(part, Section)])
-    text = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{style}</style><script>{get_plotlyjs()}</script></head><body>
-<a class="skip" href="#main">Skip to the content</a>
-<header><h1>{html.escape(title)}</h1>
-<p class="sub">{html.escape(" · ".join(facts))}</p></header>
-<div class="columns">{contents}<main id="main" tabindex="-1">
-{"".join(part.to_html() if isinstance(part, Section) else part for part in body)}
-</main></div>
-<footer>{footer} Made with RegisterLens.</footer><script>{script}</script>
-</body></html>
-"""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    more = [script for section in sections for script in section.scripts]
+    about = {"facts": facts, "sections": sections, "footer": footer, "style": asset("page/page.css")}
+    return _write(path, "report/page.html", asset("page/plots.js", "page/page.js"), more, title=title, **about)
 
 
-def _contents(sections: Sequence[Section]) -> str:
-    """The table of contents; a page of one section needs none."""
-    if len(sections) < 2:
-        return ""
-    items = "".join(f'<li><a href="#{part.id}">{html.escape(part.title)}</a></li>' for part in sections)
-    return f'<nav aria-label="Contents"><details open><summary>Contents</summary><ol>{items}</ol></details></nav>'
+def write_figure(path: str | Path, figure: go.Figure) -> Path:
+    """Write a page with one figure and nothing else, whole or not at all; returns the path."""
+    layout: Any = figure.layout
+    title = _plain(layout.title.text or "Figure")
+    return _write(path, "figure.html", asset("page/plots.js"), figure=plotted(figure), title=title)
 
 
-def plotted(figure: go.Figure, words: str = "") -> str:
+def _write(path: str | Path, template: str, script: str, more: Sequence[str] = (), **values: Any) -> Path:
+    plotly = Markup(get_plotlyjs())
+    # Plotly draws many points with WebGL, and makes the functions that feed it from text.
+    allowed = policy([plotly, script, *more], compiles=True)
+    return write_html(path, render(template, plotly=plotly, script=script, policy=allowed, **values))
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def photograph(pixels: UInt8[np.ndarray, "height width rgb"], name: str) -> Picture:
+    """An image as the model sees it, with its name below."""
+    name, (height, width) = Path(name).name, pixels.shape[:2]
+    source, words = data_uri(np.ascontiguousarray(pixels)), f"The image {name} itself"
+    return Picture(source=source, caption=(name,), words=words, width=width, height=height)
+
+
+def map_picture(
+    values: Float[np.ndarray, "grid_h grid_w"],
+    highest: float,
+    caption: Sequence[str],
+    like: UInt8[np.ndarray, "height width rgb"],
+    what: str = "Map",
+) -> Picture:
+    """A map from 0 to `highest` in the shape of its image; `what` says in words what is seen."""
+    row, column = np.unravel_index(int(values.argmax()), values.shape)
+    words = (
+        f"{what}: largest {values.max():.3g}, at row {row + 1} of {values.shape[0]} and column {column + 1} of "
+        f"{values.shape[1]}; median {np.median(values):.2g}"
+    )
+    (height, width), source = like.shape[:2], data_uri(colour(values, 0.0, highest))
+    return Picture(source=source, caption=tuple(caption), words=words, width=width, height=height, kind="map")
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def plotted(figure: go.Figure, words: str = "") -> Markup:
     """A figure for a page that has plotly's script, with its numbers in words for those who do not see it.
 
     Where its curves are no series of numbers, give better words.
@@ -106,21 +146,12 @@ def plotted(figure: go.Figure, words: str = "") -> str:
 
     Example:
         >>> page = plotted(go.Figure(layout={"title": "<a href='x'>b</a>"}))
-        >>> "cdn.plot.ly" in page, "003ca href" in page  # plotly writes < as its code
-        (False, False)
+        >>> "cdn.plot.ly" in page, "u003ca href" in page, "lt;a href" in page
+        (False, False, True)
     """
-    told = html.escape(words or in_words(figure))
-    drawn = plotly.io.to_html(
-        _as_text(json.loads(figure.to_json() or "{}")),
-        full_html=False,
-        include_plotlyjs=False,
-        config={"displaylogo": False, "responsive": True},
-        validate=False,
-    )
-    return (
-        f'<figure class="plot"><div class="wide" role="group" tabindex="0" aria-label="{told}">{drawn}</div>'
-        f"<details><summary>This figure in words</summary><p>{told}</p></details></figure>"
-    )
+    layout: Any = figure.layout
+    about = {"words": words or in_words(figure), "width": layout.width, "height": layout.height}
+    return render("report/plot.html", figure=_as_text(json.loads(figure.to_json() or "{}")), **about)
 
 
 def _as_text(value: Any) -> Any:
@@ -132,92 +163,53 @@ def _as_text(value: Any) -> Any:
     return _MARKUP.sub("&lt;", value) if isinstance(value, str) else value
 
 
-def heading(title: str, at: str) -> str:
-    """A heading inside a section, plain text, which can be linked to; `at` is the section's id.
+def in_words(figure: go.Figure) -> str:
+    """Title, axes, and of each series its range and its end, as plain text.
 
     Example:
-        >>> heading("Who reads it?", "kernels")
-        '<h3 id="kernels-who-reads-it">Who reads it?</h3>'
+        >>> in_words(go.Figure(go.Scatter(x=[0, 1, 2], y=[1.0, 9.0, 4.0], name="norm"), {"title": "T & <b>U</b>"}))
+        'T & U. 1 series. norm: from 1 (at 0) to 9 (at 1), last 4.'
     """
-    slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    return f'<h3 id="{at}-{slug}">{html.escape(title)}</h3>'
+    layout: Any = figure.layout
+    axes = [f"{axis}: {', '.join(titles)}" for axis in "xy" if (titles := _axis_titles(layout, axis))]
+    told = [words for trace in figure.data if (words := _series(trace))]
+    more = [f"And {len(told) - _MOST} more"] if len(told) > _MOST else []
+    title = [_plain(layout.title.text)] if layout.title.text else []
+    number = [f"{len(told)} series"] if told else []
+    return " ".join(f"{part.rstrip('.')}." for part in (*title, *axes, *number, *told[:_MOST], *more))
 
 
-def answer(kind: str, head: str, words: str) -> str:
-    """A box with the answer in a word, and what it rests on; `kind` is "good", "bad" or "calm", `words` is HTML."""
-    return f'<div class="verdict {kind}"><strong>{html.escape(head)}</strong><br>{words}</div>'
+def _axis_titles(layout: Any, axis: str) -> list[str]:
+    titles = (layout[key].title.text for key in layout if re.fullmatch(f"{axis}axis\\d*", key))
+    return list(dict.fromkeys(_plain(title) for title in titles if title))
 
 
-def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], marked: Collection[int] = (), caption: str = ""
-) -> str:
-    """A table of HTML cells, the first of each row its heading; the rows of these indices stand out.
-
-    Args:
-        headers: HTML.
-        rows: HTML.
-        marked: indices.
-        caption: what the table shows, plain text.
-
-    Example:
-        >>> table(["a"], [["1"], ["2"]], marked=[1]).count('class="marked"')
-        1
-    """
-    head = "".join(f'<th scope="col">{header}</th>' for header in headers)
-    body = ""
-    for i, (first, *others) in enumerate(rows):
-        mark = ' class="marked"' if i in marked else ""
-        body += f'<tr{mark}><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
-    told = html.escape(caption)
-    label = f' role="region" aria-label="{told}"' if caption else ""
-    above = f"<caption>{told}</caption>" if caption else ""
-    return (
-        f'<div class="wide" tabindex="0"{label}><table>{above}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def _series(trace: Any) -> str:
+    """One series: nothing for a drawn line without numbers of its own."""
+    name = _plain(trace.name or "") or {"heatmap": "map", "histogram": "histogram"}.get(trace.type, "series")
+    values, places = (trace.z, None) if trace.type == "heatmap" else (trace.y, trace.x)
+    if trace.type in ("bar", "scatter") and getattr(trace, "orientation", None) == "h":
+        values, places = trace.x, trace.y
+    numbers = _numbers(values)
+    if numbers is None or not np.isfinite(numbers).any():
+        return ""
+    low, high = np.nanmin(numbers), np.nanmax(numbers)
+    if numbers.ndim != 1 or places is None or len(places) != len(numbers):
+        return f"{name}: from {low:.3g} to {high:.3g}"
+    lowest, highest = (_plain(str(places[int(find(numbers))])) for find in (np.nanargmin, np.nanargmax))
+    last = numbers[np.isfinite(numbers)][-1]
+    return f"{name}: from {low:.3g} (at {lowest}) to {high:.3g} (at {highest}), last {last:.3g}"
 
 
-def scale_bar() -> str:
-    """The colour scale of all maps, for running text."""
-    return f'<img class="bar" alt="dark violet over green to yellow" src="{data_uri(colour_bar())}">'
+def _numbers(values: Iterable[Any] | None) -> np.ndarray | None:
+    """As floats; gaps are NaN. None for words."""
+    if values is None:
+        return None
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        return None
 
 
-def photograph(pixels: UInt8[np.ndarray, "height width rgb"], name: str) -> str:
-    """An image as the model sees it, with its name below."""
-    name = Path(name).name
-    return _figure(
-        data_uri(np.ascontiguousarray(pixels)), html.escape(name), _ratio(pixels), "", f"The image {name} itself"
-    )
-
-
-def map_picture(
-    values: Float[np.ndarray, "grid_h grid_w"],
-    highest: float,
-    caption: str,
-    like: UInt8[np.ndarray, "height width rgb"],
-    what: str = "Map",
-) -> str:
-    """A map from 0 to `highest` in the shape of its image; the caption is HTML, `what` plain text."""
-    row, column = np.unravel_index(int(values.argmax()), values.shape)
-    seen = (
-        f"{what}: largest {values.max():.3g}, at row {row + 1} of {values.shape[0]} and column {column + 1} of "
-        f"{values.shape[1]}; median {np.median(values):.2g}"
-    )
-    return _figure(data_uri(colour(values, 0.0, highest)), caption, _ratio(like), "map", seen)
-
-
-def beside(pictures: Sequence[str], columns: int) -> str:
-    """Pictures side by side, in a grid of so many columns; fewer where the window is narrow."""
-    return f'<div class="maps" style="--columns:{columns}">{"".join(pictures)}</div>'
-
-
-def _ratio(pixels: np.ndarray) -> str:
-    height, width = pixels.shape[:2]
-    return f"aspect-ratio:{width}/{height}"
-
-
-def _figure(source: str, caption: str, style: str, kind: str, seen: str) -> str:
-    return (
-        f'<figure><img class="{kind}" style="{style}" src="{source}" alt="{html.escape(seen)}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<br ?/?>", " ", re.sub(r"</?(b|i|sup|sub|em)>", "", text))))

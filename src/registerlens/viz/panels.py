@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from registerlens.errors import ConfigError, NonFiniteError
-from registerlens.viz.maps import jpeg_uri
+from registerlens.pictures import jpeg_uri
 from registerlens.viz.theme import Mode, Size, apply_theme, width_of
 
 Photograph = UInt8[np.ndarray, "height width 3"]

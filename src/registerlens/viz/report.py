@@ -16,10 +16,10 @@ from registerlens.analysis.trace import Trace
 from registerlens.errors import NoOutliersError, RegisterLensError
 from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
-from registerlens.viz import mechanism_sections, sections
+from registerlens.viz import sections
 from registerlens.viz.mechanism import Mechanism
-from registerlens.viz.mechanism_sections import Told
-from registerlens.viz.page import Section, heading, write_page
+from registerlens.viz.page import Section, write_page
+from registerlens.viz.sections import Told
 from registerlens.viz.study import RegisterStudy
 
 FEW = 4
@@ -100,7 +100,7 @@ def write_report(
     display = _seen(display, vit, images)
     answers = sections.answers(trace, study)
     if mechanism is not None:
-        answers += mechanism_sections.mechanism_answer(mechanism)
+        answers += sections.mechanism_answer(mechanism)
     body = [
         Section(id="answers", title="Answers", body=answers),
         sections.trace_section(trace),
@@ -112,13 +112,13 @@ def write_report(
         few = images[:FEW], display[:FEW], names[:FEW]
         body += [_neurons(vit, study.neurons, trace, *few), _register(vit, study, *few)]
     if mechanism is not None:
-        body += mechanism_sections.mechanism_sections(mechanism)
+        body += sections.mechanism_sections(mechanism)
     if trace.verdict == "absent":
-        body.append(mechanism_sections.no_circuit_section(trace))
+        body.append(sections.no_circuit_section(trace))
     elif circuit is not None:
-        body.append(mechanism_sections.circuit_section(circuit))
+        body.append(sections.circuit_section(circuit))
     if explorer is not None:
-        body.append(_explorer(explorer))
+        body.append(sections.explorer_section(explorer.section(max_bytes=EXPLORER_BYTES)))
     body.append(sections.numbers_section(trace))
     heads = f"{vit.cfg.n_heads} head{'s' if vit.cfg.n_heads > 1 else ''}"
     facts = [trace.model, f"{trace.n_images} images", f"{vit.cfg.n_layers} blocks", heads, f"width {vit.cfg.d_model}"]
@@ -178,11 +178,6 @@ def _register(
     with vit.edit(study.intervention):
         after = patch_maps(vit, images, layers)
     return sections.register_section(study, before, after, display, names)
-
-
-def _explorer(explorer: Explorer) -> Section:
-    title, inside = "Look for yourself", heading("Attention, patch by patch", "explorer")
-    return Section(id="explorer", title=title, body=inside + explorer.section(max_bytes=EXPLORER_BYTES))
 
 
 def _seen(display: np.ndarray, vit: HookedViT, images: Tensor) -> np.ndarray:

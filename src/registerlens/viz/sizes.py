@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from registerlens.errors import ConfigError, MissingExtraError, RegisterLensError
 from registerlens.files import whole_file
+from registerlens.viz.page import write_figure
 from registerlens.viz.theme import PRINTED, Size, width_of
 
 PICTURES = ("png", "jpeg", "webp", "svg", "pdf")
@@ -73,9 +74,7 @@ def save_figure(figure: go.Figure, path: str | Path, *, scale: float | int | Non
     if kind not in ("html", *PICTURES):
         raise ConfigError(f"'{path.name}' ends in {path.suffix!r}; figures are saved as {['.html', *_suffixes()]}.")
     if kind == "html":
-        with whole_file(path) as temporary:
-            temporary.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
-        return path
+        return write_figure(path, figure)
     picture = _drawn(figure, kind, scale or (PRINTED if kind in _PRINT else _SCREEN))
     with whole_file(path) as temporary:
         temporary.write_bytes(picture)

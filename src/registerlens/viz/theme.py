@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float, UInt8
 
 from registerlens.errors import ConfigError
-from registerlens.viz.maps import colour
+from registerlens.pictures import colour
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#5C5C5C"
 SKY, PURPLE, OLIVE, BROWN = "#56B4E9", "#CC79A7", "#A4B46C", "#743C17"

@@ -1,4 +1,4 @@
-"""Patch maps as small PNG pictures: one pixel a patch, enlarged by whoever shows them."""
+"""Pictures inside a page, as data: addresses: patch maps of one pixel a patch, colour bars, photographs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from PIL import Image
 from plotly.colors import sample_colorscale, unlabel_rgb
 
 _STEPS = 256
+_QUALITY = 85
+_SMALL = 160**2
+"""Photographs of fewer pixels are kept as they are, as PNG: they will be enlarged."""
 
 
 def _table(name: str) -> UInt8[np.ndarray, "step rgb"]:
@@ -46,6 +49,21 @@ def data_uri(pixels: UInt8[np.ndarray, "height width rgb"]) -> str:
 def jpeg_uri(image: Image.Image, quality: int, **options: Any) -> str:
     """The same as a JPEG."""
     return _data_uri(image, "jpeg", quality=quality, **options)
+
+
+def photograph_uri(pixels: UInt8[np.ndarray, "height width rgb"], longest: int = 640) -> str:
+    """A photograph as a data: address: JPEG, made smaller where it is longer than `longest` pixels; PNG if tiny.
+
+    Example:
+        >>> photograph_uri(np.zeros((300, 400, 3), np.uint8))[:23]
+        'data:image/jpeg;base64,'
+    """
+    image = Image.fromarray(pixels)
+    if image.width * image.height <= _SMALL:
+        return data_uri(pixels)
+    if max(image.size) > longest:
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return jpeg_uri(image, _QUALITY, subsampling=0)
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
