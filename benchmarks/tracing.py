@@ -66,9 +66,9 @@ def stream(tiny: bool, n_images: int) -> Task:
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         coarse.resize((640, 480), Image.Resampling.BICUBIC).save(Path(folder.name) / f"{i}.jpg")
     files = [Path(folder.name) / f"{i % 8}.jpg" for i in range(n_images)]
-    images = rl.ImageStream(files, vit, batch_size=batch, size=size)
+    images = rl.data.ImageStream(files, vit, batch_size=batch, size=size)
 
-    def task() -> rl.Trace:
+    def task() -> rl.analysis.Trace:
         with folder:
             found = rl.trace(vit, images)
         if found.n_images != n_images:

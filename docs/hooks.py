@@ -5,8 +5,10 @@ All three come from what there is, so that no public name, no class of error and
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -17,48 +19,43 @@ from registerlens import errors
 
 ROOT = Path(__file__).parent.parent
 
-GROUPS = {
-    "models": ("Models and tokens", ("config", "loading", "model"), "Load a vision transformer; name its parts."),
-    "images": ("Images", ("data",), "From files, arrays, datasets and shards to batches of preprocessed pixels."),
-    "measurements": (
-        "Measurements",
-        ("analysis",),
-        "What a model does: norms, outliers, sinks, neurons, and evidence.",
-    ),
-    "interventions": ("Interventions", ("interventions",), "Edits for `vit.edit(...)`, `rl.attach(...)` and sweeps."),
-    "evaluation": ("Evaluation", ("evaluation",), "What an edit does, beside its controls."),
-    "theory": ("Theory", ("theory",), "The paper's propositions as exact models, and their conditions on real ones."),
-    "circuits": ("Circuits", ("circuits",), "Who writes what to whom: paths, patching, screening, lenses."),
-    "sweeps": ("Sweeps", ("sweep", "engine"), "Many edits on many images, resumable; plans."),
-    "figures": ("Figures and widgets", ("viz", "explorer", "display"), "Figures from results, and views to explore."),
-    "emergence": ("Emergence", ("emergence",), "Training the small models in which register neurons emerge."),
-    "errors": (
-        "Errors",
-        ("errors",),
-        "Every error raised on purpose. Each has [a page of its own](../errors/index.md).",
-    ),
-}
-"""Pages of the API reference: title, the packages whose names they show, what they are about."""
-REST = ("Further names", (), "Names that belong to none of the other pages.")
-
 
 def public_names() -> dict[str, list[str]]:
-    """Page of the API reference -> where each of its names is defined; every public name is on exactly one page."""
-    pages: dict[str, list[str]] = {}
-    for name, home in registerlens._HOMES.items():
-        part = home.split(".")[1]
-        page = next((page for page, (_, parts, _) in GROUPS.items() if part in parts), "further")
-        pages.setdefault(page, []).append(f"{home}.{name}")
-    pages["errors"] = [f"{kind.__module__}.{kind.__name__}" for kind in errors.kinds()]
-    return {page: pages[page] for page in [*GROUPS, "further"] if page in pages}
+    """Page of the API reference -> where each of its names is defined; every public name is on exactly one page.
+
+    There is a page for the package itself and one for each of its rooms, `rl.analysis` and so on.
+    """
+    rooms = [name for name in registerlens.__all__ if isinstance(getattr(registerlens, name), ModuleType)]
+    pages = {"registerlens": _listed(registerlens)} | {room: _listed(getattr(registerlens, room)) for room in rooms}
+    first = {name for page in pages.values() for name in page}
+    for room in rooms:  # a module at the ground has no list of names: what it defines
+        module = getattr(registerlens, room)
+        if not pages[room]:
+            own = [f"{module.__name__}.{name}" for name in vars(module) if _defined(module, name)]
+            pages[room] = [name for name in own if name not in first]
+    return pages
+
+
+def _listed(package: ModuleType) -> list[str]:
+    """What the stub beside a package's `__init__.py` lists, with the modules it comes from."""
+    stub = Path(package.__file__ or "").with_suffix(".pyi")
+    nodes = ast.parse(stub.read_text()).body if stub.exists() else []
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return [f"{package.__name__}.{node.module}.{alias.name}" for node in imports for alias in node.names]
+
+
+def _defined(module: ModuleType, name: str) -> bool:
+    value = getattr(module, name)
+    kind = isinstance(value, type | FunctionType) and value.__module__ == module.__name__
+    return kind and not name.startswith("_")
 
 
 def api_page(page: str, names: list[str]) -> str:
     """One page of the API reference, as Markdown for mkdocstrings."""
-    title, _, about = GROUPS.get(page, REST)
-    note = (
-        "" if page == "errors" else "\n\nAll names are to be had from the package itself: `import registerlens as rl`."
-    )
+    module = registerlens if page == "registerlens" else getattr(registerlens, page)
+    title = "rl" if page == "registerlens" else f"rl.{page}"
+    note = "\n\nEach has [a page of its own](../errors/index.md)." if page == "errors" else ""
+    about = (module.__doc__ or "").strip()
     return f"# {title}\n\n{about}{note}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""How large the package is: lines of code (without blanks, comments and docstrings) and modules, room by room: `make count`."""
+"""Lines of code (without blanks, comments and docstrings) and modules of the package, room by room: `make count`."""
 
 import ast
 import pathlib

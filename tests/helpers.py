@@ -1,7 +1,11 @@
-"""Helpers for tests: random weights everywhere, and how far two tensors are apart."""
+"""Helpers for tests: random weights everywhere, how far two tensors are apart, and the public rooms."""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+
+import registerlens
 
 
 def randomise(module: nn.Module, seed: int = 0, std: float = 0.25) -> nn.Module:
@@ -19,3 +23,9 @@ def relative(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape, f"{tuple(got.shape)} instead of {tuple(expected.shape)}"
     got, expected = got.detach().double(), expected.detach().double()
     return ((got - expected).norm() / expected.norm()).item()
+
+
+def rooms() -> list[ModuleType]:
+    """The public rooms: `rl.analysis`, `rl.circuits` and so on."""
+    values = [getattr(registerlens, name) for name in registerlens.__all__]
+    return [value for value in values if isinstance(value, ModuleType)]

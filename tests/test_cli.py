@@ -14,7 +14,7 @@ from registerlens import cli, demo
 from registerlens.analysis.trace import Trace
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
-from registerlens.loading import from_pretrained
+from registerlens.loading.pretrained import from_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -199,5 +199,5 @@ def test_the_bar_counts_images_to_the_end(monkeypatch, photos):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     vit = rl.from_pretrained("registerlens:tiny")
-    rl.trace(vit, rl.ImageStream(photos, vit, batch_size=4))
+    rl.trace(vit, rl.data.ImageStream(photos, vit, batch_size=4))
     assert "6/6" in screen.getvalue()

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     """The tiny ViT, synthetic images as files (8 bits hold -4 to 4), a list of neurons."""
     folder = tmp_path_factory.mktemp("circuit")
     vit = rl.from_pretrained("registerlens:tiny")
-    vit.preprocess = rl.Preprocess(resize=(48, 48), fit="exact", mean=(0.5,) * 3, std=(0.125,) * 3)
+    vit.preprocess = rl.config.Preprocess(resize=(48, 48), fit="exact", mean=(0.5,) * 3, std=(0.125,) * 3)
     vit.save_pretrained(folder / "tiny")
     (folder / "photos").mkdir()
     for i, image in enumerate(synthetic_images(8, 3).images):

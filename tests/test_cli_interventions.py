@@ -26,7 +26,7 @@ FOUND = {(1, n) for n in (183, 103, 219, 125, 55, 128, 177)}
 def folder(tmp_path_factory):
     """The tiny ViT, a copy without outliers, and synthetic images as files: 8 bits hold -4 to 4, as the models know."""
     folder = tmp_path_factory.mktemp("cli")
-    preprocess = rl.Preprocess(resize=(48, 48), fit="exact", mean=(0.5,) * 3, std=(0.125,) * 3)
+    preprocess = rl.config.Preprocess(resize=(48, 48), fit="exact", mean=(0.5,) * 3, std=(0.125,) * 3)
     vit = rl.from_pretrained("registerlens:tiny")
     vit.preprocess = preprocess
     vit.save_pretrained(folder / "tiny")

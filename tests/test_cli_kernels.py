@@ -21,7 +21,7 @@ PAIRS = [(1, 183), (2, 197)]
 def folder(tmp_path_factory):
     """The tiny ViT, a copy without outliers, synthetic images as files (8 bits hold -4 to 4), a list of neurons."""
     folder = tmp_path_factory.mktemp("kernels")
-    preprocess = rl.Preprocess(resize=(48, 48), fit="exact", mean=(0.5,) * 3, std=(0.125,) * 3)
+    preprocess = rl.config.Preprocess(resize=(48, 48), fit="exact", mean=(0.5,) * 3, std=(0.125,) * 3)
     vit = rl.from_pretrained("registerlens:tiny")
     vit.preprocess = preprocess
     vit.save_pretrained(folder / "tiny")

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from registerlens import Preprocess, ViTConfig
+from registerlens import ViTConfig
+from registerlens.config import Preprocess
 from registerlens.errors import ConfigError, RegisterLensError, ShapeError
 
 SIZE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_mlp": 40, "image_size": (24, 32), "patch_size": (8, 8)}

@@ -293,7 +293,7 @@ def test_html_is_escaped_everywhere(tiny):
 
 def test_every_result_with_arrays_is_shown_in_a_line():
     """Whatever is exported and can be saved: a class to come must inherit `Shown` too, or `Stored`, which does."""
-    exported = [getattr(rl, name) for name in rl.__all__]
+    exported = [getattr(room, name) for room in (rl, *rooms()) for name in getattr(room, "__all__", ())]
     kinds = {kind for kind in exported if dataclasses.is_dataclass(kind) and hasattr(kind, "load")}
     kinds = {kind for kind in kinds if not issubclass(kind, Intervention)}  # they say what was done, without arrays
     assert len(kinds) > 15
@@ -312,7 +312,7 @@ def test_results_of_a_model_are_shown_and_otherwise_as_before(tiny, tmp_path):
     )
     text = found._repr_html_()
     assert "Outlier tokens: " in text and "<td>largest_norm</td><td>[13] float64</td><td>104 bytes</td>" in text
-    loaded = rl.Trace.load(found.save(tmp_path))
+    loaded = rl.analysis.Trace.load(found.save(tmp_path))
     assert found != loaded and repr(loaded) == repr(found)  # as before: no equality by value
     assert repr(pickle.loads(pickle.dumps(found))) == repr(found)
     neurons = rl.RegisterNeurons(pairs=((1, 183), (1, 103)), scores=(2.0, 1.0))

@@ -84,7 +84,7 @@ def test_raised_errors_have_the_note_once():
         errors.ImageError: lambda: rl.load_images("nowhere/", vit),
         errors.NonFiniteError: lambda: rl.trace(vit, images * float("nan")),
         errors.InterventionError: lambda: vit.edit(rl.Ablate(rl.RegisterNeurons.from_pairs([(9, 9)]))).__enter__(),
-        errors.StoreError: lambda: rl.read_sweep("nowhere"),
+        errors.StoreError: lambda: rl.sweep.read_sweep("nowhere"),
         errors.UnsupportedArchitectureError: lambda: rl.from_module(torch.nn.Linear(1, 1)),
     }
     for kind, call in wrong.items():

@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from collections import Counter
+from types import ModuleType
 
 import pytest
+from helpers import rooms
 
 import registerlens
 from registerlens import errors
@@ -46,12 +49,31 @@ registerlens.from_pretrained("copy")
     subprocess.run([sys.executable, "-c", probe], check=True, cwd=tmp_path, timeout=120)
 
 
-def test_the_lazy_table_and_the_public_names_agree():
-    assert sorted(registerlens._HOMES) == registerlens.__all__ == sorted(registerlens.__all__)
-    for name in registerlens.__all__:
-        assert getattr(registerlens, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'HookdViT'"):
+def test_every_public_name_is_there_and_stands_in_one_place():
+    names = Counter()
+    for room in (registerlens, *rooms()):
+        for name in getattr(room, "__all__", ()):
+            value = getattr(room, name)
+            names[name] += 1
+            assert isinstance(value, ModuleType) or getattr(value, "__name__", name) == name
+    assert {name for name, places in names.items() if places > 1} == set()
+    with pytest.raises(AttributeError, match="HookdViT"):
         _ = registerlens.HookdViT
+
+
+def test_what_stands_at_the_top_is_little():
+    """The first page's names and the rooms; more belongs into a room."""
+    assert len([name for name in registerlens.__all__ if not isinstance(getattr(registerlens, name), ModuleType)]) <= 27
+
+
+def test_names_are_found_before_and_after_the_modules_called_like_them():
+    probe = """
+import registerlens.sweep.grid, registerlens.analysis.faithfulness, registerlens as rl
+assert callable(rl.sweep.grid) and callable(rl.analysis.faithfulness)
+import registerlens.evaluation.causal_order
+assert callable(rl.evaluation.causal_order)
+"""
+    subprocess.run([sys.executable, "-c", probe], check=True, timeout=120)
 
 
 def test_every_error_is_caught_by_the_base_class():

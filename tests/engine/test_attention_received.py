@@ -121,4 +121,6 @@ def test_hooks_see_queries_and_keys_normalised_and_turned_as_the_scores_do(rope,
         expected = pattern[:, :, 0] if class_token else pattern.mean(2)
         assert torch.allclose(drawn, expected, atol=1e-5)
     strongest = torch.stack([pattern.mean(2).amax(-1).mean(0) for pattern in cache.values()])
-    assert torch.allclose(torch.from_numpy(rl.classify_sinks(vit, images).received).float(), strongest, atol=1e-5)
+    assert torch.allclose(
+        torch.from_numpy(rl.analysis.classify_sinks(vit, images).received).float(), strongest, atol=1e-5
+    )

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitImageProcessor
 
-from registerlens import HookedViT, Preprocess, load_images
+from registerlens import HookedViT, load_images
+from registerlens.config import Preprocess
 from registerlens.data.photographs import shipped_photographs
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.loading import native

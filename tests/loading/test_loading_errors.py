@@ -17,7 +17,8 @@ from helpers import randomise
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from registerlens import HookedViT, Preprocess
+from registerlens import HookedViT
+from registerlens.config import Preprocess
 from registerlens.errors import (
     ConfigError,
     MissingExtraError,

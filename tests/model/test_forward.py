@@ -7,7 +7,8 @@ from helpers import randomise, relative
 from small_vits import CONFIGS, build, images
 from transformer_lens import ActivationCache
 
-from registerlens import HookedViT, Preprocess, TokenLayout
+from registerlens import HookedViT
+from registerlens.config import Preprocess, TokenLayout
 from registerlens.errors import ConfigError, HookNameError, ShapeError
 from registerlens.model import mlp
 

@@ -122,7 +122,7 @@ def test_paths_start_at_what_the_norms_after_give(images):
     def measure(edited, clean):
         return edited.output.flatten(1).square().sum(1)
 
-    by_path = rl.path_patching(
+    by_path = rl.circuits.path_patching(
         vit, clean, corrupted, "blocks.0.mlp.hook_post", "blocks.2.hook_resid_post", metric=measure
     )
     with torch.no_grad():
@@ -158,17 +158,17 @@ def edited(vit, images, intervention):
 
 REFUSED = {
     "circuit": lambda vit, images, found: rl.attention_circuit(vit, images, found),
-    "direct": lambda vit, images, found: rl.direct_contributions(vit, images, 0),
-    "heads": lambda vit, images, found: rl.head_circuits(vit),
-    "key share": lambda vit, images, found: rl.key_share(vit, images, found),
+    "direct": lambda vit, images, found: rl.circuits.direct_contributions(vit, images, 0),
+    "heads": lambda vit, images, found: rl.circuits.head_circuits(vit),
+    "key share": lambda vit, images, found: rl.circuits.key_share(vit, images, found),
     "kernels": lambda vit, images, found: rl.check_kernels(vit, found, images),
-    "value update": lambda vit, images, found: rl.value_update(vit, images, found),
-    "sinks": lambda vit, images, found: rl.classify_sinks(vit, images),
-    "output weights": lambda vit, images, found: rl.output_weights(vit, found),
-    "updates": lambda vit, images, found: rl.neuron_updates(vit, images, found),
-    "defects": lambda vit, images, found: rl.singular_defects(vit),
-    "edges": lambda vit, images, found: rl.attribute_edges(vit, images, found),
-    "no-op": lambda vit, images, found: rl.sink_no_op(vit, images),
+    "value update": lambda vit, images, found: rl.theory.value_update(vit, images, found),
+    "sinks": lambda vit, images, found: rl.analysis.classify_sinks(vit, images),
+    "output weights": lambda vit, images, found: rl.analysis.output_weights(vit, found),
+    "updates": lambda vit, images, found: rl.analysis.neuron_updates(vit, images, found),
+    "defects": lambda vit, images, found: rl.analysis.singular_defects(vit),
+    "edges": lambda vit, images, found: rl.circuits.attribute_edges(vit, images, found),
+    "no-op": lambda vit, images, found: rl.analysis.sink_no_op(vit, images),
     "biases": lambda vit, images, found: vit.accumulated_bias(2),
     "heads of a cache": lambda vit, images, found: vit.run_with_cache(images)[1].stack_head_results(),
     "neurons of a cache": lambda vit, images, found: vit.run_with_cache(images)[1].stack_neuron_results(2),

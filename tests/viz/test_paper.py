@@ -176,7 +176,7 @@ def test_mistakes_say_what_to_do(results):
         ConfigError, match=r"Figure 2 .* takes a Trace, from rl.trace\(vit, images\); got InterventionMaps"
     ):
         paper_figure(2, *results[1])
-    with pytest.raises(ConfigError, match=r"and a NeuronMaps, from rl.neuron_maps.*got nothing"):
+    with pytest.raises(ConfigError, match=r"and a NeuronMaps, from rl.analysis.neuron_maps.*got nothing"):
         paper_figure(3)
     with pytest.raises(ConfigError, match=r"no option \['layer'\]"):
         paper_figure(2, *results[2], layer=1)
@@ -307,7 +307,7 @@ def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tm
 @SHARED
 def test_tables_say_what_results_hold(vit, results):
     images = synthetic_images(4, 0).images
-    updates = rl.value_update(vit, images, NEURONS, registers=[1, 2])
+    updates = rl.theory.value_update(vit, images, NEURONS, registers=[1, 2])
     text = styled(updates).to_html()
     assert f"{updates.cosine[1]:.3f}" in text and "2 test-time registers" in text and "block 5" in text
     assert (

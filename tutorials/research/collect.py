@@ -33,22 +33,22 @@ def main(folder: Path) -> None:
     """Judge what is not judged yet, and write; the same run with closer checkpoints counts once."""
     paths = [path for path in sorted(folder.iterdir()) if (path / "config.json").exists()]
     order = {recipe: i for i, recipe in enumerate([*RECIPES, "-"])}
-    table = rl.results_table(track(paths, "judging", len(paths)))
+    table = rl.emergence.results_table(track(paths, "judging", len(paths)))
     table = table.sort_values("seed").sort_values("recipe", key=lambda names: names.map(order), kind="stable")
     table = table.drop(columns="run").drop_duplicates(["recipe", "settings", "seed"])
     table.round(4).to_csv(HERE / "runs.csv", index=False)
-    runs = [run for run in map(rl.TrainingRun.open, paths) if run.finished]
+    runs = [run for run in map(rl.emergence.TrainingRun.open, paths) if run.finished]
     for run in track(runs, "looking closer", len(runs)):
         recipe, found = recipe_of(run.config), judge_run(run)
         name = "" if recipe is None else recipe.name
         if run.config.checkpoint_every <= FINE and len(found.neurons):
-            followed = rl.training_dynamics(run, found.neurons, n_images=FOLLOWED)
+            followed = rl.emergence.training_dynamics(run, found.neurons, n_images=FOLLOWED)
             followed.save(HERE / "dynamics" / f"{name}_seed_{run.config.seed}")
         elif name in WITH_PREFIX and run.config.seed == 0:
             found.save(HERE / "criteria" / name)
         elif name in VARIED and run.config.seed == 0 and len(found.neurons):
             images = held_out_images(run.config, READ, part=READING).images
-            rl.local_information(run.vit(), images, batch_size=64).save(HERE / "local_information" / name)
+            rl.analysis.local_information(run.vit(), images, batch_size=64).save(HERE / "local_information" / name)
 
 
 if __name__ == "__main__":

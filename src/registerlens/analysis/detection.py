@@ -352,7 +352,7 @@ def _norms_at(
     if not norms:
         raise ShapeError(
             "The batches could be iterated only once, but two passes are needed. Give a tensor, a list of batches, or "
-            "an rl.ImageStream instead of a generator."
+            "an rl.data.ImageStream instead of a generator."
         )
     if len(grids) > 1:
         raise ShapeError(

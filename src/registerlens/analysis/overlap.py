@@ -290,7 +290,7 @@ class _Sums:
         if not self.n_images:
             raise ImageError(
                 "No image to compare observables on: the tensor or the iterable is empty, or it could be iterated only "
-                "once. Give a tensor, a list of batches or an rl.ImageStream, or pass detection=."
+                "once. Give a tensor, a list of batches or an rl.data.ImageStream, or pass detection=."
             )
         if not self.with_outliers:
             raise ImageError(f"None of the {self.n_images} images has a norm outlier. Give more, or lower threshold=.")

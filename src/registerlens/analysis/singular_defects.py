@@ -301,7 +301,7 @@ def _measure(
     if not counts[0]:
         raise ImageError(
             f"No outlier was met in {n_images} images. Give more images; batches must be such that they can be "
-            f"iterated twice (a tensor, a list, an rl.ImageStream), unless detection= is given."
+            f"iterated twice (a tensor, a list, an rl.data.ImageStream), unless detection= is given."
         )
     mean = (sums / counts[:, None].double()).rad2deg().numpy()
     return {"detection": detection, "n_images": n_images, "outlier_angle": mean[0], "normal_angle": mean[1]}

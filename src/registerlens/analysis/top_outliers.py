@@ -122,7 +122,7 @@ def need_some(n_images: int, n_with_outliers: int) -> None:
     if not n_images:
         raise ImageError(
             "No image came: the tensor or the iterable is empty, or it could be iterated only once. Give a tensor, a "
-            "list of batches or an rl.ImageStream, or pass detection=."
+            "list of batches or an rl.data.ImageStream, or pass detection=."
         )
     if not n_with_outliers:
         raise ImageError(f"None of the {n_images} images has an outlier. Give more images, or a lower threshold.")

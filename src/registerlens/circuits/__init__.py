@@ -1,1 +1,5 @@
 """Circuits: the path from register neurons to [CLS], and generic tools: patching, lenses, direct contributions."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -203,7 +203,7 @@ def _nothing(n: int, detection: Detection) -> str:
     if not n:
         return (
             "No image came: the tensor or the iterable is empty, or it could be iterated only once. Give a tensor, a "
-            "list of batches or an rl.ImageStream."
+            "list of batches or an rl.data.ImageStream."
         )
     return (
         f"None of the {n} images has an outlier patch above {detection.cutoff} at {detection.sublayer} beside an "

@@ -127,7 +127,7 @@ class Attributions(Stored):
         told = [(what, rho) for what, rho in groups if rho.n]
         words = "; ".join(f"{rho} on {what}" for what, rho in told)
         poor = [what for what, rho in told if rho.rho < POOR]
-        more = "raise steps=, or patch exactly (rl.path_patching)" if self.steps == 1 else "patch exactly"
+        more = "raise steps=, or patch exactly (rl.circuits.path_patching)" if self.steps == 1 else "patch exactly"
         warning = f" That is poor on {' and '.join(poor)}: {more}." if poor else ""
         return f"Spearman's rank correlation with exact patching: {words}.{warning} {sums}"
 

@@ -206,7 +206,9 @@ class _Reader:
                 f"({vit.cfg.d_model} numbers each, space='tokens')."
             )
         if cosine and directions is None:
-            raise ConfigError("cosine compares features with directions: give directions, such as rl.zero_shot_head's.")
+            raise ConfigError(
+                "cosine compares features with directions: give directions, such as rl.evaluation.zero_shot_head's."
+            )
         return cls(vit, directions, space, cosine)
 
     @property

@@ -64,7 +64,7 @@ def check_class(vit: HookedViT, index: int) -> None:
     if vit.head.linear is None:
         raise ConfigError(
             f"Class {index} was asked for, but this model has no head. Give a direction: a vector of "
-            f"{vit.cfg.d_model} numbers, such as a row of a probe, or one of rl.zero_shot_head for a CLIP-like model."
+            f"{vit.cfg.d_model} numbers, such as a row of a probe, or one of rl.evaluation.zero_shot_head for a CLIP-like model."
         )
     if not 0 <= index < output_width(vit):
         raise ShapeError(f"Class {index} does not exist: the model has classes 0 to {output_width(vit) - 1}.")
@@ -130,7 +130,7 @@ class Readout:
             if head.attn is not None:
                 raise ConfigError(
                     f"This model pools by attention, so that its output is not linear in its tokens. Give a direction "
-                    f"of the tokens (space='tokens', {cfg.d_model} numbers), or use rl.path_patching."
+                    f"of the tokens (space='tokens', {cfg.d_model} numbers), or use rl.circuits.path_patching."
                 )
             pooled, constant = _before_linear(head.linear, vector)
             names = cfg.pooling or (token,)

@@ -142,7 +142,7 @@ def labelled(
     if not n:
         raise ImageError(
             "No image came: the tensor or the iterable is empty, or it could be iterated only once. Give a tensor, a "
-            "list of batches or an rl.ImageStream."
+            "list of batches or an rl.data.ImageStream."
         )
     if labels is not None and n != len(labels):
         raise ShapeError(f"{len(labels)} labels for {n} images or more; one for each is needed.")

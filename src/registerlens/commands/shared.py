@@ -38,7 +38,7 @@ def load(
 
 def load_model(model: str, device: str) -> HookedViT:
     """The model alone."""
-    from registerlens.loading import from_pretrained  # noqa: PLC0415
+    from registerlens.loading.pretrained import from_pretrained  # noqa: PLC0415
 
     _check_device(device)
     return from_pretrained(model, device=device)

@@ -182,7 +182,7 @@ def batches(
     if not n:
         raise ImageError(
             f"No image came for {description}: the tensor or the iterable is empty, or it could be iterated only once. "
-            f"Give a tensor, a list of batches or an rl.ImageStream."
+            f"Give a tensor, a list of batches or an rl.data.ImageStream."
         )
     if labels is not None and n != len(labels):
         raise ShapeError(f"{len(labels)} labels for {n} images; one for each is needed.")

@@ -353,5 +353,5 @@ def _check(tested: Mapping[str, Any], images: Images) -> None:
     if not isinstance(images, Tensor) and isinstance(images, Iterable) and iter(images) is images:
         raise ImageError(
             "The images are needed several times, but this iterator can be used once. Give a tensor, a list of "
-            "batches, or an rl.ImageStream."
+            "batches, or an rl.data.ImageStream."
         )

@@ -62,7 +62,7 @@ def zero_shot_head(
     With weights from the hub:
 
         vit = rl.HookedViT.from_pretrained("open_clip:ViT-B-16/laion2b_s34b_b88k")
-        head = rl.zero_shot_head(vit.source, ["cat", "dog"])
+        head = rl.evaluation.zero_shot_head(vit.source, ["cat", "dog"])
         logits = 100 * torch.nn.functional.normalize(vit(images), dim=-1) @ head
     """
     class_names, templates = list(class_names), list(templates)

@@ -1,1 +1,5 @@
 """Interventions: frozen descriptions of edits, in force inside `vit.edit(...)` or `attach(...)`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -230,7 +230,7 @@ def modes(*names: str) -> list[str]:
 
 
 def scales(low: float | int = 0, high: float | int = 2, n: int = 5) -> list[float]:
-    """`n` factors from `low` to `high` at equal distances, for the axis "factor" of `rl.Scale`.
+    """`n` factors from `low` to `high` at equal distances, for the axis "factor" of `rl.interventions.Scale`.
 
     Raises:
         ConfigError: fewer than two, or not from low to high.

@@ -72,7 +72,7 @@ def _source(name: str, value: Any, labels: Any, shard_size: int) -> Source:
     if not isinstance(value, Source):
         raise ConfigError(
             f"The images '{name}' are a {type(value).__name__}. Give a tensor of preprocessed images "
-            f"(rl.load_images(...)), or a source such as rl.FolderSource."
+            f"(rl.load_images(...)), or a source such as rl.data.FolderSource."
         )
     if labels is not None:
         raise ConfigError(f"The images '{name}' are a source, which has labels of its own: give them to it.")

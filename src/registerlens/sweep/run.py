@@ -59,7 +59,7 @@ def run_sweep(
         models: a model, or several by the names that conditions use.
         images: a tensor [image, channel, height, width] of preprocessed images, a `Source`, or several of these by the
             names that conditions use.
-        conditions: made by `rl.grid` and the like; a clean run is added where there is none.
+        conditions: made by `rl.sweep.grid` and the like; a clean run is added where there is none.
         metrics: what is measured; None is the built-in ones that need no search for outliers. For outliers and sinks
             give `default_metrics(vit, rl.find_outliers(vit, images).detection)`.
         labels: one an image, where the images are a tensor; by name for several image sets.

@@ -126,7 +126,7 @@ def _article(name: str) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-_COMPARED = "rl.compare_maps(vit, images, {'original': None, %s})"
+_COMPARED = "rl.evaluation.compare_maps(vit, images, {'original': None, %s})"
 _REGISTER = "'with register': rl.TestTimeRegisters(neurons)"
 _BIAS = "'attention bias': rl.AttentionBias.fit(vit, neurons, images)"
 _CHOSEN = ("size", "images", "layer")
@@ -159,15 +159,15 @@ def _layers(title: str, part: Callable[[int, int], bool] = lambda _i, _n: True) 
 def _neurons(title: str, pairs: str) -> PaperFigure:
     """Photographs, norms and the activations of neurons."""
     takes = {
-        InterventionMaps: "rl.compare_maps(vit, images, {'original': None})",
-        NeuronMaps: f"rl.neuron_maps(vit, images, {pairs})",
+        InterventionMaps: "rl.evaluation.compare_maps(vit, images, {'original': None})",
+        NeuronMaps: f"rl.analysis.neuron_maps(vit, images, {pairs})",
     }
     return PaperFigure(title=title, takes=takes, draw=neurons_figure, options=_CHOSEN)
 
 
 def _shift(title: str, intervention: str, note: str = "") -> PaperFigure:
     """Histograms of norm and attention, target against other patches."""
-    takes: dict[type, str] = {OutlierShift: f"rl.measure_shift(vit, images, {intervention})"}
+    takes: dict[type, str] = {OutlierShift: f"rl.evaluation.measure_shift(vit, images, {intervention})"}
     return PaperFigure(title=title, takes=takes, draw=shift_figure, note=note)
 
 
@@ -176,8 +176,8 @@ def _one(title: str, kind: type, call: str, draw: Callable[..., go.Figure], note
     return PaperFigure(title=title, takes={kind: call}, draw=draw, note=note)
 
 
-_ANYWHERE = "rl.RandomPatches(vit.cfg.patch_size)"
-_ACTIVATIONS = "rl.activation_distributions(vit, images, neurons)"
+_ANYWHERE = "rl.evaluation.RandomPatches(vit.cfg.patch_size)"
+_ACTIVATIONS = "rl.analysis.activation_distributions(vit, images, neurons)"
 _MEAN_HEADS = "Attention is the mean over heads."
 
 FIGURES: dict[int, PaperFigure] = {
@@ -204,7 +204,8 @@ FIGURES: dict[int, PaperFigure] = {
     5: _maps(
         "DINOv2: attention maps with trained registers and with a test-time register",
         _REGISTER,
-        note="Trained registers are another model's: add its maps with `| rl.compare_maps(other, images, {...})`.",
+        note="Trained registers are another model's: add its maps with "
+        "`| rl.evaluation.compare_maps(other, images, {...})`.",
     ),
     7: _maps("OpenCLIP: attention maps with an attention bias made from registers", _BIAS, _REGISTER),
     8: _one(
@@ -243,7 +244,7 @@ FIGURES: dict[int, PaperFigure] = {
     21: _one(
         "OpenCLIP: outlier neurons write much, in a constant direction",
         NeuronUpdates,
-        "rl.neuron_updates(vit, images, neurons)",
+        "rl.analysis.neuron_updates(vit, images, neurons)",
         updates_figure,
     ),
     22: _shift("OpenCLIP: outliers shifted to a test-time register", "rl.TestTimeRegisters(neurons)", _MEAN_HEADS),
@@ -260,7 +261,7 @@ FIGURES: dict[int, PaperFigure] = {
     25: _one(
         "OpenCLIP: register neurons write into the same few dimensions",
         OutputWeights,
-        "rl.output_weights(vit, neurons)",
+        "rl.analysis.output_weights(vit, neurons)",
         weights_figure,
         "Weights are signed and relative; other neurons of the layer are behind each, not in a row of their own.",
     ),

@@ -144,7 +144,7 @@ def value_update_table(found: ValueUpdate) -> pd.DataFrame:
     Example:
         >>> import torch, registerlens as rl
         >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
-        >>> found = rl.value_update(vit, torch.rand(2, 3, 48, 48), neurons, registers=[1, 2])
+        >>> found = rl.theory.value_update(vit, torch.rand(2, 3, 48, 48), neurons, registers=[1, 2])
         >>> value_update_table(found)["cosine of their update"].round(3).tolist()[0]
         1.0
     """

@@ -1,0 +1,2 @@
+from .ray import RayBackend as RayBackend
+from .views import View as View

@@ -1,0 +1,12 @@
+from .causal_order import CausalOrder as CausalOrder
+from .causal_order import causal_order as causal_order
+from .comparison import InterventionMaps as InterventionMaps
+from .comparison import compare_maps as compare_maps
+from .effects import Evaluation as Evaluation
+from .metrics import Metric as Metric
+from .metrics import default_metrics as default_metrics
+from .metrics import metric as metric
+from .shifts import OutlierShift as OutlierShift
+from .shifts import RandomPatches as RandomPatches
+from .shifts import measure_shift as measure_shift
+from .zero_shot import zero_shot_head as zero_shot_head

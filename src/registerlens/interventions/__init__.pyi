@@ -1,0 +1,1 @@
+from .scaling import Scale as Scale

@@ -1,0 +1,3 @@
+from .registry import FAMILIES as FAMILIES
+from .registry import supported_families as supported_families
+from .registry import to_state_dict as to_state_dict
