@@ -1,7 +1,7 @@
 """RegisterLens: every intermediate of a vision transformer has a name.
 
-What the first page of the README uses stands here; the rest in its room: `rl.analysis`, `rl.circuits`, `rl.sweep` and so
-on. Names are listed once, in the stub beside each `__init__.py`, and imported on first use, so that
+What the first page of the README uses stands here; the rest in its room: `rl.analysis`, `rl.circuits`, `rl.sweep` and
+so on. Names are listed once, in the stub beside each `__init__.py`, and imported on first use, so that
 `import registerlens` is instant and has no side effects.
 """
 

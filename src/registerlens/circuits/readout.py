@@ -64,7 +64,8 @@ def check_class(vit: HookedViT, index: int) -> None:
     if vit.head.linear is None:
         raise ConfigError(
             f"Class {index} was asked for, but this model has no head. Give a direction: a vector of "
-            f"{vit.cfg.d_model} numbers, such as a row of a probe, or one of rl.evaluation.zero_shot_head for a CLIP-like model."
+            f"{vit.cfg.d_model} numbers, such as a row of a probe, or one of rl.evaluation.zero_shot_head for a "
+            "CLIP-like model."
         )
     if not 0 <= index < output_width(vit):
         raise ShapeError(f"Class {index} does not exist: the model has classes 0 to {output_width(vit) - 1}.")

@@ -378,14 +378,14 @@ class HookedViT(Browsable):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> HookedViT:
-        """Load a model by name or from a folder; see `registerlens.loading.from_pretrained` for names and options."""
+        """Load a model by name or from a folder; see `rl.from_pretrained` for names and options."""
         from registerlens.loading.pretrained import from_pretrained  # noqa: PLC0415  (loading stands on the model)
 
         return from_pretrained(name, **options)
 
     @classmethod
     def from_module(cls, module: nn.Module, preprocess: Preprocess | None = None) -> HookedViT:
-        """A hooked copy of a transformers, timm or open_clip ViT; see `registerlens.loading.from_module`."""
+        """A hooked copy of a transformers, timm or open_clip ViT; see `rl.from_module`."""
         from registerlens.loading.registry import from_module  # noqa: PLC0415
 
         return from_module(module, preprocess)
@@ -397,7 +397,7 @@ class HookedViT(Browsable):
         return save(self, Path(folder))
 
     def to_state_dict(self, family: str) -> dict[str, Tensor]:
-        """The weights under a source library's names; see `registerlens.loading.to_state_dict`."""
+        """The weights under a source library's names; see `rl.loading.to_state_dict`."""
         from registerlens.loading.registry import to_state_dict  # noqa: PLC0415
 
         return to_state_dict(self, family)
