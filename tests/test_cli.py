@@ -172,7 +172,9 @@ def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path, monkeypatc
     ],
 )
 def test_what_cannot_work_is_said_before_the_work(monkeypatch, capsys, photos, arguments, said):
-    monkeypatch.setattr("registerlens.loading.pretrained.from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "registerlens.loading.pretrained.from_pretrained", lambda *a, **k: pytest.fail("the model was loaded")
+    )
     code, _, err = run(monkeypatch, capsys, *(word.replace("PHOTOS", str(photos)) for word in arguments))
     assert code == 2 and said in err and "Traceback" not in err
 

@@ -241,7 +241,9 @@ def test_report_without_outliers_says_that_there_is_nothing_to_look_for(run, tmp
     ],
 )
 def test_wrong_usage_is_said_before_the_work(monkeypatch, run, folder, arguments, said):
-    monkeypatch.setattr("registerlens.loading.pretrained.from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "registerlens.loading.pretrained.from_pretrained", lambda *a, **k: pytest.fail("the model was loaded")
+    )
     command, *rest = (str(folder / "photos" / "0.png") if word == "PHOTO" else word for word in arguments)
     code, _, err = run(command, "tiny", *rest)
     assert code == 2 and said in err and "Traceback" not in err

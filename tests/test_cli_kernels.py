@@ -134,7 +134,9 @@ def test_without_outliers_it_says_what_neurons_says(run, folder):
     ],
 )
 def test_wrong_usage_is_said_before_the_work(monkeypatch, run, folder, arguments, said):
-    monkeypatch.setattr("registerlens.loading.pretrained.from_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "registerlens.loading.pretrained.from_pretrained", lambda *a, **k: pytest.fail("the model was loaded")
+    )
     words = (str(folder / "given.json") if word == "GIVEN" else word for word in arguments)
     code, _, err = run("kernels", folder / "tiny", *words)
     assert code == 2 and said in err and "Traceback" not in err
