@@ -16,14 +16,14 @@ from torch import Tensor
 from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.trace import Trace, trace
 from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
 from registerlens.display import Shown
+from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
 from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import hook_of, layer_of, sublayer_of
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.stats.histograms import medians
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def find_outliers(
         the mask with its evidence. When the verdict is "absent", the rule "gap" flags nothing.
 
     Raises:
-        ImageError: there are no images.
+        ImageError: there are no images, or they could be iterated only once.
         ShapeError: the layer does not exist, or the images differ in size.
         ConfigError: an unknown rule, or a threshold that is not above 0.
 
@@ -345,15 +345,9 @@ def _norms_at(
     norms: list[Tensor] = []
     grids: set[tuple[int, int]] = set()
     with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "finding outliers", count(images), len):
-            layout = vit.layout(batch)
-            grids.add(layout.grid)
-            norms.append(patch_norms(vit, batch, sublayer).cpu())
-    if not norms:
-        raise ShapeError(
-            "The batches could be iterated only once, but two passes are needed. Give a tensor, a list of batches, or "
-            "an rl.data.ImageStream instead of a generator."
-        )
+        for batch in batches(vit, images, batch_size, "finding outliers"):
+            grids.add(batch.layout.grid)
+            norms.append(patch_norms(vit, batch.images, sublayer).cpu())
     if len(grids) > 1:
         raise ShapeError(
             f"One mask [image, patch] needs images of one size, got grids {sorted(grids)}. Call once for each size, or "

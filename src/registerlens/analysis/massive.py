@@ -13,10 +13,10 @@ from torch import Tensor
 
 from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ImageError, NonFiniteError
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, Sums, stream
+from registerlens.errors import NonFiniteError
+from registerlens.model.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -142,15 +142,8 @@ def massive_activations(vit: HookedViT, images: Images, *, batch_size: int = 16)
         >>> found.places[int(found.ratio.argmax())], float(found.per_image.max())
         ('5.mlp', 0.0)
     """
-    sums = _Sums(vit)
-    places = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"]
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "massive activations", count(images), len):
-            watch = _Watch(vit.layout(batch), sums.places)
-            with vit.hooks([(places, watch.take)]):
-                vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
-            sums.add(watch, len(batch))
-    return sums.result()
+    [found] = stream(vit, images, [MassiveSums(vit)], batch_size=batch_size, description="finding massive activations")
+    return found
 
 
 def is_massive(
@@ -187,67 +180,53 @@ def kurtosis(x: Float[Tensor, "*batch channel"]) -> Float[Tensor, "*batch"]:
     return (squares / variance).square().mean(-1)
 
 
-class _Watch:
-    """One batch's statistics at every place, each summed over its images at once."""
-
-    def __init__(self, layout: TokenLayout, places: tuple[str, ...]) -> None:
-        self.layout, self.places = layout, places
-        self.statistics: list[dict[str, Tensor]] = []
-
-    def take(self, resid: Tensor, hook: Any) -> None:
-        magnitudes, median = magnitudes_of(resid)
-        by_channel = magnitudes.amax(1)
-        largest = by_channel.amax(-1)
-        if not largest.isfinite().all():
-            raise NonFiniteError(
-                f"The residual stream is NaN or infinite at {self.places[len(self.statistics)]}. Check the images; if "
-                f"the model is in float16, use bfloat16 or float32."
-            )
-        massive = is_massive(magnitudes, median)
-        tokens = massive.any(-1)
-        peaked = kurtosis(resid)
-        found = {
-            "largest": largest,
-            "median": median,
-            "ratio": largest / median.clamp_min(1e-30),
-            "kurtosis": peaked.amax(1),
-            "typical_kurtosis": peaked.mean(1),
-            "per_image": massive.sum((1, 2)),
-            "share_of_images": tokens.any(1),
-            "tokens": torch.stack([tokens[:, getattr(self.layout, kind)].sum(1) for kind in KINDS], 1),
-            "channels": massive.any(1),
-            "channel_largest": by_channel,
-        }
-        # In float32 over one batch, float64 over all of them: a sum on the CPU is safe on every device.
-        self.statistics.append({name: values.float().sum(0).cpu() for name, values in found.items()})
-
-
-class _Sums:
-    """Running sums: as large after a million images as after one."""
+class MassiveSums(Sums):
+    """Statistics at every place, each summed over a batch's images at once."""
 
     def __init__(self, vit: HookedViT) -> None:
+        super().__init__()
         self.model, self.config = vit.source, vit.cfg
         self.places = ("embed", *(f"{layer}.mlp" for layer in range(vit.cfg.n_layers)))
-        self.n_images = 0
-        self.totals: dict[str, Tensor] = {}
 
-    def add(self, watch: _Watch, n: int) -> None:
-        self.n_images += n
-        for name in watch.statistics[0]:
-            total = torch.stack([found[name] for found in watch.statistics]).double()
-            self.totals[name] = self.totals.get(name, 0) + total
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """The stream before the first block and after each."""
+        self.found: list[dict[str, Tensor]] = []
+
+        def take(resid: Tensor, hook: Any) -> None:
+            magnitudes, median = magnitudes_of(resid)
+            by_channel = magnitudes.amax(1)
+            largest = by_channel.amax(-1)
+            if not largest.isfinite().all():
+                raise NonFiniteError(
+                    f"The residual stream is NaN or infinite at {self.places[len(self.found)]}. Check the images; if "
+                    f"the model is in float16, use bfloat16 or float32."
+                )
+            massive = is_massive(magnitudes, median)
+            tokens = massive.any(-1)
+            peaked = kurtosis(resid)
+            found = {
+                "largest": largest,
+                "median": median,
+                "ratio": largest / median.clamp_min(1e-30),
+                "kurtosis": peaked.amax(1),
+                "typical_kurtosis": peaked.mean(1),
+                "per_image": massive.sum((1, 2)).float(),
+                "share_of_images": tokens.any(1).float(),
+                "tokens": torch.stack([tokens[:, getattr(layout, kind)].sum(1) for kind in KINDS], 1).float(),
+                "channels": massive.any(1),
+                "channel_largest": by_channel,
+            }
+            self.found.append({name: values.sum(0) for name, values in found.items()})
+
+        return [(["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"], take)]
+
+    def update(self, batch: Batch) -> None:
+        """Take in one batch."""
+        sums = {name: torch.stack([found[name] for found in self.found]) for name in self.found[0]}
+        self.add(n_images=len(batch), **sums)
 
     def result(self) -> MassiveActivations:
-        if not self.n_images:
-            raise ImageError(
-                "No image to look for massive activations in: the tensor or the iterable is empty. Give at least one."
-            )
-        means = {name: (total / self.n_images).numpy() for name, total in self.totals.items() if name != "channels"}
+        """Everything, as means over the images."""
         return MassiveActivations(
-            model=self.model,
-            config=self.config,
-            n_images=self.n_images,
-            places=self.places,
-            channels=self.totals["channels"].long().numpy(),
-            **means,
+            model=self.model, config=self.config, n_images=self.n_images, places=self.places, **self.means()
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,13 @@ from registerlens.analysis.detection import Detection, Threshold, detect, requir
 from registerlens.analysis.massive import ABSOLUTE, RELATIVE, is_massive, magnitudes_of
 from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
 from registerlens.engine.attention_received import attention_hooks
+from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ImageError, NonFiniteError
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import layer_of
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -168,11 +167,14 @@ def observable_overlap(
         detection = detect(vit, images, layer=layer, threshold=threshold, batch_size=batch_size)
     require_outliers(detection, "The overlap of the observables")
     first = layer_of(detection.onset or detection.sublayer) + 1
-    sums = _Sums(vit, detection, sink_layers=range(first, vit.cfg.n_layers))
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "overlap of observables", count(images), len):
-            sums.add(*_observe(vit, batch, detection, sums.sink_layers))
-    return sums.result()
+    [found] = stream(
+        vit,
+        images,
+        [OverlapSums(vit, detection, sink_layers=range(first, vit.cfg.n_layers))],
+        batch_size=batch_size,
+        description="comparing observables",
+    )
+    return found
 
 
 def count_overlaps(flags: Bool[Tensor, "observable *patch"]) -> Int[Tensor, "observable observable"]:
@@ -215,28 +217,6 @@ def closeness(
     return torch.einsum("npd,nd->np", unit, F.normalize(cls.float(), dim=-1) - average)
 
 
-def _observe(
-    vit: HookedViT, batch: Tensor, detection: Detection, sink_layers: Sequence[int]
-) -> tuple[Bool[Tensor, "observable image patch"], Float[Tensor, "observable image patch"]]:
-    """Whether each patch shows each observable, and how strongly."""
-    layout = vit.layout(batch)
-    drawn: list[Tensor] = []
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def attention(layer: int, received: Float[Tensor, "batch head key"]) -> None:
-        drawn.append(received[..., layout.patches].amax(1))
-
-    hooks: list[Any] = attention_hooks(vit, layout, sink_layers, attention)
-    hooks.append((detection.hook_name, lambda resid, hook: seen.update(_in_stream(resid, layout, detection))))
-    with vit.hooks(hooks):
-        vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
-    if drawn:
-        most = torch.stack(drawn).amax(0)
-        seen[SINKS] = (most > SINK, most)
-    names = [name for name in (NORM, MASSIVE, SINKS, CLOSE) if name in seen]
-    return torch.stack([seen[name][0] for name in names]), torch.stack([seen[name][1].float() for name in names])
-
-
 def _in_stream(
     resid: Float[Tensor, "batch pos d_model"], layout: TokenLayout, detection: Detection
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -257,43 +237,70 @@ def _in_stream(
     return seen
 
 
-class _Sums:
-    """Counts over all images so far."""
+class OverlapSums(Sums):
+    """Counts of patches that show each pair of observables."""
 
     def __init__(self, vit: HookedViT, detection: Detection, sink_layers: range) -> None:
+        super().__init__()
         self.model, self.config, self.detection, self.sink_layers = vit.source, vit.cfg, detection, sink_layers
-        cutoffs = {
+        self.cutoffs = {
             NORM: f"above {detection.cutoff} at {detection.sublayer}",
             MASSIVE: f"a channel above {ABSOLUTE:g} and {RELATIVE:g} x the median at {detection.sublayer}",
         }
         if len(sink_layers):
-            cutoffs[SINKS] = f"a head of blocks {sink_layers[0]} to {sink_layers[-1]} gives more than {SINK:g}"
+            self.cutoffs[SINKS] = f"a head of blocks {sink_layers[0]} to {sink_layers[-1]} gives more than {SINK:g}"
         if vit.cfg.class_token:
-            cutoffs[CLOSE] = f"nearer to [CLS] than to the average patch at {detection.sublayer}"
-        self.cutoffs = cutoffs
-        self.n_images = self.n_patches = self.with_outliers = 0
-        self.counts, self.matched = (torch.zeros(len(cutoffs), len(cutoffs), dtype=torch.int64) for _ in range(2))
-        self.by_chance = 0.0
+            self.cutoffs[CLOSE] = f"nearer to [CLS] than to the average patch at {detection.sublayer}"
 
-    def add(
-        self, flags: Bool[Tensor, "observable image patch"], scores: Float[Tensor, "observable image patch"]
-    ) -> None:
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """The stream where outliers are, and the attention that patches draw."""
+        self.drawn: list[Float[Tensor, "batch patch"]] = []
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def in_stream(resid: Tensor, hook: Any) -> None:
+            self.seen = _in_stream(resid, layout, self.detection)
+
+        def attention(layer: int, received: Float[Tensor, "batch head key"]) -> None:
+            self.drawn.append(received[..., layout.patches].amax(1))
+
+        return [*attention_hooks(vit, layout, self.sink_layers, attention), (self.detection.hook_name, in_stream)]
+
+    def update(self, batch: Batch) -> None:
+        """Whether each patch shows each observable, and how strongly."""
+        if self.drawn:
+            most = torch.stack(self.drawn).amax(0)
+            self.seen[SINKS] = (most > SINK, most)
+        flags = torch.stack([self.seen[name][0] for name in self.cutoffs])
+        scores = torch.stack([self.seen[name][1].float() for name in self.cutoffs])
         k = flags[0].sum(-1)
-        self.n_images += flags.shape[1]
-        self.n_patches += flags[0].numel()
-        self.with_outliers += int((k > 0).sum())
-        self.counts += count_overlaps(flags)
-        self.matched += count_overlaps(first_by(scores, k))
-        self.by_chance += float(k.float().square().sum()) / flags.shape[2]
+        self.add(
+            n_images=len(batch),
+            n_patches=flags[0].numel(),
+            n_with_outliers=(k > 0).sum(),
+            counts=count_overlaps(flags),
+            matched=count_overlaps(first_by(scores, k)),
+            by_chance=float(k.float().square().sum()) / flags.shape[2],
+        )
 
     def result(self) -> Overlap:
+<<<<<<< HEAD
         if not self.n_images:
             raise ImageError(
                 "No image to compare observables on: the tensor or the iterable is empty, or it could be iterated only "
                 "once. Give a tensor, a list of batches or an rl.data.ImageStream, or pass detection=."
             )
         if not self.with_outliers:
+=======
+        """The counts of all images.
+
+        Raises:
+            ImageError: none has a norm outlier.
+        """
+        n = self.count("n_with_outliers")
+        if not n:
+>>>>>>> 13dc441 (Massive activations, the overlap of observables and outliers' norms stream through the engine)
             raise ImageError(f"None of the {self.n_images} images has a norm outlier. Give more, or lower threshold=.")
+        counts = self.means()
         return Overlap(
             model=self.model,
             config=self.config,
@@ -301,11 +308,10 @@ class _Sums:
             observables=tuple(self.cutoffs),
             cutoffs=tuple(self.cutoffs.values()),
             n_images=self.n_images,
-            n_with_outliers=self.with_outliers,
-            n_patches=self.n_patches,
-            counts=self.counts.numpy(),
-            matched=self.matched.numpy(),
-            chance=self.by_chance / int(self.matched[0, 0]),
+            n_with_outliers=n,
+            n_patches=self.count("n_patches"),
+            chance=float(self.totals["by_chance"]) / int(counts["matched"][0, 0]),
+            **counts,
         )
 
 

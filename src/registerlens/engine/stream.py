@@ -78,12 +78,17 @@ class Sums:
     @property
     def n_images(self) -> int:
         """Images so far, where they are counted under this name."""
-        return int(self.totals.get("n_images", 0))
+        return self.count("n_images")
+
+    def count(self, name: str) -> int:
+        """A total that is a single whole number; 0 where there was nothing to add."""
+        return int(self.totals.get(name, 0))
 
     def add(self, **values: Tensor | int | float) -> None:
         """Add to the totals of these names: floating-point numbers in float64, on the CPU."""
         for name, value in values.items():
-            tensor = torch.as_tensor(value).cpu().contiguous()
+            exact = torch.float64 if isinstance(value, float) else None
+            tensor = torch.as_tensor(value, dtype=exact).cpu().contiguous()
             # Not in place: what was made in inference mode could not be changed outside it.
             total = tensor.double() if tensor.is_floating_point() else tensor.long()
             self.totals[name] = self.totals[name] + total if name in self.totals else total
@@ -92,13 +97,17 @@ class Sums:
         """Take in what another reducer with the same options saw, as if its images had come here."""
         self.add(**other.totals)
 
-    def means(self) -> dict[str, np.ndarray]:
-        """Every total as it is reported: whole numbers as counts, all others over the number of images."""
-        n = self.n_images
+    def means(self, over: str = "n_images") -> dict[str, np.ndarray]:
+        """The arrays as they are reported: whole numbers as counts, all others over how many images there were.
+
+        Args:
+            over: the name under which these images are counted.
+        """
+        n = self.count(over)
         return {
             name: (total / n if total.is_floating_point() else total).numpy()
             for name, total in self.totals.items()
-            if name != "n_images"
+            if total.ndim
         }
 
 
@@ -131,18 +140,18 @@ def stream(
 
     Example:
         >>> import registerlens as rl
-        >>> class Largest(Sums):
+        >>> class Activity(Sums):
         ...     def hooks(self, vit, layout):
-        ...         return [("blocks.1.hook_resid_post", lambda x, hook: self.add(largest=x.amax((1, 2)).sum()))]
+        ...         return [("blocks.1.mlp.hook_post", lambda post, hook: self.add(largest=post.amax(1).sum(0)))]
         ...
         ...     def update(self, batch):
         ...         self.add(n_images=len(batch))
         ...
         ...     def result(self):
-        ...         return self.n_images, float(self.means()["largest"]) > 0
+        ...         return self.n_images, self.means()["largest"].shape
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> stream(vit, torch.rand(5, 3, 48, 48), [Largest()], batch_size=2, description="looking")
-        [(5, True)]
+        >>> stream(vit, torch.rand(5, 3, 48, 48), [Activity()], batch_size=2, description="looking")
+        [(5, (256,))]
     """
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, description, labels):
