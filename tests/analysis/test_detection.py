@@ -21,7 +21,7 @@ from registerlens.analysis.detection import (
     patch_norms,
     require_outliers,
 )
-from registerlens.analysis.outliers import RatioHistogram
+from registerlens.analysis.outliers import count_ratios
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, NoOutliersError, ShapeError
@@ -137,9 +137,7 @@ def test_the_median_is_that_of_the_trace():
     values = torch.randn(5, 4, 36).abs()
     torch.testing.assert_close(medians(values)[..., 0], values.quantile(0.5, dim=-1))
     torch.testing.assert_close(medians(values[..., 1:])[..., 0], values[..., 1:].quantile(0.5, dim=-1))
-    histogram = RatioHistogram()
-    histogram.add(norms)
-    assert histogram._ratio == pytest.approx(9 / 3 + 8 / 5)
+    assert float(count_ratios(norms[None])["largest_over_median"]) == pytest.approx(9 / 3 + 8 / 5)
 
 
 def test_sigma_flags_something_where_nothing_is():

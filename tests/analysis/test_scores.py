@@ -180,7 +180,7 @@ def test_a_batch_seen_before_counts_as_the_first():
     """What the hooks of a `Sighting` keep of another pass gives the same bits as a pass of its own."""
     vit, images = model("registers, layer scale, ln_pre"), noise(7)
     detection = detection_at(vit, images, "1.attn", 1.1)
-    seen = Sighting(vit, images[:3], range(3), ["embed", "1.attn", "2.mlp"])
+    seen = Sighting(vit, vit.layout(images), range(3), ["embed", "1.attn", "2.mlp"])
     with torch.inference_mode(), vit.hooks(seen.hooks):
         vit(images[:3])
         vit(images[:3] + 1)  # the first pass counts
@@ -362,7 +362,7 @@ def test_several_layers_are_numbered_from_the_first():
 def test_errors():
     vit, images = model(), noise(3)
     detection = detection_at(vit, images, "1.mlp", 1.1)
-    with pytest.raises(ImageError, match="No image to score neurons on"):
+    with pytest.raises(ImageError, match="No image came for scoring neurons"):
         score_neurons(vit, [], detection, top_layer=1)
     none = dataclasses.replace(detection, cutoff=Cutoff(value=1e9, relative=True))
     with pytest.raises(ImageError, match="None of the 3 images has an outlier patch above the threshold"):

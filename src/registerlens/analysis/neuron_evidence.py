@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.stored import Stored
-from registerlens.analysis.top_outliers import located, look, need_some
+from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located
 from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
+from registerlens.engine.stream import stream
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
-from registerlens.stats.histograms import N_BINS, count_signed
+from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -137,71 +136,34 @@ def activation_distributions(
         [0]
     """
     detection = located(vit, images, neurons, detection, "Comparing activations at outliers", batch_size)
-    sums = _ActivationSums(neurons, vit.cfg.d_mlp)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "activation distributions", count(images), len):
-            sight = look(vit, batch, sums.layers, detection, generator)
-            sums.n_images += len(batch)
-            sums.n_with_outliers += len(sight)
-            if len(sight):
-                for i, layer in enumerate(sums.layers):
-                    sums.add(i, sight.activations(layer))
-    need_some(sums.n_images, sums.n_with_outliers)
-    return ActivationDistributions(
-        model=vit.source,
-        config=vit.cfg,
-        neurons=neurons,
-        detection=detection,
-        seed=seed,
-        n_images=sums.n_images,
-        n_with_outliers=sums.n_with_outliers,
-        layers=sums.layers,
-        **sums.means(),
-    )
+    sums = _ActivationSums(vit, neurons, detection, torch.Generator().manual_seed(seed))
+    [means] = stream(vit, images, [sums], batch_size=batch_size, description="comparing activations")
+    return ActivationDistributions(seed=seed, **means)
 
 
-class _ActivationSums:
-    """Running sums over images."""
-
-    def __init__(self, neurons: RegisterNeurons, d_mlp: int) -> None:
-        by_layer = neurons.by_layer()
-        self.layers, self.listed = tuple(by_layer), list(by_layer.values())
-        self.order = {pair: i for i, pair in enumerate(neurons.pairs)}
-        n = len(self.layers)
-        self.histogram = torch.zeros(2, n, N_BINS, dtype=torch.int64)
-        self.neuron_histogram = torch.zeros(2, len(neurons), N_BINS, dtype=torch.int64)
-        self.sum, self.square = (torch.zeros(2, n, d_mlp, dtype=torch.float64) for _ in range(2))
-        self.skewness = torch.zeros(2, n, dtype=torch.float64)
-        self.large, self.large_listed = (torch.zeros(n, dtype=torch.float64) for _ in range(2))
-        self.n_images = self.n_with_outliers = 0
-
-    def add(self, i: int, activations: Float[Tensor, "place row neuron"]) -> None:
-        """Take in one batch's activations of the i-th layer."""
-        x, chosen = activations.cpu(), list(self.listed[i])
-        rows = [self.order[self.layers[i], neuron] for neuron in chosen]
-        self.histogram[:, i] += count_signed(x.flatten(1))
-        of_listed = count_signed(x[..., chosen].transpose(1, 2).flatten(0, 1))
-        self.neuron_histogram[:, rows] += of_listed.unflatten(0, (2, len(rows)))
-        self.sum[:, i] += x.double().sum(1)
-        self.square[:, i] += x.double().square().sum(1)
-        centred = x.double() - x.double().mean(-1, keepdim=True)
+class _ActivationSums(AtTopOutliers):
+    def take(self, sight: Sight) -> None:
+        x = torch.stack([sight.activations(layer).cpu() for layer in self.layers], 1)  # place layer row neuron
+        wide = x.double()
+        centred = wide - wide.mean(-1, keepdim=True)
         spread = centred.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-        self.skewness[:, i] += (centred / spread).pow(3).mean(-1).sum(1)
-        large = x[0].abs() > x[1].abs().amax(-1, keepdim=True)
-        self.large[i] += float(large.sum())
-        self.large_listed[i] += float(large[:, chosen].sum())
+        large = (x[0].abs() > x[1].abs().amax(-1, keepdim=True)).double()
+        layer = torch.tensor([self.layers.index(layer) for layer, _ in self.neurons.pairs])
+        neuron = torch.tensor([neuron for _, neuron in self.neurons.pairs])
+        of_listed = large.sum(1)[layer, neuron]
+        self.add(
+            histogram=count_signed(x.flatten(2).flatten(0, 1)).unflatten(0, x.shape[:2]),
+            neuron_histogram=torch.stack([count_signed(own[layer, :, neuron]) for own in x]),
+            sum=wide.sum(2),
+            square=wide.square().sum(2),
+            skewness=(centred / spread).pow(3).mean(-1).sum(2),
+            large=large.sum((1, 2)),
+            large_listed=torch.zeros(len(self.layers), dtype=torch.float64).index_add(0, layer, of_listed),
+        )
 
-    def means(self) -> dict[str, np.ndarray]:
-        """Everything as it is reported."""
-        n = self.n_with_outliers
-        mean = self.sum / n
-        return {
-            "histogram": self.histogram.numpy(),
-            "neuron_histogram": self.neuron_histogram.numpy(),
-            "mean": mean.numpy(),
-            "std": (self.square / n - mean.square()).clamp_min(0).sqrt().numpy(),
-            "skewness": (self.skewness / n).numpy(),
-            "large": (self.large / n).numpy(),
-            "large_listed": (self.large_listed / n).numpy(),
-        }
+    def result(self) -> dict[str, Any]:
+        """Fields of the result."""
+        about, means = self.about(), self.means(over="n_with_outliers")
+        mean = means.pop("sum")
+        std = np.sqrt((means.pop("square") - np.square(mean)).clip(0))
+        return {**about, **means, "mean": mean, "std": std}

@@ -17,15 +17,15 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.stored import Stored
-from registerlens.analysis.top_outliers import located, look, need_some, random_sets
+from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located, random_sets
 from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
+from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
-from registerlens.stats.histograms import N_BINS, count_signed
+from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -153,78 +153,66 @@ def neuron_updates(
     if draws < 1:
         raise ConfigError(f"draws must be at least 1, got {draws}.")
     detection = located(vit, images, neurons, detection, "Measuring updates at outliers", batch_size)
-    generator = torch.Generator().manual_seed(seed)
-    sums = [
-        _LayerSums(vit, layer, listed, random_sets(listed, vit.cfg.d_mlp, draws, generator))
-        for layer, listed in neurons.by_layer().items()
-    ]
-    layers = tuple(layer.index for layer in sums)
-    n_images = 0
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "updates of neurons", count(images), len):
-            sight = look(vit, batch, layers, detection, generator)
-            n_images += len(batch)
-            for layer in sums if len(sight) else ():
-                layer.add(sight.activations(layer.index)[0])
-    need_some(n_images, sums[0].n)
-    return NeuronUpdates(
-        model=vit.source,
-        config=vit.cfg,
-        neurons=neurons,
-        detection=detection,
-        n_images=n_images,
-        n_with_outliers=sums[0].n,
-        layers=layers,
-        norm=torch.stack([layer.norm / layer.n for layer in sums]).numpy(),
-        cosine=torch.stack([layer.mean_cosine() for layer in sums]).numpy(),
-        silent=torch.stack([layer.silent / layer.n for layer in sums]).numpy(),
-        norm_histogram=torch.stack([layer.norms for layer in sums]).numpy(),
-        cosine_histogram=torch.stack([layer.cosines for layer in sums]).numpy(),
-    )
+    sums = _UpdateSums(vit, neurons, detection, draws, torch.Generator().manual_seed(seed))
+    [found] = stream(vit, images, [sums], batch_size=batch_size, description="comparing updates")
+    return found
 
 
-class _LayerSums:
-    """Running sums of one layer: the register neurons are set 0, random sets follow."""
+class _UpdateSums(AtTopOutliers):
+    """Shards that are merged lack the pair of successive images between them."""
 
-    def __init__(self, vit: HookedViT, index: int, listed: tuple[int, ...], random: Int[Tensor, "draw neuron"]) -> None:
-        self.index, self.n = index, 0
-        W_out = cast(Block, vit.blocks[index]).mlp.W_out.detach().float()
-        self.sets = torch.cat([torch.tensor(listed)[None], random]).to(W_out.device)
-        self.writes = W_out[self.sets]  # set neuron d_model
-        n_sets, d_model = len(self.sets), W_out.shape[1]
-        self.norm = torch.zeros(n_sets, dtype=torch.float64)
-        self.directions = torch.zeros(n_sets, d_model, dtype=torch.float64)
-        self.silent = torch.zeros(n_sets, dtype=torch.float64)
-        self.norms = torch.zeros(2, N_BINS, dtype=torch.int64)
-        self.cosines = torch.zeros(2, COSINE_BINS, dtype=torch.int64)
-        self.last: Tensor | None = None
+    def __init__(
+        self, vit: HookedViT, neurons: RegisterNeurons, detection: Detection, draws: int, generator: torch.Generator
+    ) -> None:
+        super().__init__(vit, neurons, detection, generator)
+        self.sets: list[Int[Tensor, "set neuron"]] = []
+        self.writes: list[Float[Tensor, "set neuron d_model"]] = []
+        self.last: Float[Tensor, "layer 1 set d_model"] | None = None
+        for layer, listed in neurons.by_layer().items():
+            W_out = cast(Block, vit.blocks[layer]).mlp.W_out.detach().float()
+            random = random_sets(listed, vit.cfg.d_mlp, draws, generator)
+            self.sets.append(torch.cat([torch.tensor(listed)[None], random]).to(W_out.device))
+            self.writes.append(W_out[self.sets[-1]])
 
-    def add(self, activations: Float[Tensor, "image neuron"]) -> None:
+    def take(self, sight: Sight) -> None:
         """Take in the activations at the top outliers of a batch."""
-        active = activations[:, self.sets]
-        updates = einsum(active, self.writes, "image set n, set n d_model -> image set d_model").cpu()
+        found = []
+        for layer, chosen, writes in zip(self.layers, self.sets, self.writes, strict=True):
+            active = sight.activations(layer)[0][:, chosen]
+            found.append(einsum(active, writes, "image set n, set n d_model -> image set d_model"))
+        updates = torch.stack(found).cpu()  # layer image set d_model
         norms = updates.norm(dim=-1)
         units = F.normalize(updates.double(), dim=-1)
-        self.n += len(updates)
-        self.norm += norms.double().sum(0)
-        self.directions += units.sum(0)
-        self.silent += (norms == 0).double().sum(0)
-        self.norms[0] += count_signed(norms[:, :1].T)[0]
-        self.norms[1] += count_signed(norms[:, 1:].reshape(1, -1))[0]
-        chain = units if self.last is None else torch.cat([self.last, units])
-        self.last = units[-1:].clone()
-        similar = (chain[1:] * chain[:-1]).sum(-1)
+        chain = units if self.last is None else torch.cat([self.last, units], 1)
+        self.last = units[:, -1:].clone()
+        similar = (chain[:, 1:] * chain[:, :-1]).sum(-1)
         writes = chain.square().sum(-1) > 0.5  # a unit vector, or 0 where the set writes nothing
-        both = writes[1:] & writes[:-1]
+        both = writes[:, 1:] & writes[:, :-1]
         bins = ((similar + 1) * (COSINE_BINS / 2)).long().clamp(0, COSINE_BINS - 1)
-        self.cosines[0] += torch.bincount(bins[:, 0][both[:, 0]], minlength=COSINE_BINS)
-        self.cosines[1] += torch.bincount(bins[:, 1:][both[:, 1:]], minlength=COSINE_BINS)
+        groups = slice(0, 1), slice(1, None)  # the register neurons are set 0, random sets follow
+        self.add(
+            norm=norms.double().sum(1),
+            directions=units.sum(1),
+            silent=(norms == 0).double().sum(1),
+            norm_histogram=torch.stack([count_signed(norms[..., own].flatten(1)) for own in groups], 1),
+            cosine_histogram=torch.stack(
+                [
+                    torch.stack([torch.bincount(b[:, own][w[:, own]], minlength=COSINE_BINS) for own in groups])
+                    for b, w in zip(bins, both, strict=True)
+                ]
+            ),
+        )
 
-    def mean_cosine(self) -> Float[Tensor, " set"]:
-        """Over all pairs of images: |sum of unit vectors|^2 counts each pair twice and each vector once."""
-        firing = self.n - self.silent
-        mean = (self.directions.square().sum(-1) - firing) / (firing * (firing - 1)).clamp_min(1)
-        return torch.where(firing > 1, mean, float("nan"))
+    def result(self) -> NeuronUpdates:
+        """Means over the images; the cosine over all pairs of them."""
+        about, n = self.about(), self.count("n_with_outliers")
+        # |sum of unit vectors|^2 counts each pair twice and each vector once.
+        firing = n - self.totals["silent"]
+        total = self.totals["directions"].square().sum(-1) - firing
+        cosine = torch.where(firing > 1, total / (firing * (firing - 1)).clamp_min(1), float("nan"))
+        means = self.means(over="n_with_outliers")
+        del means["directions"]
+        return NeuronUpdates(cosine=cosine.numpy(), **about, **means)
 
 
 def _over_sets(statistic: Callable[..., np.ndarray], values: Float[np.ndarray, "layer set"]) -> list[float]:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -132,31 +131,32 @@ def judge(
     return OutlierEvidence(verdict="present", reason=reason, **found)
 
 
-class RatioHistogram:
-    """Patch norms over their image's median, counted batch by batch for `judge`; as large after a million images.
+def count_ratios(norms: Float[Tensor, "place batch patch"]) -> dict[str, Tensor]:
+    """Patch norms over their image's median, as totals that add up over batches and that `judge_each` takes."""
+    relative = norms / medians(norms)
+    largest = relative.amax(-1)
+    return {
+        "histogram": count_bins(relative.flatten(1)),
+        "largest_histogram": count_bins(largest),
+        "largest_over_median": largest.sum(1),
+    }
+
+
+def judge_each(
+    histogram: Int[np.ndarray, "place bin"],
+    largest_histogram: Int[np.ndarray, "place bin"],
+    largest_over_median: Float[np.ndarray, " place"],
+) -> tuple[OutlierEvidence, ...]:
+    """The verdict at every place; arguments as `judge` takes them.
 
     Example:
-        >>> histogram = RatioHistogram()
-        >>> histogram.add(torch.cat([torch.ones(8, 98), torch.full((8, 2), 11.0)], 1))
-        >>> histogram.judge().share_of_patches
-        0.02
+        >>> import torch
+        >>> counts = count_ratios(torch.cat([torch.ones(1, 8, 98), torch.full((1, 8, 2), 11.0)], 2))
+        >>> [one.share_of_patches for one in judge_each(*(total.numpy() for total in counts.values()))]
+        [0.02]
     """
-
-    def __init__(self) -> None:
-        self._counts, self._largest = (torch.zeros(N_BINS, dtype=torch.int64) for _ in range(2))
-        self._ratio = 0.0
-
-    def add(self, norms: Float[Tensor, "batch patch"]) -> None:
-        """Count one batch."""
-        relative = norms / medians(norms)
-        self._counts += count_bins(relative.reshape(1, -1))[0]
-        self._largest += count_bins(relative.amax(-1)[None])[0]
-        self._ratio += float(relative.amax(-1).sum())
-
-    def judge(self) -> OutlierEvidence:
-        """The verdict on all batches so far."""
-        n_images = max(int(self._largest.sum()), 1)
-        return judge(self._counts.numpy(), self._largest.numpy(), self._ratio / n_images)
+    rows = zip(histogram, largest_histogram, largest_over_median, strict=True)
+    return tuple(judge(counts, largest, float(ratio)) for counts, largest, ratio in rows)
 
 
 def _surprise(counts: Int[np.ndarray, " bins"], start: int, stop: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -13,12 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection
-from registerlens.analysis.outliers import OutlierEvidence, RatioHistogram
-from registerlens.analysis.sighting import Sighting, look
+from registerlens.analysis.outliers import OutlierEvidence, count_ratios, judge_each
+from registerlens.analysis.sighting import Sighting
+from registerlens.config import TokenLayout
+from registerlens.data.batches import Images
 from registerlens.display import Shown
+from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 
 Score = Literal["mean", "mean_abs", "contrast", "auc"]
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -26,6 +27,8 @@ NORMALS = 16
 """Normal patches an image, evenly spread over their norms, that outliers are compared with."""
 _COMPARED = 2**22
 """Activations compared at once for the AUC: 16 MiB in float32."""
+_SUMMED = ("mean", "mean_abs", "auc", "normal", "square")
+"""Totals [half, layer, neuron], in the order in which the scores take them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,13 +90,13 @@ class NeuronScores(Shown):
 
 def score_neurons(
     vit: HookedViT,
-    batches: Iterable[Tensor],
+    images: Images,
     detection: Detection,
     *,
     lowest_layer: int = 0,
     top_layer: int,
     early_stop: bool = True,
-    n_images: int | None = None,
+    batch_size: int = 16,
     seen: Sighting | None = None,
 ) -> NeuronScores:
     """Algorithm 1 in batches: one streaming pass whose memory does not grow with the number of images.
@@ -103,11 +106,11 @@ def score_neurons(
 
     Args:
         vit: the model, edited or not.
-        batches: preprocessed images [batch, channel, height, width]; sizes may differ from batch to batch.
+        images: [image, channel, height, width], or batches of them; sizes may differ from batch to batch.
         detection: where to look for outliers, and above which norm.
         lowest_layer, top_layer: the first and the last layer whose neurons are scored.
         early_stop: end each pass at the last place that matters. The scores are the same.
-        n_images: how many will come, for the progress bar.
+        batch_size: images at once when a tensor is given.
         seen: what a pass over one more batch has left behind, which counts as the first; it is used up.
 
     Raises:
@@ -121,98 +124,100 @@ def score_neurons(
         >>> from registerlens.analysis.detection import detect
         >>> from registerlens.data.synthetic import synthetic_images
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(64, 0).images
-        >>> scores = score_neurons(vit, [images], detect(vit, images), top_layer=1)
+        >>> scores = score_neurons(vit, images, detect(vit, images), top_layer=1)
         >>> [(layer, neuron) for layer, neuron, _ in scores.ranked()[:3]]
         [(1, 183), (1, 103), (1, 219)]
     """
-    sums = _Sums(vit, lowest_layer, top_layer)
-    layers = range(lowest_layer, top_layer + 1)
-    with torch.inference_mode():
-        if seen is not None:
-            sums.add(seen, detection)
+    sums = ScoreSums(vit, detection, range(lowest_layer, top_layer + 1), early_stop)
+    if seen is not None:
+        with torch.inference_mode():
+            sums.take(seen)
             seen.forget()
-        for batch in track(batches, "scoring neurons", n_images, len):
-            sums.add(look(vit, batch, layers, detection.sublayer, early_stop=early_stop), detection)
-    return sums.result()
+    [scores] = stream(
+        vit, images, [sums], batch_size=batch_size, description="scoring neurons", allow_none=seen is not None
+    )
+    return scores
 
 
-class _Sums:
-    """Running sums over images, apart for every other image."""
+class ScoreSums(Sums):
+    """Sums over images of what the scores are made of, apart for every other image."""
 
-    def __init__(self, vit: HookedViT, first: int, last: int) -> None:
-        self.first, self.layers = first, range(first, last + 1)
-        shape = (2, len(self.layers), vit.cfg.d_mlp)
-        device = vit.device
-        # Sums of per-image means are in float32 on every device; float64 where the device has it.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.mean, self.mean_abs, self.auc, self.normal, self.square = (
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(5)
-        )
-        self.n_images = 0
-        self.with_outliers, self.with_both = (torch.zeros(2, dtype=torch.int64) for _ in range(2))
-        self.n_normal = torch.zeros(2, dtype=torch.int64)
-        self.n_outliers = 0
-        self.histogram = RatioHistogram()
+    def __init__(self, vit: HookedViT, detection: Detection, layers: range, early_stop: bool) -> None:
+        super().__init__()
+        self.detection, self.layers = detection, layers
+        self.last = None if early_stop else f"blocks.{vit.cfg.n_layers - 1}.hook_resid_post"
 
-    def add(self, seen: Sighting, detection: Detection) -> None:
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Norms where outliers are, and what enters the MLPs."""
+        self.seen = Sighting(vit, layout, self.layers, [self.detection.sublayer])
+        return [*self.seen.hooks, *([(self.last, lambda resid, hook: None)] if self.last else [])]
+
+    def update(self, batch: Batch) -> None:
         """Take in one batch."""
-        norms = seen.norms(detection.sublayer)
-        mask = detection.cutoff.above(norms)
-        self.histogram.add(norms)
+        self.take(self.seen)
+
+    def take(self, seen: Sighting) -> None:
+        """Take in what a pass over a batch has left behind."""
+        norms = seen.norms(self.detection.sublayer)
+        mask = self.detection.cutoff.above(norms)
         half = (torch.arange(len(norms), device=norms.device) + self.n_images) % 2
-        self.n_images += len(norms)
+        self.add(n_images=len(norms), n_outliers=mask.sum(), **count_ratios(norms[None]))
         image, patch = mask.nonzero(as_tuple=True)
         if not len(image):
             return
         has = mask.any(1)
-        counts = mask.sum(1)
         normals, valid = normal_patches(norms, mask, NORMALS)
-        self.with_outliers += torch.bincount(half[has], minlength=2).cpu()
-        self.with_both += torch.bincount(half[has & valid.any(1)], minlength=2).cpu()
-        self.n_normal += half.new_zeros(2).index_add(0, half[has], valid[has].sum(1)).cpu()
-        self.n_outliers += int(mask.sum())
-        share = 1 / counts[image]  # of an outlier in its image's mean
+        self.add(
+            with_outliers=torch.bincount(half[has], minlength=2),
+            with_both=torch.bincount(half[has & valid.any(1)], minlength=2),
+            with_normal=half.new_zeros(2).index_add(0, half[has], valid[has].sum(1)),
+        )
+        share = 1 / mask.sum(1)[image][:, None]  # of an outlier in its image's mean
         rows = has.nonzero()[:, 0]
-        weight = valid[rows].to(self.mean.dtype)[..., None]
-        for i, layer in enumerate(self.layers):
+        weight = _wide(valid[rows])[..., None]
+        place = torch.zeros(len(norms), dtype=torch.long, device=norms.device)
+        place[rows] = torch.arange(len(rows), device=norms.device)
+        found: dict[str, list[Float[Tensor, "half neuron"]]] = {name: [] for name in _SUMMED}
+        for layer in self.layers:
             outlying = seen.activations(layer, image, patch)
             normal = seen.activations(layer, rows[:, None], normals[rows])
-            _sum_by(self.mean[:, i], half[image], outlying * share[:, None])
-            _sum_by(self.mean_abs[:, i], half[image], outlying.abs() * share[:, None])
-            _sum_by(self.normal[:, i], half[rows], (normal * weight).sum(1))
-            _sum_by(self.square[:, i], half[rows], (normal.square() * weight).sum(1))
-            place = torch.zeros(len(norms), dtype=torch.long, device=norms.device)
-            place[rows] = torch.arange(len(rows), device=norms.device)
             won = _share_exceeded(outlying, normal, valid[rows], place[image])
-            _sum_by(self.auc[:, i], half[image], won * share[:, None])
+            found["mean"].append(_sum_by(half[image], outlying * share))
+            found["mean_abs"].append(_sum_by(half[image], outlying.abs() * share))
+            found["auc"].append(_sum_by(half[image], won * share))
+            found["normal"].append(_sum_by(half[rows], (normal * weight).sum(1)))
+            found["square"].append(_sum_by(half[rows], (normal.square() * weight).sum(1)))
+        self.add(**{name: torch.stack(values, 1) for name, values in found.items()})
 
     def result(self) -> NeuronScores:
-        """Everything, as means."""
-        if not self.n_images:
-            raise ImageError("No image to score neurons on: the iterable of batches is empty. Give at least one.")
-        if not self.n_outliers:
+        """Everything, as means.
+
+        Raises:
+            ImageError: there was no outlier.
+        """
+        if not self.count("n_outliers"):
             raise ImageError(
                 f"None of the {self.n_images} images has an outlier patch above the threshold. Give more images, or a "
                 f"lower threshold."
             )
-        halves = [self._scores(slice(half, half + 1)) for half in (0, 1)]
+        means = self.means()
+        [evidence] = judge_each(means["histogram"], means["largest_histogram"], means["largest_over_median"])
         return NeuronScores(
-            first_layer=self.first,
+            first_layer=self.layers[0],
             scores=self._scores(slice(None)),
-            halves=np.stack(halves),
+            halves=np.stack([self._scores(slice(half, half + 1)) for half in (0, 1)]),
             n_images=self.n_images,
-            n_with_outliers=int(self.with_outliers.sum()),
-            n_outliers=self.n_outliers,
-            evidence=self.histogram.judge(),
+            n_with_outliers=int(self.totals["with_outliers"].sum()),
+            n_outliers=self.count("n_outliers"),
+            evidence=evidence,
         )
 
     def _scores(self, half: slice) -> Float[np.ndarray, "score layer neuron"]:
-        n_both = int(self.with_both[half].sum())
-        n, n_normal = (max(int(count[half].sum()), 1) for count in (self.with_outliers, self.n_normal))
-        mean, mean_abs, auc, normal, square = (
-            total[half].sum(0).cpu().double()
-            for total in (self.mean, self.mean_abs, self.auc, self.normal, self.square)
+        n_with, n_both, n_normal = (
+            int(self.totals[name][half].sum()) for name in ("with_outliers", "with_both", "with_normal")
         )
+        mean, mean_abs, auc, normal, square = (self.totals[name][half].sum(0).cpu() for name in _SUMMED)
+        n, n_normal = max(n_with, 1), max(n_normal, 1)
         average = normal / n_normal
         spread = (square / n_normal - average.square()).clamp_min(0).sqrt()
         # A neuron that is silent on normal patches has no spread there: the floor keeps its contrast finite.
@@ -242,8 +247,14 @@ def normal_patches(
     return order.gather(1, rank.clamp_max(norms.shape[1] - 1)), rank < n_normal
 
 
-def _sum_by(total: Tensor, half: Int[Tensor, " row"], values: Float[Tensor, "row neuron"]) -> None:
-    total.index_add_(0, half, values.to(total.dtype))
+def _sum_by(half: Int[Tensor, " row"], values: Float[Tensor, "row neuron"]) -> Float[Tensor, "half neuron"]:
+    wide = _wide(values)
+    return wide.new_zeros(2, values.shape[1]).index_add_(0, half, wide)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64 where the device has it."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 def _share_exceeded(

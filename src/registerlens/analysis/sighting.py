@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from registerlens.config import TokenLayout
 from registerlens.errors import NonFiniteError
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
@@ -24,13 +24,13 @@ class Sighting:
 
     Args:
         vit: the model, its edits in place.
-        batch: the images to come.
+        layout: of the images to come.
         layers: blocks whose neurons will be asked for.
         places: sublayers after which patch norms will be.
     """
 
-    def __init__(self, vit: HookedViT, batch: Tensor, layers: Sequence[int], places: Sequence[str]) -> None:
-        self._patches = patches = vit.layout(batch).patches
+    def __init__(self, vit: HookedViT, layout: TokenLayout, layers: Sequence[int], places: Sequence[str]) -> None:
+        self._patches = patches = layout.patches
         self._mlps = {layer: cast(Block, vit.blocks[layer]).mlp for layer in layers}
         self._edited = {layer for layer, mlp in self._mlps.items() if mlp.watched}
         self._inputs: dict[int, Tensor] = {}
@@ -75,32 +75,3 @@ class Sighting:
         """Give the memory back."""
         self._inputs.clear()
         self._norms.clear()
-
-
-def look(vit: HookedViT, batch: Tensor, layers: Sequence[int], place: str, *, early_stop: bool = True) -> Sighting:
-    """Pass one batch through the model, with `early_stop` no further than to the last thing to be seen.
-
-    Example:
-        >>> import torch, registerlens as rl
-        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
-        >>> with torch.inference_mode():
-        ...     look(vit, images, range(2), "1.attn").norms("1.attn").shape
-        torch.Size([2, 36])
-    """
-    seen = Sighting(vit, batch, layers, [place])
-    left = {name for name, _ in seen.hooks}
-
-    def count_down(x: Tensor, hook: Any) -> None:
-        left.discard(hook.name)
-        if early_stop and not left:
-            raise _Enough
-
-    # A hook that raises can end the pass within a block, which stop_at_layer cannot.
-    ending = [(name, count_down) for name in left]
-    with suppress(_Enough), vit.hooks([*seen.hooks, *ending]):
-        vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
-    return seen
-
-
-class _Enough(Exception):
-    """All that was to be seen has been seen."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis import sighting
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.sighting import Sighting
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, Sums
 from registerlens.errors import ImageError, InterventionError
-from registerlens.model.vit import HookedViT
+from registerlens.model.vit import Hook, HookedViT
 
 PLACES = ("top outlier", "random normal patch")
 """The two tokens."""
@@ -64,29 +68,44 @@ def check_neurons(vit: HookedViT, neurons: RegisterNeurons) -> None:
         raise InterventionError("No neuron was given. Find some with rl.find_register_neurons(vit, images).")
 
 
-def look(
-    vit: HookedViT,
-    batch: Float[Tensor, "batch channel height width"],
-    layers: Sequence[int],
-    detection: Detection,
-    generator: torch.Generator,
-) -> Sight:
-    """Run a batch as far as it takes, and pick the two tokens of each image.
+class AtTopOutliers(Sums, ABC):
+    """Sums over the two tokens of each image; `take` gets what a batch shows there."""
 
-    Args:
-        vit: the model, edited or not.
-        batch: preprocessed images.
-        layers: whose neurons will be asked for.
-        detection: where norms are taken, and above which one a patch is an outlier.
-        generator: draws the normal patches, one number an image: the same in every batching.
+    def __init__(
+        self, vit: HookedViT, neurons: RegisterNeurons, detection: Detection, generator: torch.Generator
+    ) -> None:
+        """In the layers of these neurons; the generator draws normal patches, one number an image in every batching."""
+        super().__init__()
+        self.model, self.config, self.neurons = vit.source, vit.cfg, neurons
+        self.layers, self.detection, self.generator = tuple(neurons.by_layer()), detection, generator
 
-    Raises:
-        NonFiniteError: a norm is NaN or infinite.
-    """
-    seen = sighting.look(vit, batch, layers, detection.sublayer)
-    norms = seen.norms(detection.sublayer)
-    images, chosen = pick(norms, detection.cutoff.above(norms), torch.rand(len(batch), generator=generator))
-    return Sight(images, chosen, seen.activations)
+    @abstractmethod
+    def take(self, sight: Sight) -> None:
+        """Take in the images of a batch that have an outlier and a normal patch; there is one at least."""
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Norms where outliers are, and what enters the MLPs."""
+        self.seen = Sighting(vit, layout, self.layers, [self.detection.sublayer])
+        return self.seen.hooks
+
+    def update(self, batch: Batch) -> None:
+        """Pick the two tokens of each image."""
+        norms = self.seen.norms(self.detection.sublayer)
+        draw = torch.rand(len(batch), generator=self.generator)
+        images, chosen = pick(norms, self.detection.cutoff.above(norms), draw)
+        self.add(n_images=len(batch), n_with_outliers=len(images))
+        if len(images):
+            self.take(Sight(images, chosen, self.seen.activations))
+
+    def about(self) -> dict[str, Any]:
+        """Fields that all results have.
+
+        Raises:
+            ImageError: no image had an outlier.
+        """
+        n = need_some(self.n_images, self.count("n_with_outliers"))
+        named = ("model", "config", "neurons", "detection", "n_images", "layers")
+        return {name: getattr(self, name) for name in named} | {"n_with_outliers": n}
 
 
 def pick(
@@ -113,19 +132,15 @@ def pick(
     return images, torch.stack([norms.masked_fill(~mask, -1).argmax(1), normal])
 
 
-def need_some(n_images: int, n_with_outliers: int) -> None:
-    """Complain if there was nothing to look at.
+def need_some(n_images: int, n_with_outliers: int) -> int:
+    """The number of images with an outlier.
 
     Raises:
-        ImageError: no image came, or none had an outlier.
+        ImageError: it is 0.
     """
-    if not n_images:
-        raise ImageError(
-            "No image came: the tensor or the iterable is empty, or it could be iterated only once. Give a tensor, a "
-            "list of batches or an rl.data.ImageStream, or pass detection=."
-        )
     if not n_with_outliers:
         raise ImageError(f"None of the {n_images} images has an outlier. Give more images, or a lower threshold.")
+    return n_with_outliers
 
 
 def random_sets(

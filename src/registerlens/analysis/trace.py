@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from registerlens.analysis.outliers import OutlierEvidence, judge
+from registerlens.analysis.outliers import OutlierEvidence, judge_each
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.display import Shown
@@ -79,8 +79,7 @@ class Trace(Shown):
     @cached_property
     def evidence(self) -> tuple[OutlierEvidence, ...]:
         """The evidence at every sublayer."""
-        rows = zip(self.histogram, self.largest_histogram, self.largest_over_median, strict=True)
-        return tuple(judge(counts, largest, float(ratio)) for counts, largest, ratio in rows)
+        return judge_each(self.histogram, self.largest_histogram, self.largest_over_median)
 
     @cached_property
     def _strongest(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 from torch import Tensor
@@ -42,7 +43,18 @@ def count(images: Images) -> int | None:
     return len(images) if isinstance(images, Tensor) else getattr(images, "n_images", None)
 
 
-def first_and_all(images: Images, n: int, batch_size: int) -> tuple[list[Tensor], Iterable[Tensor]]:
+@dataclass(frozen=True)
+class Counted:
+    """Batches, and how many images they hold in all, if that is known."""
+
+    batches: Iterable[Tensor]
+    n_images: int | None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+def first_and_all(images: Images, n: int, batch_size: int) -> tuple[list[Tensor], Counted]:
     """The first `n` images, and an iterable over every batch that reads them from memory.
 
     The first part is cut to exactly `n` images; of the stream, no more than the batches it needs are held. What has
@@ -65,4 +77,4 @@ def first_and_all(images: Images, n: int, batch_size: int) -> tuple[list[Tensor]
         raise ImageError("No image was given: the tensor or the iterable of batches is empty. Give at least one.")
     surplus = sum(map(len, held)) - n
     first = [*held[:-1], held[-1][: len(held[-1]) - max(0, surplus)]]
-    return first, chain(held, stream)
+    return first, Counted(chain(held, stream), count(images))

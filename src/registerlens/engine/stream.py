@@ -43,8 +43,8 @@ class Batch:
 class Reducer(Protocol[Result_co]):
     """What is learned from images that pass, in memory that does not grow with their number.
 
-    A reducer sees named activations, not the model: whoever has recorded them can feed it by the same hooks. Most are
-    `Sums`, so that reducers of different shards can be merged.
+    A reducer sees named activations: whoever has recorded them can feed it by the same hooks. Most are `Sums`, so that
+    reducers of different shards can be merged.
     """
 
     def hooks(self, vit: HookedViT, layout: TokenLayout) -> Sequence[Hook]:
@@ -85,13 +85,15 @@ class Sums:
         return int(self.totals.get(name, 0))
 
     def add(self, **values: Tensor | int | float) -> None:
-        """Add to the totals of these names: floating-point numbers in float64, on the CPU."""
+        """Add to the totals of these names, floating-point numbers in float64."""
         for name, value in values.items():
-            exact = torch.float64 if isinstance(value, float) else None
-            tensor = torch.as_tensor(value, dtype=exact).cpu().contiguous()
+            tensor = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            if tensor.device.type == "mps":  # has no float64
+                tensor = tensor.cpu()
+            total = (tensor.double() if tensor.is_floating_point() else tensor.long()).contiguous()
             # Not in place: what was made in inference mode could not be changed outside it.
-            total = tensor.double() if tensor.is_floating_point() else tensor.long()
-            self.totals[name] = self.totals[name] + total if name in self.totals else total
+            before = self.totals.get(name)
+            self.totals[name] = total if before is None else before + total.to(before.device)
 
     def merge(self, other: Sums) -> None:
         """Take in what another reducer with the same options saw, as if its images had come here."""
@@ -105,7 +107,7 @@ class Sums:
         """
         n = self.count(over)
         return {
-            name: (total / n if total.is_floating_point() else total).numpy()
+            name: (total / n if total.is_floating_point() else total).cpu().numpy()
             for name, total in self.totals.items()
             if total.ndim
         }
@@ -119,6 +121,7 @@ def stream(
     batch_size: int = 16,
     labels: Int[Tensor, "image ..."] | None = None,
     description: str,
+    allow_none: bool = False,
 ) -> list[Result_co]:
     """One pass over the images for any number of reducers; it goes no deeper than the last hook point of any of them.
 
@@ -129,6 +132,7 @@ def stream(
         batch_size: images at once when a tensor is given.
         labels: one an image, which come with the batches.
         description: what is being done, for the progress bar.
+        allow_none: whether there may be no image, as where reducers have seen some already.
 
     Returns:
         the reducers' results.
@@ -154,7 +158,7 @@ def stream(
         [(5, (256,))]
     """
     with torch.inference_mode():
-        for batch in batches(vit, images, batch_size, description, labels):
+        for batch in batches(vit, images, batch_size, description, labels, allow_none):
             run_until_seen(vit, batch.images, [hook for one in reducers for hook in one.hooks(vit, batch.layout)])
             for reducer in reducers:
                 reducer.update(batch)
@@ -167,6 +171,7 @@ def batches(
     batch_size: int,
     description: str,
     labels: Int[Tensor, "image ..."] | None = None,
+    allow_none: bool = False,
 ) -> Iterator[Batch]:
     """The images in batches on the model's device, with a progress bar; for what is more than one pass.
 
@@ -188,7 +193,7 @@ def batches(
         if labels is not None and n > len(labels):
             raise ShapeError(f"{len(labels)} labels for {n} images or more; one for each is needed.")
         yield Batch(part.to(vit.device), layout, start, None if labels is None else labels[start:n])
-    if not n:
+    if not n and not allow_none:
         raise ImageError(
             f"No image came for {description}: the tensor or the iterable is empty, or it could be iterated only once. "
             f"Give a tensor, a list of batches or an rl.data.ImageStream."

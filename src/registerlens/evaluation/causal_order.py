@@ -16,14 +16,14 @@ from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.sighting import Sighting
 from registerlens.analysis.stored import Stored
-from registerlens.analysis.top_outliers import Sight, located, look, need_some
-from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.data.batches import Images
+from registerlens.engine.stream import stream
 from registerlens.errors import InterventionError
 from registerlens.evaluation.controls import DRAWS, random_neurons
 from registerlens.interventions.ablation import Ablate
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -159,43 +159,68 @@ def causal_order(
         )
     layers = (first, *later)
     edits = _edits(vit, images, neurons, layers[:-1], seed, batch_size)
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.zeros(len(neurons), dtype=torch.float64)
-    edited = torch.full((len(CONDITIONS), len(layers), len(neurons)), float("nan"), dtype=torch.float64)
-    for i, layer in enumerate(layers[:-1]):
-        edited[:, i, [j for j, (at, _) in enumerate(neurons.pairs) if at > layer]] = 0
-    n_images = n = 0
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "causal order", count(images), len):
-            streams: dict[int, Tensor] = {}
+    sums = _OrderSums(vit, neurons, detection, edits, torch.Generator().manual_seed(seed))
+    [found] = stream(vit, images, [sums], batch_size=batch_size, description="ordering neurons")
+    return found
 
-            def keep(resid: Tensor, hook: Any, streams: dict[int, Tensor] = streams) -> None:
-                streams[hook.layer()] = resid
 
-            with vit.hooks([([f"blocks.{layer}.hook_resid_pre" for layer in layers[:-1]], keep)]):
-                sight = look(vit, batch, layers, detection, generator)
-            n_images += len(batch)
-            n += len(sight)
-            if not len(sight):
-                continue
-            clean += _of(neurons, {layer: sight.activations(layer)[0] for layer in layers})
-            for c, condition in enumerate(CONDITIONS):
-                for i, layer in enumerate(layers[:-1]):
-                    for ablation in edits[condition, layer]:
-                        later = _later(vit, batch, streams[layer], layer, layers[i + 1 :], sight, detection, ablation)
-                        edited[c, i] += _of(neurons, later) / len(edits[condition, layer])
-    need_some(n_images, n)
-    return CausalOrder(
-        model=vit.source,
-        config=vit.cfg,
-        neurons=neurons,
-        detection=detection,
-        n_images=n_images,
-        n_with_outliers=n,
-        layers=layers,
-        clean=(clean / n).numpy(),
-        edited=(edited / n).numpy(),
-    )
+class _OrderSums(AtTopOutliers):
+    def __init__(
+        self,
+        vit: HookedViT,
+        neurons: RegisterNeurons,
+        detection: Detection,
+        edits: dict[tuple[str, int], list[Ablate]],
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(vit, neurons, detection, generator)
+        self.vit, self.edits = vit, edits
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """The stream before each edited layer too."""
+        self.layout, self.streams = layout, dict[int, Tensor]()
+
+        def keep(resid: Tensor, hook: Any) -> None:
+            self.streams[hook.layer()] = resid
+
+        points = [f"blocks.{layer}.hook_resid_pre" for layer in self.layers[:-1]]
+        return [(points, keep), *super().hooks(vit, layout)]
+
+    def take(self, sight: Sight) -> None:
+        """The clean activations, and those of later layers under each edit."""
+        clean = self._of({layer: sight.activations(layer)[0] for layer in self.layers})
+        edited = torch.full((len(CONDITIONS), len(self.layers), len(self.neurons)), torch.nan, dtype=torch.float64)
+        for c, condition in enumerate(CONDITIONS):
+            for i, layer in enumerate(self.layers[:-1]):
+                edits = self.edits[condition, layer]
+                found = [self._of(self._later(layer, self.layers[i + 1 :], sight, one)) for one in edits]
+                later = torch.tensor([at > layer for at, _ in self.neurons.pairs])
+                edited[c, i, later] = sum(one / len(edits) for one in found)[later]
+        self.add(clean=clean, edited=edited)
+
+    def _later(
+        self, first: int, later: Sequence[int], sight: Sight, ablation: Ablate
+    ) -> dict[int, Float[Tensor, "row neuron"]]:
+        """Activations of later layers at the clean top outliers, under an edit of the layer `first`."""
+        with self.vit.edit(ablation):
+            seen = Sighting(self.vit, self.layout, later, [])
+            with self.vit.hooks(seen.hooks):
+                self.vit(self.streams[first], start_at_layer=first, stop_at_layer=max(later) + 1, layout=self.layout)
+            return {layer: seen.activations(layer, sight.images, sight.patches[0]) for layer in later}
+
+    def _of(self, activations: dict[int, Float[Tensor, "row neuron"]]) -> Float[Tensor, " listed"]:
+        """Sum over images for each listed neuron; 0 for those of a layer that was not watched."""
+        zero = torch.zeros((), dtype=torch.float64)
+        return torch.stack(
+            [
+                activations[layer][:, n].double().sum().cpu() if layer in activations else zero
+                for layer, n in self.neurons.pairs
+            ]
+        )
+
+    def result(self) -> CausalOrder:
+        """Means over the images."""
+        return CausalOrder(**self.about(), **self.means(over="n_with_outliers"))
 
 
 def _edits(
@@ -212,30 +237,3 @@ def _edits(
         drawn = [random_neurons(own, vit.cfg.d_mlp, generator) for _ in range(DRAWS)]
         edits["random, zero", layer] = [Ablate(other) for other in drawn]
     return edits
-
-
-def _later(
-    vit: HookedViT,
-    batch: Tensor,
-    stream: Float[Tensor, "batch pos d_model"],
-    first: int,
-    later: Sequence[int],
-    sight: Sight,
-    detection: Detection,
-    ablation: Ablate,
-) -> dict[int, Float[Tensor, "row neuron"]]:
-    """Activations of later layers at the clean top outliers, under an edit of the layer `first`."""
-    layout = vit.layout(batch)
-    with vit.edit(ablation):
-        seen = Sighting(vit, batch, later, [])
-        with vit.hooks(seen.hooks):
-            vit(stream, start_at_layer=first, stop_at_layer=max(later) + 1, layout=layout)
-        return {layer: seen.activations(layer, sight.images, sight.patches[0]) for layer in later}
-
-
-def _of(neurons: RegisterNeurons, activations: dict[int, Float[Tensor, "row neuron"]]) -> Float[Tensor, " listed"]:
-    """Sum over images for each listed neuron; 0 for those of a layer that was not watched."""
-    zero = torch.zeros((), dtype=torch.float64)
-    return torch.stack(
-        [activations[layer][:, n].double().sum().cpu() if layer in activations else zero for layer, n in neurons.pairs]
-    )

@@ -25,7 +25,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.analysis.sighting import Sighting
-from registerlens.data.batches import Images, count, first_and_all
+from registerlens.data.batches import Counted, Images, count, first_and_all
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, NoOutliersError
 from registerlens.files import read_tensors, reading, whole_file, write_json
@@ -242,7 +242,6 @@ def find_register_neurons(
         lowest_layer=lowest_layer,
         top_layer=last,
         early_stop=early_stop,
-        n_images=parts.n_rest,
         seen=seen,
     )
     _check_still_present(detection, scores)
@@ -282,11 +281,9 @@ class _Parts:
     """Those on which place, cut-off and onset are found."""
     held_out: list[Tensor]
     """Those kept for the sweep; the first ones too."""
-    rest: Iterable[Tensor]
+    rest: Counted
     """Those that count for the scores but have not passed yet: all but the held-out ones or, where none are held out,
     all but the first batch, of which the detection leaves everything behind."""
-    n_rest: int | None
-    """Their number, if known."""
     more: bool
     """Whether there are others than the first."""
 
@@ -303,8 +300,7 @@ def _divide(images: Images, hold_back: bool, batch_size: int) -> _Parts:
     return _Parts(
         first=first,
         held_out=_first(held, n_held),
-        rest=_without_first(every, n_passed),
-        n_rest=None if n is None else n - n_passed,
+        rest=Counted(_without_first(every, n_passed), None if n is None else n - n_passed),
         more=n is None or n > n_first,
     )
 
@@ -331,7 +327,7 @@ def _detect_in_first(
     """Where outliers show in the first images, and what their first batch leaves behind if it is not held out."""
     if parts.held_out:
         return detect(vit, parts.first, **options), None
-    seen = Sighting(vit, parts.first[0], layers, sublayers(vit.cfg.n_layers))
+    seen = Sighting(vit, vit.layout(parts.first[0]), layers, sublayers(vit.cfg.n_layers))
     with vit.hooks(seen.hooks):
         return detect(vit, parts.first, **options), seen
 
