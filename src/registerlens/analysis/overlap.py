@@ -283,14 +283,6 @@ class OverlapSums(Sums):
         )
 
     def result(self) -> Overlap:
-<<<<<<< HEAD
-        if not self.n_images:
-            raise ImageError(
-                "No image to compare observables on: the tensor or the iterable is empty, or it could be iterated only "
-                "once. Give a tensor, a list of batches or an rl.data.ImageStream, or pass detection=."
-            )
-        if not self.with_outliers:
-=======
         """The counts of all images.
 
         Raises:
@@ -298,7 +290,6 @@ class OverlapSums(Sums):
         """
         n = self.count("n_with_outliers")
         if not n:
->>>>>>> 13dc441 (Massive activations, the overlap of observables and outliers' norms stream through the engine)
             raise ImageError(f"None of the {self.n_images} images has a norm outlier. Give more, or lower threshold=.")
         counts = self.means()
         return Overlap(
