@@ -41,7 +41,7 @@ if not jaxtyping.config.jaxtyping_disable:
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
 
 

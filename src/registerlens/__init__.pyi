@@ -37,6 +37,6 @@ from .model.vit import HookedViT as HookedViT
 from .sweep.run import run_sweep as run_sweep
 from .theory.kernels import check_kernels as check_kernels
 from .theory.planted import plant_register_neurons as plant_register_neurons
-from .viz.sizes import save_figure as save_figure
+from .viz.drawing import save_figure as save_figure
 
 __version__: str

@@ -89,7 +89,11 @@ class StoreError(RegisterLensError, OSError):
 
 
 class BackendError(RegisterLensError, RuntimeError):
-    """Workers of a sweep cannot be had, or died again and again on the same task; what was stored is intact."""
+    """Workers of a sweep cannot be had, or died or hung again and again on a task; what was stored is intact."""
+
+
+class DrawingError(RegisterLensError, RuntimeError):
+    """A still picture of a figure could not be drawn: no browser is there, or it failed or gave no answer."""
 
 
 class MissingExtraError(RegisterLensError, ImportError):

@@ -134,7 +134,7 @@ def test_figures_of_24_layers_stay_small(side, pixels, images, most):
 
 @pytest.mark.slow
 def test_pixels_are_where_they_belong(tmp_path):
-    from registerlens.viz.sizes import save_figure
+    from registerlens.viz.drawing import save_figure
     from tests.browser import chromium
 
     chromium()

@@ -1,4 +1,4 @@
-"""Colours stay apart for colour-blind readers and text stands out, in both modes; figures fit, and files are whole."""
+"""Colours stay apart for colour-blind readers and text stands out, in both modes; figures fit."""
 
 from itertools import combinations, pairwise
 
@@ -7,10 +7,10 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
-from registerlens.errors import ConfigError, MissingExtraError, RegisterLensError
+from registerlens.errors import ConfigError
 from registerlens.pictures import colour
-from registerlens.viz import sizes, theme
-from registerlens.viz.sizes import save_figure, sized
+from registerlens.viz import theme
+from registerlens.viz.sizes import sized
 from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, look_of, on_cells, paper
 
 # Machado, Oliveira and Fernandes 2009: complete dichromacy, on linear RGB.
@@ -121,50 +121,6 @@ def test_a_column_has_its_panels_below_each_other():
     assert [tops[name] for name in "abc"] == pytest.approx([y[1] for _, y in found])
     assert column.layout.yaxis2.showticklabels and not column.layout.xaxis4.visible
     assert given.layout.yaxis2.domain == before  # the given figure is as it was
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_page_is_complete(tmp_path):
-    text = save_figure(go.Figure(go.Scatter(y=[3])), tmp_path / "sub" / "a.html").read_text()
-    assert "Plotly.newPlot" in text and "cdn.plot.ly" not in text.split("</head>")[0].split("<script>")[0]
-    assert '<script src="http' not in text.replace("charset", "")
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fails(self, **options):
-        raise RuntimeError("Kaleido requires Google Chrome to be installed.")
-
-    monkeypatch.setattr(go.Figure, "to_image", fails)
-    (tmp_path / "old.png").write_bytes(b"old")
-    for name in ("old.png", "new.pdf"):
-        with pytest.raises(RegisterLensError, match=r"no Chrome or Chromium.*BROWSER_PATH.*html"):
-            save_figure(go.Figure(), tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["old.png"] and (tmp_path / "old.png").read_bytes() == b"old"
-
-
-def test_what_cannot_be_saved_is_said(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"'\.gif'.*\.html.*\.png.*\.pdf"):
-        save_figure(go.Figure(), tmp_path / "a.gif")
-    monkeypatch.setattr(sizes, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"kaleido.*registerlens\[pictures\]"):
-        save_figure(go.Figure(), tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_pictures_have_their_size(tmp_path):
-    from PIL import Image
-
-    from tests.browser import chromium
-
-    chromium()  # skips where there is none
-    figure = sized(panels(), "column")
-    with Image.open(save_figure(figure, tmp_path / "a.png", scale=2)) as picture:
-        assert picture.size == (2 * figure.layout.width, 2 * figure.layout.height)
-    box = save_figure(figure, tmp_path / "a.pdf").read_bytes().split(b"/MediaBox")[1].split(b"]")[0]
-    assert float(box.split()[2]) == pytest.approx(85 / 25.4 * 72, abs=1)  # points
 
 
 def test_the_modes_are_those_of_the_palette():

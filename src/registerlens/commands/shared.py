@@ -103,7 +103,7 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 def write_figure(figure: go.Figure, path: Path) -> None:
     """An interactive figure that needs no network, whole or not at all."""
-    from registerlens.viz.sizes import save_figure  # noqa: PLC0415
+    from registerlens.viz.drawing import save_figure  # noqa: PLC0415
 
     save_figure(figure, path)
 

@@ -1,23 +1,14 @@
-"""Figures for a notebook's cell, a page or a column of a paper, and in a file."""
+"""Figures for a notebook's cell, a page or a column of a paper."""
 
 from __future__ import annotations
 
 import textwrap
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
-from registerlens.errors import ConfigError, MissingExtraError, RegisterLensError
-from registerlens.files import whole_file
-from registerlens.viz.page import write_figure
-from registerlens.viz.theme import PRINTED, Size, width_of
+from registerlens.viz.theme import Size, width_of
 
-PICTURES = ("png", "jpeg", "webp", "svg", "pdf")
-"""Formats that kaleido draws with a Chrome or Chromium."""
-_PRINT, _SCREEN = ("svg", "pdf"), 3.0
-"""Formats whose unit is a length on paper; and pixels of the others for each pixel of the figure."""
 _BETWEEN, _ENTRY, _LETTER = 92, 22, 7.0
 """Room between panels, height of a legend's entry, and width of a letter, in pixels."""
 
@@ -46,56 +37,6 @@ def sized(figure: go.Figure, size: Size) -> go.Figure:
         lines = textwrap.wrap(layout.title.text, int(width / 8.5))
         figure.update_layout(title={"text": "<br>".join(lines), "font": {"size": 14}})
     return figure
-
-
-def save_figure(figure: go.Figure, path: str | Path, *, scale: float | int | None = None) -> Path:
-    """Write a figure as .html, .png, .jpeg, .webp, .svg or .pdf, whole or not at all.
-
-    A page is complete and needs no network. Still pictures are drawn by kaleido with a Chrome or Chromium on this
-    machine. SVG and PDF have the size on paper for which the figure was made: a "column" is 85 mm, text eight points.
-
-    Args:
-        figure: any plotly figure.
-        path: the file; its suffix says which format.
-        scale: pixels for each pixel of the figure, or for SVG and PDF its size; None chooses.
-
-    Raises:
-        ConfigError: the suffix is of no such format.
-        MissingExtraError: kaleido is not installed.
-        RegisterLensError: there is no Chrome or Chromium, or it failed.
-
-    Example:
-        >>> import tempfile
-        >>> save_figure(go.Figure(), Path(tempfile.mkdtemp()) / "empty.html").stat().st_size > 1e6
-        True
-    """
-    path = Path(path)
-    kind = {"jpg": "jpeg", "htm": "html"}.get(path.suffix[1:].lower(), path.suffix[1:].lower())
-    if kind not in ("html", *PICTURES):
-        raise ConfigError(f"'{path.name}' ends in {path.suffix!r}; figures are saved as {['.html', *_suffixes()]}.")
-    if kind == "html":
-        return write_figure(path, figure)
-    picture = _drawn(figure, kind, scale or (PRINTED if kind in _PRINT else _SCREEN))
-    with whole_file(path) as temporary:
-        temporary.write_bytes(picture)
-    return path
-
-
-def _suffixes() -> list[str]:
-    return [f".{kind}" for kind in PICTURES]
-
-
-def _drawn(figure: go.Figure, kind: str, scale: float | int) -> bytes:
-    if find_spec("kaleido") is None:
-        raise MissingExtraError("kaleido", "pictures", "Saving a still picture of a figure")
-    try:
-        return figure.to_image(format=kind, scale=scale)
-    except Exception as error:  # kaleido's and choreographer's errors have no common base
-        what = "found no Chrome or Chromium" if "hrome" in str(error) else f"failed ({type(error).__name__}: {error})"
-        raise RegisterLensError(
-            f"kaleido {what}. Install one (Debian: apt-get install chromium; elsewhere: plotly_get_chrome), or set "
-            f"BROWSER_PATH to it, or save the figure as .html, which needs none."
-        ) from error
 
 
 def _stack(figure: go.Figure) -> None:
