@@ -207,18 +207,18 @@ class Noting(Slow):
 
 
 class DeadlyOnce:
-    """Kills the process the first few times that a shard is read."""
+    """Ends the process the first few times that a shard is read: kills it, stops it, or never comes back."""
 
     n_shards, n_images = 5, 10
     identity = TensorSource(pixels(), shard_size=2).identity
 
-    def __init__(self, folder, times, shard=2):
-        self.folder, self.times, self.deadly = Path(folder), times, shard
+    def __init__(self, folder, times, shard=2, how="SIGKILL"):
+        self.folder, self.times, self.deadly, self.how = Path(folder), times, shard, how
 
     def shard(self, index):
         if index == self.deadly and len(list(self.folder.iterdir())) < self.times:
             (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000) if self.how == "sleep" else os.kill(os.getpid(), getattr(signal, self.how))
         return TensorSource(pixels(), shard_size=2).shard(index)
 
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from store_cases import METRICS, DeadlyOnce, Noting, bits, driver, neurons, part_bits, pixels, start, sweep, tiny_vit
 
 import registerlens as rl
 from registerlens.data.sources import TensorSource
+from registerlens.engine import processes
 from registerlens.engine.backends import Job, LocalBackend, perform
 from registerlens.engine.packing import pack
 from registerlens.engine.processes import ProcessBackend, _context
@@ -42,22 +44,34 @@ def test_the_same_bits_as_in_one_process(tmp_path):
     assert bits(result.table) == bits(sweep(None, threads=1).table)
 
 
-def test_a_dead_worker_is_replaced_and_its_task_done_again(tmp_path):
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("how", "times"), [("SIGKILL", 3), slow("SIGSTOP", 1), slow("sleep", 1)])
+def test_a_worker_that_dies_or_hangs_is_replaced_and_its_task_done_again(tmp_path, how, times):
     deaths = tmp_path / "deaths"
     deaths.mkdir()
-    sweep(tmp_path / "store", images=DeadlyOnce(deaths, times=3), backend="processes", workers=2, threads=1)
+    backend = ProcessBackend(workers=2, patience=300 if how == "SIGKILL" else 10)
+    sweep(tmp_path / "store", images=DeadlyOnce(deaths, times, how=how), backend=backend, threads=1)
     sweep(tmp_path / "one", threads=1)
-    assert len(list(deaths.iterdir())) == 3
+    assert len(list(deaths.iterdir())) == times
     assert part_bits(tmp_path / "store") == part_bits(tmp_path / "one")
 
 
-def test_a_task_that_always_kills_is_named_and_the_rest_is_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("how", "patience", "fate"),
+    [("SIGKILL", 300, r"died.* with signal SIGKILL\).*memory"), slow("SIGSTOP", 8, r"hung.* work for 8 s\).*stopped")],
+)
+def test_a_task_that_always_ends_its_worker_is_named_and_the_rest_is_kept(tmp_path, monkeypatch, how, patience, fate):
     deaths = tmp_path / "deaths"
     deaths.mkdir()
-    with pytest.raises(BackendError, match=r"died 4 times on the task g00000-s000004 .*SIGKILL.*intact"):
-        deadly = DeadlyOnce(deaths, times=99, shard=4)
-        sweep(tmp_path / "store", images=deadly, backend="processes", workers=1, threads=1)
+    monkeypatch.setattr(processes, "RETRIES", 1)
+    deadly = DeadlyOnce(deaths, times=99, shard=4, how=how)
+    with pytest.raises(BackendError, match=fate.replace(".*", ".* 2 times on the task g00000-s000004 .*", 1)):
+        sweep(tmp_path / "store", images=deadly, backend=ProcessBackend(workers=1, patience=patience), threads=1)
     assert sorted(part_bits(tmp_path / "store")) == [f"g00000-s00000{shard}" for shard in range(4)]
+    assert not any(psutil.pid_exists(int(path.name.split("-")[0])) for path in deaths.iterdir())
 
 
 def test_no_more_is_done_than_the_driver_takes(tmp_path):

@@ -1,4 +1,4 @@
-"""Worker processes on this machine's CPUs: each gets the job once, then task after task; one that dies is replaced."""
+"""Worker processes on this machine's CPUs: each gets the job once, then tasks; one that dies or hangs is replaced."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from typing import Any
 
 import pyarrow as pa
@@ -24,9 +27,15 @@ from registerlens.model.vit import HookedViT
 from registerlens.sweep.tasks import Task
 
 RETRIES = 3
-"""How often a task is given to a new worker after one died on it."""
+"""How often a task is given to a new worker after one died or hung on it."""
+BEAT = 5.0
+"""Seconds between two signs of life of a worker, at most."""
+GRACE = 10.0
+"""Seconds in which a process that closed its pipe, or was killed, has to end."""
 GONE = (EOFError, ConnectionError, BrokenPipeError)
 """How a pipe says that there is nobody at its other end."""
+AT_WORK, DEAD, HUNG = None, "dead", "hung"
+"""What is heard of a worker besides what came of its task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,9 @@ class ProcessBackend:
 
     workers: int
     """How many; each uses `Job.threads` torch threads."""
+    patience: float | int = 300.0
+    """Seconds for which a worker with a task may use no processor. After them it counts as hung, and is killed: it was
+    stopped, say, or waits for a server."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -53,10 +65,10 @@ class ProcessBackend:
 
         Raises:
             ConfigError: a model is not on the CPU, or the job cannot be sent.
-            BackendError: workers died on one task again and again; the message names it.
+            BackendError: workers died or hung on one task again and again; the message names it.
             Exception: what a task raised in its worker, with a note that names the task.
         """
-        pool = _Pool(_bytes_of(job), self.workers, Agenda(tasks, job.place))
+        pool = _Pool(_bytes_of(job), self.workers, self.patience, Agenda(tasks, job.place))
         try:
             yield from pool.results()
         finally:
@@ -96,18 +108,28 @@ def _bytes_of(job: Job) -> bytes:
 class _Worker:
     process: Any
     pipe: Connection
+    tasks: SimpleQueue[Task | None] = field(default_factory=SimpleQueue)
     task: Task | None = None
     place: Any = None
     """The images it looked at last, which it still holds."""
+    last: float = 0.0
+    """When it was heard or given a task last, on the pool's clock."""
 
-    def give(self, task: Task) -> bool:
-        """Hand over a task; False if the worker is dead."""
-        self.task = task
-        try:
-            self.pipe.send(task)
-        except GONE:
-            return False
-        return True
+    def talk(self, job: bytes, heard: SimpleQueue[tuple[_Worker, Any]]) -> None:
+        """All that is said to it and by it, in a thread: the pipe to a process that is stopped may block for ever."""
+        with self.pipe, suppress(*GONE, OSError):
+            self.pipe.send_bytes(job)
+            while (task := self.tasks.get()) is not None:
+                self.pipe.send(task)
+                while (said := self.pipe.recv()) is AT_WORK:
+                    heard.put((self, AT_WORK))
+                heard.put((self, said))
+        heard.put((self, DEAD))
+
+    def kill(self) -> None:
+        """End it, whatever it does; it holds nothing that could be lost."""
+        self.process.kill()
+        self.tasks.put(None)
 
 
 @dataclass
@@ -116,32 +138,60 @@ class _Pool:
 
     job: bytes = field(repr=False)
     size: int
+    patience: float | int
     agenda: Agenda = field(repr=False)
     workers: list[_Worker] = field(default_factory=list)
     deaths: Counter[Task] = field(default_factory=Counter)
+    heard: SimpleQueue[tuple[_Worker, Any]] = field(default_factory=SimpleQueue)
+    clock: float = 0.0
+    """Seconds for which it has listened: not those in which the driver writes, or is stopped itself."""
 
     def results(self) -> Iterator[tuple[Task, pa.Table]]:
-        """Give out tasks, take in tables."""
+        """Give out tasks, take in tables.
+
+        Raises:
+            Exception: a task failed.
+        """
         while True:
             self._give_out()
-            busy = {worker.pipe: worker for worker in self.workers if worker.task is not None}
-            if not busy:
+            if not any(worker.task for worker in self.workers):
                 return
-            for pipe in wait(list(busy)):
-                worker = busy[pipe]  # type: ignore[index]
-                task, table = worker.task, self._take(worker)
-                if table is not None and task is not None:
-                    self._give_out()  # before the driver goes on to write
-                    yield task, table
+            worker, said = self._listen()
+            if worker not in self.workers or said is AT_WORK:
+                continue
+            if said in (DEAD, HUNG):
+                self._bury(worker, said)
+                continue
+            (done, told), task, worker.task = said, worker.task, None
+            if not done:
+                told.add_note(f"In task {task.name if task else ''}, in a worker process.")
+                raise told
+            if task is not None:
+                self._give_out()  # before the driver goes on to write
+                yield task, told
 
     def stop(self) -> None:
         """End every worker, whatever it does."""
         for worker in self.workers:
-            worker.process.kill()  # it holds nothing that could be lost
-            worker.pipe.close()
+            worker.kill()
         for worker in self.workers:
-            worker.process.join()
+            worker.process.join(GRACE)
         self.workers.clear()
+
+    def _listen(self) -> tuple[_Worker, Any]:
+        """Who says something next, and what; of one that has said nothing for too long, that it hangs."""
+        beat = _beat(self.patience)
+        while True:
+            for worker in self.workers:
+                if worker.task is not None and self.clock - worker.last > self.patience:
+                    return worker, HUNG
+            began, said = time.monotonic(), None
+            with suppress(Empty):
+                said = self.heard.get(timeout=beat)
+            self.clock += min(time.monotonic() - began, beat)
+            if said is not None:
+                said[0].last = self.clock
+                return said
 
     def _give_out(self) -> None:
         """A task for every idle worker, and new workers up to the limit, while there are tasks."""
@@ -149,64 +199,62 @@ class _Pool:
             idle = next((worker for worker in self.workers if worker.task is None), None)
             if idle is None and len(self.workers) >= self.size:
                 return
-            place = idle.place if idle else None
-            if (task := self.agenda.take(place)) is None:
+            if (task := self.agenda.take(idle.place if idle else None)) is None:
                 return
             worker = idle or self._start()
-            worker.place = self.agenda.place(task)
-            if not worker.give(task):
-                self._bury(worker)
-
-    def _take(self, worker: _Worker) -> pa.Table | None:
-        """A worker's table; None if it has died instead.
-
-        Raises:
-            Exception: the task failed.
-        """
-        task = worker.task
-        try:
-            done, told = worker.pipe.recv()
-        except (*GONE, OSError):
-            self._bury(worker)
-            return None
-        worker.task = None
-        if not done:
-            told.add_note(f"In task {task.name if task else ''}, in a worker process.")
-            raise told
-        return told
+            worker.task, worker.place, worker.last = task, self.agenda.place(task), self.clock
+            worker.tasks.put(task)
 
     def _start(self) -> _Worker:
         context = _context()
         mine, its = context.Pipe()
-        process = context.Process(target=_work, args=(its,), daemon=True, name="registerlens-worker")
+        beat = _beat(self.patience)
+        process = context.Process(target=_work, args=(its, beat), daemon=True, name="registerlens-worker")
         process.start()
         its.close()  # so that its end is closed when it dies
         worker = _Worker(process, mine)
         self.workers.append(worker)
-        with suppress(*GONE):  # noticed when it gets its task
-            mine.send_bytes(self.job)
+        Thread(target=worker.talk, args=(self.job, self.heard), daemon=True, name="registerlens-worker").start()
         return worker
 
-    def _bury(self, worker: _Worker) -> None:
-        """A worker is dead: its task is for another one.
+    def _bury(self, worker: _Worker, how: str) -> None:
+        """A worker is dead, or hangs and is killed: its task is for another one.
 
         Raises:
             BackendError: this has happened too often on this task.
         """
         self.workers.remove(worker)
-        worker.pipe.close()
-        worker.process.join()
+        if how is DEAD:
+            worker.process.join(GRACE)
+        worker.kill()
+        worker.process.join(GRACE)
         task = worker.task
         if task is None:
             return
         self.deaths[task] += 1
         if self.deaths[task] > RETRIES:
+            fate = _fate(worker.process.exitcode) if how is DEAD else f"no sign of work for {self.patience:g} s"
             raise BackendError(
-                f"Worker processes died {self.deaths[task]} times on the task {task.name} (the last one with "
-                f"{_fate(worker.process.exitcode)}). What was stored before is intact. Most often memory is the cause: "
-                f"use fewer workers or a smaller batch_size. A script also needs `if __name__ == '__main__':`."
+                f"Worker processes {'died' if how is DEAD else 'died or hung'} {self.deaths[task]} times on the task "
+                f"{task.name} (the last one with {fate}). What was stored before is intact. "
+                + (_WHY_DEAD if how is DEAD else _WHY_HUNG)
             )
         self.agenda.put_back(task)
+
+
+_WHY_DEAD = (
+    "Most often memory is the cause: use fewer workers or a smaller batch_size. A script also needs "
+    "`if __name__ == '__main__':`."
+)
+_WHY_HUNG = (
+    "It used no processor, as when images or a metric wait for a server, or it was stopped: look into that with "
+    "backend='local', or give ProcessBackend(workers=..., patience=...) more."
+)
+
+
+def _beat(patience: float | int) -> float:
+    """Seconds between two signs of life."""
+    return min(BEAT, patience / 4)
 
 
 def _fate(code: int | None) -> str:
@@ -229,9 +277,11 @@ def _context() -> Any:
 # The worker's side ---------------------------------------------------------------------------------------------------
 
 
-def _work(pipe: Connection) -> None:
+def _work(pipe: Connection, beat: float) -> None:
     """What a worker does until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which ends the workers
+    turn = Lock()
+    Thread(target=_live, args=(pipe, turn, beat), daemon=True).start()
     with suppress(*GONE):
         job = pickle.loads(pipe.recv_bytes())
         torch.set_num_threads(job.threads)
@@ -242,7 +292,20 @@ def _work(pipe: Connection) -> None:
                 told = True, perform(job, task)
             except Exception as error:  # whatever it is, the driver tells the user
                 told = False, _sendable_error(error)
-            pipe.send(told)
+            with turn:
+                pipe.send(told)
+
+
+def _live(pipe: Connection, turn: Any, beat: float) -> None:
+    """Say from time to time that this process works, if it has used the processor for more than to say so."""
+    used = time.process_time()
+    with suppress(*GONE):
+        while True:
+            time.sleep(beat)
+            before, used = used, time.process_time()
+            if used - before > 1e-3:
+                with turn:
+                    pipe.send(AT_WORK)
 
 
 def _sendable_error(error: Exception) -> Exception:
