@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 from multiprocessing import forkserver
 
@@ -9,6 +10,7 @@ import pytest
 from store_cases import bits, long_sweep, part_bits, part_files, start, sweep, victim, victim_at
 
 from registerlens.engine.processes import _context
+from registerlens.errors import StoreError
 from registerlens.sweep.status import sweep_status
 
 N_TASKS = 60
@@ -25,6 +27,21 @@ def kill(process):
     process.kill()
     process.join()
     return process.exitcode
+
+
+def test_who_meets_a_stopped_run_is_told_at_once(tmp_path):
+    process, pipe, _ = start(victim, tmp_path)
+    until = time.monotonic() + 120
+    while not part_files(tmp_path):
+        assert time.monotonic() < until and not pipe.poll(), "the sweep finished before it could be stopped"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(StoreError, match=rf"in use by process {process.pid} .*wait for it, stop it"):
+            long_sweep(tmp_path)
+    finally:
+        kill(process)
+    assert sweep_status(tmp_path).holder is None, "a stopped run that is killed leaves its store free"
 
 
 @pytest.mark.slow

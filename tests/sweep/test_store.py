@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -19,7 +20,7 @@ from store_cases import METRICS, Spotty, bits, neurons, part_bits, part_files, p
 
 import registerlens as rl
 from registerlens.engine import lock
-from registerlens.engine.folder import LocalFolder, folder_at
+from registerlens.engine.folder import LocalFolder, RemoteFolder, folder_at
 from registerlens.engine.lock import holder_of, locked
 from registerlens.engine.parts import from_bytes, name_of, to_bytes
 from registerlens.engine.store import CorruptPartWarning, Store
@@ -335,6 +336,24 @@ def test_two_runs_on_one_url(memory, monkeypatch):
             while True:
                 check()
     assert b"somebody else" in folder.read(lock.NAME), "a lost lock is not taken away from who has it"
+
+
+class Silent(RemoteFolder):
+    """Storage that gives no answer to signs of life."""
+
+    def read(self, name):
+        if threading.current_thread() is not threading.main_thread():
+            threading.Event().wait()
+        return super().read(name)
+
+
+def test_a_run_ends_though_its_storage_is_silent(memory, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    there = folder_at(memory)
+    folder = Silent(there.system, there.root, there.where)
+    with locked(folder):
+        time.sleep(0.1)  # the first sign of life is on its way
+    assert holder_of(folder).pid == os.getpid(), "what is not given back is taken over when it has been silent"
 
 
 def test_a_dead_run_on_a_url_is_taken_over(memory):

@@ -161,8 +161,8 @@ def _beating(folder: Folder) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         stop.set()
-        thread.join()
-        if not lost:
+        thread.join(BEAT)
+        if not lost and not thread.is_alive():  # storage that gives no answer to it would give none here
             folder.write(NAME, b"")
 
 
