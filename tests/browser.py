@@ -43,7 +43,7 @@ def opened(address, width=1280, height=900, **context):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=_QUIET)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=_QUIET, timeout=120_000)
         page = browser.new_context(viewport={"width": width, "height": height}, **context).new_page()
         watched = Watched(page)
         page.on("console", lambda message: message.type == "error" and watched.errors.append(message.text))
