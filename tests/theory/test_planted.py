@@ -1,6 +1,8 @@
 """Planted register neurons: what changed, what did not, and that everything measurable says so."""
 
 import dataclasses
+import itertools
+import statistics
 
 import pytest
 import torch
@@ -193,17 +195,18 @@ def test_later_blocks_and_the_head_read_the_promised_share(name, violation):
 
 
 def test_an_exact_kernel_hides_the_outliers_from_the_head():
-    vit = backbone(CFGS["every token"])
-    images = fresh_images(vit)
-    loudness = {}
-    for violation in (0.0, 1.0):
+    loudness = {0.0: [], 1.0: []}
+    for seed, violation in itertools.product(range(5), loudness):
+        vit = backbone(CFGS["every token"], seed)
+        images = fresh_images(vit)
         planted, truth = plant_register_neurons(vit, layer=2, n=2, violation=violation, sink_heads=0, generator=2)
         fires = truth.firing(planted, images).any(0)
         with torch.inference_mode():
             said = (planted(images) - planted.head(planted.ln_final.b[None, None], vit.layout(images))).norm(dim=-1)
-        loudness[violation] = (said[fires].mean() / said[~fires].mean()).item()
-    assert loudness[0.0] < 0.2  # an outlier says little more than the biases
-    assert loudness[1.0] > 0.5
+        loudness[violation].append((said[fires].mean() / said[~fires].mean()).item())
+    # An outlier says little more than the biases: .07 to .38 of what other tokens say, by the draw of the weights.
+    assert statistics.median(loudness[0.0]) < 0.25
+    assert max(loudness[0.0]) < 0.5 < min(loudness[1.0])
 
 
 def test_together_and_alone():

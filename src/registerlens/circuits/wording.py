@@ -42,10 +42,11 @@ def _heads(circuit: AttentionCircuit) -> list[str]:
     heads = nodes[nodes["kind"] == "head"].sort_values("attention", ascending=False)
     if not len(heads):
         return ["No head after it pays the outliers a share of attention that is shown."]
-    edges: Any = circuit.edges.set_index(["sender", "receiver"])["value"]
+    edges: Any = circuit.edges
+    by_stream = edges[edges["sender"] == STREAM].set_index("receiver")["value"]
     told = ", ".join(
         f"{row['layer']}.{row['index']} ({row['attention']:.0%} of its attention; score {row['whole']:.3g}, of it "
-        f"{edges[STREAM, row['name']]:.3g} by the stream)"
+        f"{by_stream[row['name']]:.3g} by the stream)"
         for row in heads.head(4).to_dict("records")
     )
     lines = [f"{len(heads)} heads look at the outliers, most of all {told}."]
