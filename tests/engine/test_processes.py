@@ -15,17 +15,18 @@ from store_cases import METRICS, DeadlyOnce, Noting, bits, driver, neurons, part
 import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.engine import processes
-from registerlens.engine.backends import Job, LocalBackend, perform
+from registerlens.engine.backends import LocalBackend
 from registerlens.engine.packing import pack
 from registerlens.engine.processes import ProcessBackend, _context
+from registerlens.engine.tasks import Task
 from registerlens.errors import BackendError, ConfigError
 from registerlens.evaluation.metrics import Metric
-from registerlens.sweep.tasks import Task
+from registerlens.sweep.job import SweepJob
 
 
 def a_job(metrics=METRICS, source=None):
     conditions = {one.key: one for one in neurons(2)}
-    return Job(
+    return SweepJob(
         models={"model": tiny_vit()},
         sources={"images": source or TensorSource(pixels(40), shard_size=2)},
         conditions=conditions,
@@ -160,7 +161,7 @@ def test_an_error_in_a_worker_is_raised_here_and_names_the_task(tmp_path, measur
 def test_a_lambda_is_sent_or_refused(monkeypatch):
     job = a_job([Metric(name="drift", measure=lambda edited, clean: edited.output[:, 0])])
     ((_, table),) = ProcessBackend(workers=1).run(job, [Task(0, 1)])
-    assert bits(table) == bits(perform(job, Task(0, 1)))
+    assert bits(table) == bits(job.perform(Task(0, 1)))
     monkeypatch.setitem(__import__("sys").modules, "cloudpickle", None)
     with pytest.raises(ConfigError, match=r"top level of a module \(no lambda\)"):
         list(ProcessBackend(workers=1).run(job, [Task(0, 0)]))
@@ -185,7 +186,7 @@ def test_jobs_stay_what_they_are():
     packed = job.packed()
     assert packed.packed().models == packed.models and job.unpacked().models["model"] is job.models["model"]
     with pytest.raises(TypeError, match="unpacked"):
-        perform(packed, Task(0, 0))
+        packed.perform(Task(0, 0))
     with pytest.raises(ConfigError, match="at least one worker"):
         ProcessBackend(workers=0)
     assert replace(job, threads=2).threads == 2

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -13,13 +12,14 @@ import pytest
 import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.data.synthetic import synthetic_images
-from registerlens.engine.agenda import Agenda
-from registerlens.engine.backends import Job, LocalBackend
-from registerlens.engine.ray import RayBackend, _Crew, _room, _Slot
+from registerlens.engine.backends import LocalBackend
+from registerlens.engine.crew import Lost, Worker
+from registerlens.engine.ray import RayBackend, _Launcher, _room
+from registerlens.engine.tasks import Task, tasks_of
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
 from registerlens.evaluation.metrics import Metric
-from registerlens.sweep.conditions import Condition
-from registerlens.sweep.tasks import Task, group_conditions, tasks_of
+from registerlens.sweep.conditions import Condition, group_conditions
+from registerlens.sweep.job import SweepJob
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
@@ -81,7 +81,7 @@ def job_of(vit, metrics, *, n_images=12, source=None, group=2):
     conditions = [Condition(interventions=(rl.Ablate(rl.Heads([(layer, 0)])),)) for layer in range(6)]
     groups = group_conditions(conditions, {"model": vit}, group)
     source = source or TensorSource(synthetic_images(n_images, 3).images, shard_size=2)
-    job = Job(
+    job = SweepJob(
         models={"model": vit},
         sources={"images": source},
         conditions={condition.key: condition for condition in conditions},
@@ -219,7 +219,7 @@ def test_a_worker_gets_the_job_once_reads_a_shard_once_and_waits_for_the_driver(
     assert begun == list(range(1, 9)), "more was begun than may be in flight"
     assert done == sorted(tasks, key=lambda task: (task.shard, task.group))[:8]
     assert type(caught.value) is ConfigError
-    assert caught.value.__notes__[-1] == "In task g00002-s000002."
+    assert caught.value.__notes__[-1] == "In task g00002-s000002, in a worker process."
     assert len(list((tmp_path / "images").glob("sent *"))) == 1
     assert sorted(path.name.split()[1] for path in (tmp_path / "images").glob("read *")) == ["0", "1", "2"]
     assert ray.is_initialized()  # a connection that was there stays
@@ -234,7 +234,7 @@ def test_a_task_that_kills_its_worker_is_named(connected, vit, tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     job, tasks = job_of(vit, [Metric(name="deadly", measure=measure)])
-    with pytest.raises(BackendError, match=r"Task g00000-s000000 \(condition group 0 on image shard 0\) lost.* 1 time"):
+    with pytest.raises(BackendError, match=r"died 1 times on the task g00000-s000000 .*intact"):
         list(RayBackend(retries=0, workers=1).run(job, tasks))
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -245,53 +245,31 @@ class NoRay:
     class exceptions:
         RayTaskError, RayError = KeyError, ValueError
 
-    def __init__(self, *errors):
-        self.errors, self.killed = list(errors), []
+    def remote(self, **options):
+        return lambda actor: None
+
+    def wait(self, refs, **options):
+        return refs[:1], refs[1:]
 
     def get(self, ref):
-        if self.errors and (error := self.errors.pop(0)):
-            raise error
-        return ref
+        raise ValueError(ref)
 
     def kill(self, actor):
-        self.killed.append(actor)
+        pass
+
+    def cluster_resources(self):
+        return {}
 
 
-def crew_of(monkeypatch, rays, **how):
-    crew = object.__new__(_Crew)
-    crew.ray, crew.how, crew.losses, crew.busy, crew.last_loss = rays, RayBackend(num_cpus=1, **how), Counter(), {}, ""
-    crew.slots, crew.restarted = [], []
-    monkeypatch.setattr(_Crew, "_start", lambda self, slot: (crew.restarted.append(slot), slot.tasks.clear()))
-    return crew
-
-
-def test_only_the_task_in_work_is_blamed_and_each_is_retried_so_often(monkeypatch):
-    crew = crew_of(monkeypatch, NoRay(*[ValueError("gone")] * 9), retries=2)
-    agenda = Agenda([Task(0, 0), Task(1, 0)], lambda task: task.shard)
-    for times in (1, 2, 3):
-        slot = _Slot(actor=times, tasks=[agenda.take(0), agenda.take(0)])
-        crew.busy = {"one": (slot, slot.tasks[0]), "two": (slot, slot.tasks[1]), "other": (None, None)}
-        if times == 3:
-            with pytest.raises(BackendError, match=r"Task g00000-s000000 .* lost its worker 3 times.*so: gone"):
-                crew._finished("two", agenda)
-            break
-        assert crew._finished("two", agenda) is None
-        assert (len(agenda), list(crew.busy), crew.restarted[-1], crew.ray.killed[-1]) == (2, ["other"], slot, times)
-    assert crew.losses == {Task(0, 0): 3}
-
-
-def test_a_place_whose_workers_die_at_the_start_is_given_up(monkeypatch):
-    crew = crew_of(monkeypatch, NoRay(*[ValueError("no memory")] * 3, None), retries=2)
-    bad, good = _Slot(), _Slot()
-    crew.slots = [bad, good]
-    for _ in range(3):
-        crew._started(bad, "ref")
-    crew._started(good, "ref")
-    assert crew.slots == [good]
-    assert (bad.ready, good.ready, crew.restarted) == (False, True, [bad, bad])
-    crew.starting, crew.ray.cluster_resources = {}, dict
+def test_who_is_lost_and_why_is_told_once_there_is_nobody():
+    launcher = _Launcher(NoRay(), RayBackend(num_cpus=1), None)
+    starting, working = Worker(), Worker(tasks=[Task(0, 0)], ready=True)
+    launcher.awaited = {"gone": (working, Task(0, 0)), "next": (working, Task(1, 0)), "no memory": (starting, None)}
+    assert list(launcher.wait([working])) == [(working, Task(0, 0), Lost("gone"))]
+    launcher.stop(working)
+    assert list(launcher.wait([starting])) == [(starting, None, Lost("no memory"))]
     with pytest.raises(BackendError, match=r"no worker and none could be started.*while it started: no memory"):
-        crew._wait()
+        list(launcher.wait([]))
 
 
 def test_where_there_is_no_room_or_no_cluster(connected, vit, monkeypatch):

@@ -24,10 +24,10 @@ from registerlens.engine.folder import LocalFolder, RemoteFolder, folder_at
 from registerlens.engine.lock import holder_of, locked
 from registerlens.engine.parts import from_bytes, name_of, to_bytes
 from registerlens.engine.store import CorruptPartWarning, Store
+from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
 from registerlens.sweep.run import read_sweep
 from registerlens.sweep.status import sweep_status
-from registerlens.sweep.tasks import Task
 
 
 @pytest.fixture(scope="module")

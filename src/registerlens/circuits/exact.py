@@ -1,24 +1,21 @@
-"""The exact effect of ablating single neurons: a sweep with one condition a neuron."""
+"""The exact effect of ablating single neurons: one condition a neuron."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import Pair, RegisterNeurons
 from registerlens.circuits.resumed import Replacement, labelled
 from registerlens.data.batches import Images, count
-from registerlens.data.sources import Shard
-from registerlens.evaluation.edit_runs import run_task
+from registerlens.evaluation.edit_runs import measure_edits
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.stats.moments import Moments
-from registerlens.sweep.conditions import Condition
 
 
 def exact_effects(
@@ -54,13 +51,11 @@ def exact_effects(
     effects = Moments(len(pairs))
     if not pairs:
         return effects
-    conditions = [Condition(), *(Condition(interventions=(_ablation(pair, replacement.reference),)) for pair in pairs)]
+    conditions = [(), *((_ablation(pair, replacement.reference),) for pair in pairs)]
     batches = labelled(images, labels, batch_size)
     for batch, mine in track(batches, "exact ablations", count(images), lambda item: len(item[0])):
-        shard = Shard(names=tuple(map(str, range(len(batch)))), images=batch, labels=mine)
-        table = run_task(vit, shard, conditions, [metric], index=0, batch_size=len(batch), stack=stack)
-        values = torch.tensor(table[metric.name].to_numpy()).unflatten(0, (len(conditions), len(batch)))
-        effects.add((values[1:] - values[0]).T)
+        values = measure_edits(vit, batch, conditions, [metric], labels=mine, batch_size=len(batch), stack=stack)
+        effects.add((values[1:, :, 0] - values[0, :, 0]).T)
     return effects
 
 

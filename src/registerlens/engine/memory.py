@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from registerlens.config import ViTConfig
+from registerlens.engine.tasks import GROUP
 from registerlens.errors import ConfigError
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.tasks import GROUP
 
 CPU_TOKENS = 4096
 """Tokens at once on a CPU: more make nothing faster, and their activations leave the cache."""
@@ -32,7 +32,7 @@ def find_stack(vit: HookedViT, batch_size: int, size: int | tuple[int, int] | No
         size: of the images in pixels, (height, width) or both; default: the model's own.
 
     Returns:
-        `stack` for `run_task`; `batch_size` where memory is short or the batch keeps the device busy.
+        `stack` for `measure_edits`; `batch_size` where memory is short or the batch keeps the device busy.
 
     Raises:
         ConfigError: the batch size is below 1.

@@ -1,17 +1,17 @@
-"""A task's table: its columns, the images it had to skip, and the Parquet file it becomes, which notices damage."""
+"""A task's table: the images it had to skip, and the Parquet file it becomes, which notices damage."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from registerlens.data.images import Skipped
+from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
-from registerlens.sweep.tasks import Task
 
 SUFFIX = ".parquet"
 SKIPPED = b"registerlens.skipped"
@@ -20,17 +20,6 @@ TASK = b"registerlens.task"
 """Which task it is."""
 SHA256 = b"registerlens.sha256"
 """Hash of its rows and its skipped images."""
-
-
-def part_schema(metrics: Iterable[str]) -> pa.Schema:
-    """Columns of every part and of the whole table.
-
-    Example:
-        >>> part_schema(["drift"]).names
-        ['condition', 'shard', 'image', 'drift']
-    """
-    fixed = [("condition", pa.string()), ("shard", pa.int32()), ("image", pa.string())]
-    return pa.schema([*fixed, *((name, pa.float64()) for name in metrics)])
 
 
 def with_skipped(table: pa.Table, skipped: Iterable[Skipped]) -> pa.Table:
@@ -43,7 +32,7 @@ def skipped_of(table: pa.Table) -> tuple[Skipped, ...]:
     """The images that could not be used.
 
     Example:
-        >>> skipped_of(with_skipped(part_schema([]).empty_table(), [Skipped("a.png", "truncated")]))
+        >>> skipped_of(with_skipped(pa.table({"norm": [0.5]}), [Skipped("a.png", "truncated")]))
         (Skipped(name='a.png', reason='truncated'),)
     """
     told = (table.schema.metadata or {}).get(SKIPPED, b"[]")
@@ -69,14 +58,12 @@ def to_bytes(table: pa.Table, task: Task) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def from_bytes(content: bytes, task: Task, metrics: Sequence[str], conditions: Collection[str]) -> pa.Table:
+def from_bytes(content: bytes, task: Task) -> pa.Table:
     """The table in a part, checked: whatever is changed in the file, the table is the one written or an error.
 
     Args:
         content: the file.
         task: which task it should be.
-        metrics: the columns it should have.
-        conditions: keys of the group's conditions.
 
     Raises:
         StoreError: it is damaged, or another task's; the message goes on after the file's name.
@@ -91,21 +78,7 @@ def from_bytes(content: bytes, task: Task, metrics: Sequence[str], conditions: C
         raise StoreError("is damaged: its rows do not have the hash that was stored with them")
     if told.get(TASK) != task.name.encode():
         raise StoreError(f"is no part of this store: it says that it is {told.get(TASK, b'').decode(errors='replace')}")
-    check_table(table, task, metrics, conditions)
     return table
-
-
-def check_table(table: pa.Table, task: Task, metrics: Sequence[str], conditions: Collection[str]) -> None:
-    """Whether a table is one that this task can have.
-
-    Raises:
-        StoreError: it has other columns, or rows of other conditions or shards.
-    """
-    if not table.schema.equals(part_schema(metrics)):
-        raise StoreError(f"has the columns {table.schema.names} instead of {part_schema(metrics).names}")
-    strange = set(table["condition"].unique().to_pylist()) - set(conditions)
-    if strange or set(table["shard"].unique().to_pylist()) - {task.shard}:
-        raise StoreError(f"has rows of other conditions or shards {sorted(map(str, strange))[:3]}")
 
 
 def _hash(table: pa.Table) -> str:

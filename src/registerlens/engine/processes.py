@@ -1,4 +1,4 @@
-"""Worker processes on this machine's CPUs: each gets the job once, then tasks; one that dies or hangs is replaced."""
+"""Worker processes on this machine's CPUs; one that hangs is replaced like one that is dead."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -20,11 +19,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from registerlens.engine.agenda import Agenda
-from registerlens.engine.backends import Job, perform
+from registerlens.engine.backends import Job
+from registerlens.engine.crew import Answer, Crew, Lost, Worker
+from registerlens.engine.tasks import Task, TaskQueue
 from registerlens.errors import BackendError, ConfigError
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.tasks import Task
 
 RETRIES = 3
 """How often a task is given to a new worker after one died or hung on it."""
@@ -34,7 +33,7 @@ GRACE = 10.0
 """Seconds in which a process that closed its pipe, or was killed, has to end."""
 GONE = (EOFError, ConnectionError, BrokenPipeError)
 """How a pipe says that there is nobody at its other end."""
-AT_WORK, DEAD, HUNG = None, "dead", "hung"
+AT_WORK, DEAD = None, "dead"
 """What is heard of a worker besides what came of its task."""
 
 
@@ -68,11 +67,9 @@ class ProcessBackend:
             BackendError: workers died or hung on one task again and again; the message names it.
             Exception: what a task raised in its worker, with a note that names the task.
         """
-        pool = _Pool(_bytes_of(job), self.workers, self.patience, Agenda(tasks, job.place))
-        try:
-            yield from pool.results()
-        finally:
-            pool.stop()
+        launcher = _Launcher(_bytes_of(job), type(job).__module__, self.patience)
+        queue, n = TaskQueue(tasks, job.place), self.workers
+        yield from Crew(launcher, queue, size=n, limit=2 * n, retries=RETRIES).work()
 
 
 def _bytes_of(job: Job) -> bytes:
@@ -103,145 +100,6 @@ def _bytes_of(job: Job) -> bytes:
 
 # The driver's side ---------------------------------------------------------------------------------------------------
 
-
-@dataclass(eq=False)
-class _Worker:
-    process: Any
-    pipe: Connection
-    tasks: SimpleQueue[Task | None] = field(default_factory=SimpleQueue)
-    task: Task | None = None
-    place: Any = None
-    """The images it looked at last, which it still holds."""
-    last: float = 0.0
-    """When it was heard or given a task last, on the pool's clock."""
-
-    def talk(self, job: bytes, heard: SimpleQueue[tuple[_Worker, Any]]) -> None:
-        """All that is said to it and by it, in a thread: the pipe to a process that is stopped may block for ever."""
-        with self.pipe, suppress(*GONE, OSError):
-            self.pipe.send_bytes(job)
-            while (task := self.tasks.get()) is not None:
-                self.pipe.send(task)
-                while (said := self.pipe.recv()) is AT_WORK:
-                    heard.put((self, AT_WORK))
-                heard.put((self, said))
-        heard.put((self, DEAD))
-
-    def kill(self) -> None:
-        """End it, whatever it does; it holds nothing that could be lost."""
-        self.process.kill()
-        self.tasks.put(None)
-
-
-@dataclass
-class _Pool:
-    """Workers, which task each has, and the tasks that wait."""
-
-    job: bytes = field(repr=False)
-    size: int
-    patience: float | int
-    agenda: Agenda = field(repr=False)
-    workers: list[_Worker] = field(default_factory=list)
-    deaths: Counter[Task] = field(default_factory=Counter)
-    heard: SimpleQueue[tuple[_Worker, Any]] = field(default_factory=SimpleQueue)
-    clock: float = 0.0
-    """Seconds for which it has listened: not those in which the driver writes, or is stopped itself."""
-
-    def results(self) -> Iterator[tuple[Task, pa.Table]]:
-        """Give out tasks, take in tables.
-
-        Raises:
-            Exception: a task failed.
-        """
-        while True:
-            self._give_out()
-            if not any(worker.task for worker in self.workers):
-                return
-            worker, said = self._listen()
-            if worker not in self.workers or said is AT_WORK:
-                continue
-            if said in (DEAD, HUNG):
-                self._bury(worker, said)
-                continue
-            (done, told), task, worker.task = said, worker.task, None
-            if not done:
-                told.add_note(f"In task {task.name if task else ''}, in a worker process.")
-                raise told
-            if task is not None:
-                self._give_out()  # before the driver goes on to write
-                yield task, told
-
-    def stop(self) -> None:
-        """End every worker, whatever it does."""
-        for worker in self.workers:
-            worker.kill()
-        for worker in self.workers:
-            worker.process.join(GRACE)
-        self.workers.clear()
-
-    def _listen(self) -> tuple[_Worker, Any]:
-        """Who says something next, and what; of one that has said nothing for too long, that it hangs."""
-        beat = _beat(self.patience)
-        while True:
-            for worker in self.workers:
-                if worker.task is not None and self.clock - worker.last > self.patience:
-                    return worker, HUNG
-            began, said = time.monotonic(), None
-            with suppress(Empty):
-                said = self.heard.get(timeout=beat)
-            self.clock += min(time.monotonic() - began, beat)
-            if said is not None:
-                said[0].last = self.clock
-                return said
-
-    def _give_out(self) -> None:
-        """A task for every idle worker, and new workers up to the limit, while there are tasks."""
-        while True:
-            idle = next((worker for worker in self.workers if worker.task is None), None)
-            if idle is None and len(self.workers) >= self.size:
-                return
-            if (task := self.agenda.take(idle.place if idle else None)) is None:
-                return
-            worker = idle or self._start()
-            worker.task, worker.place, worker.last = task, self.agenda.place(task), self.clock
-            worker.tasks.put(task)
-
-    def _start(self) -> _Worker:
-        context = _context()
-        mine, its = context.Pipe()
-        beat = _beat(self.patience)
-        process = context.Process(target=_work, args=(its, beat), daemon=True, name="registerlens-worker")
-        process.start()
-        its.close()  # so that its end is closed when it dies
-        worker = _Worker(process, mine)
-        self.workers.append(worker)
-        Thread(target=worker.talk, args=(self.job, self.heard), daemon=True, name="registerlens-worker").start()
-        return worker
-
-    def _bury(self, worker: _Worker, how: str) -> None:
-        """A worker is dead, or hangs and is killed: its task is for another one.
-
-        Raises:
-            BackendError: this has happened too often on this task.
-        """
-        self.workers.remove(worker)
-        if how is DEAD:
-            worker.process.join(GRACE)
-        worker.kill()
-        worker.process.join(GRACE)
-        task = worker.task
-        if task is None:
-            return
-        self.deaths[task] += 1
-        if self.deaths[task] > RETRIES:
-            fate = _fate(worker.process.exitcode) if how is DEAD else f"no sign of work for {self.patience:g} s"
-            raise BackendError(
-                f"Worker processes {'died' if how is DEAD else 'died or hung'} {self.deaths[task]} times on the task "
-                f"{task.name} (the last one with {fate}). What was stored before is intact. "
-                + (_WHY_DEAD if how is DEAD else _WHY_HUNG)
-            )
-        self.agenda.put_back(task)
-
-
 _WHY_DEAD = (
     "Most often memory is the cause: use fewer workers or a smaller batch_size. A script also needs "
     "`if __name__ == '__main__':`."
@@ -252,9 +110,80 @@ _WHY_HUNG = (
 )
 
 
-def _beat(patience: float | int) -> float:
-    """Seconds between two signs of life."""
-    return min(BEAT, patience / 4)
+@dataclass(eq=False)
+class _Process:
+    """What a worker is reached by."""
+
+    process: Any
+    pipe: Connection
+    tasks: SimpleQueue[Task | None] = field(default_factory=SimpleQueue)
+    last: float = 0.0
+    """When it was heard or given a task last, on the launcher's clock."""
+
+    def talk(self, job: bytes, heard: SimpleQueue[tuple[_Process, Any]]) -> None:
+        """All that is said to it and by it, in a thread: the pipe to a process that is stopped may block for ever."""
+        with self.pipe, suppress(*GONE, OSError):
+            self.pipe.send_bytes(job)
+            while (task := self.tasks.get()) is not None:
+                self.pipe.send(task)
+                while (said := self.pipe.recv()) is AT_WORK:
+                    heard.put((self, AT_WORK))
+                heard.put((self, said))
+        heard.put((self, DEAD))
+
+
+@dataclass(eq=False)
+class _Launcher:
+    """See `Launcher`."""
+
+    job: bytes
+    module: str
+    """Where the job's class is: the server imports it once for all workers."""
+    patience: float | int
+    heard: SimpleQueue[tuple[_Process, Any]] = field(default_factory=SimpleQueue)
+    clock: float = 0.0
+    """Seconds for which it has listened: not those in which the driver writes, or is stopped itself."""
+
+    def start(self, worker: Worker) -> None:
+        context = _context(self.module)
+        mine, its = context.Pipe()
+        process = context.Process(target=_work, args=(its, self._beat), daemon=True, name="registerlens-worker")
+        process.start()
+        its.close()  # so that its end is closed when it dies
+        worker.handle, worker.ready = _Process(process, mine), True  # a task waits until the job has been sent
+        Thread(target=worker.handle.talk, args=(self.job, self.heard), daemon=True, name="registerlens-worker").start()
+
+    def give(self, worker: Worker, task: Task) -> None:
+        worker.handle.last = self.clock
+        worker.handle.tasks.put(task)
+
+    def wait(self, workers: Sequence[Worker]) -> tuple[Worker, Task | None, Answer]:
+        by_handle = {worker.handle: worker for worker in workers}
+        while True:
+            for worker in workers:
+                if worker.tasks and self.clock - worker.handle.last > self.patience:
+                    why = f"with no sign of work for {self.patience:g} s"
+                    return worker, worker.tasks[0], Lost(why, _WHY_HUNG, how="died or hung")
+            began, handle, said = time.monotonic(), None, AT_WORK
+            with suppress(Empty):
+                handle, said = self.heard.get(timeout=self._beat)
+            self.clock += min(time.monotonic() - began, self._beat)
+            if handle in by_handle:  # one that was stopped may have said something before
+                worker, handle.last = by_handle[handle], self.clock
+                if said is DEAD:
+                    handle.process.join(GRACE)
+                    said = Lost(f"with {_fate(handle.process.exitcode)}", _WHY_DEAD)
+                if said is not AT_WORK:
+                    return worker, worker.tasks[0] if worker.tasks else None, said
+
+    def stop(self, worker: Worker) -> None:
+        worker.handle.process.kill()
+        worker.handle.tasks.put(None)
+        worker.handle.process.join(GRACE)
+
+    @property
+    def _beat(self) -> float:
+        return min(BEAT, self.patience / 4)
 
 
 def _fate(code: int | None) -> str:
@@ -264,13 +193,13 @@ def _fate(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _context() -> Any:
+def _context(*modules: str) -> Any:
     """Where worker processes come from."""
     if not sys.platform.startswith("linux"):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch._dynamo takes seconds to import, which PyTorch does where a model is built without memory for its weights.
-    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    context.set_forkserver_preload([__name__, *modules, "torch._dynamo"])
     return context
 
 
@@ -289,11 +218,11 @@ def _work(pipe: Connection, beat: float) -> None:
         while True:
             task = pipe.recv()
             try:
-                told = True, perform(job, task)
+                answer = job.perform(task)
             except Exception as error:  # whatever it is, the driver tells the user
-                told = False, _sendable_error(error)
+                answer = _sendable_error(error)
             with turn:
-                pipe.send(told)
+                pipe.send(answer)
 
 
 def _live(pipe: Connection, turn: Any, beat: float) -> None:

@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster: workers that get the job once, and are replaced when they die."""
+"""Workers on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import logging
 import os
 import socket
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from registerlens.data.sources import LastShard
-from registerlens.engine.agenda import Agenda
-from registerlens.engine.backends import Job, perform
+from registerlens.engine.backends import Job
+from registerlens.engine.crew import Answer, Crew, Lost, Started, Worker
+from registerlens.engine.tasks import Task, TaskQueue
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
-from registerlens.sweep.tasks import Task
 
 AHEAD = 2
 """Tasks a worker has at most: one it works on, and one that waits so that it need not."""
@@ -75,19 +73,18 @@ class RayBackend:
             BackendError: the cluster cannot be reached or has no room, or a task's workers died again and again.
         """
         ray = _ray()
-        agenda = Agenda(tasks, lambda task: (job.conditions[job.groups[task.group][0]].images, task.shard))
-        if not agenda:
+        queue = TaskQueue(tasks, job.place)
+        if not queue:
             return
         with _connected(ray, self.address):
             how = replace(self, num_cpus=job.threads if self.num_cpus is None else self.num_cpus)
-            crew = _Crew(ray, how, job, n_tasks=len(agenda))
-            try:
-                yield from crew.work(agenda)
-            finally:
-                crew.dismiss()
+            size = min(_size(ray, how), len(queue))
+            limit = self.max_in_flight or AHEAD * size
+            launcher = _Launcher(ray, how, ray.put(job.packed()))
+            yield from Crew(launcher, queue, size=size, limit=limit, ahead=AHEAD, retries=self.retries).work()
 
 
-class _Worker:
+class _Actor:
     """What runs in a worker's process."""
 
     def load(self, job: Job, device: str, versions: dict[str, str]) -> None:
@@ -95,84 +92,38 @@ class _Worker:
         if here != versions:
             raise ConfigError(f"A worker has {here}, but the sweep was started with {versions}: the tables may differ.")
         torch.set_num_threads(job.threads)
-        kept = {name: LastShard(source) for name, source in job.sources.items()}
-        self.job = replace(job.unpacked(device), sources=kept)
+        self.job = job.unpacked(device)
 
     def perform(self, task: Task) -> pa.Table:
-        return perform(self.job, task)
+        return self.job.perform(task)
 
 
-@dataclass(eq=False)
-class _Slot:
-    """A place for a worker; who dies leaves it to the next."""
-
-    actor: Any = None
-    tasks: list[Task] = field(default_factory=list)
-    """Given out and unfinished, in the order in which they are done."""
-    place: Any = None
-    """The images it worked on last."""
-    ready: bool = False
-    lost_starts: int = 0
+_ADVICE = (
+    "If memory is the reason, lower `stack` or `shard_size`, or give a worker more of a node (num_cpus, num_gpus)."
+)
 
 
-class _Crew:
-    """All workers of a run, and what each is doing."""
+class _Launcher:
+    """See `Launcher`."""
 
-    def __init__(self, ray: Any, how: RayBackend, job: Job, n_tasks: int) -> None:
-        self.ray, self.how = ray, how
-        room = how.workers or sum(_room(node["Resources"], how) for node in ray.nodes() if node["Alive"])
-        if not room:
-            raise BackendError(
-                f"No node has room for a worker of {how.num_cpus:g} CPUs and {how.num_gpus:g} GPUs. The cluster has "
-                f"{ray.cluster_resources()}. Ask for less (num_cpus, num_gpus), or give `workers` if nodes are to come."
-            )
-        n_workers = min(room, n_tasks)
-        self.limit = how.max_in_flight or AHEAD * n_workers
-        self.actor_class = ray.remote(num_cpus=how.num_cpus, num_gpus=how.num_gpus, max_restarts=0)(_Worker)
-        self.job = ray.put(job.packed())
-        self.starting: dict[Any, _Slot] = {}
-        self.busy: dict[Any, tuple[_Slot, Task]] = {}
-        self.losses: Counter[Task] = Counter()
+    def __init__(self, ray: Any, how: RayBackend, job: Any) -> None:
+        self.ray, self.how, self.job = ray, how, job
+        self.actor_class = ray.remote(num_cpus=how.num_cpus, num_gpus=how.num_gpus, max_restarts=0)(_Actor)
+        self.awaited: dict[Any, tuple[Worker, Task | None]] = {}
         self.last_loss = ""
-        self.slots = [_Slot() for _ in range(n_workers)]
-        for slot in self.slots:
-            self._start(slot)
 
-    def work(self, agenda: Agenda) -> Iterator[tuple[Task, pa.Table]]:
-        """Do all tasks."""
-        while agenda or self.busy:
-            self._hand_out(agenda)
-            ref = self._wait()
-            if ref in self.starting:
-                self._started(self.starting.pop(ref), ref)
-            elif (table := self._finished(ref, agenda)) is not None:
-                yield self.busy.pop(ref)[1], table
-
-    def dismiss(self) -> None:
-        """Stop every worker, whatever it does."""
-        for slot in self.slots:
-            self.ray.kill(slot.actor)
-        self.slots = []
-
-    def _start(self, slot: _Slot) -> None:
-        slot.actor, slot.ready, slot.tasks, slot.place = self.actor_class.remote(), False, [], None
+    def start(self, worker: Worker) -> None:
+        worker.handle = self.actor_class.remote()
         device = "cuda" if self.how.num_gpus else "cpu"
-        self.starting[slot.actor.load.remote(self.job, device, _versions())] = slot
+        self.awaited[worker.handle.load.remote(self.job, device, _versions())] = worker, None
 
-    def _hand_out(self, agenda: Agenda) -> None:
-        for depth in range(AHEAD):  # nobody gets a second task before everybody has one
-            for slot in self.slots:
-                if slot.ready and len(slot.tasks) == depth and len(self.busy) < self.limit:
-                    if (task := agenda.take(slot.place)) is None:
-                        return
-                    slot.tasks.append(task)
-                    slot.place = agenda.place(task)
-                    self.busy[slot.actor.perform.remote(task)] = slot, task
+    def give(self, worker: Worker, task: Task) -> None:
+        self.awaited[worker.handle.perform.remote(task)] = worker, task
 
-    def _wait(self) -> Any:
-        """The next reference to be there."""
-        refs = [*self.busy, *self.starting]
-        done = refs and self.ray.wait(refs, num_returns=1, timeout=None if self.busy else self.how.patience)[0]
+    def wait(self, workers: Sequence[Worker]) -> tuple[Worker, Task | None, Answer]:
+        refs = list(self.awaited)
+        patience = None if any(worker.tasks for worker in workers) else self.how.patience
+        done = refs and self.ray.wait(refs, num_returns=1, timeout=patience)[0]
         if not done:
             waited = f"for {self.how.patience:g} s" if refs else "and none could be started"
             raise BackendError(
@@ -180,63 +131,45 @@ class _Crew:
                 f"{self.how.num_cpus:g} CPUs and {self.how.num_gpus:g} GPUs.{self.last_loss} What is done is done: "
                 "resume the sweep when the cluster has room."
             )
-        return done[0]
+        worker, task = self.awaited.pop(done[0])
+        return worker, task, self._answer(done[0], task)
 
-    def _started(self, slot: _Slot, ref: Any) -> None:
+    def _answer(self, ref: Any, task: Task | None) -> Answer:
         try:
-            self.ray.get(ref)
+            table = self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:
-            cause = _cause(error)
-            if isinstance(cause, self.ray.exceptions.RayError):
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if task is None and isinstance(cause, self.ray.exceptions.RayError):
                 raise BackendError(
                     f"A worker cannot unpack the job: {cause} Is a module missing there, perhaps that of a metric? "
                     "Install it on every node, or send it along: ray.init(address, runtime_env={'working_dir': '.'}) "
                     "before run_sweep."
                 ) from error
-            raise cause from error
+            cause.__cause__ = error if cause is not error else None  # where it happened over there
+            return cause
         except self.ray.exceptions.RayError as error:
-            self.last_loss = f" A worker died while it started: {error}"
-            slot.lost_starts += 1
-            if slot.lost_starts > self.how.retries:
-                self.slots.remove(slot)
-            else:
-                self._start(slot)
-            return
-        slot.ready = True
-        slot.lost_starts = 0
+            self.last_loss = f" A worker was lost{'' if task else ' while it started'}: {error}"
+            return Lost(f"so: {error}", _ADVICE)
+        return Started() if task is None else table
 
-    def _finished(self, ref: Any, agenda: Agenda) -> pa.Table | None:
-        """A task's table; None if it was lost, and waits again."""
-        slot, task = self.busy[ref]
-        try:
-            table = self.ray.get(ref)
-        except self.ray.exceptions.RayTaskError as error:
-            cause = _cause(error)
-            cause.add_note(f"In task {task.name}.")
-            raise cause from error
-        except self.ray.exceptions.RayError as error:
-            self._lost(slot, error, agenda)
-            return None
-        slot.tasks.remove(task)
-        return table
+    def stop(self, worker: Worker) -> None:
+        self.awaited = {ref: told for ref, told in self.awaited.items() if told[0] is not worker}
+        self.ray.kill(worker.handle)
 
-    def _lost(self, slot: _Slot, error: Exception, agenda: Agenda) -> None:
-        """A worker died, or what it computed did: all of its tasks wait again, and a new one is started."""
-        blamed = slot.tasks[0]
-        self.losses[blamed] += 1
-        if self.losses[blamed] > self.how.retries:
-            raise BackendError(
-                f"Task {blamed.name} (condition group {blamed.group} on image shard {blamed.shard}) lost its worker "
-                f"{self.losses[blamed]} times, the last time so: {error} If memory is the reason, lower `stack` or "
-                "`shard_size`, or give a worker more of a node (num_cpus, num_gpus). What is done is done: the sweep "
-                "can be resumed."
-            ) from error
-        self.last_loss = f" A worker was lost: {error}"
-        for task in reversed(slot.tasks):
-            agenda.put_back(task)
-        self.busy = {ref: (of, task) for ref, (of, task) in self.busy.items() if of is not slot}
-        self.ray.kill(slot.actor)
-        self._start(slot)
+
+def _size(ray: Any, how: RayBackend) -> int:
+    """How many workers there are to be.
+
+    Raises:
+        BackendError: no node has room for one.
+    """
+    size = how.workers or sum(_room(node["Resources"], how) for node in ray.nodes() if node["Alive"])
+    if not size:
+        raise BackendError(
+            f"No node has room for a worker of {how.num_cpus:g} CPUs and {how.num_gpus:g} GPUs. The cluster has "
+            f"{ray.cluster_resources()}. Ask for less (num_cpus, num_gpus), or give `workers` if nodes are to come."
+        )
+    return size
 
 
 def _room(resources: Mapping[str, float], how: RayBackend) -> int:
@@ -248,11 +181,6 @@ def _room(resources: Mapping[str, float], how: RayBackend) -> int:
 def _versions() -> dict[str, str]:
     """What has to be the same everywhere, if tables are to be."""
     return {name: version(name) for name in ("registerlens", "torch")}
-
-
-def _cause(error: Any) -> Exception:
-    """What was raised in the worker, as it would have been raised here."""
-    return error.cause if isinstance(error.cause, Exception) else error
 
 
 @contextmanager

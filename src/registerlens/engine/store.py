@@ -14,12 +14,13 @@ import pyarrow as pa
 
 from registerlens.engine.folder import Entry, Folder, folder_at
 from registerlens.engine.lock import locked
-from registerlens.engine.parts import SUFFIX, check_table, from_bytes, name_of, part_schema, to_bytes
+from registerlens.engine.parts import SUFFIX, from_bytes, name_of, to_bytes
+from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
 from registerlens.sweep import manifest as manifests
 from registerlens.sweep.fitted import Fits, pack_fits, unpack_fits
+from registerlens.sweep.job import check_table, part_schema
 from registerlens.sweep.manifest import Manifest
-from registerlens.sweep.tasks import Task
 
 PARTS, FITTED = "parts", "fitted"
 """Folders of the store."""
@@ -99,7 +100,9 @@ class Store:
         if content is None:
             raise StoreError(f"{where} is missing; run the sweep again to have it made.")
         try:
-            return from_bytes(content, task, list(self.manifest.metrics), self.manifest.groups[task.group])
+            table = from_bytes(content, task)
+            check_table(table, task, list(self.manifest.metrics), self.manifest.groups[task.group])
+            return table
         except StoreError as error:
             raise StoreError(
                 f"{where} {error}. Run the sweep again: it sets the file aside and makes it anew."

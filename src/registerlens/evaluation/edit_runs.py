@@ -1,7 +1,7 @@
-"""One task of a sweep: a group of conditions on a shard of images, with as little computed as possible.
+"""Many edits on the same images, with as little computed as possible.
 
-A batch's clean run is made once. A condition starts from the clean residual stream before the first block it edits, and
-conditions that start at the same block go through the rest of the model together, each editing its share of the batch.
+A batch's clean run is made once. An edit starts from the clean residual stream before the first block it changes, and
+edits that start at the same block go through the rest of the model together, each changing its share of the batch.
 """
 
 from __future__ import annotations
@@ -10,50 +10,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
 
-import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.data.sources import Shard
 from registerlens.engine.memory import out_of_memory_in
 from registerlens.engine.views import View, Watched, repeated, run_clean, run_from
 from registerlens.errors import ConfigError, OutOfMemoryError, ShapeError
-from registerlens.evaluation.metrics import COLUMNS, Metric, check_metrics, measured
-from registerlens.interventions.base import Plan, Scene, plan, stacked_hooks
+from registerlens.evaluation.metrics import Metric, check_metrics, measured
+from registerlens.interventions.base import Intervention, Plan, Scene, plan, stacked_hooks
 from registerlens.model.names import TOKENS
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.conditions import Condition
 
 
-def run_task(
+def measure_edits(
     vit: HookedViT,
-    shard: Shard,
-    conditions: Sequence[Condition],
+    images: Float[Tensor, "image channel height width"],
+    conditions: Sequence[Sequence[Intervention]],
     metrics: Sequence[Metric],
     *,
-    index: int,
+    labels: Int[Tensor, "image ..."] | None = None,
     batch_size: int,
     stack: int,
-) -> pa.Table:
-    """Every metric of every condition on every image of a shard, as if each condition had been run with `vit.edit`.
+) -> Float[Tensor, "condition image metric"]:
+    """Every metric of every condition on every image, as if each condition had been run with `vit.edit`.
 
     Where memory does not suffice, less goes through the model at once from there on, and the run goes on.
 
     Args:
         vit: the model; hooks and edits that are in force on it hold for the clean run, too.
-        shard: images and, where metrics want them, labels.
-        conditions: fitted ones, all of this model.
+        images: preprocessed.
+        conditions: the interventions of each, fitted; none for the clean run.
         metrics: the columns, in order.
-        index: the shard's number.
+        labels: one an image, where metrics want them.
         batch_size: images whose clean run is made at once.
         stack: sequences (images x conditions) that go through the model at once; at least `batch_size` do.
 
     Returns:
-        a row for each condition and image, in the order of both: condition (its key), shard, image (its name), and the
-        metrics in float64. What is not a number, in a metric or in the model's output, is NaN here, too.
+        float64. What is not a number, in a metric or in the model's output, is NaN here, too.
 
     Raises:
         ConfigError: a size is below 1, two metrics share a name, or one looks where the model has nothing.
@@ -65,28 +60,28 @@ def run_task(
         >>> import registerlens as rl
         >>> from registerlens.evaluation.metrics import default_metrics
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> shard = Shard(names=("a", "b"), images=torch.rand(2, 3, 48, 48))
-        >>> heads = [Condition(interventions=(rl.Ablate(rl.Heads([(layer, 0)])),)) for layer in (1, 4)]
-        >>> run_task(vit, shard, heads, default_metrics(vit), index=0, batch_size=2, stack=4).shape
-        (4, 7)
+        >>> heads = [[rl.Ablate(rl.Heads([(layer, 0)]))] for layer in (1, 4)]
+        >>> measure_edits(vit, torch.rand(2, 3, 48, 48), heads, default_metrics(vit), batch_size=2, stack=4).shape
+        torch.Size([2, 2, 4])
     """
     if batch_size < 1 or stack < 1:
         raise ConfigError(f"batch_size and stack must be at least 1, got {batch_size} and {stack}.")
-    if shard.labels is not None and len(shard.labels) != len(shard.images):
-        raise ShapeError(f"{len(shard.labels)} labels for {len(shard.images)} images; one for each is needed.")
+    if labels is not None and len(labels) != len(images):
+        raise ShapeError(f"{len(labels)} labels for {len(images)} images; one for each is needed.")
     check_metrics(metrics, vit.cfg)
-    task = _Task(
+    run = _Run(
         vit=vit,
-        shard=shard,
+        images=images,
+        labels=labels,
         metrics=metrics,
         planned=[_planned(vit, i, one) for i, one in enumerate(conditions)],
-        values=torch.full((len(metrics), len(conditions), len(shard.images)), torch.nan, dtype=torch.float64),
+        values=torch.full((len(conditions), len(images), len(metrics)), torch.nan, dtype=torch.float64),
         batch_size=batch_size,
         stack=max(stack, batch_size),
     )
     with torch.inference_mode():
-        task.run()
-    return _table(task.values, shard, conditions, metrics, index)
+        run.run()
+    return run.values
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class _Planned:
     """A condition, ready to be run."""
 
     index: int
-    """Its place among the task's conditions."""
+    """Its place among the conditions."""
     plan: Plan
     first: int
     """The first block that it edits."""
@@ -107,10 +102,9 @@ class _Planned:
         return self.first, self.plan.n_registers, self.n_keys
 
 
-def _planned(vit: HookedViT, index: int, condition: Condition) -> _Planned:
-    made = plan(vit, condition.interventions, vit.n_test_time_registers)
-    n_keys = sum(one.n_keys for one in condition.interventions)
-    return _Planned(index, made, condition.first_layer(vit), n_keys)
+def _planned(vit: HookedViT, index: int, interventions: Sequence[Intervention]) -> _Planned:
+    made = plan(vit, interventions, vit.n_test_time_registers)
+    return _Planned(index, made, made.first_block(vit.cfg.n_layers), sum(one.n_keys for one in interventions))
 
 
 @dataclass
@@ -118,7 +112,7 @@ class _Batch:
     """Some images: their clean run, and where conditions start from."""
 
     part: slice
-    """Which of the shard's images."""
+    """Which of the images."""
     clean: View
     resid: dict[int, Float[Tensor, "batch pos d_model"]]
     """The clean stream before blocks."""
@@ -137,14 +131,15 @@ class _Batch:
 
 
 @dataclass
-class _Task:
-    """A task in progress; `batch_size` and `stack` shrink where memory does not suffice."""
+class _Run:
+    """In progress; `batch_size` and `stack` shrink where memory does not suffice."""
 
     vit: HookedViT
-    shard: Shard
+    images: Tensor
+    labels: Tensor | None
     metrics: Sequence[Metric]
     planned: Sequence[_Planned]
-    values: Float[Tensor, "metric condition image"]
+    values: Float[Tensor, "condition image metric"]
     batch_size: int
     stack: int
 
@@ -154,26 +149,26 @@ class _Task:
     def run(self) -> None:
         """Batch after batch."""
         done = 0
-        while done < len(self.shard.images):
-            part = slice(done, min(done + self.batch_size, len(self.shard.images)))
+        while done < len(self.images):
+            part = slice(done, min(done + self.batch_size, len(self.images)))
             failed = out_of_memory_in(partial(self._batch, part))
             if failed is None:
                 done = part.stop
                 continue
             n = part.stop - part.start
             if n == 1:
-                size = " x ".join(map(str, self.shard.images.shape[2:]))
+                size = " x ".join(map(str, self.images.shape[2:]))
                 raise OutOfMemoryError(
                     f"A single image of {size} pixels does not fit into memory ({failed}). Use smaller images, a model "
                     f"in half precision (vit.half()), or a device with more memory."
                 )
             self.batch_size = self.stack = n // 2
-        for one in self.planned if len(self.shard.images) else ():
+        for one in self.planned if len(self.images) else ():
             one.plan.check_fired()
 
     def _batch(self, part: slice) -> None:
-        images = self.shard.images[part].to(self.vit.device)
-        labels = None if self.shard.labels is None else self.shard.labels[part].to(self.vit.device)
+        images = self.images[part].to(self.vit.device)
+        labels = None if self.labels is None else self.labels[part].to(self.vit.device)
         last = self.vit.cfg.n_layers
         starts = {one.first for one in self.planned if one.first < last}
         clean, resid = run_clean(self.vit, images, labels, self.watched, starts)
@@ -216,26 +211,8 @@ class _Task:
     def _record(self, now: list[_Planned], batch: _Batch, edited: View, clean: View) -> None:
         """The numbers of some conditions; where nothing is edited, one run stands for all of them."""
         found = measured(self.metrics, edited, clean).unflatten(1, (-1, batch.part.stop - batch.part.start))
-        self.values[:, [one.index for one in now], batch.part] = found
+        self.values[[one.index for one in now], batch.part] = found.permute(1, 2, 0)
 
 
 def _order(one: _Planned) -> tuple[int, ...]:
     return *one.kind, one.index
-
-
-def _table(
-    values: Float[Tensor, "metric condition image"],
-    shard: Shard,
-    conditions: Sequence[Condition],
-    metrics: Sequence[Metric],
-    index: int,
-) -> pa.Table:
-    n = len(shard.names)
-    fixed = (
-        pa.array([one.key for one in conditions for _ in range(n)], pa.string()),
-        pa.array([index] * (n * len(conditions)), pa.int32()),
-        pa.array(list(shard.names) * len(conditions), pa.string()),
-    )
-    columns: dict[str, Any] = dict(zip(COLUMNS, fixed, strict=True))
-    columns |= {one.name: pa.array(row.numpy().ravel()) for one, row in zip(metrics, values, strict=True)}
-    return pa.table(columns)

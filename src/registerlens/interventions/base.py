@@ -139,6 +139,16 @@ class Plan:
                 x = edit.change(x, scene).to(x.dtype)
         return x
 
+    def first_block(self, n_layers: int) -> int:
+        """The first block whose output it can change: a run may start from the clean residual stream before it.
+
+        0 where the sequence itself is edited (test-time registers); the number of blocks where there is no edit.
+
+        Raises:
+            InterventionError: something outside the blocks is edited.
+        """
+        return min((_block_of(edit.point) for _, edit in self.edits), default=n_layers)
+
     def check_fired(self) -> None:
         """Complain about interventions that had something to do and never did it.
 
@@ -152,6 +162,17 @@ class Plan:
                     f"{type(intervention).__name__} never fired: the model was not run, or did not reach "
                     f"{points[-1]}. Run it inside the `with` block, far enough."
                 )
+
+
+def _block_of(point: str) -> int:
+    if point == TOKENS:
+        return 0
+    kind, _, rest = point.partition(".")
+    if kind != "blocks":
+        raise InterventionError(
+            f"A sweep cannot tell before which block '{point}' is edited. Edit a hook point of a block, or hook_tokens."
+        )
+    return int(rest.partition(".")[0])
 
 
 Edits = Intervention | Sequence[Intervention] | None

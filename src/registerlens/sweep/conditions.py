@@ -1,13 +1,14 @@
-"""A condition: one edit of one model on one set of images, with a content hash and a readable label."""
+"""A condition: one edit of one model on one set of images, with a content hash and a readable label; groups of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from registerlens.errors import ConfigError, InterventionError
+from registerlens.engine.tasks import GROUP
+from registerlens.errors import ConfigError
 from registerlens.interventions.base import Host, Intervention, plan
-from registerlens.model.names import TOKENS
 from registerlens.sweep.content import content_hash
 
 CLEAN = "clean"
@@ -74,16 +75,34 @@ class Condition:
         Raises:
             InterventionError: it does not fit the model.
         """
-        points = [edit.point for _, edit in plan(host, self.interventions).edits]
-        return min(map(_layer_of, points), default=host.cfg.n_layers)
+        return plan(host, self.interventions).first_block(host.cfg.n_layers)
 
 
-def _layer_of(point: str) -> int:
-    if point == TOKENS:
-        return 0
-    kind, _, rest = point.partition(".")
-    if kind != "blocks":
-        raise InterventionError(
-            f"A sweep cannot tell before which block '{point}' is edited. Edit a hook point of a block, or hook_tokens."
-        )
-    return int(rest.partition(".")[0])
+def group_conditions(
+    conditions: Sequence[Condition], hosts: Mapping[str, Host], size: int = GROUP
+) -> tuple[tuple[str, ...], ...]:
+    """Keys of the conditions, group by group: those that share a model, images and a long clean prefix stand together.
+
+    The grouping depends on the conditions alone, so that every run of the same grid makes the same tasks.
+
+    Example:
+        >>> import registerlens as rl
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> late, early = (Condition(interventions=(rl.Ablate(rl.Heads([(at, 0)])),)) for at in (4, 1))
+        >>> group_conditions([late, early], {"model": vit}, 1) == ((early.key,), (late.key,))
+        True
+    """
+
+    def rank(condition: Condition) -> tuple:
+        first = condition.first_layer(hosts[condition.model])
+        return condition.model, condition.images, condition.n_registers, first, condition.key
+
+    groups: list[list[str]] = []
+    place = None
+    for condition in sorted(conditions, key=rank):
+        where = condition.model, condition.images
+        if where != place or len(groups[-1]) == size:
+            groups.append([])
+            place = where
+        groups[-1].append(condition.key)
+    return tuple(map(tuple, groups))

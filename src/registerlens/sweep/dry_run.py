@@ -15,14 +15,15 @@ from torch import Tensor
 
 from registerlens.data.sources import Shard, Source
 from registerlens.display import Shown, size_told
-from registerlens.engine.parts import part_schema, to_bytes
+from registerlens.engine.parts import to_bytes
+from registerlens.engine.tasks import GROUP, Task
 from registerlens.errors import ImageError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.conditions import Condition
+from registerlens.sweep.conditions import Condition, group_conditions
 from registerlens.sweep.fitting import n_passes
 from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
-from registerlens.sweep.tasks import GROUP, Task, group_conditions
+from registerlens.sweep.job import part_schema
 
 WIDTH = 40
 """Characters of the longest bar of the histogram."""

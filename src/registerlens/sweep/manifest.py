@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from registerlens.data.sources import Source
+from registerlens.engine.tasks import Task, tasks_of
 from registerlens.errors import StoreError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.content import content, content_hash, tensor_hash
-from registerlens.sweep.tasks import Task, tasks_of
 
 FORMAT = 1
 """Version of the store's format that this code writes; it reads no newer one."""

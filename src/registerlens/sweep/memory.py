@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from registerlens.engine.tasks import Task
 from registerlens.sweep.fitted import Fits
 from registerlens.sweep.manifest import Manifest
-from registerlens.sweep.tasks import Task
 
 
 @dataclass(frozen=True)

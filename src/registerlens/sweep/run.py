@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 
-from registerlens.engine.backends import Backend, Job, LocalBackend
+from registerlens.engine.backends import Backend, LocalBackend
 from registerlens.engine.memory import find_stack
 from registerlens.engine.parts import skipped_of
 from registerlens.engine.processes import ProcessBackend
 from registerlens.engine.store import Store, grown, joined, writing
+from registerlens.engine.tasks import Task
 from registerlens.errors import ConfigError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
-from registerlens.sweep.conditions import Condition
+from registerlens.sweep.conditions import Condition, group_conditions
 from registerlens.sweep.fitted import References, fit_missing, identity_of
 from registerlens.sweep.fitting import unfitted
 from registerlens.sweep.grid import Conditions
 from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
+from registerlens.sweep.job import SweepJob
 from registerlens.sweep.manifest import OWN, Manifest, manifest_of
 from registerlens.sweep.memory import MemoryStore
 from registerlens.sweep.records import Swept
 from registerlens.sweep.result import SweepResult
-from registerlens.sweep.tasks import Task, group_conditions
 
 
 def run_sweep(
@@ -120,7 +121,7 @@ def run_sweep(
             [reference_images] = sources.values()
         bound, new = fit_missing(models, planned, reference_images, batch_size, opened.fits())
         kept = opened.with_fits(new)
-        job = Job(
+        job = SweepJob(
             models=models,
             sources=sources,
             conditions={one.key: one for one in bound},
@@ -181,7 +182,7 @@ def _opened(
     return writing(store, asked, grouping, resume=resume)
 
 
-def _work(backend: Backend, job: Job, store: Store | MemoryStore) -> None:
+def _work(backend: Backend, job: SweepJob, store: Store | MemoryStore) -> None:
     """Do what is missing; progress counts conditions, a shard of several being a part of one."""
     tasks = store.manifest.tasks()
     # All groups on one shard before the next one: it is read once, and a run that is stopped has all conditions on some

@@ -2,8 +2,7 @@
 
 import random
 
-from registerlens.engine.agenda import Agenda
-from registerlens.sweep.tasks import Task
+from registerlens.engine.tasks import Task, TaskQueue
 
 
 def tasks(groups, shards):
@@ -16,44 +15,44 @@ def place(task):
 
 def test_every_task_once_though_some_come_back():
     rng = random.Random(0)
-    agenda = Agenda(tasks(5, 7), place)
+    queue = TaskQueue(tasks(5, 7), place)
     done, places, returned = [], [None] * 3, 0
-    while len(agenda):
+    while len(queue):
         worker = rng.randrange(3)
-        task = agenda.take(places[worker])
+        task = queue.take(places[worker])
         if rng.random() < 0.3:
-            agenda.put_back(task)
+            queue.put_back(task)
             returned += 1
         else:
             done.append(task)
             places[worker] = place(task)
     assert sorted(done) == sorted(tasks(5, 7))
     assert returned > 5
-    assert agenda.take(None) is None
+    assert queue.take(None) is None
 
 
 def test_each_shard_is_read_by_one_worker_where_there_are_enough():
-    agenda = Agenda(tasks(4, 6), place)
+    queue = TaskQueue(tasks(4, 6), place)
     places, reads = [None] * 3, 0
-    while len(agenda):
+    while len(queue):
         for worker in range(3):
-            task = agenda.take(places[worker])
+            task = queue.take(places[worker])
             reads += places[worker] != place(task)
             places[worker] = place(task)
     assert reads == 6
 
 
 def test_workers_without_a_shard_help_where_most_is_left():
-    agenda = Agenda([*tasks(2, 2), Task(2, 1)], place)
-    assert [agenda.take(at) for at in (None, None)] == [Task(0, 0), Task(0, 1)]
-    assert agenda.take("elsewhere") == Task(1, 1)
-    assert agenda.take(1) == Task(2, 1)
-    assert agenda.take(1) == Task(1, 0)
+    queue = TaskQueue([*tasks(2, 2), Task(2, 1)], place)
+    assert [queue.take(at) for at in (None, None)] == [Task(0, 0), Task(0, 1)]
+    assert queue.take("elsewhere") == Task(1, 1)
+    assert queue.take(1) == Task(2, 1)
+    assert queue.take(1) == Task(1, 0)
 
 
 def test_what_comes_back_is_next():
-    agenda = Agenda(tasks(3, 1), place)
-    first, second = agenda.take(0), agenda.take(0)
-    agenda.put_back(second)
-    agenda.put_back(first)
-    assert [agenda.take(0) for _ in range(3)] == tasks(3, 1)
+    queue = TaskQueue(tasks(3, 1), place)
+    first, second = queue.take(0), queue.take(0)
+    queue.put_back(second)
+    queue.put_back(first)
+    assert [queue.take(0) for _ in range(3)] == tasks(3, 1)

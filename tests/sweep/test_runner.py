@@ -17,10 +17,10 @@ from registerlens.data.sources import Shard
 from registerlens.engine.memory import find_stack, floats_a_token, free_memory, out_of_memory_in
 from registerlens.errors import ConfigError, InterventionError, OutOfMemoryError, ShapeError
 from registerlens.evaluation import edit_runs
-from registerlens.evaluation.edit_runs import run_task
 from registerlens.evaluation.metrics import Metric, metric
 from registerlens.interventions.base import Edit, Intervention
 from registerlens.sweep.conditions import Condition
+from registerlens.sweep.job import run_task
 
 MEAN = Metric(name="mean", measure=lambda edited, clean: edited.output.flatten(1).mean(1))
 

@@ -1,14 +1,46 @@
-"""Which task a worker does next: one on images that it already holds, where there is one."""
+"""Tasks, each small enough to be lost and large enough to share work, and which one a worker does next."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
-from registerlens.sweep.tasks import Task
+GROUP = 64
+"""Runs of a task at most: they share the clean run."""
 
 
-class Agenda:
+@dataclass(frozen=True, order=True)
+class Task:
+    """One group of runs on one shard of images: what a worker does at a time, and one file of the store.
+
+    Example:
+        >>> Task(group=3, shard=12).name
+        'g00003-s000012'
+    """
+
+    group: int
+    """Index of the group of runs."""
+    shard: int
+    """Index of the shard of images."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the store."""
+        return f"g{self.group:05d}-s{self.shard:06d}"
+
+
+def tasks_of(n_groups: int, n_shards: Mapping[int, int]) -> Iterator[Task]:
+    """Every task; `n_shards` says for each group how many shards its image set has.
+
+    Example:
+        >>> [task.name for task in tasks_of(2, {0: 1, 1: 2})]
+        ['g00000-s000000', 'g00001-s000000', 'g00001-s000001']
+    """
+    return (Task(group, shard) for group in range(n_groups) for shard in range(n_shards[group]))
+
+
+class TaskQueue:
     """Tasks that wait to be done, by the images they look at.
 
     Reading and decoding a shard costs about as much as some conditions on it. So a worker is kept on a shard until no
@@ -19,9 +51,9 @@ class Agenda:
         place: which images a task looks at.
 
     Example:
-        >>> agenda = Agenda([Task(0, 0), Task(0, 1), Task(1, 0), Task(1, 1)], lambda task: task.shard)
-        >>> first, second = agenda.take(None), agenda.take(None)
-        >>> first.name, second.name, agenda.take(first.shard).name, len(agenda)
+        >>> queue = TaskQueue([Task(0, 0), Task(0, 1), Task(1, 0), Task(1, 1)], lambda task: task.shard)
+        >>> first, second = queue.take(None), queue.take(None)
+        >>> first.name, second.name, queue.take(first.shard).name, len(queue)
         ('g00000-s000000', 'g00000-s000001', 'g00001-s000000', 1)
     """
 
