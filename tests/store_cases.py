@@ -14,11 +14,11 @@ import registerlens as rl
 from registerlens.data.images import Skipped
 from registerlens.data.sources import Shard, TensorSource
 from registerlens.engine.processes import _context
-from registerlens.engine.store import Store
 from registerlens.errors import ImageError
 from registerlens.evaluation.metrics import Metric
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.run import run_sweep
+from registerlens.sweep.store import SweepStore
 
 CFG = rl.ViTConfig(n_layers=2, d_model=8, n_heads=2, d_mlp=12, image_size=(8, 8), patch_size=(4, 4))
 PAUSE = 0.005
@@ -104,7 +104,7 @@ def rows(result):
 
 def part_bits(folder):
     """The rows of every part file."""
-    store = Store.open(folder)
+    store = SweepStore.open(folder)
     return {task.name: bits(table) for task, table in store.tables()}
 
 

@@ -11,12 +11,12 @@ from store_cases import METRICS, bits, neurons, part_bits, part_files, pixels, r
 import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.engine.backends import LocalBackend
-from registerlens.engine.store import Store
 from registerlens.errors import ConfigError, InterventionError, ShapeError, StoreError
 from registerlens.evaluation.metrics import Metric
 from registerlens.progress import track
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.grid import grid
+from registerlens.sweep.store import SweepStore
 
 
 def test_the_numbers_are_those_of_a_plain_loop():
@@ -197,7 +197,7 @@ def test_threads_are_those_of_the_store_and_put_back(tmp_path):
     sweep(tmp_path, conditions=neurons(1), threads=2, backend=Watching())
     (tmp_path / "parts" / "g00000-s000000.parquet").unlink()
     sweep(tmp_path, conditions=neurons(1), threads=1, backend=Watching())
-    assert seen[0][0] == seen[1][0] == 2 == Store.open(tmp_path).manifest.threads
+    assert seen[0][0] == seen[1][0] == 2 == SweepStore.open(tmp_path).manifest.threads
     assert torch.get_num_threads() == before
 
 

@@ -23,11 +23,12 @@ from registerlens.engine import lock
 from registerlens.engine.folder import LocalFolder, RemoteFolder, folder_at
 from registerlens.engine.lock import holder_of, locked
 from registerlens.engine.parts import from_bytes, name_of, to_bytes
-from registerlens.engine.store import CorruptPartWarning, Store
+from registerlens.engine.store import CorruptPartWarning
 from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
 from registerlens.sweep.run import read_sweep
 from registerlens.sweep.status import sweep_status
+from registerlens.sweep.store import SweepStore
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def memory():
 
 
 def test_rows_stand_by_group_shard_condition_and_image(filled):
-    table, manifest = Store.open(filled).table(), Store.open(filled).manifest
+    table, manifest = SweepStore.open(filled).table(), SweepStore.open(filled).manifest
     (group,) = manifest.groups
     images = [f"image {i}" for i in range(10)]
     expected = [(key, i // 2, images[i]) for shard in range(5) for key in group for i in (2 * shard, 2 * shard + 1)]
@@ -62,7 +63,7 @@ def test_rows_stand_by_group_shard_condition_and_image(filled):
 
 
 def test_pandas_polars_and_duckdb_read_it(filled):
-    pattern, table = f"{filled}/parts/*.parquet", Store.open(filled).table().to_pandas()
+    pattern, table = f"{filled}/parts/*.parquet", SweepStore.open(filled).table().to_pandas()
     order = ["condition", "image"]
     table = table.sort_values(order, ignore_index=True)
     assert table["odd"].isna().any() and not table["odd"].isna().all()
@@ -170,7 +171,7 @@ def test_conditions_that_are_only_added_extend_it(filled):
     result = sweep(filled, conditions=more)
     after = part_files(filled)
     assert before.items() <= after.items() and len(after) == 2 * len(before)
-    assert [len(keys) for keys in Store.open(filled).manifest.groups] == [5, 4]
+    assert [len(keys) for keys in SweepStore.open(filled).manifest.groups] == [5, 4]
     alone = sweep(None, conditions=more)
     order = ["condition", "image"]
     assert rows(result).sort_values(order, ignore_index=True).equals(rows(alone).sort_values(order, ignore_index=True))
@@ -180,7 +181,7 @@ def test_a_newer_format_says_what_to_do(filled):
     path = filled / "manifest.json"
     told = json.loads(path.read_text())
     path.write_text(json.dumps(told | {"format": 9, "versions": {"registerlens": "7.0"}, "unheard": "of"}))
-    for attempt in (lambda: sweep(filled), lambda: Store.open(filled), lambda: sweep_status(filled)):
+    for attempt in (lambda: sweep(filled), lambda: SweepStore.open(filled), lambda: sweep_status(filled)):
         with pytest.raises(StoreError, match=r"format 9, written by registerlens 7.0; .*Update registerlens"):
             attempt()
 
@@ -197,7 +198,7 @@ def test_a_manifest_that_cannot_be_read(filled, text, said):
         sweep(filled)
     assert part_files(filled) == before
     with pytest.raises(StoreError, match="There is no sweep" if text is None else said):
-        Store.open(filled)
+        SweepStore.open(filled)
 
 
 # What it notices -----------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_a_corrupt_part_is_named_set_aside_and_made_again(filled):
     damaged = path.read_bytes()[:-20]
     path.write_bytes(damaged)
     with pytest.raises(StoreError, match=r"g00000-s000002.parquet' is truncated or damaged"):
-        Store.open(filled).table()
+        SweepStore.open(filled).table()
     assert sweep_status(filled).tasks_done == 4 and "s000002" in sweep_status(filled).describe()
     with pytest.warns(CorruptPartWarning, match=r"g00000-s000002.parquet' is truncated or damaged"):
         sweep(filled)
@@ -219,8 +220,8 @@ def test_a_corrupt_part_is_named_set_aside_and_made_again(filled):
 
 
 def test_any_damage_to_a_part_is_an_error_or_harmless(filled):
-    store, task = Store.open(filled), Task(0, 3)
-    content, names = (filled / name_of(task)).read_bytes(), list(store.manifest.metrics)
+    store, task = SweepStore.open(filled), Task(0, 3)
+    content = (filled / name_of(task)).read_bytes()
     expected, caught = bits(store.read(task)), 0
     cut = [content[:n] for n in range(0, len(content), 97)]
     flipped = [
@@ -228,7 +229,7 @@ def test_any_damage_to_a_part_is_an_error_or_harmless(filled):
     ]
     for damaged in (*cut, *flipped):
         try:
-            assert bits(from_bytes(damaged, task, names, store.manifest.groups[0])) == expected
+            assert bits(from_bytes(damaged, task)) == expected
         except StoreError:
             caught += 1
     assert len(cut) < caught < len(cut) + len(flipped), (caught, len(cut), len(flipped))
@@ -239,8 +240,8 @@ def test_a_part_of_another_task_is_no_part(filled):
     with pytest.raises(
         StoreError, match=r"s000001.parquet' is no part of this store: it says that it is g00000-s000002"
     ):
-        Store.open(filled).table()
-    store = Store.open(filled)
+        SweepStore.open(filled).table()
+    store = SweepStore.open(filled)
     with pytest.raises(StoreError, match="task g00000-s000003 has rows of other conditions or shards"):
         store.write(Task(0, 3), store.read(Task(0, 2)))
     with pytest.raises(StoreError, match="has the columns"):
@@ -311,7 +312,7 @@ def test_two_runs_on_one_folder(filled):
         with pytest.raises(StoreError, match=rf"in use by process {os.getpid()} on .* since 20.*twice"):
             sweep(filled)
         assert sweep_status(filled).holder.pid == os.getpid()
-        assert Store.open(filled).table().num_rows == 50, "reading needs no lock"
+        assert SweepStore.open(filled).table().num_rows == 50, "reading needs no lock"
     assert part_files(filled) == before and sweep_status(filled).holder is None
     sweep(filled)
 

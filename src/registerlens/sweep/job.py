@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from registerlens.data.sources import LastShard, Shard, Source
 from registerlens.engine.packing import PackedModel, pack
 from registerlens.engine.parts import with_skipped
 from registerlens.engine.tasks import Task
-from registerlens.errors import ImageError, StoreError
+from registerlens.errors import ImageError
 from registerlens.evaluation.edit_runs import measure_edits
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
@@ -122,16 +122,3 @@ def part_schema(metrics: Iterable[str]) -> pa.Schema:
     """
     fixed = [("condition", pa.string()), ("shard", pa.int32()), ("image", pa.string())]
     return pa.schema([*fixed, *((name, pa.float64()) for name in metrics)])
-
-
-def check_table(table: pa.Table, task: Task, metrics: Sequence[str], conditions: Collection[str]) -> None:
-    """Whether a table is one that this task can have.
-
-    Raises:
-        StoreError: it has other columns, or rows of other conditions or shards.
-    """
-    if not table.schema.equals(part_schema(metrics)):
-        raise StoreError(f"has the columns {table.schema.names} instead of {part_schema(metrics).names}")
-    strange = set(table["condition"].unique().to_pylist()) - set(conditions)
-    if strange or set(table["shard"].unique().to_pylist()) - {task.shard}:
-        raise StoreError(f"has rows of other conditions or shards {sorted(map(str, strange))[:3]}")

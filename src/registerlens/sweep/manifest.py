@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from registerlens.data.sources import Source
@@ -16,10 +17,10 @@ from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.content import content, content_hash, tensor_hash
+from registerlens.sweep.job import part_schema
 
 FORMAT = 1
 """Version of the store's format that this code writes; it reads no newer one."""
-NAME = "manifest.json"
 OWN = "the sweep's own images"
 """What edits are fitted on where nothing else is given."""
 LONG = 2000
@@ -61,6 +62,19 @@ class Manifest:
         """Every task, in order."""
         n_shards = [self.images[self.conditions[keys[0]]["images"]]["n_shards"] for keys in self.groups]
         return list(tasks_of(len(self.groups), dict(enumerate(n_shards))))
+
+    def check(self, task: Task, table: pa.Table) -> None:
+        """Whether a table is one that this task can have.
+
+        Raises:
+            StoreError: it has other columns, or rows of other conditions or shards.
+        """
+        schema = part_schema(self.metrics)
+        if not table.schema.equals(schema):
+            raise StoreError(f"has the columns {table.schema.names} instead of {schema.names}")
+        strange = set(table["condition"].unique().to_pylist()) - set(self.groups[task.group])
+        if strange or set(table["shard"].unique().to_pylist()) - {task.shard}:
+            raise StoreError(f"has rows of other conditions or shards {sorted(map(str, strange))[:3]}")
 
     def to_json(self) -> str:
         """As it stands in the store."""

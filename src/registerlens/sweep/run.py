@@ -14,7 +14,6 @@ from registerlens.engine.backends import Backend, LocalBackend
 from registerlens.engine.memory import find_stack
 from registerlens.engine.parts import skipped_of
 from registerlens.engine.processes import ProcessBackend
-from registerlens.engine.store import Store, grown, joined, writing
 from registerlens.engine.tasks import Task
 from registerlens.errors import ConfigError
 from registerlens.evaluation.metrics import Metric
@@ -27,9 +26,9 @@ from registerlens.sweep.grid import Conditions
 from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
 from registerlens.sweep.job import SweepJob
 from registerlens.sweep.manifest import OWN, Manifest, manifest_of
-from registerlens.sweep.memory import MemoryStore
 from registerlens.sweep.records import Swept
 from registerlens.sweep.result import SweepResult
+from registerlens.sweep.store import MemoryStore, SweepStore, grown, joined, writing
 
 
 def run_sweep(
@@ -149,7 +148,7 @@ def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
     Raises:
         StoreError: there is none, it is damaged, or of a newer version.
     """
-    opened = Store.open(store)
+    opened = SweepStore.open(store)
     names = ("label", "factors", "model", "images", "control_of")
     conditions = [
         Swept(key=key, edited=bool(told["content"]), **{name: told[name] for name in names})
@@ -158,7 +157,7 @@ def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
     return _result(opened, conditions)
 
 
-def _result(store: Store | MemoryStore, conditions: Iterable[Condition | Swept]) -> SweepResult:
+def _result(store: SweepStore | MemoryStore, conditions: Iterable[Condition | Swept]) -> SweepResult:
     tables = [table for _, table in store.tables()]
     skipped = tuple(dict.fromkeys(one for table in tables for one in skipped_of(table)))
     metrics = {name: told["words"] for name, told in store.manifest.metrics.items()}
@@ -171,7 +170,7 @@ def _opened(
     conditions: Conditions,
     models: Mapping[str, HookedViT],
     resume: bool,
-) -> AbstractContextManager[Store | MemoryStore]:
+) -> AbstractContextManager[SweepStore | MemoryStore]:
     """The store for the length of the run."""
 
     def grouping(keys: Collection[str]) -> Sequence[Sequence[str]]:
@@ -182,7 +181,7 @@ def _opened(
     return writing(store, asked, grouping, resume=resume)
 
 
-def _work(backend: Backend, job: SweepJob, store: Store | MemoryStore) -> None:
+def _work(backend: Backend, job: SweepJob, store: SweepStore | MemoryStore) -> None:
     """Do what is missing; progress counts conditions, a shard of several being a part of one."""
     tasks = store.manifest.tasks()
     # All groups on one shard before the next one: it is read once, and a run that is stopped has all conditions on some

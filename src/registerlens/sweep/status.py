@@ -10,8 +10,9 @@ from registerlens.data.images import Skipped
 from registerlens.display import Shown
 from registerlens.engine.lock import Holder, holder_of
 from registerlens.engine.parts import SUFFIX, skipped_of
-from registerlens.engine.store import CORRUPT, PARTS, Store
+from registerlens.engine.store import CORRUPT, PARTS
 from registerlens.errors import StoreError
+from registerlens.sweep.store import SweepStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def sweep_status(store: str | os.PathLike[str]) -> SweepStatus:
         >>> status.conditions_done, status.tasks_done, status.rows, status.finished
         (1, 1, 2, True)
     """
-    opened = Store.open(store)
+    opened = SweepStore.open(store)
     tasks, entries = opened.manifest.tasks(), opened.entries()
     rows, corrupt, skipped = {}, [], {}
     for task in entries:

@@ -1,0 +1,168 @@
+"""A sweep's store: its parts, its manifest, and the edits that were fitted for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+
+from registerlens.engine.folder import Folder, folder_at
+from registerlens.engine.lock import locked
+from registerlens.engine.store import MANIFEST, PARTS, Store, task_of
+from registerlens.engine.tasks import Task
+from registerlens.errors import StoreError
+from registerlens.sweep.fitted import Fits, pack_fits, unpack_fits
+from registerlens.sweep.job import part_schema
+from registerlens.sweep.manifest import Manifest, extended
+
+FITTED = "fitted"
+"""The folder of the fitted edits."""
+Grouping = Callable[[Collection[str]], Sequence[Sequence[str]]]
+"""From the keys of new conditions to groups of them."""
+
+
+@dataclass(frozen=True)
+class SweepStore(Store[Manifest]):
+    """What is stored of a sweep."""
+
+    @classmethod
+    def open(cls, where: str | os.PathLike[str]) -> SweepStore:
+        """A store, to be read.
+
+        Args:
+            where: a folder or an fsspec URL.
+
+        Raises:
+            StoreError: there is none, it is damaged, or of a newer version.
+        """
+        folder = folder_at(where)
+        found = _stored(folder)
+        if found is None:
+            raise StoreError(
+                f"There is no sweep in '{folder.where}': it has no {MANIFEST}."
+                " Check the path; run_sweep(..., store=...) makes one."
+            )
+        return cls(folder, found)
+
+    def fits(self) -> Fits:
+        """The fitted edits of its conditions.
+
+        Raises:
+            StoreError: a file of them is missing or damaged.
+        """
+        found: Fits = {}
+        for name, sha256 in self.manifest.fitted.items():
+            content = self.folder.read(name)
+            if content is None or hashlib.sha256(content).hexdigest() != sha256:
+                raise StoreError(
+                    f"'{self.folder.where}/{name}' is {'missing' if content is None else 'damaged'}. It holds what "
+                    f"edits were fitted to, which later parts need as earlier ones had it: restore it from a copy, or "
+                    f"choose another store."
+                )
+            found |= unpack_fits(content)
+        return found
+
+    def with_fits(self, fits: Fits) -> SweepStore:
+        """The store with more fitted edits in it."""
+        if not fits:
+            return self
+        self.check_held()
+        content, name = pack_fits(fits), f"{FITTED}/{len(self.manifest.fitted):05d}.zip"
+        self.folder.write(name, content)  # before the manifest, which a killed run leaves without it
+        fitted = self.manifest.fitted | {name: hashlib.sha256(content).hexdigest()}
+        return self.with_manifest(replace(self.manifest, fitted=fitted))
+
+    def table(self) -> pa.Table:
+        """All rows in one table: condition, shard, image and one column a metric."""
+        return joined([table for _, table in self.tables()], list(self.manifest.metrics))
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """The same in memory, for as long as the call lasts."""
+
+    manifest: Manifest
+    """What it is of."""
+    held: dict[Task, pa.Table] = field(default_factory=dict, repr=False)
+
+    def missing(self) -> list[Task]:
+        """The tasks still to be done."""
+        return [task for task in self.manifest.tasks() if task not in self.held]
+
+    def write(self, task: Task, table: pa.Table) -> None:
+        """Keep a task's table."""
+        self.held[task] = table
+
+    def tables(self) -> Iterator[tuple[Task, pa.Table]]:
+        """Every table, in the order of groups and shards."""
+        return iter(sorted(self.held.items(), key=lambda item: item[0]))
+
+    def fits(self) -> Fits:
+        """None: whatever is fitted is fitted in this call."""
+        return {}
+
+    def with_fits(self, fits: Fits) -> MemoryStore:
+        """Itself: the conditions have their fitted edits."""
+        return self
+
+
+@contextmanager
+def writing(
+    where: str | os.PathLike[str], asked: Manifest, grouping: Grouping, *, resume: bool = True
+) -> Iterator[SweepStore]:
+    """A store that is this run's alone inside the `with` block: begun, resumed, or extended by new conditions.
+
+    Args:
+        where: a folder or an fsspec URL.
+        asked: what the call is of, its conditions not grouped.
+        grouping: makes groups of new conditions, given their keys.
+        resume: go on with a sweep that is there.
+
+    Raises:
+        StoreError: another run holds it; it holds another sweep; it is damaged or newer; it cannot be written.
+    """
+    folder = folder_at(where)
+    with locked(folder) as check_held:
+        for under in ("", PARTS, FITTED):
+            folder.sweep_up(under)
+        stored = _stored(folder)
+        if stored is not None and not resume:
+            raise StoreError(
+                f"'{folder.where}' holds a sweep already. Go on with it (resume=True), or choose another store."
+            )
+        if stored is None and any(task_of(entry.name) for entry in folder.entries(PARTS)):
+            raise StoreError(
+                f"'{folder.where}' has parts but no {MANIFEST}, so that it cannot be told what they are of. "
+                f"Restore the file from a copy, or choose another store."
+            )
+        made = grown(stored, asked, grouping, folder.where)
+        if made != stored:
+            folder.write(MANIFEST, made.to_json().encode())
+        yield SweepStore(folder, made, check_held)
+
+
+def grown(stored: Manifest | None, asked: Manifest, grouping: Grouping, where: str) -> Manifest:
+    """The manifest to work by: conditions that are new stand in new groups behind the old ones.
+
+    Raises:
+        StoreError: `stored` is of another sweep.
+    """
+    made = asked if stored is None else extended(stored, asked, where)
+    grouped = {key for keys in made.groups for key in keys}
+    new = [key for key in made.conditions if key not in grouped]
+    return replace(made, groups=(*made.groups, *map(tuple, grouping(new))))
+
+
+def joined(tables: Sequence[pa.Table], metrics: Sequence[str]) -> pa.Table:
+    """Tables of parts, one below the other; what their metadata says is dropped."""
+    schema = part_schema(metrics)
+    return pa.concat_tables([schema.empty_table(), *(table.replace_schema_metadata(None) for table in tables)])
+
+
+def _stored(folder: Folder) -> Manifest | None:
+    text = folder.read(MANIFEST)
+    return None if text is None else Manifest.from_json(text, f"{folder.where}/{MANIFEST}")
