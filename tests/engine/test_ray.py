@@ -234,7 +234,7 @@ def test_a_task_that_kills_its_worker_is_named(connected, vit, tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     job, tasks = job_of(vit, [Metric(name="deadly", measure=measure)])
-    with pytest.raises(BackendError, match=r"died 1 times on the task g00000-s000000 .*intact"):
+    with pytest.raises(BackendError, match=r"(?s)died 1 times on the task g00000-s000000 .*intact"):
         list(RayBackend(retries=0, workers=1).run(job, tasks))
     assert len(list(tmp_path.iterdir())) == 1
 
