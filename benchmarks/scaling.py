@@ -22,8 +22,8 @@ import registerlens as rl
 from registerlens.data.fingerprints import fingerprints
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.sources import FolderSource, Shard
-from registerlens.engine.packing import pack
-from registerlens.engine.parts import to_bytes
+from registerlens.engine.backends import pack
+from registerlens.engine.store import to_bytes
 from registerlens.engine.tasks import Task
 from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.sweep.conditions import Condition

@@ -15,8 +15,7 @@ from store_cases import METRICS, DeadlyOnce, Noting, bits, driver, neurons, part
 import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.engine import processes
-from registerlens.engine.backends import LocalBackend
-from registerlens.engine.packing import pack
+from registerlens.engine.backends import LocalBackend, pack
 from registerlens.engine.processes import ProcessBackend, _context
 from registerlens.engine.tasks import Task
 from registerlens.errors import BackendError, ConfigError

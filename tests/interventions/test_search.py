@@ -15,8 +15,8 @@ from registerlens.analysis.scores import score_neurons
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, NoOutliersError, ShapeError
-from registerlens.interventions import how_many, search
-from registerlens.interventions.how_many import find_elbow
+from registerlens.interventions import choosing_k, search
+from registerlens.interventions.choosing_k import find_elbow
 from registerlens.interventions.search import NeuronSearch
 from registerlens.theory.planted import _noise_with_flat_patches
 
@@ -397,18 +397,18 @@ def test_bisection_finds_the_fewest(monkeypatch, tiny, images, found, needed):
         asked.append(len(ranked))
         return float(max(needed - len(ranked), 0))
 
-    monkeypatch.setattr(how_many, "outliers_left", left)
+    monkeypatch.setattr(choosing_k, "outliers_left", left)
     ranked = found.search.scores.ranked()
-    got = how_many.sweep(tiny, [images[:4]], ranked[:100], found.search.detection)
+    got = choosing_k.sweep(tiny, [images[:4]], ranked[:100], found.search.detection)
     assert got.k == needed and dict(got.curve)[needed] == 0
     assert len(asked) == len(set(asked)) <= 2 * np.log2(128) + 3
-    none = how_many.sweep(tiny, [images[:4]], ranked[: needed - 1], found.search.detection) if needed > 1 else None
+    none = choosing_k.sweep(tiny, [images[:4]], ranked[: needed - 1], found.search.detection) if needed > 1 else None
     assert none is None or (none.k is None and "found no number" in none.note)
 
 
 def test_the_larger_estimate_counts(monkeypatch, tiny, images):
     for k in (3, 12):
-        monkeypatch.setattr(search, "sweep", lambda *a, k=k: how_many.Sweep(k, ((0, 1.0), (k, 0.0)), "as told"))
+        monkeypatch.setattr(search, "sweep", lambda *a, k=k: choosing_k.Tried(k, ((0, 1.0), (k, 0.0)), "as told"))
         got = rl.find_register_neurons(tiny, images[:40])
         assert got.search.elbow == 7 and len(got) == max(7, k) == got.search.top_k and got.search.sweep == k
 

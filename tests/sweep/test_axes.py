@@ -12,7 +12,7 @@ from sweep_vits import build, neurons
 import registerlens as rl
 from registerlens.errors import ConfigError, InterventionError
 from registerlens.sweep import axes
-from registerlens.sweep.levels import Level, levels
+from registerlens.sweep.axes import Level, levels
 
 VIT = build()
 

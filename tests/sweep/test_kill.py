@@ -11,7 +11,7 @@ from store_cases import bits, long_sweep, part_bits, part_files, start, sweep, v
 
 from registerlens.engine.processes import _context
 from registerlens.errors import StoreError
-from registerlens.sweep.status import sweep_status
+from registerlens.sweep.store import sweep_status
 
 N_TASKS = 60
 

@@ -70,7 +70,7 @@ def test_means_are_fitted_once_and_kept(tmp_path, monkeypatch):
     found = rows(first)
     np.testing.assert_allclose(found[found["condition"] == where]["drift"], drift, rtol=1e-5, atol=1e-6)
 
-    monkeypatch.setattr("registerlens.sweep.fitted.fit_planned", None)  # a resumed run must not need it
+    monkeypatch.setattr("registerlens.sweep.fitting.fit_planned", None)  # a resumed run must not need it
     part = tmp_path / "parts" / "g00000-s000001.parquet"
     expected = part_bits(tmp_path)
     part.unlink()

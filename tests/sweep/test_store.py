@@ -22,13 +22,11 @@ import registerlens as rl
 from registerlens.engine import lock
 from registerlens.engine.folder import LocalFolder, RemoteFolder, folder_at
 from registerlens.engine.lock import holder_of, locked
-from registerlens.engine.parts import from_bytes, name_of, to_bytes
-from registerlens.engine.store import CorruptPartWarning
+from registerlens.engine.store import CorruptPartWarning, from_bytes, name_of, to_bytes
 from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
 from registerlens.sweep.run import read_sweep
-from registerlens.sweep.status import sweep_status
-from registerlens.sweep.store import SweepStore
+from registerlens.sweep.store import SweepStore, sweep_status
 
 
 @pytest.fixture(scope="module")

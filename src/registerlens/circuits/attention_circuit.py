@@ -11,9 +11,8 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
-from registerlens.circuits.collect import Collected
 from registerlens.circuits.contributions import contributions
-from registerlens.circuits.edge_checks import check_edges
+from registerlens.circuits.edge_checks import Collected, check_edges
 from registerlens.circuits.graph import (
     Measured,
     Shown,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from registerlens.circuits.attributions import Attributions
 from registerlens.circuits.differentiable import Measure, metric_of
-from registerlens.circuits.neuron_gradients import STATIONARY, frozen_weights
+from registerlens.circuits.neuron_effects import STATIONARY, frozen_weights
 from registerlens.circuits.pairs import PairBatch, first_image, paired
 from registerlens.circuits.paths import keep, labels_alone, patch
 from registerlens.circuits.sites import Site, TokenKind, block_of, firing_order

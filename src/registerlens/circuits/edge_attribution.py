@@ -20,7 +20,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons, need_some
 from registerlens.circuits.differentiable import Measure, metric_of
-from registerlens.circuits.neuron_gradients import frozen_weights, not_differentiable
+from registerlens.circuits.neuron_effects import frozen_weights, not_differentiable
 from registerlens.circuits.resumed import labelled, stations
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count

@@ -7,16 +7,17 @@ the clean run, as attributions assume: there the effect must be what was attribu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
+import numpy as np
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.circuits.contributions import mean_reader, written
+from registerlens.circuits.contributions import Contributions, Received, mean_reader, written
 from registerlens.circuits.readings import direction_of, project, run_head, scale_of
 from registerlens.circuits.sighting import VIA, Sight
 from registerlens.interventions.targets import Heads
@@ -226,3 +227,38 @@ def _wrote(vit: HookedViT, seen: Sight, layer: int, head: int, via: int) -> Floa
         own = attn.ln.centre(z.flatten(-2)) / scale_of(attn.ln, every.sum(2).flatten(-2)) * attn.ln.w
         z = own.unflatten(-1, z.shape[-2:])
     return einsum(z, attn.W_O.to(z.dtype), "b q head d, head d d_model -> b q d_model")
+
+
+class Collected:
+    """Arrays of what came by, images first; attributes as those of `Contributions` and `EdgeEffects`.
+
+    `Received` becomes three arrays: `reader_heads`, `reader_rest`, `reader_whole`.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self.error = 0.0
+
+    def add(self, found: Contributions | EdgeEffects) -> None:
+        """Take in one batch."""
+        self._take("", found)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """All images of one array, float64; batches are put together once, as tables ask for an array edge by edge."""
+        parts = self._parts[name]
+        if len(parts) > 1:
+            parts[:] = [np.concatenate(parts)]
+        return parts[0]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    def _take(self, prefix: str, found: Any) -> None:
+        for item in fields(found):
+            value = getattr(found, item.name)
+            if isinstance(value, Tensor):
+                self._parts.setdefault(prefix + item.name, []).append(value.cpu().numpy().astype(np.float64))
+            elif isinstance(value, Received):
+                self._take(f"{item.name}_", value)
+            elif isinstance(value, float):
+                self.error = max(self.error, value)

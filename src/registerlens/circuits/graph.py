@@ -11,9 +11,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.circuits.collect import Collected
 from registerlens.circuits.contributions import LATER, reader_parts, stream_parts
-from registerlens.circuits.edge_checks import NORMS
+from registerlens.circuits.edge_checks import NORMS, Collected
 from registerlens.circuits.sighting import VIA
 from registerlens.config import ViTConfig
 from registerlens.stats.intervals import mean_intervals

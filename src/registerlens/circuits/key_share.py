@@ -17,7 +17,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import need_some
 from registerlens.circuits.heads import directions_met
-from registerlens.circuits.neuron_gradients import frozen_weights
+from registerlens.circuits.neuron_effects import frozen_weights
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError

@@ -20,9 +20,9 @@ from torch import Tensor
 from registerlens.analysis.neurons import Pair, RegisterNeurons
 from registerlens.analysis.stored import Stored
 from registerlens.circuits.differentiable import Measure, metric_of
-from registerlens.circuits.exact import exact_effects
-from registerlens.circuits.neuron_gradients import (
+from registerlens.circuits.neuron_effects import (
     check_slope,
+    exact_effects,
     first_order,
     frozen_weights,
     integrated_gradients,

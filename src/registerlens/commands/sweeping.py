@@ -92,7 +92,7 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Say how far the sweep in a store is, without touching it."""
-    from registerlens.sweep.status import sweep_status  # noqa: PLC0415
+    from registerlens.sweep.store import sweep_status  # noqa: PLC0415
 
     print_words(sweep_status(store).describe())
 

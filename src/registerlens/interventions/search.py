@@ -29,7 +29,7 @@ from registerlens.data.batches import Counted, Images, count, first_and_all
 from registerlens.display import Shown
 from registerlens.errors import ConfigError, NoOutliersError
 from registerlens.files import read_tensors, reading, whole_file, write_json
-from registerlens.interventions.how_many import MOST, find_elbow, sweep
+from registerlens.interventions.choosing_k import MOST, find_elbow, sweep
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 

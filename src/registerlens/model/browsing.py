@@ -2,20 +2,212 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import pandas as pd
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, ViTConfig
-from registerlens.display import html_card, line, size_told
+from registerlens.display import html_card, line, size_told, text_table
 from registerlens.errors import HookNameError, close_matches
-from registerlens.model.names import NamesFilter, match_names
-from registerlens.model.summary import ModelSummary, summarise, weight_bytes
+from registerlens.model.cache import bytes_held, dtype_told, shape_rows
+from registerlens.model.names import NamesFilter, match_names, pooled
 
 if TYPE_CHECKING:
     from registerlens.interventions.base import Intervention
+    from registerlens.model.vit import HookedViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookShape:
+    """A hook point, for one image."""
+
+    name: str
+    """Its name."""
+    shape: tuple[int, ...]
+    """Of the tensor there; the first axis is the image."""
+    dtype: str
+    """Its number type."""
+    n_bytes: int
+    """Its size in memory."""
+    by_default: bool
+    """Whether `run_with_cache` keeps it unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the model."""
+
+    name: str
+    """"embedding" (with position embeddings and what precedes block 0), "blocks.0.attn" (with the norm before it),
+    "blocks.0.mlp" (the same), ..., "ln_final", "head"."""
+    parameters: int
+    """Its numbers."""
+    flops: int
+    """Floating-point operations for one image; a multiplication with its addition counts as two."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ModelSummary:
+    """What `vit.summary()` gives, for one image."""
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
+    image_size: tuple[int, int]
+    """Height and width of the image in pixels."""
+    points: tuple[HookShape, ...]
+    """Every hook point that is reached, in the order of the forward pass."""
+    parts: tuple[Part, ...]
+    """The parts, in the same order."""
+    weight_bytes: int
+    """Memory of the weights."""
+    cache_bytes: int
+    """Memory of a full cache of one image (`run_with_cache` as it is); entries that share memory count once."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a forward pass: matrix products, convolution, attention. Two a multiply-add."""
+        return sum(part.flops for part in self.parts)
+
+    def describe(self) -> str:
+        """The totals in words."""
+        kept = sum(point.by_default for point in self.points)
+        height, width = self.image_size
+        return (
+            f"{self.model} on an image of {height} x {width} pixels ({self.config.layout(height, width).n_tokens} "
+            f"tokens): {self.parameters:,} parameters ({size_told(self.weight_bytes)}), {_count(self.flops)}FLOPs a "
+            f"forward pass, {size_told(self.cache_bytes)} a full cache ({kept} of {len(self.points)} hook points; "
+            f"the rest, attn.hook_result, is computed when needed)."
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a hook point: name, shape, dtype, bytes, whether it is cached by default."""
+        return pd.DataFrame(
+            {
+                "name": [point.name for point in self.points],
+                "shape": [point.shape for point in self.points],
+                "dtype": [point.dtype for point in self.points],
+                "bytes": [point.n_bytes for point in self.points],
+                "by_default": [point.by_default for point in self.points],
+            }
+        )
+
+    def parts_to_dataframe(self) -> pd.DataFrame:
+        """One row a part: name, parameters, FLOPs."""
+        return pd.DataFrame(
+            {name: [getattr(part, name) for part in self.parts] for name in ("name", "parameters", "flops")}
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join([self.describe(), *(text_table(*table) for table in self._tables())])
+
+    def _repr_html_(self) -> str:
+        return html_card(type(self).__name__, words=self.describe(), tables=self._tables())
+
+    def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+        every = pooled({part.name: (part.parameters, part.flops) for part in self.parts})
+        parts = [
+            (name, f"{times(n)}{parameters:,}", f"{times(n)}{_count(flops)}FLOPs")
+            for name, n, (parameters, flops) in every
+        ]
+        shapes = shape_rows({point.name: (point.shape, point.dtype, point.n_bytes) for point in self.points})
+        return [(("part", "parameters", "FLOPs"), parts), (("hook point", "shape", "dtype", "size"), shapes)]
+
+
+def summarise(vit: HookedViT, size: tuple[int, int] | None = None) -> ModelSummary:
+    """The summary of a model, without edits and hooks that are in force.
+
+    A twin without weights is run, on PyTorch's meta device: no number is computed, and no memory taken.
+
+    Args:
+        vit: the model.
+        size: height and width of the image in pixels; default: the native size.
+
+    Raises:
+        ShapeError: the image is smaller than a patch.
+
+    Example:
+        >>> import registerlens as rl
+        >>> found = summarise(rl.HookedViT.from_pretrained("registerlens:tiny"))
+        >>> found.parameters, found.flops, len(found.points)
+        (318068, 24348672, 115)
+    """
+    from registerlens.model.vit import HookedViT  # noqa: PLC0415  (the model stands on this module)
+
+    size = vit.cfg.image_size if size is None else size
+    with torch.device("meta"):
+        twin = HookedViT(vit.cfg).to(vit.dtype).requires_grad_(False)
+        image = torch.empty(1, vit.cfg.n_channels, *size, dtype=vit.dtype)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            _, kept = twin.run_with_cache(image, return_cache_object=False)
+        _, every = twin.run_with_cache(image, names_filter="*", return_cache_object=False)
+    flops = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+    points = tuple(
+        HookShape(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=dtype_told(tensor),
+            n_bytes=tensor.nbytes,
+            by_default=name in kept,
+        )
+        for name, tensor in every.items()
+    )
+    return ModelSummary(
+        model=vit.source,
+        config=vit.cfg,
+        image_size=size,
+        points=points,
+        parts=_parts(vit, lambda name: flops.get(f"HookedViT.{name}", 0), flops["Global"]),
+        weight_bytes=weight_bytes(vit),
+        cache_bytes=bytes_held(kept.values()),
+    )
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Memory of parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def times(n: int) -> str:
+    """A factor before a number, unless it is one."""
+    return f"{n} x " if n > 1 else ""
+
+
+def _parts(vit: HookedViT, flops_of: Callable[[str], int], total: int) -> tuple[Part, ...]:
+    """Every parameter belongs to one part, and so does every operation: what is nowhere else, to the embedding."""
+    homes = {}
+    for layer in range(vit.cfg.n_layers):
+        for kind, norm in (("attn", "ln1"), ("mlp", "ln2")):
+            homes[f"blocks.{layer}.{kind}"] = tuple(f"blocks.{layer}.{name}." for name in (kind, norm, f"{norm}_post"))
+    homes |= {"ln_final": ("ln_final.",), "head": ("head.",)}
+    counts = dict.fromkeys(["embedding", *homes], 0)
+    for name, parameter in vit.named_parameters():
+        owner = next((part for part, starts in homes.items() if name.startswith(starts)), "embedding")
+        counts[owner] += parameter.numel()
+    flops = {part: flops_of(part) for part in homes}
+    flops["embedding"] = total - sum(flops.values())
+    return tuple(Part(name=name, parameters=counts[name], flops=flops[name]) for name in counts)
+
+
+def _count(n: int) -> str:
+    """A count with a letter for its unit: "24.3 M"."""
+    power = min(4, int(math.log10(max(n, 1)) // 3))
+    return f"{n / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
 
 
 class Browsable(HookedRootModule):

@@ -18,8 +18,7 @@ from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.browsing import Browsable
 from registerlens.model.cache import Cache
-from registerlens.model.embed import Embedding
-from registerlens.model.head import Head
+from registerlens.model.ends import Embedding, Head
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.norms import NORMS, Norm
 from registerlens.model.parts import listening

@@ -22,13 +22,21 @@ from registerlens.interventions.scaling import Scale
 from registerlens.interventions.search import find_register_neurons
 from registerlens.interventions.targets import Heads, Target
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.axes import cumulative, every_head, every_neuron, every_token, matched_sets, random_sets, top_k
+from registerlens.sweep.axes import (
+    Level,
+    cumulative,
+    every_head,
+    every_neuron,
+    every_token,
+    matched_sets,
+    random_sets,
+    top_k,
+)
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.config_sources import source_of, sources_of
 from registerlens.sweep.controls import with_controls
 from registerlens.sweep.dry_run import SweepPlan, plan_sweep
 from registerlens.sweep.grid import Conditions, grid
-from registerlens.sweep.levels import Level
 from registerlens.sweep.planned import ablation
 from registerlens.sweep.result import SweepResult
 from registerlens.sweep.run import run_sweep

@@ -14,8 +14,8 @@ import pandas as pd
 from registerlens.errors import ConfigError, InterventionError, RegisterLensError, close_matches
 from registerlens.evaluation.metrics import COLUMNS
 from registerlens.interventions.base import Host, Intervention, plan
+from registerlens.sweep.axes import Axis, levels
 from registerlens.sweep.conditions import CLEAN, EDIT, Condition, Factor
-from registerlens.sweep.levels import Axis, levels
 from registerlens.sweep.planned import PlannedAblation, plannable
 
 RESERVED = (*COLUMNS, "label", "model", "images", "control_of")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from registerlens.data.sources import Source, TensorSource
-from registerlens.engine.packing import check_untouched
+from registerlens.engine.backends import check_untouched
 from registerlens.errors import ConfigError, ShapeError, close_matches
 from registerlens.evaluation.metrics import Metric, check_metrics, default_metrics
 from registerlens.model.vit import HookedViT

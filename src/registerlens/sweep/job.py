@@ -10,8 +10,8 @@ import torch
 
 from registerlens.data.images import Skipped
 from registerlens.data.sources import LastShard, Shard, Source
-from registerlens.engine.packing import PackedModel, pack
-from registerlens.engine.parts import with_skipped
+from registerlens.engine.backends import PackedModel, pack
+from registerlens.engine.store import with_skipped
 from registerlens.engine.tasks import Task
 from registerlens.errors import ImageError
 from registerlens.evaluation.edit_runs import measure_edits

@@ -12,16 +12,15 @@ import torch
 
 from registerlens.engine.backends import Backend, LocalBackend
 from registerlens.engine.memory import find_stack
-from registerlens.engine.parts import skipped_of
 from registerlens.engine.processes import ProcessBackend
+from registerlens.engine.store import skipped_of
 from registerlens.engine.tasks import Task
 from registerlens.errors import ConfigError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.sweep.conditions import Condition, group_conditions
-from registerlens.sweep.fitted import References, fit_missing, identity_of
-from registerlens.sweep.fitting import unfitted
+from registerlens.sweep.fitting import References, fit_missing, identity_of, unfitted
 from registerlens.sweep.grid import Conditions
 from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
 from registerlens.sweep.job import SweepJob

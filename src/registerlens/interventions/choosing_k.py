@@ -39,8 +39,8 @@ def find_elbow(scores: Sequence[float]) -> int:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """The sweep over the number of neurons."""
+class Tried:
+    """What was left of outliers by how many neurons."""
 
     k: int | None
     """The fewest that leave no outlier; None where no number tried did, or there was no sweep."""
@@ -50,13 +50,13 @@ class Sweep:
     """What happened, in words."""
 
 
-def sweep(vit: HookedViT, held_out: list[Tensor], ranked: list[tuple[int, int, float]], detection: Detection) -> Sweep:
+def sweep(vit: HookedViT, held_out: list[Tensor], ranked: list[tuple[int, int, float]], detection: Detection) -> Tried:
     """The fewest neurons whose test-time register leaves no outlier, by doubling and bisection."""
     if not held_out:
-        return Sweep(None, (), "no images were held back for a sweep")
+        return Tried(None, (), "no images were held back for a sweep")
     curve: dict[int, float] = {0: outliers_left(vit, held_out, [], detection)}
     if not curve[0]:
-        return Sweep(None, ((0, 0.0),), "the held-out images have no outlier, so that there was nothing to sweep for")
+        return Tried(None, ((0, 0.0),), "the held-out images have no outlier, so that there was nothing to sweep for")
 
     def left(k: int) -> float:
         if k not in curve:
@@ -69,12 +69,12 @@ def sweep(vit: HookedViT, held_out: list[Tensor], ranked: list[tuple[int, int, f
         high = min(2 * high, most)
     if left(high):
         note = f"the sweep found no number up to {most} that leaves no outlier ({curve[high]:.2f} per image left)"
-        return Sweep(None, tuple(sorted(curve.items())), note)
+        return Tried(None, tuple(sorted(curve.items())), note)
     low = high // 2  # known to leave some, or 0
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if left(middle) else (low, middle)
-    return Sweep(high, tuple(sorted(curve.items())), f"from {high} neurons on, no outlier is left")
+    return Tried(high, tuple(sorted(curve.items())), f"from {high} neurons on, no outlier is left")
 
 
 def outliers_left(
