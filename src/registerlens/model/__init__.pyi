@@ -1,1 +1,1 @@
-from .summary import ModelSummary as ModelSummary
+from .browsing import ModelSummary as ModelSummary

@@ -20,5 +20,5 @@ from .planned import ablation as ablation
 from .result import Comparison as Comparison
 from .result import SweepResult as SweepResult
 from .run import read_sweep as read_sweep
-from .status import SweepStatus as SweepStatus
-from .status import sweep_status as sweep_status
+from .store import SweepStatus as SweepStatus
+from .store import sweep_status as sweep_status
