@@ -15,8 +15,6 @@ TABLE = pa.table({"x": [1.0]})
 class Script:
     """Workers that say what stands in a script, one line each time somebody waits."""
 
-    advice = "Buy memory."
-
     def __init__(self, *lines):
         self.lines, self.started, self.stopped, self.given = deque(lines), [], [], []
 
@@ -30,7 +28,7 @@ class Script:
         at, answer = self.lines.popleft()
         worker = self.started[at]
         assert worker in workers
-        yield worker, worker.tasks[0] if worker.tasks else None, answer
+        return worker, worker.tasks[0] if worker.tasks else None, answer
 
     def stop(self, worker):
         self.stopped.append(worker)
@@ -41,7 +39,8 @@ def crew_of(script, tasks, **options):
 
 
 def test_only_the_task_in_work_is_blamed_and_each_is_retried_so_often():
-    lines = [(0, Started()), (0, Lost("gone")), (0, Started()), (0, Lost("gone")), (0, Started()), (0, Lost("gone"))]
+    gone = Lost("so: gone", "Buy memory.")
+    lines = [(0, Started()), (0, gone), (0, Started()), (0, gone), (0, Started()), (0, gone)]
     script = Script(*lines)
     crew = crew_of(script, [Task(0, 0), Task(1, 0)], size=1, retries=2)
     with pytest.raises(BackendError, match=r"died 3 times on the task g00000-s000000 .*gone.*intact. Buy memory"):

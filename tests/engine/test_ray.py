@@ -13,7 +13,7 @@ import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.data.synthetic import synthetic_images
 from registerlens.engine.backends import LocalBackend
-from registerlens.engine.crew import Lost, Worker
+from registerlens.engine.crew import Worker
 from registerlens.engine.ray import RayBackend, _Launcher, _room
 from registerlens.engine.tasks import Task, tasks_of
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
@@ -265,11 +265,13 @@ def test_who_is_lost_and_why_is_told_once_there_is_nobody():
     launcher = _Launcher(NoRay(), RayBackend(num_cpus=1), None)
     starting, working = Worker(), Worker(tasks=[Task(0, 0)], ready=True)
     launcher.awaited = {"gone": (working, Task(0, 0)), "next": (working, Task(1, 0)), "no memory": (starting, None)}
-    assert list(launcher.wait([working])) == [(working, Task(0, 0), Lost("gone"))]
+    worker, task, lost = launcher.wait([working])
+    assert (worker, task, lost.why) == (working, Task(0, 0), "so: gone") and "memory" in lost.advice
     launcher.stop(working)
-    assert list(launcher.wait([starting])) == [(starting, None, Lost("no memory"))]
+    worker, task, lost = launcher.wait([starting])
+    assert (worker, task, lost.why) == (starting, None, "so: no memory")
     with pytest.raises(BackendError, match=r"no worker and none could be started.*while it started: no memory"):
-        list(launcher.wait([]))
+        launcher.wait([])
 
 
 def test_where_there_is_no_room_or_no_cluster(connected, vit, monkeypatch):
