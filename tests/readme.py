@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from registerlens.loading.listing import families_markdown
+from registerlens.loading.registry import families_markdown
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- families: make readme -->\n", "<!-- end of families -->"

@@ -252,7 +252,7 @@ def test_wrong_usage_is_said_before_the_work(monkeypatch, run, folder, arguments
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("neurons", "--top-layer", "9"), "top_layer must be"),
+        (("neurons", "--top-layer", "9"), "Block 9 does not exist"),
         (("neurons", "--layer", "9"), "no layer 9"),
         (("ablate", "--heads", "3.1"), "Heads [(3, 1)] do not exist"),
         (("ablate", "--tokens", "3:cls"), "no tokens 'cls'"),
@@ -283,8 +283,8 @@ def test_skipped_images_are_named_once(run, folder, tmp_path):
 def test_readers_take_what_they_should():
     assert read_threshold("mad") == "mad" and read_threshold("1e2") == 100.0
     assert read_layer("5.attn") == "5.attn" and read_layer("embed") == "embed" and read_layer("11") == 11
-    assert read_heads("10.11").pairs == ((10, 11),)
-    assert read_tokens("4:trained_registers").which == "trained_registers"
+    assert read_heads("10.11") == [(10, 11)]
+    assert read_tokens("4:trained_registers") == (4, "trained_registers")
 
 
 def test_print_evaluation_shows_brackets_as_they_are(capsys, folder):

@@ -150,7 +150,7 @@ def test_every_wrong_key_is_named_before_anything_is_loaded(run, place, monkeypa
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("4-5", "4-9", "line 5: Layers [6, 7, 8, 9] do not exist"),
+        ("4-5", "4-9", "line 5: Block 6 does not exist: there are 0 to 5"),
         ("[1, 4, 7]", "[1, 8]", "line 6: k must be from 1 to 7"),
         ("of: neurons.json", "of: missing.json", "line 6: "),
         ("of: neurons.json", "of: published:dinov2_vitl15", "line 6: No published list"),

@@ -31,8 +31,8 @@ from .interventions.registers import TestTimeRegisters as TestTimeRegisters
 from .interventions.search import find_register_neurons as find_register_neurons
 from .interventions.targets import Heads as Heads
 from .interventions.targets import Tokens as Tokens
+from .loading.modules import from_module as from_module
 from .loading.pretrained import from_pretrained as from_pretrained
-from .loading.registry import from_module as from_module
 from .model.vit import HookedViT as HookedViT
 from .sweep.run import run_sweep as run_sweep
 from .theory.kernels import check_kernels as check_kernels

@@ -66,8 +66,7 @@ def models(
     debug: Debug = False,
 ) -> None:
     """List the supported families and how to name models."""
-    from registerlens.loading.listing import families_markdown  # noqa: PLC0415
-    from registerlens.loading.registry import supported_families  # noqa: PLC0415
+    from registerlens.loading.registry import families_markdown, supported_families  # noqa: PLC0415
 
     if markdown:
         typer.echo(families_markdown())

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar, get_args
 
 from einops import rearrange
 from jaxtyping import Shaped
-from torch import Tensor
 
 from registerlens.config_parts import (
     Activation,
@@ -290,7 +289,7 @@ class TokenLayout:
         """Positions of the test-time registers."""
         return slice(self.patches.stop, self.n_tokens)
 
-    def to_grid(self, tokens: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "batch grid_h grid_w ..."]:
+    def to_grid(self, tokens: Shaped[Any, "batch pos ..."]) -> Shaped[Any, "batch grid_h grid_w ..."]:
         """Patch values laid out as the image: [batch, pos or patch, ...] -> [batch, grid_h, grid_w, ...].
 
         Raises:

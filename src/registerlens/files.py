@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from registerlens.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -88,6 +89,8 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     Raises:
         ConfigError: it is missing or truncated, or holds others.
     """
+    from safetensors.torch import load_file  # noqa: PLC0415  (torch is slow to import)
+
     try:
         tensors = load_file(path)
     except OSError as error:

@@ -164,8 +164,8 @@ def test_layers_that_do_not_exist_are_named(tiny, batch, layer, message):
 
 def test_every_name_has_its_place():
     names = ["embed", "0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp"]
-    assert [sublayer_of(name, CFG) for name in names] == names
-    assert [sublayer_of(i, CFG) for i in (0, 1, 2, -1, -2, -3)] == [f"{i}.mlp" for i in (0, 1, 2, 2, 1, 0)]
+    assert [sublayer_of(name, CFG.n_layers) for name in names] == names
+    assert [sublayer_of(i, CFG.n_layers) for i in (0, 1, 2, -1, -2, -3)] == [f"{i}.mlp" for i in (0, 1, 2, 2, 1, 0)]
 
 
 @pytest.mark.parametrize(

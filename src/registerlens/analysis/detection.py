@@ -271,7 +271,7 @@ def detect(
         ('1.mlp', True)
     """
     rule = _rule_of(threshold)
-    place = None if layer == "auto" else sublayer_of(layer, vit.cfg)
+    place = None if layer == "auto" else sublayer_of(layer, vit.cfg.n_layers)
     by_gap = detection_in(trace(vit, images, batch_size=batch_size), place)
     if rule == "gap":
         return by_gap

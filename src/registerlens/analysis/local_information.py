@@ -126,7 +126,7 @@ def local_information(
     """
     detection = detection or detect(vit, images, batch_size=batch_size)
     require_outliers(detection, "Comparing outliers with normal patches")
-    sublayer_of(detection.sublayer, vit.cfg)  # refuses a place of another model
+    sublayer_of(detection.sublayer, vit.cfg.n_layers)  # refuses a place of another model
     sums, generator, seen = _Sums(vit), generator_of(PURPOSE, seed), 0
     with torch.inference_mode():
         for batch in track(in_batches(images, batch_size), "local information", count(images)):

@@ -146,7 +146,7 @@ def metric_of(metric: str | Metric | Measure, vit: HookedViT, images: Images, ba
     name, _, place = metric.partition("@")
     if name == "largest_norm":
         return largest_norm(
-            sublayer_of(place, vit.cfg) if place else detect(vit, images, batch_size=batch_size).sublayer
+            sublayer_of(place, vit.cfg.n_layers) if place else detect(vit, images, batch_size=batch_size).sublayer
         )
     if metric not in NAMED:
         known = ["largest_norm", *NAMED]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from registerlens.commands.options import Debug, Model, read_neurons
+from registerlens.commands.shared import look_ahead
 
 
 def bake(
@@ -32,6 +33,7 @@ def bake(
         raise typer.BadParameter("give one of --neurons and --bias.", param_hint="--neurons")
     if neurons == "auto":
         raise typer.BadParameter("give a file or a published list; `neurons --out` makes one.", param_hint="--neurons")
+    look_ahead(model)
     known = None if neurons is None else read_neurons(neurons)
     from registerlens.interventions.attention_bias import AttentionBias  # noqa: PLC0415
     from registerlens.interventions.bake import bake as save  # noqa: PLC0415

@@ -22,7 +22,15 @@ from registerlens.commands.options import (
     read_threshold,
 )
 from registerlens.commands.printing import print_kernels, print_words
-from registerlens.commands.shared import chosen_neurons, load, load_model, skips_named, write_figure, write_parquet
+from registerlens.commands.shared import (
+    chosen_neurons,
+    load,
+    load_model,
+    look_ahead,
+    skips_named,
+    write_figure,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     from registerlens.analysis.neurons import RegisterNeurons
@@ -52,6 +60,7 @@ def kernels(
     any, the weights alone are checked, and --neurons says which neurons.
     """
     where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
+    look_ahead(model, where["layer"])
     known = read_neurons(neurons)
     if known is None and not images:
         raise typer.BadParameter(

@@ -23,7 +23,15 @@ from registerlens.commands.options import (
     read_threshold,
 )
 from registerlens.commands.printing import print_words
-from registerlens.commands.shared import chosen_neurons, load, on_which_images, skips_named, write_figure, write_parquet
+from registerlens.commands.shared import (
+    chosen_neurons,
+    load,
+    look_ahead,
+    on_which_images,
+    skips_named,
+    write_figure,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     from registerlens.circuits.records import AttentionCircuit
@@ -62,6 +70,7 @@ def circuit(
     Contributions add up at every node. Where no neurons are given, they are found on the same IMAGES.
     """
     where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
+    look_ahead(model, where["layer"], blocks=[] if block is None else [block])
     known = read_neurons(neurons)
     if out is not None:
         make_folder(out)

@@ -28,6 +28,7 @@ from registerlens.commands.printing import print_evaluation, print_words
 from registerlens.commands.shared import (
     chosen_neurons,
     load,
+    look_ahead,
     on_which_images,
     shown_images,
     skips_named,
@@ -80,16 +81,19 @@ def ablate(
     if sum((neurons != "auto", heads is not None, tokens is not None)) > 1:
         raise typer.BadParameter("give one of --neurons, --heads and --tokens.", param_hint="--heads")
     where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
-    other = read_heads(heads) if heads is not None else read_tokens(tokens) if tokens is not None else None
+    pairs = [] if heads is None else read_heads(heads)
+    place = None if tokens is None else read_tokens(tokens)
+    look_ahead(model, where["layer"], blocks=[place[0]] if place else [], heads=pairs)
     known = read_neurons(neurons)
     if out is not None:
         make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
     from registerlens.analysis.neurons import RegisterNeurons  # noqa: PLC0415
-    from registerlens.interventions.ablation import Ablate  # noqa: PLC0415
+    from registerlens.interventions.ablation import Ablate, Heads, Tokens  # noqa: PLC0415
 
     with skips_named(stream):
-        target = other or chosen_neurons(vit, stream, known, where)
+        asked = Heads(pairs) if pairs else Tokens(*place) if place else None
+        target = asked or chosen_neurons(vit, stream, known, where)
         ablation = Ablate(target) if mode == "zero" else Ablate.fit(vit, target, stream, mode)
         done = _evaluate(vit, stream, {ABLATED: ablation}, where, no_controls)
     print_words(f"Ablated: {target}")
@@ -135,6 +139,7 @@ def register(
     if bias and n != 1:
         raise typer.BadParameter(f"--bias stands for one test-time register, not for {n}.", param_hint="--n")
     where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
+    look_ahead(model, where["layer"])
     known = read_neurons(neurons)
     if out is not None:
         make_folder(out)

@@ -22,7 +22,7 @@ from registerlens.commands.options import (
     read_threshold,
 )
 from registerlens.commands.printing import print_neurons, print_trace, print_words
-from registerlens.commands.shared import load, shown_images, skips_named, write_figure, write_parquet
+from registerlens.commands.shared import load, look_ahead, shown_images, skips_named, write_figure, write_parquet
 
 if TYPE_CHECKING:
     from registerlens.data.images import ImageStream
@@ -46,6 +46,7 @@ def trace_command(
     debug: Debug = False,
 ) -> None:
     """Follow patch norms and sinks through MODEL on IMAGES: which norm, which layer?"""
+    look_ahead(model)
     if out is not None:
         make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
@@ -91,6 +92,7 @@ def report(
     """
     if out.is_dir():
         raise typer.BadParameter(f"{out} is a folder; name the HTML file.", param_hint="--out")
+    look_ahead(model)
     make_folder(out.parent)
     vit, stream = load(model, images, size, batch_size, device)
     from registerlens.analysis.trace import trace  # noqa: PLC0415
@@ -175,6 +177,8 @@ def neurons(
         "top_k": read_auto_or_integer(top_k, "--top-k", 1),
         "score": score,
     }
+    last = options["top_layer"]
+    look_ahead(model, options["detection_layer"], blocks=[lowest_layer, *([] if last == "auto" else [last])])
     if out is not None:
         make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)

@@ -11,7 +11,6 @@ import typer
 if TYPE_CHECKING:
     from registerlens.analysis.detection import Threshold
     from registerlens.analysis.neurons import RegisterNeurons
-    from registerlens.interventions.ablation import Heads, Tokens
 
 Model = Annotated[
     str,
@@ -104,11 +103,11 @@ def read_neurons(text: str) -> RegisterNeurons | None:
     Raises:
         BadParameter: there is no such file or list, or it is damaged or empty.
     """
+    if text == "auto":
+        return None
     from registerlens.analysis.neurons import RegisterNeurons  # noqa: PLC0415
     from registerlens.errors import ConfigError  # noqa: PLC0415
 
-    if text == "auto":
-        return None
     kind, _, name = text.partition(":")
     try:
         found = RegisterNeurons.published(name) if kind == "published" else RegisterNeurons.load(text)
@@ -119,43 +118,39 @@ def read_neurons(text: str) -> RegisterNeurons | None:
     return found
 
 
-def read_heads(text: str) -> Heads:
-    """Attention heads as "LAYER.HEAD,LAYER.HEAD".
+def read_heads(text: str) -> list[tuple[int, int]]:
+    """(layer, head) of attention heads as "LAYER.HEAD,LAYER.HEAD".
 
     Raises:
         BadParameter: the text is no such list.
 
     Example:
-        >>> read_heads("3.0,3.5").pairs
-        ((3, 0), (3, 5))
+        >>> read_heads("3.0,3.5")
+        [(3, 0), (3, 5)]
     """
-    from registerlens.interventions.ablation import Heads  # noqa: PLC0415
-
     if not re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", text):
         raise typer.BadParameter(f"expected LAYER.HEAD,... such as 3.0,3.5, got {text!r}.", param_hint="--heads")
     parts = [part.partition(".") for part in text.split(",")]
-    return Heads((int(layer), int(head)) for layer, _, head in parts)
+    return [(int(layer), int(head)) for layer, _, head in parts]
 
 
-def read_tokens(text: str) -> Tokens:
-    """Tokens after a block as "LAYER:cls", "LAYER:trained_registers" or "LAYER:PATCH,PATCH".
+def read_tokens(text: str) -> tuple[int, Any]:
+    """The block, and which tokens after it, of "LAYER:cls", "LAYER:trained_registers" or "LAYER:PATCH,PATCH".
 
     Raises:
         BadParameter: the text is nothing of the kind.
 
     Example:
-        >>> read_tokens("3:cls").which, read_tokens("3:0,7").which
-        ('cls', (0, 7))
+        >>> read_tokens("3:cls"), read_tokens("3:0,7")
+        ((3, 'cls'), (3, [0, 7]))
     """
-    from registerlens.interventions.ablation import Tokens  # noqa: PLC0415
-
     found = re.fullmatch(r"(\d+):(?:(cls|trained_registers)|(\d+(?:,\d+)*))", text)
     if found is None:
         raise typer.BadParameter(
             f"expected LAYER:cls, LAYER:trained_registers or LAYER:PATCH,PATCH, got {text!r}.", param_hint="--tokens"
         )
     layer, name, patches = found.groups()
-    return Tokens(int(layer), name if name else [int(patch) for patch in patches.split(",")])  # type: ignore[arg-type]
+    return int(layer), name or [int(patch) for patch in patches.split(",")]
 
 
 def make_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,36 @@ if TYPE_CHECKING:
     from registerlens.data.images import ImageStream
     from registerlens.evaluation.effects import Evaluation
     from registerlens.model.vit import HookedViT
+    from registerlens.sweep.yaml_config import SweepConfig
+
+
+def look_ahead(
+    model: str, layer: int | str = "auto", blocks: Sequence[int] = (), heads: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Refuse a model that is nowhere, and places that it lacks, before the seconds that importing torch takes.
+
+    What only the model's library can tell is refused later.
+    """
+    from registerlens.loading.sources import look_up  # noqa: PLC0415
+    from registerlens.model.sublayers import require_blocks, require_heads, sublayer_of  # noqa: PLC0415
+
+    if (found := look_up(model)) is None:
+        return
+    if layer != "auto":
+        sublayer_of(layer, found.n_layers)
+    require_blocks(blocks, found.n_layers)
+    require_heads(heads, found.n_layers, found.n_heads)
+
+
+def look_ahead_of_sweep(asked: SweepConfig) -> None:
+    """The same for every model and condition of a sweep."""
+    for model in asked.named_models.values():
+        look_ahead(model)
+        for i, condition in enumerate(asked.conditions):
+            layers, heads = condition.axes.get("layers", ()), condition.axes.get("heads", ())
+            if layers or heads:
+                with asked.at("conditions", i):
+                    look_ahead(model, blocks=layers, heads=() if heads == "all" else heads)
 
 
 def load(

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from registerlens.commands.options import Debug, make_folder
 from registerlens.commands.printing import print_sweep, print_words
-from registerlens.commands.shared import load_model, write_figure, write_parquet
+from registerlens.commands.shared import load_model, look_ahead_of_sweep, write_figure, write_parquet
 
 if TYPE_CHECKING:
     from registerlens.sweep.result import SweepResult
@@ -67,6 +67,7 @@ def run(
     from registerlens.sweep.yaml_config import SweepConfig  # noqa: PLC0415
 
     asked = SweepConfig.from_file(config)
+    look_ahead_of_sweep(asked)
     from registerlens.sweep.from_config import prepare  # noqa: PLC0415  (torch, once the file is known to be right)
 
     if out is not None:

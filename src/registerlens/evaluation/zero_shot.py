@@ -17,8 +17,7 @@ from torch import Tensor
 
 from registerlens.errors import ConfigError, MissingExtraError, UnsupportedArchitectureError
 from registerlens.files import read_tensors, whole_file
-from registerlens.loading.files import network
-from registerlens.loading.pretrained import source_of
+from registerlens.loading.sources import network, source_of
 from registerlens.progress import track
 
 TEMPLATES = ("a photo of a {}.",)

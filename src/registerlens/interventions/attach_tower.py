@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from registerlens.errors import InterventionError, UnsupportedArchitectureError
 from registerlens.interventions.attach_attention import STAND_INS, with_still_tokens
 from registerlens.interventions.base import Edit, Intervention, Plan, Scene, plan
-from registerlens.loading.registry import find_vision, library_of
+from registerlens.loading.modules import find_vision, library_of
 from registerlens.model.attention import final_point
 from registerlens.model.names import TOKENS
 

@@ -17,8 +17,7 @@ from registerlens.interventions.attach import attach
 from registerlens.interventions.base import Intervention
 from registerlens.interventions.files import load_intervention, save_intervention
 from registerlens.loading import huggingface
-from registerlens.loading.files import folder_fetch, hub_fetch, network
-from registerlens.loading.pretrained import source_of
+from registerlens.loading.sources import fetch_of, network, source_of
 
 _LOADER = '''"""{model} with {kind} in place, made by RegisterLens {version}.
 
@@ -115,7 +114,7 @@ def _library(source: str, name: str) -> _Library:
 def _load_transformers(target: str) -> Any:
     import transformers  # noqa: PLC0415
 
-    fetch = folder_fetch(Path(target)) if Path(target).is_dir() else hub_fetch(target)
+    fetch = fetch_of(target)
     class_name, _ = huggingface.read_config(fetch)
     with network(target), _no_bars():
         return getattr(transformers, class_name).from_pretrained(target)
@@ -138,7 +137,7 @@ def _no_bars() -> Iterator[None]:
 def _save_transformers(module: Any, target: str, folder: Path) -> None:
     with _no_bars():
         module.save_pretrained(folder)
-    fetch = folder_fetch(Path(target)) if Path(target).is_dir() else hub_fetch(target)
+    fetch = fetch_of(target)
     if (steps := fetch("preprocessor_config.json")) is not None:
         shutil.copyfile(steps, folder / "preprocessor_config.json")
 

@@ -57,7 +57,7 @@ class InterpolateOutliers(Intervention):
 
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """One edit of the residual stream."""
-        return [Edit(hook_of(sublayer_of(self.layer, host.cfg)), partial(_interpolate, self.cutoff))]
+        return [Edit(hook_of(sublayer_of(self.layer, host.cfg.n_layers)), partial(_interpolate, self.cutoff))]
 
 
 def _interpolate(

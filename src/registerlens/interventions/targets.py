@@ -13,6 +13,7 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import ConfigError, InterventionError
+from registerlens.model.sublayers import require_blocks, require_heads
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,13 @@ def parts_of(target: Target, cfg: ViTConfig) -> list[Part]:
         listed = target.check(cfg).by_layer()
         return [Part(f"blocks.{layer}.mlp.hook_post", index) for layer, index in listed.items()]
     if isinstance(target, Heads):
-        wrong = [(a, h) for a, h in target.pairs if not (0 <= a < cfg.n_layers and 0 <= h < cfg.n_heads)]
-        if wrong:
-            raise InterventionError(
-                f"Heads {wrong[:5]} do not exist: the model has blocks 0 to {cfg.n_layers - 1} with heads 0 to "
-                f"{cfg.n_heads - 1} each."
-            )
+        require_heads(target.pairs, cfg.n_layers, cfg.n_heads)
         layers = sorted({layer for layer, _ in target.pairs})
         return [
             Part(f"blocks.{layer}.attn.hook_z", tuple(sorted({h for at, h in target.pairs if at == layer})))
             for layer in layers
         ]
-    if not 0 <= target.layer < cfg.n_layers:
-        raise InterventionError(f"Block {target.layer} does not exist: there are 0 to {cfg.n_layers - 1}.")
+    require_blocks([target.layer], cfg.n_layers)
     if isinstance(target.which, str):
         target.positions(cfg.layout())
     return [Part(f"blocks.{target.layer}.hook_resid_post", tokens=target)]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from registerlens.errors import WeightsError
-from registerlens.loading.keymap import Family
+from registerlens.loading.family import Family
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Steps of a key that parallel training (`module`), torch.compile, FSDP and checkpointing put in."""

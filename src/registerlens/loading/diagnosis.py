@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 REFUSED: dict[str, str] = {
     "Qwen2VL": "a tower of patches in space and time whose neighbours are merged at the end",
@@ -40,6 +44,8 @@ _CONFIG_PARTS = (
 
 def parts_of_module(module: nn.Module) -> str:
     """What in a module keeps it from being a plain ViT, as a phrase; empty if nothing tells."""
+    from torch import nn  # noqa: PLC0415  (slow to import)
+
     known = next((reason for part in module.modules() if (reason := _known(type(part).__name__))), "")
     if known:
         return known

@@ -1,12 +1,10 @@
-"""Weight files and hub downloads: whole or not at all, never a pickle that runs code, clear words when offline."""
+"""Weight files: whole or not at all, never a pickle that runs code."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from registerlens.errors import ModelNotFoundError, WeightsError
+from registerlens.errors import WeightsError
 from registerlens.files import read_json
+from registerlens.loading.sources import Fetch
 
 _HARMLESS = (argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath)
 """What training scripts keep beside the weights, and what holds values only."""
 
-Fetch = Callable[[str], Path | None]
 Wanted = Callable[[str], bool]
-
-LOCAL_ALTERNATIVES = (
-    "Without a network these work: 'registerlens:tiny' (embedded), a folder written by save_pretrained (transformers, "
-    "timm's save_for_hf, open_clip's, or ours), a weight file with weights=..., or HookedViT.from_module(module)."
-)
 
 
 def read_weights(path: Path, wanted: Wanted | None = None) -> dict[str, Tensor]:
@@ -124,63 +117,3 @@ def read_checkpoint(fetch: Fetch, wanted: Wanted | None = None) -> dict[str, Ten
         "The checkpoint has a configuration but no weights (model.safetensors or pytorch_model.bin). "
         "If it is a hub repository, they were not downloaded before the network was lost."
     )
-
-
-def folder_fetch(folder: Path) -> Fetch:
-    """File name -> path in a folder, or None."""
-    return lambda name: path if (path := folder / name).is_file() else None
-
-
-def hub_fetch(repo: str, revision: str | None = None) -> Fetch:
-    """File name -> local copy of a hub repository's file, or None where the repository has no such file.
-
-    Raises:
-        ModelNotFoundError: (when called) no such repository, or no network and no cached copy.
-    """
-
-    def fetch(name: str) -> Path | None:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415  (only where a hub is asked)
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
-
-        with network(repo):
-            try:
-                return Path(hf_hub_download(repo, name, revision=revision))
-            except LocalEntryNotFoundError:
-                # Offline. Where the repository was downloaded before, this is a file it lacks or nobody needed.
-                if name != "config.json" and isinstance(
-                    try_to_load_from_cache(repo, "config.json", revision=revision), str
-                ):
-                    return None
-                raise
-            except EntryNotFoundError:
-                return None
-
-    return fetch
-
-
-@contextmanager
-def network(name: str) -> Iterator[None]:
-    """Turn whatever a hub client raises inside into one clear ModelNotFoundError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError  # noqa: PLC0415
-
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its retries are ours to report, once
-    try:
-        yield
-    except RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"No model called {name!r} on the hub (or it is private: log in with `hf auth login`). Check the spelling; "
-            f"`registerlens models` lists how to name models."
-        ) from error
-    except HFValidationError as error:
-        raise ModelNotFoundError(
-            f"{name!r} is neither an existing folder nor a valid hub id. {LOCAL_ALTERNATIVES}"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelNotFoundError(
-            f"{name!r} is not on this machine and could not be downloaded: no network, or the hub did not answer. "
-            f"{LOCAL_ALTERNATIVES}"
-        ) from error
-    finally:
-        logger.setLevel(level)

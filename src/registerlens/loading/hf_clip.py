@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from registerlens.loading.family import Family, Sites, fixed, read, rows_of
 from registerlens.loading.hf_rules import (
     CLASSIFIER,
     CLASSIFIER_CONFIG,
@@ -14,7 +15,6 @@ from registerlens.loading.hf_rules import (
     norms,
     square,
 )
-from registerlens.loading.keymap import Family, Sites, fixed, read, rows_of
 from registerlens.loading.weights import positions, take, tokens
 
 SELF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")

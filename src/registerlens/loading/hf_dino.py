@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from registerlens.config import Preprocess
 from registerlens.config_parts import RopeConfig
+from registerlens.loading.family import Family, Reader, Sites, Source, fixed, read
 from registerlens.loading.hf_rules import (
     ATTENTION,
     CLASSIFIER,
@@ -19,7 +20,6 @@ from registerlens.loading.hf_rules import (
     norms,
     square,
 )
-from registerlens.loading.keymap import Family, Reader, Sites, Source, fixed, read
 from registerlens.loading.weights import bias, qkv_biases, take, tokens
 
 _NORMS = norms("norm1", "norm2") | {

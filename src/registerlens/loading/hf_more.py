@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from registerlens.config_parts import AttentionPoolConfig, QKNormConfig
+from registerlens.loading.family import Family, Refusal, Sites, Source, fixed, read, rows_of
 from registerlens.loading.hf_clip import TEXT_SIDE
 from registerlens.loading.hf_rules import CLIP_STATISTICS, COMMON, FC, IMAGENET, PATCH, block, norms, square
-from registerlens.loading.keymap import Family, Refusal, Sites, Source, fixed, read, rows_of
 from registerlens.loading.weights import bias, concat, positions, rows, take, tokens
 
 # InternVL ------------------------------------------------------------------------------------------------------------

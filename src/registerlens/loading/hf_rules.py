@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from registerlens.config import Activation, Preprocess
-from registerlens.loading.keymap import Reader, activation, pair, read, rows_of
+from registerlens.loading.family import Reader, activation, pair, read, rows_of
 from registerlens.loading.weights import Weight, concat, positions, take, tokens
 
 ACTIVATION_NAMES: dict[str, Activation] = {

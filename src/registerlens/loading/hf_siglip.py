@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from einops import rearrange
-from torch import Tensor
 
 from registerlens.config import ViTConfig
 from registerlens.config_parts import AttentionPoolConfig
 from registerlens.errors import InterventionError
+from registerlens.loading.family import Family, Sites, Source, activation, fixed, read
 from registerlens.loading.hf_clip import SELF_ATTENTION, TEXT_SIDE
 from registerlens.loading.hf_rules import (
     ACTIVATION_NAMES,
@@ -24,8 +24,10 @@ from registerlens.loading.hf_rules import (
     norms,
     square,
 )
-from registerlens.loading.keymap import Family, Sites, Source, activation, fixed, read
 from registerlens.loading.weights import part, patch_rows, positions, rows, take, tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _pool(source: Source) -> AttentionPoolConfig | None:

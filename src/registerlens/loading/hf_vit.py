@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from registerlens.config import ViTConfig
 from registerlens.errors import InterventionError
+from registerlens.loading.family import Family, Refusal, Sites, fixed, read, rows_of
 from registerlens.loading.hf_rules import (
     ATTENTION,
     CLASSIFIER,
@@ -24,8 +22,10 @@ from registerlens.loading.hf_rules import (
     norms,
     square,
 )
-from registerlens.loading.keymap import Family, Refusal, Sites, fixed, read, rows_of
 from registerlens.loading.weights import averaged, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SITES = Sites(images="embeddings", blocks="layers", norm="layernorm_before", attention="attention", mlp_out="mlp.fc2")
 _CONFIG = COMMON | {"d_mlp": read("intermediate_size"), "qkv_bias": read("qkv_bias")}
@@ -146,7 +146,7 @@ def _in_order(cfg: ViTConfig, images: Tensor, noise: Tensor | None = None, **opt
     Raises:
         InterventionError: it does.
     """
-    if noise is None or not bool(torch.all(noise[:, 1:] > noise[:, :-1])):
+    if noise is None or not bool((noise[:, 1:] > noise[:, :-1]).all()):
         raise InterventionError(
             "This MAE encoder shuffles the patches by random noise, so that edits could not tell them apart. Call it "
             "with noise=torch.arange(n_patches).expand(batch, -1) and mask_ratio=0 in its configuration, or use "

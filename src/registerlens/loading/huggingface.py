@@ -11,8 +11,7 @@ from registerlens.config import Preprocess
 from registerlens.errors import ConfigError, UnsupportedArchitectureError
 from registerlens.files import read_json
 from registerlens.loading import hf_clip, hf_dino, hf_more, hf_siglip, hf_vit
-from registerlens.loading.files import Fetch
-from registerlens.loading.keymap import Family
+from registerlens.loading.family import Family
 
 FAMILIES = (
     *hf_vit.FAMILIES,
@@ -91,7 +90,7 @@ def _base_class(config: Any) -> str:
     return name if isinstance(name, str) else name[0]
 
 
-def read_preprocess(fetch: Fetch, family: Family) -> Preprocess | None:
+def read_preprocess(fetch: Callable[[str], Path | None], family: Family) -> Preprocess | None:
     """The steps that a checkpoint's image processor describes, or None if it has none.
 
     Raises:

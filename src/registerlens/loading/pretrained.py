@@ -1,4 +1,4 @@
-"""From a name, a folder or a checkpoint to a HookedViT: which library it belongs to, and what was asked of it."""
+"""From a name, a folder or a checkpoint to a HookedViT: what was asked of it, and whether that goes together."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError, close_matches
-from registerlens.files import read_json
-from registerlens.loading import native, torch_hub
+from registerlens.errors import ConfigError, ModelNotFoundError
+from registerlens.loading import torch_hub
 from registerlens.loading.loaders import LOADERS, TAKES_FILES, TAKES_OPTIONS, Asked
 from registerlens.loading.registry import listing_families, named_family
+from registerlens.loading.sources import SOURCES, source_of
 from registerlens.model.vit import HookedViT
 
 
@@ -120,7 +120,7 @@ def _family_of(family: str, source: str | None) -> tuple[str, str]:
         ModelNotFoundError: no family has this name, or several have.
     """
     library, _, rest = family.partition(":")
-    if rest and library in LOADERS:
+    if rest and library in SOURCES:
         return library, rest
     if source is not None:
         return source, family
@@ -128,65 +128,3 @@ def _family_of(family: str, source: str | None) -> tuple[str, str]:
         return torch_hub.PUBLISHED[family].family.library, family
     found = named_family(family)
     return found.library, found.source_class
-
-
-def source_of(name: str | Path, source: str | None = None) -> tuple[str, str]:
-    """Which library a name belongs to, and what that library calls the model.
-
-    Raises:
-        ModelNotFoundError: an unknown source, or a folder that is no saved model.
-
-    Example:
-        >>> source_of("timm:vit_base_patch16_clip_224.openai"), source_of("facebook/dinov2-large")
-        (('timm', 'vit_base_patch16_clip_224.openai'), ('transformers', 'facebook/dinov2-large'))
-    """
-    text = str(name)
-    prefix, _, rest = text.partition(":")
-    if source is None and text in torch_hub.PUBLISHED and not Path(text).exists():
-        source, target = torch_hub.PUBLISHED[text].family.library, text
-    elif source is None:
-        source, target = (prefix, rest) if rest and prefix in LOADERS else (_kind_of_folder(Path(text)), text)
-    else:
-        target = rest if rest and prefix == source else text
-    if source not in LOADERS:
-        raise ModelNotFoundError(
-            f"Unknown source {source!r}. Known: {sorted(LOADERS)}.{close_matches(source, LOADERS)}"
-        )
-    return source, target
-
-
-_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
-
-
-def _kind_of_folder(folder: Path) -> str:
-    """Which library wrote a folder; a name that is no folder is a transformers hub id."""
-    if folder.is_file():
-        raise ModelNotFoundError(
-            f"'{folder}' is a file, and weights do not tell their architecture: add family=, as in "
-            f"from_pretrained({folder.name!r}, family='timm:vit_small_patch16_224'), a class with config=, or "
-            f"'dinov2_vits14'. `registerlens models` lists the classes."
-        )
-    if not folder.is_dir():
-        if folder.suffix in _FILES:
-            raise ModelNotFoundError(f"There is no file '{folder}'. Check the path.")
-        if str(folder).startswith((".", "~", "/")) or len(folder.parts) > 2:
-            raise ModelNotFoundError(f"There is no folder '{folder}'. `registerlens models` lists how to name models.")
-        return "transformers"
-    if (folder / "open_clip_config.json").is_file():
-        return "open_clip"
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise WeightsError(
-                f"The folder '{folder}' holds adapters only (PEFT, LoRA). Load them with peft onto their model, take "
-                f"model.merge_and_unload(), and save or pass that."
-            )
-        found = sorted(path.name for path in folder.iterdir())[:8]
-        weights = next((found_name for found_name in found if Path(found_name).suffix in _FILES), None)
-        advice = f" To load its weights: from_pretrained('{folder / weights}', family=...)." if weights else ""
-        raise ModelNotFoundError(
-            f"The folder '{folder}' has no config.json (it has {found}), so it is no saved model.{advice}"
-        )
-    config = read_json(folder / "config.json")
-    if config.get("format") == native.FORMAT:
-        return "registerlens"
-    return "timm" if "architecture" in config and "model_type" not in config else "transformers"

@@ -7,7 +7,7 @@ from typing import Any
 
 from registerlens.config import Preprocess
 from registerlens.errors import UnsupportedArchitectureError
-from registerlens.loading.keymap import Family, Refusal, fixed, has_weight
+from registerlens.loading.family import Family, Refusal, fixed, has_weight
 from registerlens.loading.timm_eva import EVA
 from registerlens.loading.timm_parts import CONFIG, SITES, WEIGHTS, attn_pool, refusals
 from registerlens.loading.weights import averaged, take

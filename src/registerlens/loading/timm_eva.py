@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.config_parts import RopeConfig
-from registerlens.loading.keymap import Family, Refusal, Source, fixed, has_weight
+from registerlens.loading.family import Family, Refusal, Source, fixed, has_weight
 from registerlens.loading.timm_parts import CONFIG, SITES, WEIGHTS, attn_pool, kind_of, refusals
 from registerlens.loading.weights import Piece, Weight, alternatives, concat, ones, qkv_biases, take
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _COORDINATES = {"RotaryEmbeddingCat": "index", "RotaryEmbeddingMixed": "index", "RotaryEmbeddingDinoV3": "centred"}
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from registerlens.config import Activation, ViTConfig
 from registerlens.config_parts import AttentionPoolConfig, NormKind, QKNormConfig
 from registerlens.errors import UnsupportedArchitectureError
-from registerlens.loading.keymap import (
+from registerlens.loading.family import (
     Reader,
     Refusal,
     Sites,
@@ -22,6 +20,9 @@ from registerlens.loading.keymap import (
     rows_of,
 )
 from registerlens.loading.weights import Piece, Weight, absent, alternatives, part, positions, take, tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ACTIVATION_NAMES: dict[str, Activation] = {
     "GELU": "gelu",
@@ -55,9 +56,14 @@ def name_of_activation(module: nn.Module) -> str:
     return f"{type(module).__name__}{' tanh' if tanh else ''}"
 
 
+def _nothing(module: Any) -> bool:
+    """Whether nothing stands there, or an Identity."""
+    return module is None or type(module).__name__ == "Identity"
+
+
 def present(path: str) -> Reader:
     """Whether a module stands at this path, rather than nothing or an Identity."""
-    return lambda source: not isinstance(source.get(path, None), nn.Identity | None)
+    return lambda source: not _nothing(source.get(path, None))
 
 
 def kind_of(path: str) -> Reader:
@@ -82,7 +88,7 @@ def pooling(source: Source) -> tuple[str, ...]:
 def qk_norm(source: Source) -> QKNormConfig | None:
     """The norm on queries and keys of each head."""
     norm = source.get("blocks.0.attn.q_norm", None)
-    if isinstance(norm, nn.Identity | None):
+    if _nothing(norm):
         return None
     return QKNormConfig(kind=NORM_NAMES[type(norm).__name__], eps=norm.eps)
 
@@ -229,8 +235,8 @@ def _norms(source: Source) -> Iterator[nn.Module]:
 
 
 def _odd_norm(source: Source) -> bool:
-    own = [source.get(f"blocks.0.attn.{kind}_norm", nn.Identity()) for kind in "qk"]
-    every = [*_norms(source), *(norm for norm in own if not isinstance(norm, nn.Identity))]
+    own = [source.get(f"blocks.0.attn.{kind}_norm", None) for kind in "qk"]
+    every = [*_norms(source), *(norm for norm in own if not _nothing(norm))]
     return any(
         type(norm).__name__ not in NORM_NAMES or getattr(norm, "weight", None) is None or norm.eps is None
         for norm in every

@@ -7,7 +7,7 @@ from typing import Any
 
 from registerlens.config import Preprocess
 from registerlens.errors import ConfigError, WeightsError
-from registerlens.loading.keymap import Family, Sites, Source, fixed, has_weight, read
+from registerlens.loading.family import Family, Sites, Source, fixed, has_weight, read
 from registerlens.loading.weights import Weight, part, positions, take, tokens
 
 _IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from einops import rearrange
-from torch import Tensor
 
 from registerlens.config import ViTConfig
 from registerlens.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Width = Literal["d_model", "d_mlp", "heads"]
 """How wide a missing bias would be."""
@@ -59,17 +60,17 @@ def alternatives(first: Weight, *others: Weight) -> Weight:
 
 def absent(width: Width) -> Weight:
     """A bias the source does not have: zero, and written nowhere."""
-    return _implied(lambda cfg: torch.zeros(_width(width, cfg)))
+    return _implied(lambda cfg: _zeros(_width(width, cfg)))
 
 
 def ones() -> Weight:
     """A LayerScale the source does not have, while it has the other sublayer's: one, and written nowhere."""
-    return _implied(lambda cfg: torch.ones(cfg.d_model))
+    return _implied(lambda cfg: _zeros(cfg.d_model) + 1)
 
 
 def _implied(value: Callable[[ViTConfig], Tensor]) -> Weight:
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
-        if not torch.equal(tensor, value(cfg).to(tensor)):
+        if not tensor.equal(value(cfg).to(tensor)):
             raise WeightsError(
                 "A weight that the source model does not have has been changed; there is no key for it."
                 " Keep the model with vit.save_pretrained instead."
@@ -82,7 +83,19 @@ def _implied(value: Callable[[ViTConfig], Tensor]) -> Weight:
 def join(pieces: Sequence[Piece]) -> Tensor:
     """One source weight from its parts."""
     ordered = [piece.tensor for piece in sorted(pieces, key=lambda piece: piece.index)]
-    return ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+    return ordered[0] if len(ordered) == 1 else _cat(ordered)
+
+
+def _cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    import torch  # noqa: PLC0415  (slow to import)
+
+    return torch.cat(list(tensors), axis)
+
+
+def _zeros(*shape: int) -> Tensor:
+    import torch  # noqa: PLC0415  (slow to import)
+
+    return torch.zeros(shape)
 
 
 def _width(width: Width, cfg: ViTConfig) -> int:
@@ -116,7 +129,7 @@ def part(key: str, index: int, of: int = 2, count: int = 1) -> Weight:
     map, or keys and values of a joint projection."""
     return Weight(
         (key,),
-        lambda tensors, cfg: torch.cat(_given(tensors)[0].chunk(of)[index : index + count]),
+        lambda tensors, cfg: _cat(_given(tensors)[0].chunk(of)[index : index + count]),
         lambda keys, tensor, cfg: [Piece(keys[0], tensor, index)],
     )
 
@@ -166,7 +179,7 @@ def concat(*keys: str) -> Weight:
     """Tensors stacked along their first axis, as separate query, key and value weights."""
     return Weight(
         keys,
-        lambda tensors, cfg: torch.cat(_given(tensors)),
+        lambda tensors, cfg: _cat(_given(tensors)),
         lambda keys, tensor, cfg: [Piece(*pair) for pair in zip(keys, tensor.chunk(len(keys)), strict=True)],
     )
 
@@ -182,9 +195,9 @@ def qkv_biases(q: str | None, k: str | None, v: str | None) -> Weight:
         given = dict(zip(named, tensors, strict=True))
         like = _given(tensors)
         width = cfg.n_heads * cfg.d_head
-        none = like[0].new_zeros(width) if like else torch.zeros(width)
+        none = like[0].new_zeros(width) if like else _zeros(width)
         parts = [given.get(key) if key else None for key in (q, k, v)]
-        return torch.cat([none if tensor is None else tensor for tensor in parts])
+        return _cat([none if tensor is None else tensor for tensor in parts])
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         pairs = zip((q, k, v), tensor.chunk(3), strict=True)
@@ -197,7 +210,7 @@ def bias(key: str, width: Width) -> Weight:
     """A bias that some models of the family lack; zero then, and written back as `qkv_biases` is."""
 
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
-        return torch.zeros(_width(width, cfg)) if tensors[0] is None else tensors[0]
+        return _zeros(_width(width, cfg)) if tensors[0] is None else tensors[0]
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         return [Piece(keys[0], tensor, may_lack=True)]
@@ -221,7 +234,7 @@ def tokens(
 
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         rows = [tensor.reshape(-1, cfg.d_model) for tensor in _given(tensors)]
-        return torch.cat(rows) if rows else torch.zeros(0, cfg.d_model)
+        return _cat(rows) if rows else _zeros(0, cfg.d_model)
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         counts = [int(cfg.class_token), int(cfg.distillation_token), cfg.n_trained_registers]
@@ -241,11 +254,11 @@ def positions(key: str, flat: bool = False) -> Weight:
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         rows = _given(tensors)[0].reshape(-1, cfg.d_model)
         placed = cfg.layout().patches.start - cfg.n_unplaced
-        return torch.cat([rows[:placed], rows.new_zeros(cfg.n_unplaced, cfg.d_model), rows[placed:]])
+        return _cat([rows[:placed], rows.new_zeros(cfg.n_unplaced, cfg.d_model), rows[placed:]])
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         start = cfg.layout().patches.start
-        rows = torch.cat([tensor[: start - cfg.n_unplaced], tensor[start:]])
+        rows = _cat([tensor[: start - cfg.n_unplaced], tensor[start:]])
         return [Piece(keys[0], rows if flat else rows[None])]
 
     return Weight((key,), build, undo)
@@ -256,7 +269,7 @@ def averaged(*keys: str) -> Weight:
 
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         given = _given(tensors)
-        joined = torch.cat(given, -1) if given[0].ndim == 2 else torch.stack(given).sum(0)
+        joined = _cat(given, -1) if given[0].ndim == 2 else _cat([one[None] for one in given]).sum(0)
         return joined / len(given)
 
     def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:

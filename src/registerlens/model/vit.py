@@ -385,7 +385,7 @@ class HookedViT(Browsable):
     @classmethod
     def from_module(cls, module: nn.Module, preprocess: Preprocess | None = None) -> HookedViT:
         """A hooked copy of a transformers, timm or open_clip ViT; see `rl.from_module`."""
-        from registerlens.loading.registry import from_module  # noqa: PLC0415
+        from registerlens.loading.modules import from_module  # noqa: PLC0415
 
         return from_module(module, preprocess)
 
@@ -397,7 +397,7 @@ class HookedViT(Browsable):
 
     def to_state_dict(self, family: str) -> dict[str, Tensor]:
         """The weights under a source library's names; see `rl.loading.to_state_dict`."""
-        from registerlens.loading.registry import to_state_dict  # noqa: PLC0415
+        from registerlens.loading.modules import to_state_dict  # noqa: PLC0415
 
         return to_state_dict(self, family)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Cutoff, Detection, detect
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.sources import Source
-from registerlens.errors import ConfigError, ImageError, RegisterLensError
+from registerlens.errors import ConfigError, ImageError
 from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.interpolation import InterpolateOutliers
@@ -133,7 +132,7 @@ def prepare(config: SweepConfig, models: Mapping[str, HookedViT]) -> Prepared:
         ConfigError: something in it does not fit a model or cannot be read; the message names the line.
         ImageError: there are no images.
     """
-    with _at(config, config.line("image_sets" if config.image_sets else "images")):
+    with config.at("image_sets" if config.image_sets else "images"):
         sources, names = sources_of(config, models)
     told = config.reference_images
     reference = {
@@ -218,7 +217,7 @@ def _conditions(
     maker = _Maker(config=config, vit=vit, images=Batches(reference, config.batch_size))
     mine = Conditions((Condition(),))
     for i, spec in enumerate(config.conditions):
-        with _at(config, config.line("conditions", i)):
+        with config.at("conditions", i):
             mine = mine + _grid(maker, spec).check(vit)
     return mine.over(models=[name], images=images)
 
@@ -229,15 +228,6 @@ def _grid(maker: _Maker, spec: Grid) -> Conditions:
         return made
     how = {"n": spec.controls.n, "kinds": spec.controls.kinds, "seed": maker.config.seed}
     return with_controls(made, maker.vit, maker.images, batch_size=maker.config.batch_size, **how)
-
-
-@contextmanager
-def _at(config: SweepConfig, line: int) -> Iterator[None]:
-    """Say in which line of the file it went wrong."""
-    try:
-        yield
-    except RegisterLensError as error:
-        raise ConfigError(f"'{config.path}', line {line}: {error}") from error
 
 
 # Neurons, heads, tokens -----------------------------------------------------------------------------------------------

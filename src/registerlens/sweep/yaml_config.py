@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from registerlens.errors import ConfigError, RegisterLensError
 from registerlens.interventions.choices import Assign, Clear, Extreme, Mode, Start
 from registerlens.settings import (
     AS_LIST,
@@ -392,3 +394,15 @@ class SweepConfig(Settings):
     def line(self, *keys: str | int) -> int:
         """Where something stands in the file."""
         return line_of(self._file[1], keys)
+
+    @contextmanager
+    def at(self, *keys: str | int) -> Iterator[None]:
+        """Say of what goes wrong inside in which line of the file it stands.
+
+        Raises:
+            ConfigError: something went wrong.
+        """
+        try:
+            yield
+        except RegisterLensError as error:
+            raise ConfigError(f"'{self.path}', line {self.line(*keys)}: {error}") from error
