@@ -15,8 +15,8 @@ from markupsafe import Markup
 import registerlens as rl
 from registerlens.explorer.explorer import explore
 from registerlens.viz.attention import attention_heads
+from registerlens.viz.drawing import save_figure
 from registerlens.viz.page import Section, plotted, write_page
-from registerlens.viz.sizes import save_figure
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("policy")]
 
