@@ -40,9 +40,9 @@ def test_trace_prints_the_verdict_and_writes_the_files(monkeypatch, capsys, phot
     code, out, err = run(monkeypatch, capsys, "trace", "registerlens:tiny", photos, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     assert "Outlier tokens:" in out and "registerlens:tiny, 6 images" in out
-    found = Trace.load(tmp_path / "out")
-    written = json.loads((tmp_path / "out" / "trace.json").read_text())
-    assert written["verdict"] == found.verdict and written["n_images"] == 6
+    found = Trace.load(tmp_path / "out" / "trace")
+    written = json.loads((tmp_path / "out" / "trace" / "result.json").read_text())
+    assert f"Outlier tokens: {found.verdict}" in written["in_words"] and written["values"]["n_images"] == 6
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "trace.parquet"), found.to_dataframe())
     figure = (tmp_path / "out" / "figure.html").read_text()
     assert "plotly" in figure and "cdn" not in figure.split("</script>")[0][:400]

@@ -135,7 +135,7 @@ def test_a_folder_must_be_given(run):
     [
         ("timm", ("--neurons", "{}/elsewhere.json"), "Neurons [(1, 4000)] do not exist"),
         ("transformers", ("--neurons", "published:dinov2_vitl14"), "do not exist"),
-        ("timm", ("--bias", "{}/nowhere"), "nowhere/attention_bias.safetensors' cannot be read"),
+        ("timm", ("--bias", "{}/nowhere"), "nowhere/result.json' cannot be read"),
         ("registerlens:tiny", ("--neurons", "{}/neurons.json"), "Baking needs a model of"),
         ("{}/nowhere", ("--neurons", "{}/neurons.json"), "nowhere"),
     ],

@@ -46,7 +46,7 @@ def test_given_neurons_are_followed_and_everything_is_written(run, folder, tmp_p
     options = ("--neurons", folder / "given.json", "--out", tmp_path / "out", "--min-share", 0.05, "--target", 3)
     told, words = run(*options)
     assert told.exit_code == 0, told.output
-    found = AttentionCircuit.load(tmp_path / "out")
+    found = AttentionCircuit.load(tmp_path / "out" / "attention_circuit")
     assert " ".join(found.describe().split()) in words and "The neurons were given (a test)" in words
     assert found.neurons.pairs == tuple(PAIRS) and found.min_share == 0.05 and found.n_images == 8
     assert found.output == "output 3" and found.checked

@@ -63,7 +63,7 @@ def test_neurons_prints_what_it_found_and_writes_everything(run, tmp_path):
     assert (code, err) == (0, "")
     found = RegisterNeurons.load(tmp_path / "new" / "out")
     assert set(found.pairs) == FOUND
-    search = NeuronSearch.load(tmp_path / "new" / "out")
+    search = NeuronSearch.load(tmp_path / "new" / "out" / "neuron_search")
     assert search.describe() in out
     assert f"Estimates of top_k: elbow {search.elbow}; sweep {search.sweep} ({search.sweep_note}); taken 7." in out
     assert "rank block neuron mean mean abs contrast auc" in out and "1 1 183" in out
@@ -80,7 +80,7 @@ def test_neurons_options_reach_the_search(run, tmp_path):
     options = ("--threshold", 300, "--layer", "3.mlp", "--lowest-layer", 1, "--top-layer", 2, "--top-k", 3)
     code, _, _ = run("neurons", "tiny", *options, "--score", "mean_abs", "--batch-size", 5, "--out", tmp_path)
     assert code == 0
-    search = NeuronSearch.load(tmp_path)
+    search = NeuronSearch.load(tmp_path / "neuron_search")
     assert (search.lowest_layer, search.top_layer, search.top_k, search.score) == (1, 2, 3, "mean_abs")
     detection = search.detection
     assert (detection.sublayer, detection.rule, detection.cutoff.value) == ("3.mlp", "fixed", 300.0)
@@ -106,7 +106,7 @@ def test_ablate_measures_given_neurons_beside_controls(run, folder, tmp_path):
     arguments = ("--neurons", folder / "given.json", "--mode", "mean", "--out", tmp_path)
     code, out, err = run("ablate", "tiny", *arguments)
     assert (code, err) == (0, "")
-    done = Evaluation.load(tmp_path)
+    done = Evaluation.load(tmp_path / "evaluation")
     assert done.conditions[:4] == ("clean", "ablated", "zeroed", "neighbours") and "matched 3" in done.conditions
     assert done.verdicts["ablated"].words in out and "The neurons were given (a test)" in out
     assert done.mean("outliers", "ablated") == 0 < done.mean("outliers", "random 1")
@@ -114,7 +114,7 @@ def test_ablate_measures_given_neurons_beside_controls(run, folder, tmp_path):
         assert condition in out
     clean = done.to_dataframe().set_index(["condition", "metric"]).loc[("clean", "outliers")]
     assert f"{clean['mean']:.3f}" in out and f"{clean['low']:.3f} to {clean['high']:.3f}" in out
-    ablation = Ablate.load(tmp_path)
+    ablation = Ablate.load(tmp_path / "ablation")
     assert ablation.mode == "mean" and set(ablation.target.pairs) == FOUND and ablation.reference.n_images == 12
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "evaluation.parquet"), done.to_dataframe())
     assert "matched (3 draws)" in (tmp_path / "figure.html").read_text()
@@ -145,7 +145,7 @@ def test_ablate_works_without_outliers_where_a_threshold_is_given(run):
 def test_register_shows_before_and_after(run, folder, tmp_path):
     code, out, err = run("register", "tiny", "--neurons", folder / "given.json", "--out", tmp_path)
     assert (code, err) == (0, "")
-    done = Evaluation.load(tmp_path)
+    done = Evaluation.load(tmp_path / "evaluation")
     assert done.verdicts["test-time register"].worked and "test-time register: Worked: " in out
     assert done.mean("outliers", "clean") > 1 and done.mean("outliers", "test-time register") == 0
     assert set(RegisterNeurons.load(tmp_path).pairs) == FOUND
@@ -155,7 +155,7 @@ def test_register_shows_before_and_after(run, folder, tmp_path):
     )
     assert "The neurons were given (a test)" in page
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("report.html", "evaluation.json", "evaluation.safetensors", "evaluation.parquet"),
+        *("report.html", "evaluation", "evaluation.parquet"),
         *("figure.html", "register_neurons.json"),
     }
 
@@ -165,7 +165,7 @@ def test_register_options_reach_the_intervention(run, folder, tmp_path):
     arguments = ("--neurons", folder / "given.json", "--no-controls", "--out", tmp_path)
     code, out, _ = run("register", "tiny", *arguments, *options)
     assert code == 0 and "2 test-time registers:" in out
-    done = Evaluation.load(tmp_path)
+    done = Evaluation.load(tmp_path / "evaluation")
     assert done.conditions == ("clean", "2 test-time registers")
     made = done.interventions[1].replace('"', "'")
     for option in ("n=2", "init='mean'", "assign='random'", "extreme='shared'", "clear='patches'"):
@@ -176,7 +176,7 @@ def test_register_with_a_bias_writes_it(run, folder, tmp_path):
     arguments = ("--neurons", folder / "given.json", "--bias", "--no-controls", "--out", tmp_path)
     code, out, _ = run("register", "tiny", *arguments)
     assert code == 0 and "attention bias: Worked: " in out and "The bias was fitted on these 12 images" in out
-    bias = AttentionBias.load(tmp_path)
+    bias = AttentionBias.load(tmp_path / "attention_bias")
     assert bias.n_images == 12 and set(bias.neurons.pairs) == FOUND
     assert "Attention bias: worked" in (tmp_path / "report.html").read_text()
 

@@ -53,7 +53,7 @@ def test_with_images_the_neurons_are_found_and_everything_is_written(run, folder
     out = tmp_path / "new" / "out"
     code, told, err = run("kernels", folder / "tiny", folder / "photos", "--out", out)
     assert (code, err) == (0, "")
-    report = KernelReport.load(out)
+    report = KernelReport.load(out / "kernels")
     assert set(report.neurons.pairs) == set(rl.RegisterNeurons.load(out).pairs) == FOUND
     assert report.n_images == 12 and report.n_outliers > 12
     assert report.conclusion() in told and "7 neurons, 12 images" in told
@@ -61,7 +61,7 @@ def test_with_images_the_neurons_are_found_and_everything_is_written(run, folder
     pd.testing.assert_frame_equal(pd.read_parquet(out / "kernels.parquet"), report.to_dataframe())
     assert "W_in of the MLP" in (out / "figure.html").read_text()
     assert "block 1, neuron 183" in (out / "weights.html").read_text()
-    names = {"kernels.json", "kernels.safetensors", "kernels.parquet", "register_neurons.json"}
+    names = {"kernels", "kernels.parquet", "register_neurons.json"}
     assert {path.name for path in out.iterdir()} == names | {"figure.html", "weights.html"}
 
 

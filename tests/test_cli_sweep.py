@@ -71,7 +71,7 @@ def test_a_sweep_is_run_stored_printed_and_written(run, place, tmp_path):
     result = SweepResult.from_store(store)
     kinds = [one.kind for one in result.conditions]
     assert (kinds.count("clean"), kinds.count("tested"), kinds.count("control")) == (1, n_tested, 6)
-    again = SweepResult.load(tmp_path / "out")
+    again = SweepResult.load(tmp_path / "out" / "sweep")
     frame = again.to_dataframe()
     pd.testing.assert_frame_equal(frame, result.to_dataframe())
     assert len(pd.read_parquet(tmp_path / "out" / "effects.parquet")) == len(frame) == 2 * len(kinds)

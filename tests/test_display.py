@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import ActivationCache
 
 import registerlens as rl
-from registerlens.analysis.stored import Stored
 from registerlens.display import Shown, card, line, memory
+from registerlens.encoding import concrete
 from registerlens.errors import HookNameError, ShapeError
 from registerlens.interventions.base import Intervention
 from registerlens.model.names import pooled
@@ -293,12 +293,12 @@ def test_html_is_escaped_everywhere(tiny):
 
 
 def test_every_result_with_arrays_is_shown_in_a_line():
-    """Whatever is exported and can be saved: a class to come must inherit `Shown` too, or `Stored`, which does."""
+    """Whatever is exported and can be saved: a class to come must inherit `Shown` too, or `Result`, which does."""
     exported = [getattr(room, name) for room in (rl, *rooms()) for name in getattr(room, "__all__", ())]
     kinds = {kind for kind in exported if dataclasses.is_dataclass(kind) and hasattr(kind, "load")}
     kinds = {kind for kind in kinds if not issubclass(kind, Intervention)}  # they say what was done, without arrays
     assert len(kinds) > 15
-    for kind in kinds | set(Shown.__subclasses__()) | set(Stored.__subclasses__()):
+    for kind in kinds | set(concrete(Shown)):
         assert issubclass(kind, Shown), kind
         assert kind.__repr__.__qualname__ in ("Shown.__repr__", f"{kind.__name__}.__repr__"), kind
 

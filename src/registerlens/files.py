@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import re
+import secrets
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +18,51 @@ from registerlens.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_DEEPEST = 64
+"""Levels of a JSON file that are read: its parser recurses, and what is ours has some ten."""
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)', re.DOTALL)
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place at the end; after an exception nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode  # what the umask leaves
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)  # safetensors puts a file of its own there, which is private
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place at the end; after an exception all is as it was."""
+    path = path.resolve()
+    temporary = _beside(path)
+    old = temporary.with_name(f"{temporary.name}.old")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)  # a private folder stays private
+            path.rename(old)  # nothing portable exchanges two folders: a kill here leaves the older one as .NAME.….old
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,7 +72,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it is missing, truncated, or holds no object.
     """
     try:
-        value = json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        _refuse_depth(path, text)
+        value = json.loads(text)
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error}. Check the path and its permissions.") from error
     except ValueError as error:
@@ -52,6 +86,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _refuse_depth(path: Path, text: str) -> None:
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", _STRING.sub("", text)):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > _DEEPEST:
+            raise ConfigError(f"'{path}' is nested more than {_DEEPEST} levels deep. Is it the right file?")
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[dict[str, Any]]:
     """The object in a JSON file, to be made sense of inside the `with` block.
@@ -60,6 +102,7 @@ def reading(path: Path) -> Iterator[dict[str, Any]]:
         ConfigError: as `read_json`, or the block met a missing key or a value of the wrong kind; it names the file.
 
     Example:
+        >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "answer.json"
         >>> write_json(path, {"question": "?"})
         >>> with reading(path) as told:
@@ -110,4 +153,4 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -15,9 +15,7 @@ from registerlens.analysis.detection import (
     Detection,
     Outliers,
     detect,
-    detection_from_dict,
     detection_in,
-    detection_to_dict,
     patch_norms,
     require_outliers,
 )
@@ -325,23 +323,27 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, tiny, batch, which, threshold
     assert repr(before.detection) == repr(after.detection)  # NaN differs from itself
     assert (before.model, before.config, before.grid) == (after.model, after.config, after.grid)
     assert before.describe() == after.describe()
-    told = json.loads((folder / "outliers.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert told["version"] == rl.__version__ and told["verdict"] == before.verdict
-    (folder / "outliers.safetensors").write_bytes((folder / "outliers.safetensors").read_bytes()[:40])
-    with pytest.raises(ConfigError, match="truncated"):
+    told = json.loads((folder / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert told["values"]["detection"]["evidence"]["verdict"] == before.verdict
+    (folder / "arrays.safetensors").write_bytes((folder / "arrays.safetensors").read_bytes()[:40])
+    with pytest.raises(ConfigError, match="damaged"):
         Outliers.load(folder)
 
 
-def test_damaged_descriptions_are_named(found):
-    good = json.loads(json.dumps(detection_to_dict(found.detection)))
-    assert detection_from_dict(good) == found.detection
-    with pytest.raises(ConfigError, match="Unknown rule 'guess'"):
-        detection_from_dict(good | {"rule": "guess"})
+def test_damaged_descriptions_are_named(found, tmp_path):
+    file = found.save(tmp_path) / "result.json"
+    told = json.loads(file.read_text())
+    good = told["values"]["detection"]
+
+    def refused(detection, words):
+        file.write_text(json.dumps(told | {"values": told["values"] | {"detection": detection}}))
+        with pytest.raises(ConfigError, match=rf"result\.json': '{words}"):
+            Outliers.load(tmp_path)
+
+    refused(good | {"rule": "guess"}, r"detection\.rule' must be one of .*got 'guess'")
     for key in good:
-        with pytest.raises(ConfigError, match=f"Not a description of a detection: .*{key}"):
-            detection_from_dict({name: value for name, value in good.items() if name != key})
-    with pytest.raises(ConfigError, match="Not a description"):
-        detection_from_dict(good | {"evidence": {"verdict": "present"}})
+        refused({name: value for name, value in good.items() if name != key}, rf"detection\.{key}' is missing")
+    refused(good | {"evidence": {"verdict": "present"}}, r"detection\.evidence\.gap' is missing")
 
 
 def test_half_precision_and_what_is_left_behind(batch):

@@ -138,10 +138,10 @@ def test_saved_loaded_and_damaged(tmp_path):
     back = MassiveActivations.load(found.save(tmp_path))
     assert back.describe() == found.describe() and back.to_dataframe().equals(found.to_dataframe())
     assert back.config == CFG and back.places == found.places
-    (tmp_path / "massive_activations.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="truncated"):
+    (tmp_path / "arrays.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="damaged"):
         MassiveActivations.load(tmp_path)
-    (tmp_path / "massive_activations.json").write_text('{"values": {"modell": 1}}')
+    (tmp_path / "result.json").write_text('{"values": {"modell": 1}}')
     with pytest.raises(ConfigError):
         MassiveActivations.load(tmp_path)
 

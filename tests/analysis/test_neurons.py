@@ -136,7 +136,7 @@ def test_saved_and_loaded_they_are_the_same(tmp_path, where):
     assert back == mixed and back.found == mixed.found
     assert rl.RegisterNeurons.load(path) == mixed
     told = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert told["version"] == rl.__version__ and told["neurons"][1] == [0, 3, None]
+    assert told["versions"]["registerlens"] == rl.__version__ and told["neurons"][1] == [0, 3, None]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -242,7 +242,7 @@ def test_a_saved_trace_says_model_config_and_sizes_in_valid_json(tmp_path):
     vit = model()
     found = rl.trace(vit, [noise(2), noise(1, 16, 32), noise(2)])
     assert found.image_sizes == ((32, 48), (16, 32)) and found.n_images == 5
-    text = (found.save(tmp_path) / "trace.json").read_text()
+    text = (found.save(tmp_path) / "result.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     back = Trace.load(tmp_path)
     assert back.config == vit.cfg and back.image_sizes == found.image_sizes
@@ -352,11 +352,11 @@ def test_saved_and_loaded_it_is_the_same(tiny_trace, tmp_path):
             assert type(before) is type(after) and before == after
     assert repr(loaded.evidence) == repr(tiny_trace.evidence)  # NaN differs from itself
     assert loaded.describe() == tiny_trace.describe()
-    description = json.loads((folder / "trace.json").read_text())
-    assert description["verdict"] == "present" and description["onset"] == "1.mlp"
-    assert description["version"] == rl.__version__
+    description = json.loads((folder / "result.json").read_text())
+    assert description["class"] == "Trace" and description["values"]["model"] == tiny_trace.model
+    assert description["versions"]["registerlens"] == rl.__version__
     assert description["in_words"] == tiny_trace.describe()
-    assert sorted(path.name for path in folder.iterdir()) == ["trace.json", "trace.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["arrays.safetensors", "result.json"]
 
 
 def test_a_trace_cannot_be_changed(tiny_trace):

@@ -418,8 +418,8 @@ def test_it_is_saved_told_and_drawn(tiny, tmp_path):
     words = circuit.describe()
     assert "neuron 1:183" in words and "7 shown neurons" in words and "Every edge was cut alone" in words
     assert "7 of 7 neurons" in repr(circuit) and "mean patch" in repr(circuit)
-    (tmp_path / "attention_circuit.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"attention_circuit\.json"):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"result\.json"):
         AttentionCircuit.load(tmp_path)
 
 

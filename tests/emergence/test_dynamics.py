@@ -154,7 +154,7 @@ def test_a_table_of_runs_lists_those_that_fail(towards_tiny, tmp_path):
     assert points[0].x.tolist() == [emerged["largest"]] and "19 of 19" in points[0].text[0]
     with pytest.raises(ConfigError, match="no run"):
         research_figure(table.iloc[:0])
-    kept = towards_tiny.folder / "criteria" / f"step_000400_rules_{RULES}_images_32" / "emergence_criteria.json"
+    kept = towards_tiny.folder / "criteria" / f"step_000400_rules_{RULES}_images_32" / "result.json"
     before = kept.stat().st_mtime_ns
     assert judge_run(towards_tiny, n_images=32).n_met == emerged["criteria"] and kept.stat().st_mtime_ns == before
 

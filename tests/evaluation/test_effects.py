@@ -181,7 +181,7 @@ def test_save_and_load(done, tmp_path):
     assert again.detection == done.detection
     np.testing.assert_array_equal(again.values, done.values)
     assert again.to_dataframe().equals(done.to_dataframe())
-    (tmp_path / "evaluation.json").write_text("{")
+    (tmp_path / "result.json").write_text("{")
     with pytest.raises(ConfigError, match="valid JSON"):
         Evaluation.load(tmp_path)
 

@@ -217,11 +217,11 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(vit, tmp_path, name, mode):
     after = rl.Ablate.load(folder)
     assert (after.target, after.mode, after.seed) == (before.target, before.mode, before.seed)
     assert torch.equal(cache_of(vit, images, point, before), cache_of(vit, images, point, after))
-    told = json.loads((folder / "ablation.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert told["version"] == rl.__version__ and told["n_images"] == (0 if mode == "zero" else 5)
+    told = json.loads((folder / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     if mode == "zero":
-        assert after.reference is None and [p.name for p in folder.iterdir()] == ["ablation.json"]
+        assert after.reference is None and [p.name for p in folder.iterdir()] == ["result.json"]
         return
+    assert told["values"]["reference"]["n_images"] == 5
     for kind in ("mean", "std", "bank"):
         ours, theirs = getattr(before.reference, kind), getattr(after.reference, kind)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -235,19 +235,13 @@ def test_fitted_for_zero_it_is_zero(vit, tmp_path):
 
 def test_damaged_files_are_named(vit, tmp_path):
     folder = rl.Ablate.fit(vit, NEURONS_1, pixels(3)).save(tmp_path)
-    path = folder / "ablation.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"safetensors' is not a valid safetensors file; it may be truncated"):
-        rl.Ablate.load(folder)
-    path.unlink()
-    with pytest.raises(ConfigError, match=r"ablation\.safetensors' cannot be read"):
-        rl.Ablate.load(folder)
-    (folder / "ablation.json").write_text('{"mode": "zero"')
+    told = json.loads((folder / "result.json").read_text())
+    for target in ({"class": "Layer"}, 3, None):
+        (folder / "result.json").write_text(json.dumps(told | {"values": told["values"] | {"target": target}}))
+        with pytest.raises(ConfigError, match=r"result\.json': 'target' must be of a known class"):
+            rl.Ablate.load(folder)
+    (folder / "result.json").write_text('{"mode": "zero"')
     with pytest.raises(ConfigError, match="may be truncated"):
-        rl.Ablate.load(folder)
-    (folder / "ablation.json").write_text('{"mode": "zero", "seed": 0, "n_images": 0, "target": {"kind": "layer"}}')
-    with pytest.raises(ConfigError, match="Unknown kind of target 'layer'"):
         rl.Ablate.load(folder)
 
 

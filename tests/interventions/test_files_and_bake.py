@@ -15,7 +15,7 @@ import registerlens as rl
 from registerlens.analysis.detection import Cutoff
 from registerlens.errors import ConfigError, InterventionError, UnsupportedArchitectureError
 from registerlens.interventions.bake import bake, load_baked
-from registerlens.interventions.files import load_intervention, save_intervention
+from registerlens.interventions.base import Intervention
 from registerlens.interventions.scaling import Scale
 
 NEURONS = rl.RegisterNeurons.from_pairs([(0, 3), (1, 5), (1, 60)])
@@ -37,7 +37,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_an_intervention_survives_a_folder(name, tmp_path):
-    again = load_intervention(save_intervention(PLAIN[name], tmp_path))
+    again = Intervention.load(PLAIN[name].save(tmp_path))
     assert type(again) is type(PLAIN[name])
     vit = rl.HookedViT(
         rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=80, image_size=(32, 32), patch_size=(8, 8))
@@ -54,31 +54,30 @@ def test_an_intervention_survives_a_folder(name, tmp_path):
 def test_grids_and_tensors_survive_too(tmp_path):
     heart = torch.zeros(4, 4, dtype=torch.bool)
     heart[1:3, 1] = True
-    moved = load_intervention(save_intervention(rl.MoveOutliers(NEURONS, heart), tmp_path / "a"))
+    moved = Intervention.load(rl.MoveOutliers(NEURONS, heart).save(tmp_path / "a"))
     assert torch.equal(moved.positions, heart)
     vit = rl.HookedViT.from_pretrained("registerlens:tiny")
     bias = rl.AttentionBias.fit(vit, NEURONS, torch.rand(2, 3, 48, 48))
-    again = load_intervention(save_intervention(bias, tmp_path / "b"))
+    again = Intervention.load(bias.save(tmp_path / "b"))
     assert torch.equal(again.k, bias.k) and torch.equal(again.v, bias.v) and again.neurons == bias.neurons
-    with pytest.raises(InterventionError, match="function"):
-        save_intervention(rl.MoveOutliers(NEURONS, lambda images: torch.zeros(len(images), 1).long()), tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"'positions' .*function"):
+        rl.MoveOutliers(NEURONS, lambda images: torch.zeros(len(images), 1).long()).save(tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
 def test_a_damaged_folder_is_named(tmp_path):
-    save_intervention(PLAIN["register"], tmp_path)
-    path = tmp_path / "intervention.json"
+    path = PLAIN["register"].save(tmp_path) / "result.json"
     told = json.loads(path.read_text())
-    path.write_text(json.dumps(told | {"kind": "Telepathy"}))
+    path.write_text(json.dumps(told | {"class": "Telepathy"}))
     with pytest.raises(ConfigError, match="Telepathy"):
-        load_intervention(tmp_path)
-    told["options"]["colour"] = 3
+        Intervention.load(tmp_path)
+    told["values"]["colour"] = 3
     path.write_text(json.dumps(told))
     with pytest.raises(ConfigError, match="colour"):
-        load_intervention(tmp_path)
+        Intervention.load(tmp_path)
     path.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_intervention(tmp_path)
+        Intervention.load(tmp_path)
 
 
 # Baked model folders -------------------------------------------------------------------------------------------------

@@ -436,10 +436,10 @@ def test_the_search_saved_and_loaded_is_the_same(found, tmp_path):
     assert repr(after.detection) == repr(before.detection)
     assert after.summary() == before.summary() and after.describe() == before.describe()
     assert after.scores.evidence == before.scores.evidence
-    told = json.loads((folder / "neuron_search.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert told["version"] == rl.__version__
-    (folder / "neuron_search.safetensors").unlink()
-    with pytest.raises(ConfigError, match="cannot be read"):
+    told = json.loads((folder / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert told["versions"]["registerlens"] == rl.__version__
+    (folder / "arrays.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"arrays\.safetensors', which is not there"):
         NeuronSearch.load(folder)
 
 

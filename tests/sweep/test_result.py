@@ -244,13 +244,13 @@ def test_save_and_load(result, tmp_path):
     }
     assert again.skipped == result.skipped
     pd.testing.assert_frame_equal(again.to_dataframe(), result.to_dataframe())
-    assert pd.read_parquet(tmp_path / "sweep.parquet").shape == (7 * N, 5)
-    (tmp_path / "sweep.json").write_text("{")
+    assert pd.read_parquet(tmp_path / "table.parquet").shape == (7 * N, 5)
+    (tmp_path / "result.json").write_text("{")
     with pytest.raises(ConfigError, match="valid JSON"):
         SweepResult.load(tmp_path)
-    (tmp_path / "sweep.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        SweepResult.load(tmp_path)
+    (result.save(tmp_path / "again") / "table.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r"table\.parquet"):
+        SweepResult.load(tmp_path / "again")
 
 
 def test_a_wrong_table_is_refused():

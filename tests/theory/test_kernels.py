@@ -580,12 +580,12 @@ def test_half_precision_and_gradients_do_not_disturb():
 def test_a_report_survives_the_disk(tmp_path, seen):
     loaded = KernelReport.load(seen.save(tmp_path / "kernels"))
     assert "a single head is the sum" in loaded.not_applicable["ov_head"]
-    assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == ["kernels.json", "kernels.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == ["arrays.safetensors", "result.json"]
     assert loaded.to_dataframe().equals(seen.to_dataframe())
     assert loaded.describe() == seen.describe() and loaded.neurons == seen.neurons and loaded.config == seen.config
     np.testing.assert_array_equal(loaded.written, seen.written)
-    (tmp_path / "kernels" / "kernels.safetensors").write_bytes(b"x")
-    with pytest.raises(ConfigError, match="truncated"):
+    (tmp_path / "kernels" / "arrays.safetensors").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="damaged"):
         KernelReport.load(tmp_path / "kernels")
 
 

@@ -267,8 +267,8 @@ def test_table_words_and_files(tmp_path):
     for field in dataclasses.fields(report):
         if isinstance(getattr(report, field.name), np.ndarray):
             np.testing.assert_array_equal(getattr(again, field.name), getattr(report, field.name))
-    (tmp_path / "deep" / "folder" / "proposition.json").write_text("{}")
-    with pytest.raises(ConfigError, match="do not describe a report"):
+    (tmp_path / "deep" / "folder" / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="'class' must be PropositionReport"):
         PropositionReport.load(tmp_path / "deep" / "folder")
     with pytest.raises(ConfigError, match="cannot be read"):
         PropositionReport.load(tmp_path / "nowhere")

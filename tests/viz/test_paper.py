@@ -241,8 +241,8 @@ def test_maps_are_kept_and_joined(tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             one | wrong
-    (tmp_path / "intervention_maps.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"intervention_maps\.json"):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"result\.json"):
         InterventionMaps.load(tmp_path)
 
 

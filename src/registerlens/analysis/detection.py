@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.trace import Trace, trace
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
-from registerlens.display import Shown
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
-from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import hook_of, layer_of, sublayer_of
 from registerlens.model.vit import HookedViT
+from registerlens.results import FINITE, Result
 from registerlens.stats.histograms import medians
 
 if TYPE_CHECKING:
@@ -92,7 +88,7 @@ class Detection:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outliers(Shown):
+class Outliers(Result):
     """Outlier patches of some images. [CLS], trained and test-time registers are never among them."""
 
     model: str
@@ -103,7 +99,7 @@ class Outliers(Shown):
     """Place, cut-off and evidence."""
     mask: Bool[Tensor, "image patch"]
     """Which patches are outliers; row by row over the grid."""
-    norms: Float[Tensor, "image patch"]
+    norms: Float[Tensor, "image patch"] = field(metadata=FINITE)
     """Residual norm of each patch at the place."""
     grid: tuple[int, int]
     """Patches along height and width."""
@@ -159,46 +155,6 @@ class Outliers(Shown):
         from registerlens.viz.curves import norm_histogram  # noqa: PLC0415  (viz stands on results)
 
         return norm_histogram(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write outliers.json and outliers.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "outliers.safetensors") as temporary:
-            save_file({"mask": self.mask.contiguous(), "norms": self.norms.contiguous()}, temporary)
-        detection = self.detection
-        write_json(
-            folder / "outliers.json",
-            {
-                "version": __version__,
-                "model": self.model,
-                "config": self.config.to_dict(),
-                "grid": list(self.grid),
-                "verdict": self.verdict,
-                **detection_to_dict(detection),
-            },
-        )
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Outliers:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        tensors = read_tensors(folder / "outliers.safetensors", ("mask", "norms"))
-        with reading(folder / "outliers.json") as told:
-            height, width = told["grid"]
-            return cls(
-                model=told["model"],
-                config=ViTConfig.from_dict(told["config"]),
-                detection=detection_from_dict(told),
-                grid=(height, width),
-                **tensors,
-            )
 
 
 def find_outliers(
@@ -391,40 +347,3 @@ def after_onset(detection: Detection, n_layers: int) -> range:
 
 
 # Names of places -----------------------------------------------------------------------------------------------------
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def detection_to_dict(detection: Detection) -> dict[str, Any]:
-    """JSON-ready values; a cut-off that nothing exceeds is written as None."""
-    value = detection.cutoff.value
-    return {
-        "sublayer": detection.sublayer,
-        "cutoff": value if np.isfinite(value) else None,
-        "relative": detection.cutoff.relative,
-        "rule": detection.rule,
-        "onset": detection.onset,
-        "evidence": detection.evidence.to_dict(),
-    }
-
-
-def detection_from_dict(values: dict[str, Any]) -> Detection:
-    """The inverse of `detection_to_dict`; other keys are ignored.
-
-    Raises:
-        ConfigError: a key is missing, or the rule is unknown.
-    """
-    try:
-        if values["rule"] not in get_args(Rule):
-            raise ConfigError(f"Unknown rule {values['rule']!r}; known: {list(get_args(Rule))}.")
-        cutoff = float("inf") if values["cutoff"] is None else values["cutoff"]
-        return Detection(
-            sublayer=values["sublayer"],
-            cutoff=Cutoff(value=cutoff, relative=values["relative"]),
-            rule=values["rule"],
-            onset=values["onset"],
-            evidence=OutlierEvidence.from_dict(values["evidence"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"Not a description of a detection: {error}.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +10,15 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from registerlens.analysis.detection import Outliers
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
-from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError, ShapeError
-from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -102,7 +99,7 @@ class CKASums:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Faithfulness(Shown):
+class Faithfulness(Result):
     """How much of the model's [CLS] output remains when the last layer's [CLS] may look at some tokens only."""
 
     model: str
@@ -146,34 +143,6 @@ class Faithfulness(Shown):
         from registerlens.viz.sinks import faithfulness_figure  # noqa: PLC0415  (viz stands on results)
 
         return faithfulness_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write faithfulness.json and faithfulness.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "faithfulness.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, temporary)
-        described = {"version": __version__, "model": self.model, "config": self.config.to_dict()}
-        described |= {"restrictions": list(self.restrictions), "in_words": self.describe()}
-        write_json(folder / "faithfulness.json", described)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Faithfulness:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        described = read_json(folder / "faithfulness.json")
-        return cls(
-            model=described["model"],
-            config=ViTConfig.from_dict(described["config"]),
-            restrictions=tuple(described["restrictions"]),
-            **load_file(folder / "faithfulness.safetensors"),
-        )
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------

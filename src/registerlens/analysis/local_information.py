@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
-from registerlens.analysis.stored import Stored
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError
@@ -22,6 +21,7 @@ from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import EVERYWHERE, sublayer_of, sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.seeds import generator_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ PURPOSE = 0x10CA1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LocalInformation(Stored):
+class LocalInformation(Result):
     """What `local_information` found."""
 
     model: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import NonFiniteError
 from registerlens.model.vit import Hook, HookedViT
+from registerlens.results import FINITE, Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,7 +30,7 @@ TOP = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MassiveActivations(Stored):
+class MassiveActivations(Result):
     """Magnitudes of the residual stream at every place: as it enters block 0, and after each block."""
 
     model: str
@@ -41,9 +41,9 @@ class MassiveActivations(Stored):
     """Images that went through."""
     places: tuple[str, ...]
     """Names of the places: "embed", "0.mlp", "1.mlp", ..."""
-    largest: Float[np.ndarray, " place"]
+    largest: Float[np.ndarray, " place"] = field(metadata=FINITE)
     """Largest magnitude of an image's stream, over tokens and channels; mean over images."""
-    median: Float[np.ndarray, " place"]
+    median: Float[np.ndarray, " place"] = field(metadata=FINITE)
     """Median magnitude of the same; mean over images."""
     ratio: Float[np.ndarray, " place"]
     """Largest over median in each image, mean over images. Free of thresholds and of the stream's scale."""
@@ -52,15 +52,15 @@ class MassiveActivations(Stored):
     about d_model where one channel is all. Free of thresholds and scale too."""
     typical_kurtosis: Float[np.ndarray, " place"]
     """The same of the average token."""
-    per_image: Float[np.ndarray, " place"]
+    per_image: Float[np.ndarray, " place"] = field(metadata=FINITE)
     """Massive activations (token and channel) in an image, mean over images."""
-    share_of_images: Float[np.ndarray, " place"]
+    share_of_images: Float[np.ndarray, " place"] = field(metadata=FINITE)
     """Share of images with at least one, 0 to 1."""
-    tokens: Float[np.ndarray, "place kind"]
+    tokens: Float[np.ndarray, "place kind"] = field(metadata=FINITE)
     """Tokens of each kind with at least one, mean over images; in the order of `KINDS`."""
     channels: Int[np.ndarray, "place channel"]
     """Images in which a channel has one."""
-    channel_largest: Float[np.ndarray, "place channel"]
+    channel_largest: Float[np.ndarray, "place channel"] = field(metadata=FINITE)
     """Largest magnitude of each channel over an image's tokens, mean over images."""
 
     @property

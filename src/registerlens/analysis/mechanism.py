@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,7 +12,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from registerlens.analysis.sink_edits import (
@@ -29,12 +27,11 @@ from registerlens.analysis.sink_edits import (
 from registerlens.analysis.sink_events import QUERIES
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
-from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError
-from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +42,7 @@ final norm) and of the model's output; and the cosine of the last two before and
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SinkEffects(Shown):
+class SinkEffects(Result):
     """How much each head's sink matters: changes under edits of it, mean over the images in which the head has one."""
 
     model: str
@@ -119,50 +116,6 @@ class SinkEffects(Shown):
         from registerlens.viz.sinks import effect_map  # noqa: PLC0415  (viz stands on results)
 
         return effect_map(self, measure)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write sink_effects.json (what was done, the result in words) and sink_effects.safetensors; returns the
-        folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "sink_effects.safetensors") as temporary:
-            save_file({"events": self.events.copy(), "effects": np.ascontiguousarray(self.effects)}, temporary)
-        described = {
-            "version": __version__,
-            "model": self.model,
-            "config": self.config.to_dict(),
-            "n_images": self.n_images,
-            "n_reference": self.n_reference,
-            "threshold": self.threshold,
-            "queries": self.queries,
-            "edits": list(self.edits),
-            "measures": list(MEASURES),
-            "in_words": self.describe(),
-        }
-        write_json(folder / "sink_effects.json", described)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> SinkEffects:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        described = read_json(folder / "sink_effects.json")
-        arrays = load_file(folder / "sink_effects.safetensors")
-        plain: dict[str, Any] = {
-            name: described[name] for name in ("model", "n_images", "n_reference", "threshold", "queries")
-        }
-        return cls(
-            **plain,
-            config=ViTConfig.from_dict(described["config"]),
-            edits=tuple(described["edits"]),
-            events=arrays["events"],
-            effects=arrays["effects"],
-        )
 
 
 def sink_no_op(

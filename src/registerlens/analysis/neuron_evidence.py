@@ -12,12 +12,12 @@ from jaxtyping import Float, Int, Shaped
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
 from registerlens.model.vit import HookedViT
+from registerlens.results import Result
 from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ActivationDistributions(Stored):
+class ActivationDistributions(Result):
     """Activations at the top outlier of each image and at a random normal patch of it; places in that order."""
 
     model: str

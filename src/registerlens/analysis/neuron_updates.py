@@ -16,7 +16,6 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located, random_sets
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
@@ -25,6 +24,7 @@ from registerlens.errors import ConfigError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
+from registerlens.results import Result
 from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ GROUPS = ("register neurons", "random sets")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronUpdates(Stored):
+class NeuronUpdates(Result):
     """Summed updates of sets of neurons at each image's top outlier; set 0 are the register neurons of the layer."""
 
     model: str

@@ -6,15 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import index
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from registerlens.config import ViTConfig
-from registerlens.display import Shown, card
+from registerlens.display import card
 from registerlens.errors import ConfigError, InterventionError, close_matches
-from registerlens.files import reading, write_json
+from registerlens.results import UNSAVED, ResultFile
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -43,10 +42,11 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegisterNeurons(Shown):
+class RegisterNeurons(ResultFile):
     """An ordered set of neurons; iterates as (layer, neuron, score), in the order of importance where one is known.
 
-    Made by `find_register_neurons`, `from_pairs`, `published` or `load`. `a | b`, `a & b` and `a - b` combine sets:
+    Made by `find_register_neurons`, `from_pairs`, `published` or `load`; `save` writes register_neurons.json, and any
+    JSON with "neurons": [[layer, neuron], ...] can be read. `a | b`, `a & b` and `a - b` combine sets:
     the order, and the scores of common neurons, are those of `a`.
 
     Example:
@@ -57,6 +57,8 @@ class RegisterNeurons(Shown):
         ((3, 1074), (5, 846))
     """
 
+    STEM = "register_neurons"
+
     pairs: tuple[Pair, ...]
     """(layer, neuron) of each; layers count from 0."""
     scores: tuple[float, ...]
@@ -65,7 +67,7 @@ class RegisterNeurons(Shown):
     """Where the list came from."""
     found: dict[str, Any] = field(default_factory=dict, compare=False)
     """How they were found, JSON-ready: model, detection, score, estimates of top_k, stability."""
-    search: NeuronSearch | None = field(default=None, compare=False, repr=False)
+    search: NeuronSearch | None = field(default=None, compare=False, repr=False, metadata=UNSAVED)
     """The whole search with the scores of all neurons; not part of the file."""
 
     def __post_init__(self) -> None:
@@ -160,6 +162,11 @@ class RegisterNeurons(Shown):
             )
         return self
 
+    def describe(self) -> str:
+        """How many in which blocks, and where they come from."""
+        where = ", ".join(f"{len(listed)} in block {layer}" for layer, listed in self.by_layer().items())
+        return f"{len(self)} register neurons ({where or 'none'}); {self.source}."
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row a neuron: rank, layer, neuron, score."""
         rows = [{"rank": i, "layer": layer, "neuron": n, "score": score} for i, (layer, n, score) in enumerate(self)]
@@ -242,31 +249,3 @@ class RegisterNeurons(Shown):
             ) from error
         pairs = tuple((entry[0], entry[1]) for entry in entries)
         return cls(pairs=pairs, scores=scores, source=values.get("source", "given"), found=values.get("found", {}))
-
-    def save(self, path: str | Path) -> Path:
-        """Write a JSON file (in a folder: register_neurons.json), whole or not at all; returns its path."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        path = _file(Path(path))
-        write_json(path, {"version": __version__, **self.to_dict()})
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> RegisterNeurons:
-        """Read what `save` wrote, or any JSON with "neurons": [[layer, neuron], ...].
-
-        Raises:
-            ConfigError: the file is missing, truncated, or no list of neurons.
-
-        Example:
-            >>> import tempfile
-            >>> path = RegisterNeurons.from_pairs([(5, 599)]).save(tempfile.mkdtemp())
-            >>> RegisterNeurons.load(path).pairs
-            ((5, 599),)
-        """
-        with reading(_file(Path(path))) as told:
-            return cls.from_dict(told)
-
-
-def _file(path: Path) -> Path:
-    return path if path.suffix == ".json" else path / "register_neurons.json"

@@ -8,8 +8,8 @@ enough images beyond it.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -56,18 +56,6 @@ class OutlierEvidence:
     def present(self) -> bool:
         """Whether the verdict is "present"."""
         return self.verdict == "present"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; None where there is no number."""
-        values = asdict(self)
-        missing = {name for name, value in values.items() if isinstance(value, float) and math.isnan(value)}
-        return values | dict.fromkeys(missing)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> OutlierEvidence:
-        """The inverse of `to_dict`."""
-        missing: dict[str, Any] = {name: math.nan for name, value in values.items() if value is None}
-        return cls(**values | missing)
 
 
 def judge(

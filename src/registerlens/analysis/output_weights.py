@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from registerlens.analysis.massive import kurtosis
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons, random_sets
 from registerlens.config import ViTConfig
 from registerlens.errors import NonFiniteError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
+from registerlens.results import FINITE, Result
 from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ TOP = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OutputWeights(Stored):
+class OutputWeights(Result):
     """What register neurons write: their rows of W_out (LayerScale included), beside the other neurons of a layer.
 
     A row is relative where it is divided by its root mean square: then 1 is a typical weight in every row.
@@ -45,7 +45,7 @@ class OutputWeights(Stored):
     """The neurons looked at."""
     layers: tuple[int, ...]
     """Blocks of the neurons."""
-    rows: Float[np.ndarray, "listed d_model"]
+    rows: Float[np.ndarray, "listed d_model"] = field(metadata=FINITE)
     """What each neuron writes at an activation of 1."""
     others_histogram: Int[np.ndarray, "layer bin"]
     """Relative weights of a layer's other neurons; bins as `signed_edges()`."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.massive import ABSOLUTE, RELATIVE, is_massive, magnitudes_of
-from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.attention_received import attention_hooks
@@ -24,6 +23,7 @@ from registerlens.errors import ImageError, NonFiniteError
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import Hook, HookedViT
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -34,7 +34,7 @@ NORM, MASSIVE, SINKS, CLOSE = "norm outlier", "massive channel", "sink", "close 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Overlap(Stored):
+class Overlap(Result):
     """Which patches show which observable, counted two ways.
 
     By cut-offs: each observable has its own, `cutoffs` says which. Matched: in every image with k norm outliers the k

@@ -8,7 +8,7 @@ one direction most; outliers are reported to lie near it (SINDER).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,7 +20,6 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.linearise import block_map, compose
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
@@ -30,6 +29,7 @@ from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import FINITE, Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -40,7 +40,7 @@ first two singular values are close."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SingularDefects(Stored):
+class SingularDefects(Result):
     """For each block the singular direction after it, its neurons' alignment with it, and measured outliers' angles."""
 
     model: str
@@ -49,14 +49,14 @@ class SingularDefects(Stored):
     """Its architecture."""
     n_samples: int
     """Normal inputs to each MLP's fit."""
-    directions: Float[np.ndarray, "layer d_model"]
+    directions: Float[np.ndarray, "layer d_model"] = field(metadata=FINITE)
     """Unit vector after each block that the blocks up to there stretch most; largest component positive."""
-    singular_values: Float[np.ndarray, "layer value"]
+    singular_values: Float[np.ndarray, "layer value"] = field(metadata=FINITE)
     """Singular values of the product of the blocks' maps, descending, the first set to 1."""
-    alignment: Float[np.ndarray, "layer neuron"]
+    alignment: Float[np.ndarray, "layer neuron"] = field(metadata=FINITE)
     """Weights-only score of each neuron: |cos| of what it writes to the direction after its block; 0 if it writes
     nothing."""
-    write_norm: Float[np.ndarray, "layer neuron"]
+    write_norm: Float[np.ndarray, "layer neuron"] = field(metadata=FINITE)
     """Norm of what each neuron writes at an activation of 1, LayerScale included."""
     detection: Detection | None
     """Which patches count as measured outliers; None without images."""

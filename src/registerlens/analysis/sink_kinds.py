@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.numpy import load_file, save_file
 
 from registerlens.analysis.sink_counts import (
     GU_SINK,
@@ -25,26 +22,24 @@ from registerlens.analysis.sink_counts import (
 from registerlens.analysis.sink_events import QUERIES, output_factors
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
-from registerlens.display import Shown
 from registerlens.errors import ConfigError
-from registerlens.files import read_json, whole_file, write_json
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import FINITE, Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
 """Attention from which a query counts as drawn to the sink. Fesser et al. take 0.5; counts depend on it, so sweep."""
-_DESCRIPTIVE = ("model", "config", "n_images", "thresholds", "queries", "outlier_norm")
 
 
 # The result ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SinkKinds(Shown):
+class SinkKinds(Result):
     """How often each head has a sink, what the sink does, and which token it is.
 
     An event is one image and head. Its numbers are means over the events that have them; NaN where none has (no event,
@@ -73,13 +68,13 @@ class SinkKinds(Shown):
     """The same of the values v themselves."""
     stable_rank: Float[np.ndarray, "threshold layer head"]
     """||U||_F^2 / sigma_1^2 of the head's output U = A u over all queries; 1: every token receives one direction."""
-    drawn: Float[np.ndarray, "threshold layer head"]
+    drawn: Float[np.ndarray, "threshold layer head"] = field(metadata=FINITE)
     """Share of the queries (0 to 1) that pay the most attended key at least the threshold, mean over images."""
-    received: Float[np.ndarray, "layer head"]
+    received: Float[np.ndarray, "layer head"] = field(metadata=FINITE)
     """Attention the average query pays to the most attended key (0 to 1), mean over images."""
-    excess: Float[np.ndarray, "layer head"]
+    excess: Float[np.ndarray, "layer head"] = field(metadata=FINITE)
     """The same less 1 / (number of keys), what uniform attention would pay."""
-    gu_rate: Float[np.ndarray, "layer head"]
+    gu_rate: Float[np.ndarray, "layer head"] = field(metadata=FINITE)
     """Share of images in which that exceeds GU_SINK."""
 
     @property
@@ -171,47 +166,6 @@ class SinkKinds(Shown):
         from registerlens.viz.sinks import sink_map  # noqa: PLC0415  (viz stands on results)
 
         return sink_map(self, self.thresholds[0] if threshold is None else threshold)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write sinks.json (model, thresholds, the result in words) and sinks.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        names = [item.name for item in fields(self) if item.name not in _DESCRIPTIVE]
-        with whole_file(folder / "sinks.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in names}, temporary)
-        described = {
-            "version": __version__,
-            "model": self.model,
-            "config": self.config.to_dict(),
-            "n_images": self.n_images,
-            "thresholds": list(self.thresholds),
-            "queries": self.queries,
-            "outlier_norm": None if math.isnan(self.outlier_norm) else self.outlier_norm,
-            "in_words": self.describe(),
-        }
-        write_json(folder / "sinks.json", described)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> SinkKinds:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        described = read_json(folder / "sinks.json")
-        outlier_norm = described["outlier_norm"]
-        return cls(
-            model=described["model"],
-            config=ViTConfig.from_dict(described["config"]),
-            n_images=described["n_images"],
-            thresholds=tuple(described["thresholds"]),
-            queries=described["queries"],
-            outlier_norm=math.nan if outlier_norm is None else outlier_norm,
-            **load_file(folder / "sinks.safetensors"),
-        )
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence, judge_each
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
-from registerlens.display import Shown
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import NonFiniteError
-from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import EVERYWHERE, sublayers
 from registerlens.model.vit import Hook, HookedViT
+from registerlens.results import FINITE, Result
 from registerlens.stats.histograms import bin_edges, count_bins
 
 if TYPE_CHECKING:
@@ -33,11 +30,9 @@ if TYPE_CHECKING:
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """Levels of `Trace.norm_quantiles`."""
 
-_DESCRIPTIVE = ("model", "config", "image_sizes", "sublayers", "sink_query", "n_images")
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Trace(Shown):
+class Trace(Result):
     """Patch norms and sinks along the residual stream; sublayer 0 is the embedding, then attention and MLP in turn."""
 
     model: str
@@ -52,21 +47,21 @@ class Trace(Shown):
     """Whose attention counts for sinks: [CLS]'s, or the mean over queries where there is no [CLS]."""
     n_images: int
     """Images that went through."""
-    largest_norm: Float[np.ndarray, " sublayer"]
+    largest_norm: Float[np.ndarray, " sublayer"] = field(metadata=FINITE)
     """Largest patch norm of an image, mean over images."""
-    median_norm: Float[np.ndarray, " sublayer"]
+    median_norm: Float[np.ndarray, " sublayer"] = field(metadata=FINITE)
     """Median patch norm of an image, mean over images."""
-    largest_over_median: Float[np.ndarray, " sublayer"]
+    largest_over_median: Float[np.ndarray, " sublayer"] = field(metadata=FINITE)
     """Their ratio in each image, mean over images."""
-    norm_quantiles: Float[np.ndarray, "sublayer level"]
+    norm_quantiles: Float[np.ndarray, "sublayer level"] = field(metadata=FINITE)
     """Quantiles of an image's patch norms at the levels QUANTILES, mean over images."""
     histogram: Int[np.ndarray, "sublayer bin"]
     """Patches by norm over the image's median; bins as `analysis.outliers.bin_edges()`."""
     largest_histogram: Int[np.ndarray, "sublayer bin"]
     """Images by the same ratio of their largest patch."""
-    head_sink: Float[np.ndarray, "layer head"]
+    head_sink: Float[np.ndarray, "layer head"] = field(metadata=FINITE)
     """Largest attention a patch draws in each head (0 to 1), mean over images."""
-    mean_sink: Float[np.ndarray, " layer"]
+    mean_sink: Float[np.ndarray, " layer"] = field(metadata=FINITE)
     """Largest attention a patch draws in the average head (0 to 1), mean over images."""
     sink_histogram: Int[np.ndarray, "layer bin"]
     """Images by the norm (over the median) that the most attended patch brings into the layer."""
@@ -178,65 +173,6 @@ class Trace(Shown):
         from registerlens.viz.curves import trace_figure  # noqa: PLC0415  (viz stands on results)
 
         return trace_figure(self)
-
-    def summary(self) -> dict[str, Any]:
-        """The verdict with its evidence, JSON-ready."""
-        return {
-            "model": self.model,
-            "n_images": self.n_images,
-            "image_sizes": [list(size) for size in self.image_sizes],
-            "verdict": self.verdict,
-            "onset": self.onset,
-            "strongest": self.strongest,
-            "evidence": self.evidence[self._strongest].to_dict(),
-            "in_words": self.describe(),
-            "sink_query": self.sink_query,
-        }
-
-    def save(self, folder: str | Path) -> Path:
-        """Write trace.json (verdict, model, version) and trace.safetensors (every array); returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        names = [item.name for item in fields(self) if item.name not in _DESCRIPTIVE]
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in names}
-        with whole_file(folder / "trace.safetensors") as temporary:
-            save_file(arrays, temporary)
-        description = {
-            "version": __version__,
-            "config": self.config.to_dict(),
-            "sublayers": list(self.sublayers),
-            **self.summary(),
-        }
-        write_json(folder / "trace.json", description)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Trace:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-
-        Example:
-            >>> import tempfile, torch, registerlens as rl
-            >>> found = rl.trace(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48))
-            >>> Trace.load(found.save(tempfile.mkdtemp())).n_images
-            2
-        """
-        folder = Path(folder)
-        names = [item.name for item in fields(cls) if item.name not in _DESCRIPTIVE]
-        tensors = read_tensors(folder / "trace.safetensors", names)
-        with reading(folder / "trace.json") as told:
-            return cls(
-                model=told["model"],
-                config=ViTConfig.from_dict(told["config"]),
-                image_sizes=tuple((height, width) for height, width in told["image_sizes"]),
-                sublayers=tuple(told["sublayers"]),
-                sink_query=told["sink_query"],
-                n_images=told["n_images"],
-                **{name: tensor.numpy() for name, tensor in tensors.items()},
-            )
 
 
 def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:

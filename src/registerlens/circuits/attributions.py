@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from registerlens.analysis.stored import Stored
 from registerlens.config import ViTConfig
+from registerlens.results import Result
 from registerlens.stats.moments import RankCorrelation, rank_correlation
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ POOR = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Attributions(Stored):
+class Attributions(Result):
     """Estimated effects of patching, at many hook points; means over pairs, in the unit of the metric.
 
     A unit is a head where a point tells heads apart, else an entry of the last axis: a neuron, or a dimension of the

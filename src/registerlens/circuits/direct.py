@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect
-from registerlens.analysis.stored import Stored
 from registerlens.circuits.readout import Direction, Readout, Space, pool_weights
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
@@ -24,6 +23,7 @@ from registerlens.model.norms import Norm
 from registerlens.model.parts import at_least_float32, token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.stats.moments import Moments
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ KEYS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DirectContributions(Stored):
+class DirectContributions(Result):
     """A projection of the model's output as a sum over what each component writes; means over images.
 
     Everything is in the unit of the projection: logits for a class. The final norm divides by the scale it has in the

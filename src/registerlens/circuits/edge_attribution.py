@@ -17,7 +17,6 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons, need_some
 from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import frozen_weights, not_differentiable
@@ -33,6 +32,7 @@ from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.stats.moments import Moments
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _ATTENTION = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EdgeAttribution(Stored):
+class EdgeAttribution(Result):
     """First-order contribution of neurons to what later heads compute, along the direct path alone."""
 
     model: str

@@ -14,7 +14,6 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import check_neurons
 from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
@@ -23,6 +22,7 @@ from registerlens.model.attention import HeadNorm
 from registerlens.model.block import Block
 from registerlens.model.norms import LayerNorm
 from registerlens.model.vit import HookedViT
+from registerlens.results import Result
 from registerlens.theory.subspaces import centred, dimensions, fold
 from registerlens.theory.subspaces import directions as unit_directions
 
@@ -36,7 +36,7 @@ LEVELS = (0.025, 0.5, 0.975)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HeadCircuits(Stored):
+class HeadCircuits(Result):
     """The circuits of every head, LayerNorm weights folded in; and what they do with one direction.
 
     QK is W_Q W_K^T and OV is W_V W_O, maps of the stream after a norm divided by its scale (which depends on the token

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import need_some
 from registerlens.circuits.heads import directions_met
 from registerlens.circuits.neuron_effects import frozen_weights
@@ -26,6 +25,7 @@ from registerlens.model.attention import final_point
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.stats.moments import Moments
 from registerlens.theory.subspaces import directions as unit_directions
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KeyShare(Stored):
+class KeyShare(Result):
     """How much of what heads prefer in outliers comes from one direction; means over images.
 
     A head's advantage is the score (before the softmax, of [CLS], or of the mean query without one) of the mean outlier

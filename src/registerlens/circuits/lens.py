@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.stored import Stored
 from registerlens.circuits.readout import Space, check_class, output_width, space_of
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import ConfigError, ImageError, ShapeError, close_matches
@@ -21,6 +20,7 @@ from registerlens.model.sublayers import hook_of
 from registerlens.model.sublayers import sublayers as every_sublayer
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,7 +30,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PatchLens(Stored):
+class PatchLens(Result):
     """Projected maps of a few images, sublayer by sublayer."""
 
     model: str

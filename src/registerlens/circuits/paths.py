@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.stored import Stored
 from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.pairs import PairBatch, first_image, paired
 from registerlens.circuits.sites import Place, Site, block_of, expand, firing_order, sublayer_output
@@ -23,6 +22,7 @@ from registerlens.errors import ConfigError
 from registerlens.evaluation.metrics import Metric, measured
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.stats.intervals import mean_intervals, resample
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ TOGETHER, TOTAL = "all receivers", "the whole corrupted image"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PathEffects(Stored):
+class PathEffects(Result):
     """What a patch does to a metric along direct paths, for each pair of images."""
 
     model: str

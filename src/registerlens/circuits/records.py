@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import save_file
 
-from registerlens.analysis.detection import Detection, detection_from_dict, detection_to_dict
+from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import ViTConfig
-from registerlens.display import Shown
+from registerlens.encoding import table_of
 from registerlens.errors import ConfigError
-from registerlens.files import read_tensors, reading, whole_file, write_json
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import networkx as nx
     import plotly.graph_objects as go
 
 Table = Literal["edges", "nodes", "paths", "parts"]
-_FILE = "attention_circuit"
+_INTERVAL = ("low", "high")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AttentionCircuit(Shown):
+class AttentionCircuit(Result):
     """The path from register neurons over the outlier tokens and the heads that sink in them to [CLS] and the output.
 
     Every number is a mean over images. What flows into a node adds up to the node's quantity: a node "rest of ..."
@@ -65,21 +63,41 @@ class AttentionCircuit(Shown):
     """The same in the given neurons' blocks alone."""
     notes: tuple[str, ...]
     """What a reader of the numbers should know."""
-    nodes: pd.DataFrame
+    nodes: pd.DataFrame = field(
+        metadata=table_of(
+            words=("name", "kind", "unit"),
+            numbers=("layer", "index", "whole", *_INTERVAL, "attention", "attention_without"),
+        )
+    )
     """name, kind ("neuron", "stream", "head", "reader", "output", "rest"), layer, index (-1: none), whole and unit (the
     node's quantity; NaN for what only sends), low, high, attention (a head's, to outliers) and attention_without (what
     is left of it when the shown neurons' writes are taken out of the outliers' keys; NaN if unchecked)."""
-    edges: pd.DataFrame
+    edges: pd.DataFrame = field(
+        metadata=table_of(
+            words=("sender", "receiver", "via"),
+            numbers=("value", *_INTERVAL, "share", "effect", "effect_low", "effect_high", "effect_held"),
+        )
+    )
     """sender, receiver, via (the group of keys that a head took it from), value, low, high (95% bootstrap interval),
     share (of all magnitudes that flow into the receiver), effect (by how much the receiver's quantity falls when this
     edge alone is cut, and its norms take their scales anew; NaN if unchecked), effect_low, effect_high, effect_held
     (the same with scales and directions held, where it must be the value)."""
-    paths: pd.DataFrame
+    paths: pd.DataFrame = field(
+        metadata=table_of(
+            words=(),
+            numbers=(
+                *("layer", "neuron", "head_layer", "head", "score", *_INTERVAL, "share", "attention", "strength"),
+                *("effect", "effect_attention", "effect_held"),
+            ),
+        )
+    )
     """Neuron by head, strongest first: layer, neuron, head_layer, head, score (the neuron's part of the head's score),
     low, high, share (of all magnitudes in that score), attention (of the head, to outliers), strength (share times the
     head's share of all attention to outliers), effect and effect_attention (by how much score and attention fall when
     the neuron's write is taken out of the head's keys), effect_held (of the score, with scales held)."""
-    parts: pd.DataFrame
+    parts: pd.DataFrame = field(
+        metadata=table_of(words=("receiver", "part", "via"), numbers=("value", *_INTERVAL, "share"))
+    )
     """What each node's inflow is made of, unpruned: receiver, part, value, low, high, share."""
 
     def to_dataframe(self, table: str = "edges") -> pd.DataFrame:
@@ -151,64 +169,6 @@ class AttentionCircuit(Shown):
             f"after block {self.block} -> {kinds.get('head', 0)} heads -> {self.reader}; {len(self.edges)} edges, "
             f"{self.n_used} of {self.n_images} images)"
         )
-
-    def save(self, folder: str | Path) -> Path:
-        """Write attention_circuit.json (names, words) and attention_circuit.safetensors (numbers); returns the
-        folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder, arrays, texts = Path(folder), {}, {}
-        for table in get_args(Table):
-            for column, values in getattr(self, table).items():
-                if values.dtype.kind in "if":
-                    arrays[f"{table}.{column}"] = np.ascontiguousarray(values.to_numpy())
-                else:
-                    texts.setdefault(table, {})[column] = values.tolist()
-        columns = {table: list(getattr(self, table)) for table in get_args(Table)}
-        with whole_file(folder / f"{_FILE}.safetensors") as temporary:
-            save_file(arrays, temporary)
-        told: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
-        told |= {"config": self.config.to_dict(), "neurons": self.neurons.to_dict(), "notes": list(self.notes)}
-        told |= {"detection": detection_to_dict(self.detection), "columns": columns, "texts": texts}
-        write_json(folder / f"{_FILE}.json", {"version": __version__, "in_words": self.describe(), **told})
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> AttentionCircuit:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        arrays = {name: tensor.numpy() for name, tensor in read_tensors(folder / f"{_FILE}.safetensors").items()}
-        with reading(folder / f"{_FILE}.json") as told:
-            tables: dict[str, Any] = {
-                table: pd.DataFrame(
-                    {
-                        name: told["texts"][table][name]
-                        if name in told["texts"].get(table, {})
-                        else arrays[f"{table}.{name}"]
-                        for name in told["columns"][table]
-                    }
-                )
-                for table in get_args(Table)
-            }
-            return cls(
-                **{name: told[name] for name in _PLAIN},
-                config=ViTConfig.from_dict(told["config"]),
-                detection=detection_from_dict(told["detection"]),
-                neurons=RegisterNeurons.from_dict(told["neurons"]),
-                notes=tuple(told["notes"]),
-                **tables,
-            )
-
-
-_PLAIN = (
-    *("model", "block", "reader", "output", "min_share", "n_images", "n_used", "checked", "sum_error"),
-    *("neuron_share", "onset_share"),
-)
-"""Fields that are JSON as they are."""
 
 
 def _agreement(edges: Any) -> dict[str, Any]:

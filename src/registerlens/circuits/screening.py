@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import Pair, RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import (
     check_slope,
@@ -36,6 +35,7 @@ from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.stats.moments import Moments, RankCorrelation, rank_correlation
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ POOR = 0.7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Screening(Stored):
+class Screening(Result):
     """The screened effect of ablating each neuron alone, and the exact one of some; in units of the metric.
 
     An effect is the metric with the neuron ablated less the metric of the clean run.

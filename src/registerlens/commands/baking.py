@@ -20,7 +20,11 @@ def bake(
     ] = None,
     bias: Annotated[
         Path | None,
-        typer.Option("--bias", metavar="FOLDER", help="A fitted attention bias (from `register --bias --out`) instead"),
+        typer.Option(
+            "--bias",
+            metavar="FOLDER",
+            help="A fitted attention bias instead (`register --bias --out`)",
+        ),
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many test-time registers")] = 1,
     debug: Debug = False,

@@ -44,9 +44,7 @@ def kernels(
         typer.Argument(help="Image files, folders or globs; without any, the weights alone are checked"),
     ] = None,
     neurons: NeuronsText = "auto",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write kernels.json, every number, the neurons and figures here")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write every number, the neurons and figures here")] = None,
     threshold: ThresholdText = "auto",
     layer: LayerText = "auto",
     size: Size = None,
@@ -85,12 +83,12 @@ def kernels(
 
 
 def _write(report: KernelReport, out: Path) -> None:
-    report.save(out)
+    report.save(out / "kernels")
     report.neurons.save(out)
     write_parquet(report.to_dataframe(), out / "kernels.parquet")
     write_figure(report.plot(), out / "figure.html")
     write_figure(report.plot_weights(), out / "weights.html")
     typer.echo(
-        f"Wrote kernels.json, .safetensors and .parquet (every number), register_neurons.json, figure.html and "
+        f"Wrote kernels (a folder) and kernels.parquet (every number), register_neurons.json, figure.html and "
         f"weights.html to {out}"
     )

@@ -43,7 +43,7 @@ def circuit(
     neurons: NeuronsText = "auto",
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write attention_circuit.json, all tables, the neurons and a figure here"),
+        typer.Option("--out", help="Write the circuit, all tables, the neurons and a figure here"),
     ] = None,
     min_share: Annotated[
         float, typer.Option("--min-share", min=0, max=0.999, help="Smallest share of a node's inflow that is shown")
@@ -100,12 +100,12 @@ def circuit(
 
 
 def _write(found: AttentionCircuit, out: Path) -> None:
-    found.save(out)
+    found.save(out / "attention_circuit")
     found.neurons.save(out)
     for table in ("edges", "nodes", "paths", "parts"):
         write_parquet(found.to_dataframe(table), out / f"{table}.parquet")
     write_figure(found.plot(), out / "figure.html")
     typer.echo(
-        f"Wrote attention_circuit.json and .safetensors (every number), edges, nodes, paths and parts as .parquet, "
+        f"Wrote attention_circuit (a folder with every number), edges, nodes, paths and parts as .parquet, "
         f"register_neurons.json and figure.html to {out}"
     )

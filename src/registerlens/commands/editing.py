@@ -101,8 +101,8 @@ def ablate(
     print_evaluation(done, samples)
     if out is not None:
         write_evaluation(done, out)
-        ablation.save(out)
-        typer.echo(f"Wrote evaluation.json, .safetensors and .parquet, figure.html and the ablation to {out}")
+        ablation.save(out / "ablation")
+        typer.echo(f"Wrote evaluation and ablation (folders), evaluation.parquet and figure.html to {out}")
 
 
 def register(
@@ -193,8 +193,8 @@ def _write_register(
     )
     write_evaluation(done, out)
     neurons.save(out)
-    files = "report.html, evaluation.json, .safetensors and .parquet, figure.html, register_neurons.json"
+    files = "report.html, evaluation (a folder), evaluation.parquet, figure.html, register_neurons.json"
     if name == BIAS:
-        edit.save(out)
-        files += ", attention_bias.json and .safetensors"
+        edit.save(out / "attention_bias")
+        files += ", attention_bias (a folder)"
     typer.echo(f"Wrote {files} to {out}")

@@ -56,9 +56,9 @@ def emerge(
     if len(found.neurons) and len(run.checkpoints) > 1:
         course = training_dynamics(run, found.neurons)
         print_words(course.describe())
-        course.save(out)
+        course.save(out / "dynamics")
         write_figure(course.plot(), out / "dynamics.html")
-        written += ", dynamics.html (what came first), dynamics.json and .safetensors"
+        written += ", dynamics.html (what came first) and dynamics (a folder)"
     typer.echo(
         f"Wrote {written} to {out}, beside checkpoints and metrics; the model is {run.checkpoint(run.config.steps)}"
     )

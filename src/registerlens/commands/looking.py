@@ -39,7 +39,7 @@ def trace_command(
     model: Model,
     images: Images,
     layers: Annotated[bool, typer.Option("--layers", help="Print every sublayer, not only the telling ones")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write trace.json, trace.parquet, figure.html here")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the trace, trace.parquet, figure.html here")] = None,
     size: Size = None,
     batch_size: BatchSize = 16,
     device: Device = "cpu",
@@ -56,10 +56,10 @@ def trace_command(
         found = trace(vit, stream)
     print_trace(found, layers)
     if out is not None:
-        found.save(out)
+        found.save(out / "trace")
         write_parquet(found.to_dataframe(), out / "trace.parquet")
         write_figure(found.plot(), out / "figure.html")
-        typer.echo(f"Wrote trace.json, trace.safetensors, trace.parquet and figure.html to {out}")
+        typer.echo(f"Wrote trace (a folder), trace.parquet and figure.html to {out}")
 
 
 def report(
@@ -193,13 +193,13 @@ def neurons(
     from registerlens.viz.report import write_neuron_maps  # noqa: PLC0415
 
     found.save(out)
-    search.save(out)
+    search.save(out / "neuron_search")
     write_parquet(search.to_dataframe(), out / "neurons.parquet")
     write_figure(search.plot(), out / "figure.html")
     names, pixels, display = shown_images(vit, stream, MAPS, size)
     block = max(search.detection.layer, 0)
     write_neuron_maps(out / "maps.html", vit, pixels, display, found, names=names, block=block)
     typer.echo(
-        f"Wrote register_neurons.json, neuron_search.json, neuron_search.safetensors, neurons.parquet (all neurons), "
-        f"figure.html and maps.html to {out}"
+        f"Wrote register_neurons.json, neuron_search (a folder), neurons.parquet (all neurons), figure.html and "
+        f"maps.html to {out}"
     )

@@ -139,8 +139,8 @@ def write_figure(figure: go.Figure, path: Path) -> None:
 
 
 def write_evaluation(done: Evaluation, out: Path) -> None:
-    """evaluation.json, evaluation.safetensors, evaluation.parquet and figure.html."""
-    done.save(out)
+    """The folder evaluation, evaluation.parquet and figure.html."""
+    done.save(out / "evaluation")
     write_parquet(done.to_dataframe(), out / "evaluation.parquet")
     write_figure(done.plot(), out / "figure.html")
 

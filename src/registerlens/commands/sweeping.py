@@ -99,15 +99,15 @@ def status(
 
 
 def write_sweep(result: SweepResult, out: Path) -> None:
-    """effects.parquet, sweep.parquet and .json, and every figure that the conditions allow, of each metric."""
+    """effects.parquet, the folder sweep, and every figure that the conditions allow, of each metric."""
     from registerlens.viz.sweep import drawable  # noqa: PLC0415
 
-    result.save(out)
+    result.save(out / "sweep")
     write_parquet(result.to_dataframe(), out / "effects.parquet")
     names = [(metric, kind) for metric in result.metrics for kind in drawable(result, metric)]
     for metric, kind in names:
         write_figure(result.plot(kind, metric), out / f"{metric}-{kind}.html")
     typer.echo(
-        f"Wrote effects.parquet (every effect with its interval), sweep.parquet and .json (every image) and "
+        f"Wrote effects.parquet (every effect with its interval), sweep (a folder: every image) and "
         f"{len(names)} figures to {out}"
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, after_onset
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.trace import Trace, trace
 from registerlens.config import ViTConfig
 from registerlens.emergence.evidence import (
@@ -33,6 +32,7 @@ from registerlens.emergence.evidence import (
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.evaluation.verdict import GONE
 from registerlens.model.vit import HookedViT
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -90,7 +90,7 @@ the outliers be needed, which other cues often make up for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EmergenceCriteria(Stored):
+class EmergenceCriteria(Result):
     """What `emergence_criteria` found; neurons and cut-off were chosen on the first half of the images."""
 
     model: str

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from registerlens.analysis.detection import find_outliers, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.trace import trace
 from registerlens.emergence.evidence import choose, emerging, made_by_mlp
 from registerlens.emergence.run import TrainingRun, held_out_images
@@ -23,6 +22,7 @@ from registerlens.evaluation.observe import observe
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.stats.histograms import medians
 from registerlens.stats.intervals import LEVEL, resample
 
@@ -38,7 +38,7 @@ HALFWAY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Dynamics(Stored):
+class Dynamics(Result):
     """What the tokens that end as outliers went through, at every checkpoint of a run."""
 
     run: str

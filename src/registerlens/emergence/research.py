@@ -44,7 +44,7 @@ def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64)
     if not run.checkpoints:
         raise ConfigError(f"'{run.folder}' has no checkpoint to judge yet. Train it first.")
     folder = run.folder / "criteria" / f"step_{run.checkpoints[-1]:06d}_rules_{RULES}_images_{n_images}"
-    if (folder / "emergence_criteria.json").exists():
+    if folder.exists():
         return EmergenceCriteria.load(folder)
     vit, batch = run.vit(), held_out_images(run.config, 2 * n_images, part=1)
     labels = labels_of(batch, vit.layout(batch.images))

@@ -15,7 +15,6 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.sighting import Sighting
-from registerlens.analysis.stored import Stored
 from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
@@ -24,6 +23,7 @@ from registerlens.errors import InterventionError
 from registerlens.evaluation.controls import DRAWS, random_neurons
 from registerlens.interventions.ablation import Ablate
 from registerlens.model.vit import Hook, HookedViT
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -34,7 +34,7 @@ random neurons of the layer to zero (mean of three draws)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CausalOrder(Stored):
+class CausalOrder(Result):
     """Activations of register neurons at the top outlier, with those of an earlier layer edited."""
 
     model: str

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, UInt8
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.maps import PatchMaps, patch_maps
 from registerlens.data.images import to_display
-from registerlens.display import Shown
 from registerlens.errors import ConfigError, ShapeError
-from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edits, several
 from registerlens.model.vit import HookedViT
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_ARRAYS = ("display", "norms", "attention", "register_norm", "register_attention")
-_MEASURED = _ARRAYS[1:]
+_MEASURED = ("norms", "attention", "register_norm", "register_attention")
 Measure = Literal["norms", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class InterventionMaps(Shown):
+class InterventionMaps(Result):
     """Norm and attention maps of a few images under several conditions; `a | b` puts two models' side by side."""
 
     model: str
@@ -87,6 +84,27 @@ class InterventionMaps(Shown):
             )
         return getattr(self, measure)[self.conditions.index(condition), self.layers.index(layer)]
 
+    def describe(self) -> str:
+        """What was done to the images, one condition a line."""
+        lines = [f"{self.model}: norms and attention of {len(self.names)} images after blocks {list(self.layers)}."]
+        told = zip(self.conditions, self.interventions, strict=True)
+        return "\n".join([*lines, *(f"{condition}: {words or 'unedited'}." for condition, words in told)])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a condition, block and image: the largest patch norm and attention, and the register's."""
+        condition, layer, image = (axis.ravel() for axis in np.indices(self.register_norm.shape))
+        return pd.DataFrame(
+            {
+                "condition": np.array(self.conditions)[condition],
+                "layer": np.array(self.layers)[layer],
+                "image": np.array(self.names)[image],
+                "largest_norm": self.norms.max((3, 4)).ravel(),
+                "largest_attention": self.attention.max((3, 4)).ravel(),
+                "register_norm": self.register_norm.ravel(),
+                "register_attention": self.register_attention.ravel(),
+            }
+        )
+
     def plot(
         self,
         layer: int | None = None,
@@ -108,36 +126,6 @@ class InterventionMaps(Shown):
         from registerlens.viz.comparison import layers_figure  # noqa: PLC0415  (viz stands on results)
 
         return layers_figure(self, measure=measure, layers=layers, images=images)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write intervention_maps.json and intervention_maps.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "intervention_maps.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, temporary)
-        told = {name: list(getattr(self, name)) for name in ("conditions", "interventions", "layers", "names")}
-        described = {"version": __version__, "model": self.model, "sink_query": self.sink_query}
-        write_json(folder / "intervention_maps.json", described | told)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> InterventionMaps:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        tensors = read_tensors(folder / "intervention_maps.safetensors", _ARRAYS)
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        with reading(folder / "intervention_maps.json") as told:
-            return cls(
-                model=told["model"],
-                sink_query=told["sink_query"],
-                **{name: tuple(told[name]) for name in ("conditions", "interventions", "layers", "names")},
-                **arrays,
-            )
 
 
 def compare_maps(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.detection import (
@@ -19,25 +17,22 @@ from registerlens.analysis.detection import (
     Threshold,
     after_onset,
     detect,
-    detection_from_dict,
     detection_in,
-    detection_to_dict,
     require_outliers,
 )
 from registerlens.analysis.predictions import classifies
 from registerlens.analysis.trace import trace
 from registerlens.data.batches import Images, count, in_batches
-from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_baselines, build_controls
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
 from registerlens.evaluation.verdict import ConditionKind, Verdict, judge_effect
-from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 from registerlens.stats.intervals import mean_intervals, resample
 
 if TYPE_CHECKING:
@@ -47,7 +42,7 @@ CLEAN = "clean"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation(Shown):
+class Evaluation(Result):
     """What interventions and their controls do to a model."""
 
     model: str
@@ -126,43 +121,6 @@ class Evaluation(Shown):
         from registerlens.viz.evaluation import evaluation_figure  # noqa: PLC0415  (viz stands on results)
 
         return evaluation_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write evaluation.json and evaluation.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "evaluation.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, temporary)
-        told = {name: list(getattr(self, name)) for name in _LISTS}
-        verdicts = {name: verdict.to_dict() for name, verdict in self.verdicts.items()}
-        described = {"version": __version__, "model": self.model, "verdicts": verdicts, **told}
-        write_json(folder / "evaluation.json", described | {"detection": detection_to_dict(self.detection)})
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Evaluation:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        tensors = read_tensors(folder / "evaluation.safetensors", _ARRAYS)
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        with reading(folder / "evaluation.json") as told:
-            return cls(
-                model=told["model"],
-                detection=detection_from_dict(told["detection"]),
-                verdicts={name: Verdict(**verdict) for name, verdict in told["verdicts"].items()},
-                kinds=tuple(map(ConditionKind, told["kinds"])),
-                **{name: tuple(told[name]) for name in _LISTS if name != "kinds"},
-                **arrays,
-            )
-
-
-_ARRAYS = ("values", "norm_curve", "register_curve", "sink_curve", "register_sink_curve")
-_LISTS = ("conditions", "kinds", "interventions", "metrics", "sublayers")
 
 
 def evaluate_intervention(

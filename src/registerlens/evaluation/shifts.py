@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.stored import Stored
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.engine.attention_received import attention_hooks
@@ -20,6 +19,7 @@ from registerlens.interventions.base import Intervention, Scene
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -28,7 +28,7 @@ _ARRAYS = ("target_norm", "other_norm", "target_attention", "other_attention")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OutlierShift(Stored):
+class OutlierShift(Result):
     """For each image, the largest norm and attention at the target of an intervention, and at any other patch."""
 
     model: str

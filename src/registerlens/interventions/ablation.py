@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
-from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.choices import Mode
-from registerlens.interventions.targets import Heads, Part, Target, Tokens, parts_of, target_from_dict, target_to_dict
+from registerlens.interventions.targets import Heads, Part, Target, Tokens, parts_of
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 
@@ -263,48 +260,6 @@ class Ablate(Intervention):
         if self.reference is None:  # __post_init__ has seen to it
             raise ConfigError(f"mode={self.mode!r} has no reference.")
         return self.reference
-
-    # Files -----------------------------------------------------------------------------------------------------------
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ablation.json and, where there is a reference, ablation.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        n_images = 0
-        if self.reference is not None:
-            n_images = self.reference.n_images
-            tensors = {
-                f"{kind}/{point}": tensor.contiguous()
-                for kind in ("mean", "std", "bank")
-                for point, tensor in getattr(self.reference, kind).items()
-            }
-            with whole_file(folder / "ablation.safetensors") as temporary:
-                save_file(tensors, temporary)
-        described = {"version": __version__, "mode": self.mode, "seed": self.seed, "n_images": n_images}
-        write_json(folder / "ablation.json", described | {"target": target_to_dict(self.target)})
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Ablate:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        with reading(folder / "ablation.json") as told:
-            target, n_images = target_from_dict(told["target"]), told["n_images"]
-            mode, seed = told["mode"], told["seed"]
-        reference = None
-        if n_images:
-            tensors = read_tensors(folder / "ablation.safetensors")
-            parts = {
-                kind: {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
-                for kind in ("mean", "std", "bank")
-            }
-            reference = Reference(**parts, n_images=n_images)
-        return cls(target, mode, reference=reference, seed=seed)
 
 
 def _check_length(n_tokens: int, layout: TokenLayout) -> None:

@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from einops import repeat
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count, in_batches
 from registerlens.errors import ImageError, InterventionError
-from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.assumptions import require_softmax
 from registerlens.model.attention import final_point
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import FINITE
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +39,9 @@ class AttentionBias(Intervention):
 
     neurons: RegisterNeurons
     """The register neurons, set to zero at every token."""
-    k: Float[Tensor, "layer head d_head"] = field(repr=False)
+    k: Float[Tensor, "layer head d_head"] = field(repr=False, metadata=FINITE)
     """k' of each head: the mean key of the test-time register."""
-    v: Float[Tensor, "layer head d_head"] = field(repr=False)
+    v: Float[Tensor, "layer head d_head"] = field(repr=False, metadata=FINITE)
     """v' of each head: its mean value."""
     n_images: int = 0
     """Images the means were taken over."""
@@ -132,29 +130,6 @@ class AttentionBias(Intervention):
             for kind, point in _points(cfg).items()
         ]
         return [*zeroing, *pairs]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write attention_bias.safetensors and attention_bias.json; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "attention_bias.safetensors") as temporary:
-            save_file({"k": self.k.contiguous(), "v": self.v.contiguous()}, temporary)
-        described = {"version": __version__, "n_images": self.n_images, "neurons": self.neurons.to_dict()}
-        write_json(folder / "attention_bias.json", described)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> AttentionBias:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        pair = read_tensors(folder / "attention_bias.safetensors", ("k", "v"))
-        with reading(folder / "attention_bias.json") as told:
-            return cls(neurons=RegisterNeurons.from_dict(told["neurons"]), n_images=told["n_images"], **pair)
 
 
 def _points(cfg: ViTConfig) -> dict[str, str]:

@@ -15,7 +15,6 @@ from registerlens.errors import ConfigError, MissingExtraError, UnsupportedArchi
 from registerlens.files import read_json, write_json
 from registerlens.interventions.attach import attach
 from registerlens.interventions.base import Intervention
-from registerlens.interventions.files import load_intervention, save_intervention
 from registerlens.loading import huggingface
 from registerlens.loading.sources import fetch_of, network, source_of
 
@@ -72,7 +71,7 @@ def bake(name: str, intervention: Intervention, folder: str | Path) -> Path:
         made = Path(temporary) / folder.name
         made.mkdir()
         library.save(module, target, made)
-        save_intervention(intervention, made)
+        intervention.save(made / "intervention")
         write_json(made / "baked.json", {"version": __version__, "source": source, "model": name})
         told = {"model": name, "kind": type(intervention).__name__, "version": __version__, "library": source}
         (made / "load.py").write_text(_LOADER.format(extra=library.extra, **told))
@@ -88,10 +87,13 @@ def load_baked(folder: str | Path) -> nn.Module:
     Raises:
         ConfigError: the folder was not made by `bake`, or is damaged.
     """
+    # What is derived from Intervention can be read once it is imported.
+    from registerlens.interventions import ablation, attention_bias, interpolation, registers, scaling  # noqa: F401, PLC0415
+
     folder = Path(folder)
     source = read_json(folder / "baked.json").get("source")
     module = _library(str(source), str(folder)).load(str(folder)).eval()
-    attach(module, load_intervention(folder))
+    attach(module, Intervention.load(folder / "intervention"))
     return module
 
 
@@ -106,7 +108,7 @@ def _library(source: str, name: str) -> _Library:
     if source not in _LIBRARIES:
         raise UnsupportedArchitectureError(
             f"Baking needs a model of {sorted(_LIBRARIES)}, because it is their module that is edited; {name!r} is of "
-            f"'{source}'. Save the intervention itself with registerlens.interventions.files.save_intervention."
+            f"'{source}'. Save the intervention itself: intervention.save(folder)."
         )
     return _LIBRARIES[source]
 

@@ -17,6 +17,7 @@ from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import InterventionError
 from registerlens.model.names import TOKENS
 from registerlens.model.vit import HookedViT
+from registerlens.results import Saved
 
 
 @runtime_checkable
@@ -80,11 +81,11 @@ class Edit:
     """From the tensor there to the tensor that flows on; pure."""
 
 
-class Intervention(ABC):
+class Intervention(Saved, ABC):
     """An edit of the model, described by a frozen object.
 
     A subclass says which edits it makes; `vit.edit` and `attach` put them in force. It works on whole batches, treats
-    every image on its own, and is differentiable.
+    every image on its own, and is differentiable. A dataclass can be saved; `Intervention.load(folder)` reads any.
     """
 
     @property

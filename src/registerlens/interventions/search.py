@@ -4,34 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from registerlens.analysis.detection import (
     Detection,
     Threshold,
     detect,
-    detection_from_dict,
-    detection_to_dict,
     require_outliers,
 )
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.analysis.sighting import Sighting
 from registerlens.data.batches import Counted, Images, count, first_and_all
-from registerlens.display import Shown
 from registerlens.errors import ConfigError, NoOutliersError
-from registerlens.files import read_tensors, reading, whole_file, write_json
 from registerlens.interventions.choosing_k import MOST, find_elbow, sweep
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
+from registerlens.results import Result, as_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -44,7 +38,7 @@ HELD_OUT = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronSearch(Shown):
+class NeuronSearch(Result):
     """How register neurons were found: everything that was measured and chosen on the way."""
 
     model: str
@@ -116,8 +110,8 @@ class NeuronSearch(Shown):
             "n_images": self.scores.n_images,
             "n_with_outliers": self.scores.n_with_outliers,
             "n_outliers": self.scores.n_outliers,
-            "detection": detection_to_dict(self.detection),
-            "evidence": self.scores.evidence.to_dict(),
+            "detection": as_json(self.detection),
+            "evidence": as_json(self.scores.evidence),
         }
 
     def describe(self) -> str:
@@ -136,42 +130,6 @@ class NeuronSearch(Shown):
         from registerlens.viz.neurons import search_figure  # noqa: PLC0415  (viz stands on results)
 
         return search_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write neuron_search.json and neuron_search.safetensors (all scores); returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "neuron_search.safetensors") as temporary:
-            save_file({"scores": self.scores.scores, "halves": self.scores.halves}, temporary)
-        write_json(folder / "neuron_search.json", {"version": __version__, **self.summary()})
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> NeuronSearch:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        tensors = read_tensors(folder / "neuron_search.safetensors", ("scores", "halves"))
-        same = ("model", "score", "lowest_layer", "top_layer", "top_k", "elbow", "sweep", "sweep_note")
-        with reading(folder / "neuron_search.json") as told:
-            scores = NeuronScores(
-                first_layer=told["lowest_layer"],
-                n_images=told["n_images"],
-                n_with_outliers=told["n_with_outliers"],
-                n_outliers=told["n_outliers"],
-                evidence=OutlierEvidence.from_dict(told["evidence"]),
-                **{name: tensor.numpy() for name, tensor in tensors.items()},
-            )
-            return cls(
-                detection=detection_from_dict(told["detection"]),
-                scores=scores,
-                sweep_curve=tuple((int(k), float(left)) for k, left in told["sweep_curve"]),
-                **{name: told[name] for name in same},
-            )
 
 
 def find_register_neurons(

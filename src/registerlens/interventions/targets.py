@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -125,34 +125,3 @@ def parts_of(target: Target, cfg: ViTConfig) -> list[Part]:
     if isinstance(target.which, str):
         target.positions(cfg.layout())
     return [Part(f"blocks.{target.layer}.hook_resid_post", tokens=target)]
-
-
-def target_to_dict(target: Target) -> dict[str, Any]:
-    """JSON-ready values.
-
-    Example:
-        >>> target_to_dict(Heads([(2, 0)]))
-        {'kind': 'heads', 'pairs': [[2, 0]]}
-    """
-    if isinstance(target, RegisterNeurons):
-        return {"kind": "neurons", **target.to_dict()}
-    if isinstance(target, Heads):
-        return {"kind": "heads", "pairs": [list(pair) for pair in target.pairs]}
-    which = target.which if isinstance(target.which, str) else list(target.which)
-    return {"kind": "tokens", "layer": target.layer, "which": which}
-
-
-def target_from_dict(values: dict[str, Any]) -> Target:
-    """The inverse of `target_to_dict`.
-
-    Raises:
-        ConfigError: an unknown kind of target.
-    """
-    kind = values.get("kind")
-    if kind == "neurons":
-        return RegisterNeurons.from_dict(values)
-    if kind == "heads":
-        return Heads((layer, head) for layer, head in values["pairs"])
-    if kind == "tokens":
-        return Tokens(values["layer"], values["which"])
-    raise ConfigError(f"Unknown kind of target {kind!r}: expected neurons, heads or tokens.")

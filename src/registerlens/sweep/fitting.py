@@ -203,8 +203,6 @@ References = Images | Source | Mapping[str, Images | Source]
 """Images to fit on; or those of each model by its name."""
 Fits = dict[str, Intervention]
 """Fitted edits by the hash of what was to be fitted, and on which model."""
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Ablate, AttentionBias)}
-"""What comes out of fitting."""
 
 
 def fit_missing(
@@ -252,10 +250,8 @@ def pack_fits(fits: Fits) -> bytes:
     archive = io.BytesIO()
     with TemporaryDirectory() as folder, zipfile.ZipFile(archive, "w") as file:
         for identity, fitted in fits.items():
-            place = Path(type(fitted).__name__) / identity
-            KINDS[type(fitted).__name__].save(fitted, Path(folder) / place)
-            for written in sorted((Path(folder) / place).iterdir()):
-                file.write(written, str(place / written.name))
+            for written in sorted(fitted.save(Path(folder) / identity).iterdir()):
+                file.write(written, f"{identity}/{written.name}")
     return archive.getvalue()
 
 
@@ -263,8 +259,7 @@ def unpack_fits(content: bytes) -> Fits:
     """Fitted edits, bit for bit those that were packed."""
     with TemporaryDirectory() as folder, zipfile.ZipFile(io.BytesIO(content)) as file:
         file.extractall(folder)
-        places = sorted(Path(folder).glob("*/*"))
-        return {place.name: KINDS[place.parent.name].load(place) for place in places}
+        return {place.name: Intervention.load(place) for place in sorted(Path(folder).iterdir())}
 
 
 def _with(planned: Any, fitted: Intervention) -> Planned:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,10 +52,6 @@ class Swept:
         if not self.edited:
             return ConditionKind.CLEAN
         return ConditionKind.CONTROL if self.control_of else ConditionKind.TESTED
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,20 +17,17 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from registerlens.data.images import Skipped
-from registerlens.display import Shown
+from registerlens.encoding import own_file
 from registerlens.errors import ConfigError, close_matches
 from registerlens.evaluation.metrics import COLUMNS, Metric
 from registerlens.evaluation.verdict import ConditionKind
-from registerlens.files import reading, whole_file, write_json
+from registerlens.results import Result
 from registerlens.sweep.aggregate import NUMBERS, Comparison, aggregate, compare
 from registerlens.sweep.conditions import Condition, Factor
 from registerlens.sweep.records import Places, Swept, places_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-FILE = "sweep"
-"""Stem of the two files of a saved result."""
 _WHY = {
     **dict.fromkeys(("difference", "p", "p_holm"), "the sweep has no clean condition to compare with"),
     **dict.fromkeys(("vs_controls", "p_controls", "p_controls_holm"), "no condition has controls"),
@@ -39,7 +36,7 @@ _WHY = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SweepResult(Shown):
+class SweepResult(Result):
     """What every condition of a sweep does, image by image; aggregates are made of it on demand.
 
     Example:
@@ -49,7 +46,7 @@ class SweepResult(Shown):
         array([3.])
     """
 
-    table: pa.Table
+    table: pa.Table = field(metadata=own_file(".parquet", pq.write_table, pq.read_table))
     """One row a condition and image: `condition` (key), `shard`, `image` (name), and a column a metric."""
     conditions: tuple[Swept, ...]
     """What was run, in the order of the sweep."""
@@ -57,6 +54,14 @@ class SweepResult(Shown):
     """Names of the metrics, each with what it is in words."""
     skipped: tuple[Skipped, ...] = ()
     """Images that could not be used."""
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in (*COLUMNS, *self.metrics) if name not in self.table.column_names]:
+            raise ConfigError(
+                f"The table lacks the columns {missing}; it has {self.table.column_names}."
+                " Give a table that a sweep has written."
+            )
+        _ = self.places  # refuses rows of unknown conditions
 
     @classmethod
     def from_table(
@@ -77,20 +82,12 @@ class SweepResult(Shown):
         Raises:
             ConfigError: a column is missing, a row is of an unknown condition, or stands there twice.
         """
-        words = _words(metrics)
-        if missing := [name for name in (*COLUMNS, *words) if name not in table.column_names]:
-            raise ConfigError(
-                f"The table lacks the columns {missing}; it has {table.column_names}."
-                " Give a table that a sweep has written."
-            )
-        for name in ("condition", "image"):  # names stand there many times
+        for name in {"condition", "image"} & set(table.column_names):  # names stand there many times
             if not pa.types.is_dictionary(table.schema.field(name).type):
                 place = table.column_names.index(name)
                 table = table.set_column(place, name, table[name].dictionary_encode().unify_dictionaries())
         swept = tuple(one if isinstance(one, Swept) else Swept.of(one) for one in conditions)
-        result = cls(table=table, conditions=swept, metrics=words, skipped=tuple(skipped))
-        _ = result.places
-        return result
+        return cls(table=table, conditions=swept, metrics=_words(metrics), skipped=tuple(skipped))
 
     @classmethod
     def from_store(cls, store: str | os.PathLike[str]) -> SweepResult:
@@ -172,6 +169,12 @@ class SweepResult(Shown):
         for place, (name, values) in enumerate(told.items(), start=1):
             frame.insert(place, name, pd.Categorical(values, categories=list(dict.fromkeys(values))).take(codes))
         return frame
+
+    def describe(self) -> str:
+        """What was run, and on how much."""
+        told = ", ".join(f"{n} {kind.value}" for kind, n in Counter(one.kind for one in self.conditions).items())
+        left_out = f" {len(self.skipped)} images could not be used." if self.skipped else ""
+        return f"{', '.join(self.metrics)} under {told} conditions on {self.n_images} images.{left_out}"
 
     def to_dataframe(self, n_boot: int = 1000, seed: int = 0, flips: int | None = None) -> pd.DataFrame:
         """One row a condition and metric.
@@ -282,38 +285,6 @@ class SweepResult(Shown):
         from registerlens.viz.sweep import sweep_figure  # noqa: PLC0415  (viz stands on results)
 
         return sweep_figure(self, kind, metric, by)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write sweep.parquet (the table) and sweep.json (everything else); returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / f"{FILE}.parquet") as temporary:
-            pq.write_table(self.table, temporary)
-        told = {
-            "version": __version__,
-            "conditions": [one.to_dict() for one in self.conditions],
-            "metrics": self.metrics,
-            "skipped": [[one.name, one.reason] for one in self.skipped],
-        }
-        write_json(folder / f"{FILE}.json", told)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> SweepResult:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        try:
-            table = pq.read_table(folder / f"{FILE}.parquet")
-        except (OSError, pa.ArrowException) as error:
-            raise ConfigError(f"'{folder / FILE}.parquet' cannot be read; it may be truncated: {error}") from error
-        with reading(folder / f"{FILE}.json") as told:
-            conditions = [Swept(**one) for one in told["conditions"]]
-            return cls.from_table(table, conditions, told["metrics"], [Skipped(*one) for one in told["skipped"]])
 
     def _column(self, metric: str) -> Float[np.ndarray, " row"]:
         if metric not in self.metrics:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -46,10 +45,6 @@ class Condition:
     activation over that of an aligned x_s."""
     holds: bool
     """Up to rounding (TOLERANCE)."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
 
 
 def relative_residual(W: Float[Tensor, "d_model width"], u: Float[Tensor, " d_model"]) -> float:

@@ -17,8 +17,7 @@ the pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +25,10 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
-from registerlens.display import Shown
+from registerlens.results import FINITE, Result
 from registerlens.theory.bounds import ACTIVATION_GRID, Activations, attention_beside, checked_activations, spectral
 from registerlens.theory.conditions import Condition, check_conditions, in_words
 from registerlens.theory.proposition import NO_OP, SINK, output_moves, setup_of
-from registerlens.theory.records import load_record, save_record
 from registerlens.theory.two_block import CLS, TwoBlockModel
 
 if TYPE_CHECKING:
@@ -38,14 +36,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CorollaryReport(Shown):
+class CorollaryReport(Result):
     """What separates the register neuron from the attention bias, token by token, against the register activation."""
 
     setup: dict[str, Any]
     """Sizes, nonlinearity and seed of the model, and which token is the sink."""
     conditions: tuple[Condition, ...]
     """The conditions of Proposition 1."""
-    activations: Float[np.ndarray, " activation"]
+    activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
     """What the register neuron writes at an aligned x_s."""
     attends: Bool[np.ndarray, " token"]
     """Whether, at the largest activation, the token gives x_s, and without the neuron the pair, at least SINK of its
@@ -125,25 +123,6 @@ class CorollaryReport(Shown):
         from registerlens.viz.theory import corollary_figure  # noqa: PLC0415  (viz stands on results)
 
         return corollary_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write corollary.json and corollary.safetensors; returns the folder."""
-        return save_record(self, folder, "corollary", {"described": self.describe()})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> CorollaryReport:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-
-        Example:
-            >>> import tempfile
-            >>> report = verify_corollary(TwoBlockModel.build())
-            >>> CorollaryReport.load(report.save(tempfile.mkdtemp())).equal
-            True
-        """
-        return load_record(cls, folder, "corollary")
 
 
 def verify_corollary(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> CorollaryReport:

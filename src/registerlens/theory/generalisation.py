@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.display import Shown
+from registerlens.results import FINITE, Result
 from registerlens.theory.bounds import (
     ACTIVATION_GRID,
     Activations,
@@ -26,7 +25,6 @@ from registerlens.theory.bounds import (
 from registerlens.theory.conditions import Condition, check_conditions
 from registerlens.theory.general import GeneralModel, LayerNorm
 from registerlens.theory.proposition import NO_OP, setup_of
-from registerlens.theory.records import load_record, save_record
 from registerlens.theory.two_block import CLS
 
 if TYPE_CHECKING:
@@ -37,14 +35,14 @@ STILL = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GeneralReport(Shown):
+class GeneralReport(Result):
     """Sink, limit and no-op with arbitrary attention, against the register activation, each beside its bound."""
 
     setup: dict[str, Any]
     """Sizes, nonlinearity and seed of the two-block model, number of heads, and whether there is a LayerNorm."""
     conditions: tuple[Condition, ...]
     """The conditions of Proposition 1 on the two-block model; none is needed for the no-op on the value side."""
-    activations: Float[np.ndarray, " activation"]
+    activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
     """What the register neuron writes at an aligned x_s."""
     beside: Float[np.ndarray, "activation head query"]
     """Attention of every query to tokens other than x_s, 0 to 1."""
@@ -135,26 +133,6 @@ class GeneralReport(Shown):
         from registerlens.viz.theory import generalisation_figure  # noqa: PLC0415  (viz stands on results)
 
         return generalisation_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write generalisation.json and generalisation.safetensors; returns the folder."""
-        return save_record(self, folder, "generalisation", {"described": self.describe()})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> GeneralReport:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-
-        Example:
-            >>> import tempfile
-            >>> from registerlens.theory.two_block import TwoBlockModel
-            >>> report = verify_generalisation(GeneralModel.build(TwoBlockModel.build()))
-            >>> GeneralReport.load(report.save(tempfile.mkdtemp())).limit_sink is None
-            True
-        """
-        return load_record(cls, folder, "generalisation")
 
 
 def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVATION_GRID) -> GeneralReport:

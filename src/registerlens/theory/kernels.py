@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.numpy import save_file
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
-from registerlens.display import Shown
+from registerlens.encoding import table_of
 from registerlens.errors import ConfigError, WeightsError
-from registerlens.files import read_json, read_tensors, whole_file, write_json
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
+from registerlens.results import FINITE, Result
 from registerlens.theory.measurements import (
     COLUMNS,
     Rows,
@@ -45,7 +43,7 @@ _SUBJECTS = {"outlier": "the outlier tokens' direction", "u2": "u2"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KernelReport(Shown):
+class KernelReport(Result):
     """Which conditions of Proposition 1, relaxed to a real model, hold for some register neurons."""
 
     model: str
@@ -54,11 +52,16 @@ class KernelReport(Shown):
     """Its architecture."""
     neurons: RegisterNeurons
     """The neurons checked."""
-    table: pd.DataFrame
+    table: pd.DataFrame = field(
+        metadata=table_of(
+            words=(*(name for name, nothing in COLUMNS.items() if nothing == ""), "verdict"),
+            numbers=(name for name, nothing in COLUMNS.items() if nothing != ""),
+        )
+    )
     """Every number with its nulls; columns as `to_dataframe` explains."""
-    written: Float[np.ndarray, "neuron d_model"]
+    written: Float[np.ndarray, "neuron d_model"] = field(metadata=FINITE)
     """What each neuron writes (u2), in the order of `neurons`: its row of W_out, LayerScale folded in."""
-    usual: Float[np.ndarray, " d_model"]
+    usual: Float[np.ndarray, " d_model"] = field(metadata=FINITE)
     """Root mean square of the weights other neurons of the same blocks write into each dimension."""
     n_tokens: int
     """Keys of a query, for the key side."""
@@ -174,82 +177,6 @@ class KernelReport(Shown):
         from registerlens.viz.kernels import weight_figure  # noqa: PLC0415
 
         return weight_figure(self)
-
-    def summary(self) -> dict[str, Any]:
-        """What was found, JSON-ready."""
-        return {
-            "model": self.model,
-            "n_images": self.n_images,
-            "n_outliers": self.n_outliers,
-            "n_tokens": self.n_tokens,
-            "verdicts": [[found.condition, found.vector, found.verdict, found.words] for found in self.findings],
-            "no_op": self.no_op,
-            "not_applicable": self.not_applicable,
-            "notes": list(self.notes),
-            "in_words": self.describe(),
-        }
-
-    def save(self, folder: str | Path) -> Path:
-        """Write kernels.json (verdicts in words) and kernels.safetensors (every number); returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        arrays: dict[str, np.ndarray] = {"written": self.written, "usual": self.usual}
-        names: dict[str, list[str]] = {}
-        for column in self.table:
-            values = self.table[column]
-            if not pd.api.types.is_numeric_dtype(values):  # names, as indices into a list of them
-                codes, known = pd.factorize(values)
-                names[str(column)], values = [str(name) for name in known], pd.Series(codes)
-            arrays[f"table.{column}"] = values.to_numpy()
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        with whole_file(folder / "kernels.safetensors") as temporary:
-            save_file(arrays, temporary)
-        described = {
-            "version": __version__,
-            "config": self.config.to_dict(),
-            "neurons": self.neurons.to_dict(),
-            "names": names,
-            **self.summary(),
-        }
-        write_json(folder / "kernels.json", described)
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> KernelReport:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-
-        Example:
-            >>> import tempfile, registerlens as rl
-            >>> vit, neurons = rl.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(4, 7)])
-            >>> report = check_kernels(vit, neurons)
-            >>> KernelReport.load(report.save(tempfile.mkdtemp())).describe() == report.describe()
-            True
-        """
-        folder = Path(folder)
-        told = read_json(folder / "kernels.json")
-        arrays = {name: tensor.numpy() for name, tensor in read_tensors(folder / "kernels.safetensors").items()}
-        columns: dict[str, Any] = {
-            name.removeprefix("table."): values for name, values in arrays.items() if name.startswith("table.")
-        }
-        for name, known in told["names"].items():
-            columns[name] = np.array(known, dtype=object)[columns[name]]
-        return cls(
-            model=told["model"],
-            config=ViTConfig.from_dict(told["config"]),
-            neurons=RegisterNeurons.from_dict(told["neurons"]),
-            table=pd.DataFrame({name: columns[name] for name in (*COLUMNS, "verdict")}),
-            written=arrays["written"],
-            usual=arrays["usual"],
-            n_tokens=told["n_tokens"],
-            n_images=told["n_images"],
-            n_outliers=told["n_outliers"],
-            not_applicable=told["not_applicable"],
-            notes=tuple(told["notes"]),
-        )
 
 
 def check_kernels(

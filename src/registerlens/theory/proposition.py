@@ -26,8 +26,7 @@ and as a^2 for one that does. So the attention elsewhere and the deviation fall 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.display import Shown
+from registerlens.results import FINITE, Result
 from registerlens.theory.bounds import (
     ACTIVATION_GRID,
     Activations,
@@ -48,7 +47,6 @@ from registerlens.theory.bounds import (
     spectral,
 )
 from registerlens.theory.conditions import Condition, check_conditions, in_words
-from registerlens.theory.records import load_record, save_record
 from registerlens.theory.two_block import CLS, TwoBlockModel
 
 if TYPE_CHECKING:
@@ -61,14 +59,14 @@ NO_OP = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PropositionReport(Shown):
+class PropositionReport(Result):
     """Sink and no-op against the register activation, each beside its bound, and which conditions hold."""
 
     setup: dict[str, Any]
     """Sizes, nonlinearity and seed of the model."""
     conditions: tuple[Condition, ...]
     """Every condition."""
-    activations: Float[np.ndarray, " activation"]
+    activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
     """What the register neuron writes at an aligned x_s: phi(|x_s| |u1|) |u2|, a length in the residual stream."""
     beside: Float[np.ndarray, "activation query"]
     """Attention of every query to tokens other than x_s, 0 to 1; [CLS] first."""
@@ -144,25 +142,6 @@ class PropositionReport(Shown):
         from registerlens.viz.theory import proposition_figure  # noqa: PLC0415  (viz stands on results)
 
         return proposition_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write proposition.json and proposition.safetensors; returns the folder."""
-        return save_record(self, folder, "proposition", {"described": self.describe(), "broken": list(self.broken)})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> PropositionReport:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-
-        Example:
-            >>> import tempfile
-            >>> report = verify_proposition(TwoBlockModel.build())
-            >>> PropositionReport.load(report.save(tempfile.mkdtemp())).sink
-            True
-        """
-        return load_record(cls, folder, "proposition")
 
 
 def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> PropositionReport:

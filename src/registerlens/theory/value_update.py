@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -13,20 +12,18 @@ import torch
 import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count, in_batches
-from registerlens.display import Shown
 from registerlens.errors import ConfigError, ImageError, ShapeError
-from registerlens.files import read_json, whole_file, write_json
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -105,7 +102,7 @@ def collapse(registers: Float[Tensor, "batch register d_model"]) -> Float[Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ValueUpdate(Shown):
+class ValueUpdate(Result):
     """Updates that registers write in one layer, each against a reference; means over images.
 
     An image's update is that of all its tokens but the registers, as one long vector: a token that pays the registers
@@ -156,37 +153,6 @@ class ValueUpdate(Shown):
         from registerlens.viz.sinks import value_update_figure  # noqa: PLC0415  (viz stands on results)
 
         return value_update_figure(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write value_update.json and value_update.safetensors; returns the folder."""
-        from registerlens import __version__  # noqa: PLC0415
-
-        folder = Path(folder)
-        with whole_file(folder / "value_update.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, temporary)
-        described = {"version": __version__, "model": self.model, "config": self.config.to_dict(), "layer": self.layer}
-        described |= {"n_images": self.n_images, "conditions": list(self.conditions)}
-        write_json(folder / "value_update.json", described | {"references": list(self.references)})
-        return folder
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ValueUpdate:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: a file is missing or damaged.
-        """
-        folder = Path(folder)
-        described = read_json(folder / "value_update.json")
-        return cls(
-            model=described["model"],
-            config=ViTConfig.from_dict(described["config"]),
-            layer=described["layer"],
-            n_images=described["n_images"],
-            conditions=tuple(described["conditions"]),
-            references=tuple(described["references"]),
-            **load_file(folder / "value_update.safetensors"),
-        )
 
 
 def value_update(

@@ -1,0 +1,571 @@
+"""Values as JSON and arrays and back, as their annotations say: one codec for each kind of annotation.
+
+`Float[np.ndarray, "layer head"]` is an array of that dtype and rank whose named axes agree within its dataclass, a
+`DataFrame` a table, a dataclass another description of fields, anything with `to_dict` and `from_dict` what those make
+of it, and plain types are JSON. Both ways a value is held against its annotation; what does not fit is a `Misfit`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import cache, partial
+from inspect import isabstract
+from itertools import repeat
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import AbstractArray
+from torch import Tensor
+
+JSON, ARRAYS = "result.json", "arrays.safetensors"
+"""The files that values and arrays are written to."""
+
+
+class Misfit(Exception):
+    """A value is not what its annotation says; whoever knows the folder makes an error of it."""
+
+    def __init__(self, place: str, what: str, file: str = JSON) -> None:
+        self.place, self.what, self.file = place, what, file
+
+
+@dataclass
+class Parts:
+    """What values consist of beside their JSON."""
+
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    """By the place of their field; reading takes them out."""
+    files: dict[str, Callable[[Path], Any]] = field(default_factory=dict)
+    """Other files by name, and how they are written."""
+    folder: Path = Path()
+    """Where they are read."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands in a result."""
+
+    parts: Parts
+    name: str = ""
+    """Such as "detection.cutoff.value" or "conditions[3].name"."""
+    axes: dict[str, int] = field(default_factory=dict)
+    """Lengths of the named axes, of all arrays of one dataclass."""
+
+    def of_field(self, name: str, axes: dict[str, int]) -> Place:
+        """A field of a dataclass that stands here."""
+        return Place(self.parts, f"{self.name}.{name}" if self.name else name, axes)
+
+    def of_item(self, key: object) -> Place:
+        """An entry of what stands here."""
+        return Place(self.parts, f"{self.name}[{key}]", self.axes)
+
+    def misfit(self, what: str, file: str = JSON) -> Misfit:
+        """What is wrong here."""
+        return Misfit(self.name, what, file)
+
+    def must_be(self, expected: str, got: object) -> Misfit:
+        """Something else stands here."""
+        return self.misfit(f"must be {expected}, got {got!r:.80}")
+
+    def make(self, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """What a class makes of values that may be anything: whatever it raises, they are at fault."""
+        try:
+            return make(*args, **options)
+        except Exception as error:
+            raise self.misfit(f"is refused: {type(error).__name__}: {error}") from error
+
+
+class Codec(ABC):
+    """How a value of one kind of annotation becomes JSON (and arrays on the way), and how it comes back."""
+
+    @abstractmethod
+    def fits(self, value: Any) -> bool:
+        """Whether a value is of that kind, as far as its surface tells."""
+
+    @abstractmethod
+    def encode(self, value: Any, at: Place) -> Any:
+        """The JSON of a value that fits."""
+
+    @abstractmethod
+    def decode(self, told: Any, at: Place) -> Any:
+        """The value of some JSON."""
+
+
+# Plain values --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Anything(Codec):
+    """What is JSON already."""
+
+    def fits(self, value: Any) -> bool:
+        return True
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return value
+
+    def decode(self, told: Any, at: Place) -> Any:
+        return told
+
+
+@dataclass(frozen=True)
+class _Plain(Codec):
+    kind: type
+    accepted: tuple[type, ...]
+    """numpy's scalars are among them."""
+    make: Callable[[Any], Any]
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.accepted) and (self.kind is bool or not isinstance(value, bool))
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return self.make(value)
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if not self.fits(told):
+            raise at.must_be(self.kind.__name__, told)
+        return told
+
+
+@dataclass(frozen=True)
+class _Number(Codec):
+    """A float; JSON has no NaN and no infinity."""
+
+    finite: bool
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
+
+    def encode(self, value: Any, at: Place) -> Any:
+        value = self._checked(float(value), at)
+        return value if math.isfinite(value) else {"float": str(value)}
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if isinstance(told, dict) and told.get("float") in ("nan", "inf", "-inf"):
+            told = float(told["float"])
+        if not self.fits(told):
+            raise at.must_be("a number", told)
+        return self._checked(at.make(float, told), at)
+
+    def _checked(self, value: float, at: Place) -> float:
+        if self.finite and not math.isfinite(value):
+            raise at.must_be("finite", value)
+        return value
+
+
+@dataclass(frozen=True)
+class _Word(Codec):
+    """One of a `Literal`'s words."""
+
+    words: tuple[str, ...]
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, str) and value in self.words
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return value
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if not self.fits(told):
+            raise at.must_be(f"one of {list(self.words)}", told)
+        return told
+
+
+@dataclass(frozen=True)
+class _Member(Codec):
+    """A member of an enumeration, by its value."""
+
+    kind: type[Enum]
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.kind)
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return value.value
+
+    def decode(self, told: Any, at: Place) -> Any:
+        known = {member.value: member for member in self.kind}
+        if not isinstance(told, str | int) or told not in known:
+            raise at.must_be(f"one of {list(known)}", told)
+        return known[told]
+
+
+# Values made of others -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Many(Codec):
+    """A tuple, list or other sequence: of any length, or with a codec for each entry."""
+
+    kind: type
+    make: Callable[[list[Any]], Any]
+    entries: tuple[Codec, ...]
+    any_length: bool
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.kind) or (self.kind is Sequence and isinstance(value, np.ndarray))
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return [_encode(codec, part, at.of_item(i)) for i, (codec, part) in enumerate(self._each(value, at))]
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if not isinstance(told, list):
+            raise at.must_be("a list", told)
+        return self.make([codec.decode(part, at.of_item(i)) for i, (codec, part) in enumerate(self._each(told, at))])
+
+    def _each(self, values: Any, at: Place) -> Any:
+        if not self.any_length and len(values) != len(self.entries):
+            raise at.must_be(f"{len(self.entries)} entries", values)
+        return zip(repeat(self.entries[0]) if self.any_length else self.entries, values, strict=False)
+
+
+@dataclass(frozen=True)
+class _Named(Codec):
+    """A dict by names."""
+
+    entry: Codec
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, Mapping)
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return {name: _encode(self.entry, part, at.of_item(name)) for name, part in value.items()}
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if not isinstance(told, dict):
+            raise at.must_be("an object", told)
+        return {name: self.entry.decode(part, at.of_item(name)) for name, part in told.items()}
+
+
+@dataclass(frozen=True)
+class _Coded(Codec):
+    """A class that knows its JSON itself."""
+
+    kind: Any
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.kind)
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return value.to_dict()
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if not isinstance(told, dict):
+            raise at.must_be("an object", told)
+        return at.make(self.kind.from_dict, told)
+
+
+@dataclass(frozen=True)
+class _Fields(Codec):
+    """A dataclass; what it keeps to itself has `metadata={"saved": False}`."""
+
+    kind: type[Any]
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.kind)
+
+    def encode(self, value: Any, at: Place) -> Any:
+        axes: dict[str, int] = {}
+        codecs = _codecs_of(self.kind)
+        return {name: _encode(codec, getattr(value, name), at.of_field(name, axes)) for name, codec in codecs.items()}
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if not isinstance(told, dict):
+            raise at.must_be("an object", told)
+        axes: dict[str, int] = {}
+        codecs = _codecs_of(self.kind)
+        for name in sorted(set(codecs) ^ set(told)):
+            what = "is missing" if name in codecs else f"is no field of {self.kind.__name__}"
+            raise at.of_field(name, axes).misfit(what)
+        values = {name: codec.decode(told[name], at.of_field(name, axes)) for name, codec in codecs.items()}
+        return at.make(self.kind, **values)
+
+
+@dataclass(frozen=True)
+class _Derived(Codec):
+    """Whatever is derived from an abstract class, told by its name."""
+
+    kind: type[Any]
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, self.kind) and is_dataclass(value)
+
+    def encode(self, value: Any, at: Place) -> Any:
+        return {"class": type(value).__name__, **_Fields(type(value)).encode(value, at)}
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if not isinstance(told, dict):
+            raise at.must_be("an object", told)
+        kinds, name = {kind.__name__: kind for kind in concrete(self.kind)}, told.get("class")
+        if not isinstance(name, str) or name not in kinds:
+            raise at.must_be(f"of a class among {sorted(kinds)}", name)
+        return _Fields(kinds[name]).decode({key: value for key, value in told.items() if key != "class"}, at)
+
+
+@dataclass(frozen=True)
+class _Unknown(Codec):
+    """What cannot be saved, such as a function; it may be one of several kinds that a field can have."""
+
+    kind: Any
+
+    def fits(self, value: Any) -> bool:
+        return False
+
+    def encode(self, value: Any, at: Place) -> Any:
+        raise at.misfit(f"cannot be saved: {value!r:.80}")
+
+    def decode(self, told: Any, at: Place) -> Any:
+        raise at.misfit(f"cannot be read: nothing is known of {self.kind}")
+
+
+@dataclass(frozen=True)
+class _Either(Codec):
+    """The first of several that fits; a class among several is told by its name."""
+
+    codecs: tuple[Codec, ...]
+
+    def fits(self, value: Any) -> bool:
+        return any(codec.fits(value) for codec in self.codecs)
+
+    def encode(self, value: Any, at: Place) -> Any:
+        codec = next(codec for codec in self.codecs if codec.fits(value))
+        name = self._name(codec)
+        return {"class": name, **codec.encode(value, at)} if name else codec.encode(value, at)
+
+    def decode(self, told: Any, at: Place) -> Any:
+        misfits = []
+        for codec in self.codecs:
+            part = told
+            if name := self._name(codec):
+                if not isinstance(told, dict) or told.get("class") != name:
+                    continue
+                part = {key: value for key, value in told.items() if key != "class"}
+            try:
+                return codec.decode(part, at)
+            except Misfit as misfit:
+                misfits.append(misfit)
+        if not misfits:
+            raise at.must_be("of a known class", told)
+        raise max(misfits, key=lambda misfit: (len(misfit.place), misfit.file == ARRAYS))  # what came furthest
+
+    def _name(self, codec: Codec) -> str:
+        classes = [one for one in self.codecs if isinstance(one, _Fields | _Coded)]
+        return codec.kind.__name__ if len(classes) > 1 and isinstance(codec, _Fields | _Coded) else ""
+
+
+# Arrays, tables, files -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Array(Codec):
+    """A jaxtyping annotation; its JSON is its place, under which the array stands in the other file."""
+
+    hint: Any
+    finite: bool
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray | Tensor) and _dtype(value) in self.hint.dtypes
+
+    def encode(self, value: Any, at: Place) -> Any:
+        tensor = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
+        self._check(tensor, at)
+        at.parts.arrays[at.name] = tensor.contiguous().clone()  # safetensors refuses tensors that share memory
+        return at.name
+
+    def decode(self, told: Any, at: Place) -> Any:
+        tensor = _take(told, at)
+        self._check(tensor, at)
+        return tensor.numpy() if issubclass(self.hint.array_type, np.ndarray) else tensor
+
+    def _check(self, array: Tensor, at: Place) -> None:
+        axes, shape = self.hint.dim_str.split(), list(array.shape)
+        if _dtype(array) not in self.hint.dtypes:
+            raise at.misfit(f"must be {self.hint.__name__}, is {_dtype(array)}", ARRAYS)
+        if not any(axis.startswith(("*", "...")) for axis in axes):
+            if len(axes) != len(shape):
+                raise at.misfit(f"must have the axes {axes}, has shape {shape}", ARRAYS)
+            for axis, n in zip(axes, shape, strict=True):
+                named = axis.isidentifier() and not axis.startswith("_")
+                expected = at.axes.setdefault(axis, n) if named else int(axis) if axis.isdigit() else n
+                if n != expected:
+                    raise at.misfit(f"has shape {shape}, its axis '{axis}' must be {expected} long", ARRAYS)
+        if self.finite and not bool(array.isfinite().all()):
+            raise at.misfit("must be finite, holds NaN or infinity", ARRAYS)
+
+
+@dataclass(frozen=True)
+class _Table(Codec):
+    """A frame: a column of numbers is an array; one of words an array of indices, -1 for none, into a list of them."""
+
+    words: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, pd.DataFrame) and set(value) == {*self.words, *self.numbers}
+
+    def encode(self, value: Any, at: Place) -> Any:
+        told = {}
+        for name in value:
+            if name in self.words:
+                codes, words = pd.factorize(value[name])
+                told[name] = [str(word) for word in words]
+            else:
+                codes, told[name] = value[name].to_numpy(dtype=None if len(value) else float), at.of_item(name).name
+            at.parts.arrays[at.of_item(name).name] = torch.from_numpy(np.array(codes))
+        return told
+
+    def decode(self, told: Any, at: Place) -> Any:
+        columns = {*self.words, *self.numbers}
+        if not isinstance(told, dict) or set(told) != columns:
+            raise at.must_be(f"an object with {sorted(columns)}", told)
+        return at.make(pd.DataFrame, {name: self._column(name, part, at.of_item(name)) for name, part in told.items()})
+
+    def _column(self, name: str, told: Any, at: Place) -> Any:
+        values = _take(at.name if name in self.words else told, at).numpy()
+        if values.ndim != 1 or values.dtype.kind not in "biuf":
+            raise at.misfit(f"must be numbers along one axis, is {values.dtype} of shape {list(values.shape)}", ARRAYS)
+        if name in self.numbers:
+            return values
+        if not isinstance(told, list) or not all(isinstance(word, str) for word in told):
+            raise at.must_be("a list of words", told)
+        if values.dtype.kind not in "iu" or not ((values >= -1) & (values < len(told))).all():
+            raise at.misfit(f"must be indices of {len(told)} words", ARRAYS)
+        return np.array([*told, None], dtype=object)[values]
+
+
+@dataclass(frozen=True)
+class _OwnFile(Codec):
+    """A field that is a file of its own, named after it."""
+
+    suffix: str
+    write: Callable[[Any, Path], Any]
+    read: Callable[[Path], Any]
+
+    def fits(self, value: Any) -> bool:
+        return True
+
+    def encode(self, value: Any, at: Place) -> Any:
+        at.parts.files[at.name + self.suffix] = partial(self.write, value)
+        return at.name + self.suffix
+
+    def decode(self, told: Any, at: Place) -> Any:
+        if told != at.name + self.suffix:
+            raise at.must_be(f"'{at.name}{self.suffix}'", told)
+        return at.make(self.read, at.parts.folder / told)
+
+
+def table_of(*, words: Iterable[str], numbers: Iterable[str]) -> dict[str, Any]:
+    """`field(metadata=table_of(...))`: the field is a frame with these columns."""
+    return {"codec": _Table(tuple(words), tuple(numbers))}
+
+
+def own_file(suffix: str, write: Callable[[Any, Path], Any], read: Callable[[Path], Any]) -> dict[str, Any]:
+    """`field(metadata=own_file(...))`: the field is a file of its own."""
+    return {"codec": _OwnFile(suffix, write, read)}
+
+
+def _take(told: Any, at: Place) -> Tensor:
+    if told != at.name:
+        raise at.must_be(f"the array {at.name!r}", told)
+    if at.name not in at.parts.arrays:
+        raise at.misfit("is missing", ARRAYS)
+    return at.parts.arrays.pop(at.name)
+
+
+def _dtype(array: Any) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+# From annotations to codecs ------------------------------------------------------------------------------------------
+
+_PLAIN: dict[Any, Codec] = {
+    Any: _Anything(),
+    str: _Plain(str, (str,), str),
+    int: _Plain(int, (int, np.integer), operator.index),
+    bool: _Plain(bool, (bool, np.bool_), bool),
+    NoneType: _Plain(NoneType, (NoneType,), lambda value: value),
+}
+_SEQUENCES: dict[Any, Callable[[list[Any]], Any]] = {tuple: tuple, list: list, Sequence: tuple}
+
+
+@cache
+def _codecs_of(kind: type[Any]) -> dict[str, Codec]:
+    """The codec of each field that is saved."""
+    hints = get_type_hints(kind)
+    return {
+        item.name: item.metadata.get("codec") or _codec(hints[item.name], item.metadata.get("finite", False))
+        for item in fields(kind)
+        if item.metadata.get("saved", True)
+    }
+
+
+def _codec(hint: Any, finite: bool) -> Codec:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if origin is not None:
+        return _codec_of_several(origin, args, finite)
+    if hint is float:
+        return _Number(finite)
+    return _Array(hint, finite) if issubclass(hint, AbstractArray) else _codec_of_class(hint)
+
+
+def _codec_of_class(kind: type[Any]) -> Codec:
+    if hasattr(kind, "from_dict"):
+        return _Coded(kind)
+    if is_dataclass(kind):
+        return _Fields(kind)
+    if issubclass(kind, Enum):
+        return _Member(kind)
+    return _Derived(kind) if isabstract(kind) else _Unknown(kind)
+
+
+def _codec_of_several(origin: Any, args: tuple[Any, ...], finite: bool) -> Codec:
+    if origin is Literal:
+        return _Word(args)
+    if origin in (Union, UnionType):
+        return _Either(tuple(_codec(arg, finite) for arg in args))
+    if origin in _SEQUENCES:
+        entries = tuple(_codec(arg, finite) for arg in args if arg is not ...)
+        return _Many(origin, _SEQUENCES[origin], entries, any_length=origin is not tuple or ... in args)
+    return _Named(_codec(args[1], finite)) if origin is dict else _Unknown(origin)
+
+
+def _encode(codec: Codec, value: Any, at: Place) -> Any:
+    if not codec.fits(value):
+        raise at.misfit(f"is of a kind that cannot be saved there: {type(value).__name__}")
+    return codec.encode(value, at)
+
+
+def encode(value: Any, parts: Parts) -> Any:
+    """A dataclass as JSON; arrays and other files go into `parts`.
+
+    Raises:
+        Misfit: a field holds something else than its annotation says.
+    """
+    return _encode(_codec_of_class(type(value)), value, Place(parts))
+
+
+def decode(kind: type[Any], told: Any, parts: Parts) -> Any:
+    """The dataclass that some JSON and the arrays in `parts`, which it takes out, describe.
+
+    Raises:
+        Misfit: they do not describe one.
+    """
+    return _codec_of_class(kind).decode(told, Place(parts))
+
+
+def concrete(kind: type[Any]) -> Iterator[type[Any]]:
+    """The dataclasses among a class and all that are derived from it."""
+    if is_dataclass(kind) and not isabstract(kind):
+        yield kind
+    for derived in kind.__subclasses__():
+        yield from concrete(derived)
