@@ -7,5 +7,6 @@ so on. Names are listed once, in the stub beside each `__init__.py`, and importe
 
 import lazy_loader
 
-__version__ = "0.1.0"
+from registerlens.version import __version__ as __version__
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,6 +18,7 @@ from registerlens.emergence.config import TrainingConfig
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, reading, whole_file, write_json
 from registerlens.seeds import seed_of
+from registerlens.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,8 +88,6 @@ class TrainingRun:
         Raises:
             ConfigError: it is of another one; the message names what differs.
         """
-        from registerlens import __version__  # noqa: PLC0415
-
         folder = Path(folder)
         if (folder / "config.json").exists():
             there = cls.open(folder)

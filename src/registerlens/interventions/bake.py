@@ -17,6 +17,7 @@ from registerlens.interventions.attach import attach
 from registerlens.interventions.base import Intervention
 from registerlens.loading import huggingface
 from registerlens.loading.sources import fetch_of, network, source_of
+from registerlens.version import __version__
 
 _LOADER = '''"""{model} with {kind} in place, made by RegisterLens {version}.
 
@@ -57,8 +58,6 @@ def bake(name: str, intervention: Intervention, folder: str | Path) -> Path:
         InterventionError: the intervention does not fit the model.
         ModelNotFoundError: no such model, or no network.
     """
-    from registerlens import __version__  # noqa: PLC0415
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"'{folder}' exists and is not an empty folder. Give a new one.")

@@ -18,6 +18,7 @@ from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.content import content, content_hash, tensor_hash
 from registerlens.sweep.job import part_schema
+from registerlens.version import __version__
 
 FORMAT = 1
 """Version of the store's format that this code writes; it reads no newer one."""
@@ -121,8 +122,6 @@ def manifest_of(
     seed: int,
 ) -> Manifest:
     """The manifest of a call, its conditions not grouped yet."""
-    from registerlens import __version__  # noqa: PLC0415
-
     return Manifest(
         versions={"registerlens": __version__, "torch": torch.__version__},
         models={name: model_hash(vit) for name, vit in models.items()},
