@@ -17,7 +17,7 @@ from registerlens.config_parts import (
     QKNormConfig,
     RopeConfig,
 )
-from registerlens.errors import ConfigError, ShapeError
+from registerlens.errors import ConfigError, ShapeError, check_choice
 
 PooledPart = Literal["cls", "distillation", "mean", "mean_all", "attention"]
 Description = TypeVar("Description")
@@ -125,8 +125,7 @@ class ViTConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name, kind in (("act_fn", Activation), ("attention", AttentionKind)):
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"{name} must be one of {list(get_args(kind))}, got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), get_args(kind))
         if self.distillation_token and not self.class_token:
             raise ConfigError(
                 "A distillation token stands after [CLS]; this configuration has no [CLS]."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from registerlens.errors import ConfigError
+from registerlens.errors import ConfigError, check_choice
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2"]
 NormKind = Literal["layer", "rms"]
@@ -43,8 +43,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.reference_grid is not None:
             object.__setattr__(self, "reference_grid", tuple(self.reference_grid))
-        _one_of("coordinates", self.coordinates, ("centred", "index"))
-        _one_of("pairs", self.pairs, ("halves", "interleaved"))
+        check_choice("coordinates", self.coordinates, ("centred", "index"))
+        check_choice("pairs", self.pairs, ("halves", "interleaved"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class QKNormConfig:
     """Its epsilon."""
 
     def __post_init__(self) -> None:
-        _one_of("kind", self.kind, get_args(NormKind))
-        _one_of("over", self.over, ("head", "all"))
+        check_choice("kind", self.kind, get_args(NormKind))
+        check_choice("over", self.over, ("head", "all"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +90,10 @@ class AttentionPoolConfig:
     """What it looks at: patches, or prefix tokens and trained registers too."""
 
     def __post_init__(self) -> None:
-        _one_of("over", self.over, ("patches", "all"))
-        _one_of("act_fn", self.act_fn, get_args(Activation))
+        check_choice("over", self.over, ("patches", "all"))
+        check_choice("act_fn", self.act_fn, get_args(Activation))
         if self.n_heads < 1 or self.d_attn % self.n_heads:
             raise ConfigError(
                 f"d_attn={self.d_attn} of the attention pooling is not divisible by {self.n_heads} heads."
                 " Give a multiple."
             )
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {list(known)}, got {value!r}.")

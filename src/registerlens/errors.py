@@ -121,6 +121,20 @@ def close_matches(name: str, known: Iterable[str], n: int = 3) -> str:
     return f" Did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
 
 
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Refuse a value that an option does not have.
+
+    Example:
+        >>> check_choice("mode", "zeros", ("zero", "mean"))
+        Traceback (most recent call last):
+        registerlens.errors.ConfigError: mode must be one of ['zero', 'mean'], got 'zeros'. Did you mean 'zero'?
+        ...
+    """
+    choices = list(known)
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {choices}, got {value!r}.{close_matches(str(value), choices)}")
+
+
 def kinds() -> list[type[RegisterLensError]]:
     """Every class of error, the base class first."""
     found = [value for value in globals().values() if isinstance(value, type) and issubclass(value, RegisterLensError)]

@@ -18,7 +18,7 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.display import Shown
 from registerlens.engine.stream import Batch, Sums, stream
-from registerlens.errors import ConfigError, ImageError
+from registerlens.errors import ImageError, check_choice
 from registerlens.model.vit import Hook, HookedViT
 
 Score = Literal["mean", "mean_abs", "contrast", "auc"]
@@ -275,6 +275,5 @@ def _share_exceeded(
 
 
 def _index(score: str) -> int:
-    if score not in SCORES:
-        raise ConfigError(f"score must be one of {list(SCORES)}, got {score!r}.")
+    check_choice("score", score, SCORES)
     return SCORES.index(cast(Score, score))

@@ -24,7 +24,7 @@ from registerlens.circuits.resumed import labelled, stations
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count
 from registerlens.engine.views import mapped
-from registerlens.errors import ConfigError, InterventionError
+from registerlens.errors import ConfigError, InterventionError, check_choice
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Heads
 from registerlens.model.assumptions import require_linear_output
@@ -168,8 +168,7 @@ def attribute_edges(
         ((2, 4, 1), True)
     """
     require_linear_output(vit.cfg, "The attribution of edges")
-    if norm not in get_args(Norm):
-        raise ConfigError(f"norm must be one of {list(get_args(Norm))}, got {norm!r}.")
+    check_choice("norm", norm, get_args(Norm))
     check_neurons(vit, neurons)
     wanted = _heads(vit.cfg, neurons, heads)
     reader: _Reader

@@ -12,7 +12,7 @@ from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import ViTConfig
 from registerlens.encoding import table_of
-from registerlens.errors import ConfigError
+from registerlens.errors import check_choice
 from registerlens.results import Result
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ class AttentionCircuit(Result):
         Raises:
             ConfigError: there is no such table.
         """
-        if table not in get_args(Table):
-            raise ConfigError(f"table must be one of {list(get_args(Table))}, got {table!r}.")
+        check_choice("table", table, get_args(Table))
         return getattr(self, table).copy()
 
     @property

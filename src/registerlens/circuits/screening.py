@@ -30,7 +30,7 @@ from registerlens.circuits.neuron_effects import (
 from registerlens.circuits.resumed import Replacement, Station, labelled, stations
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images, count
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError
+from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_choice
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
@@ -363,9 +363,8 @@ def _layers(cfg: ViTConfig, layers: Iterable[int] | None) -> tuple[int, ...]:
 
 
 def _check_options(mode: str, method: str, steps: int, exact: int, sample: int, stack: int) -> None:
-    for name, value, known in (("mode", mode, get_args(Mode)), ("method", method, get_args(Method))):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {list(known)}, got {value!r}.")
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("method", method, get_args(Method))
     for name, value, least in (("steps", steps, 1), ("exact", exact, 0), ("sample", sample, 0), ("stack", stack, 1)):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}.")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from registerlens.errors import ConfigError, SourceError
+from registerlens.errors import SourceError, check_choice
 from registerlens.progress import track
 
 Check = Literal["content", "stat"]
@@ -40,8 +40,7 @@ def fingerprints(paths: Sequence[Path], check: str) -> list[str]:
         >>> fingerprints([path, path.parent / "b.png"], "content")
         ['7 ...', 'missing']
     """
-    if check not in get_args(Check):
-        raise ConfigError(f"check must be one of {list(get_args(Check))}, got {check!r}.")
+    check_choice("check", check, get_args(Check))
     with ThreadPoolExecutor(max_workers=8) as pool:  # files are waited for, and hashing leaves the interpreter free
         results = pool.map(partial(_fingerprint, check=check), paths)
         return list(track(results, "reading files", total=len(paths)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
+from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError, check_choice
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.choices import Mode
 from registerlens.interventions.targets import Heads, Part, Target, Tokens, parts_of
@@ -171,8 +171,7 @@ class Ablate(Intervention):
                 f"Ablate takes a RegisterNeurons, rl.Heads or rl.Tokens, got {type(self.target).__name__}. For a list "
                 f"of (layer, neuron) use rl.RegisterNeurons.from_pairs."
             )
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"mode must be one of {list(get_args(Mode))}, got {self.mode!r}.")
+        check_choice("mode", self.mode, get_args(Mode))
         if self.mode != "zero" and self.reference is None:
             raise ConfigError(
                 f"mode={self.mode!r} needs reference activations. Make it with "

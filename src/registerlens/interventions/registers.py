@@ -13,7 +13,7 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
-from registerlens.errors import ConfigError, InterventionError
+from registerlens.errors import ConfigError, InterventionError, check_choice
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.choices import Assign, Clear, Extreme, Start
 from registerlens.model.names import TOKENS
@@ -48,8 +48,7 @@ class Shift:
         """
         known = {"extreme": get_args(Extreme), "source": ("all", "patches"), "clear": get_args(Clear)}
         for name, values in (known | {"fill": ("zero", "mean")}).items():
-            if getattr(self, name) not in values:
-                raise ConfigError(f"{name} must be one of {list(values)}, got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), values)
 
     def values(self, post: Float[Tensor, "batch pos neuron"], layout: TokenLayout) -> Float[Tensor, "batch 1 neuron"]:
         """What the target receives: the extreme of each neuron, or the one signed extreme of all of them."""
@@ -203,9 +202,8 @@ class TestTimeRegisters(Intervention):
         check_maxima(self.neurons, self.maxima_of)
         if self.n < 0:
             raise ConfigError(f"n, the number of test-time registers, must be at least 0, got {self.n}.")
-        for name, known in (("init", get_args(Start)), ("assign", get_args(Assign))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}.")
+        check_choice("init", self.init, get_args(Start))
+        check_choice("assign", self.assign, get_args(Assign))
         if self.before_ln_pre and self.init != "zero":
             raise ConfigError("before_ln_pre appends a zero token, as the authors' code does; it needs init='zero'.")
 

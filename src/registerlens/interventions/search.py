@@ -21,7 +21,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
 from registerlens.analysis.sighting import Sighting
 from registerlens.data.batches import Counted, Images, count, first_and_all
-from registerlens.errors import ConfigError, NoOutliersError
+from registerlens.errors import ConfigError, NoOutliersError, check_choice
 from registerlens.interventions.choosing_k import MOST, find_elbow, sweep
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
@@ -330,5 +330,4 @@ def _check(vit: HookedViT, lowest: int, top: str | int, top_k: str | int, score:
         raise ConfigError(f"top_layer must be 'auto' or {lowest} to {last}, got {top!r}.")
     if top_k != "auto" and not (isinstance(top_k, int) and top_k >= 1):
         raise ConfigError(f"top_k must be 'auto' or at least 1, got {top_k!r}.")
-    if score not in SCORES:
-        raise ConfigError(f"score must be one of {list(SCORES)}, got {score!r}.")
+    check_choice("score", score, SCORES)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from registerlens.config import Activation
 from registerlens.display import Shown
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError, close_matches
+from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_choice, close_matches
 from registerlens.model.parts import ACTIVATIONS
 
 CLS = 0
@@ -310,8 +310,7 @@ def _check_tensors(model: TwoBlockModel) -> None:
                 raise NonFiniteError(f"{item.name} has NaN or infinite entries. Give finite ones.")
     if not 1 <= model.sink < n_tokens:
         raise ConfigError(f"sink must be the index of a patch, 1 to {n_tokens - 1}, got {model.sink}.")
-    if model.phi not in ACTIVATIONS:
-        raise ConfigError(f"phi must be one of {list(ACTIVATIONS)}, got {model.phi!r}.")
+    check_choice("phi", model.phi, ACTIVATIONS)
     if not model.grows[REGISTER]:
         raise ConfigError("grows[0] must be True: row 0 of W_out1 is u2.")
     for name, vector in (("u1", model.u1), ("u2", model.W_out1[REGISTER]), ("x_s", model.tokens[model.sink])):

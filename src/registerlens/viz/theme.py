@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float, UInt8
 
-from registerlens.errors import ConfigError
+from registerlens.errors import check_choice
 from registerlens.pictures import colour
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#5C5C5C"
@@ -52,8 +52,7 @@ def look_of(mode: str) -> tuple[str, str, str]:
         >>> look_of("light")[1]
         '#ffffff'
     """
-    if mode not in _INK:
-        raise ConfigError(f"mode must be one of {list(_INK)}, got {mode!r}.")
+    check_choice("mode", mode, _INK)
     return _INK[mode]
 
 
@@ -92,8 +91,7 @@ def width_of(size: str) -> int:
     """
     if size == "cell":
         return CELL
-    if size not in MILLIMETRES:
-        raise ConfigError(f"size must be one of {['cell', *MILLIMETRES]}, got {size!r}.")
+    check_choice("size", size, ["cell", *MILLIMETRES])
     return round(MILLIMETRES[size] / 25.4 * 96 / PRINTED)
 
 
