@@ -110,7 +110,7 @@ class MoveOutliers(Intervention):
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
         >>> neurons = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
         >>> with torch.no_grad(), vit.edit(rl.MoveOutliers(neurons, 7)):
-        ...     rl.analysis.outliers.token_norms(vit(images, stop_at_layer=2)).argmax(1)
+        ...     vit(images, stop_at_layer=2).norm(dim=-1).argmax(1)
         tensor([7, 7])
     """
 
