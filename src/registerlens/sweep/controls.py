@@ -13,8 +13,7 @@ from registerlens.evaluation.controls import DRAWS, Activity, neuron_activity, n
 from registerlens.interventions.base import Intervention
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.axes import matched_sets, random_sets
-from registerlens.sweep.conditions import Condition
-from registerlens.sweep.content import content_hash
+from registerlens.sweep.conditions import Condition, content_hash
 from registerlens.sweep.grid import Conditions, by_name, each_of
 
 Kind = Literal["random", "matched"]

@@ -22,8 +22,8 @@ from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition, group_conditions
 from registerlens.sweep.fitting import n_passes
-from registerlens.sweep.inputs import as_conditions, as_metrics, as_models, as_sources
 from registerlens.sweep.job import part_schema
+from registerlens.sweep.run import as_conditions, as_metrics, as_models, as_sources
 
 WIDTH = 40
 """Characters of the longest bar of the histogram."""

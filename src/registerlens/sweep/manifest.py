@@ -15,8 +15,7 @@ from registerlens.engine.tasks import Task, tasks_of
 from registerlens.errors import StoreError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.conditions import Condition
-from registerlens.sweep.content import content, content_hash, tensor_hash
+from registerlens.sweep.conditions import Condition, content, content_hash, tensor_hash
 from registerlens.sweep.job import part_schema
 from registerlens.version import __version__
 
