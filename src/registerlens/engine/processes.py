@@ -164,17 +164,19 @@ class _Launcher:
                 if worker.tasks and self.clock - worker.handle.last > self.patience:
                     why = f"with no sign of work for {self.patience:g} s"
                     return worker, worker.tasks[0], Lost(why, _WHY_HUNG, how="died or hung")
-            began, handle, said = time.monotonic(), None, AT_WORK
+            began, heard = time.monotonic(), None
             with suppress(Empty):
-                handle, said = self.heard.get(timeout=self._beat)
+                heard = self.heard.get(timeout=self._beat)
             self.clock += min(time.monotonic() - began, self._beat)
-            if handle in by_handle:  # one that was stopped may have said something before
-                worker, handle.last = by_handle[handle], self.clock
-                if said is DEAD:
-                    handle.process.join(GRACE)
-                    said = Lost(f"with {_fate(handle.process.exitcode)}", _WHY_DEAD)
-                if said is not AT_WORK:
-                    return worker, worker.tasks[0] if worker.tasks else None, said
+            if heard is None or heard[0] not in by_handle:  # one that was stopped may have said something before
+                continue
+            handle, said = heard
+            worker, handle.last = by_handle[handle], self.clock
+            if said is DEAD:
+                handle.process.join(GRACE)
+                said = Lost(f"with {_fate(handle.process.exitcode)}", _WHY_DEAD)
+            if said is not AT_WORK:
+                return worker, worker.tasks[0] if worker.tasks else None, said
 
     def stop(self, worker: Worker) -> None:
         worker.handle.process.kill()
