@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-portable count lint types bench parity readme docs clean
+.PHONY: demo test test-slow test-portable check count lint types bench parity readme docs clean
 
 demo: .venv/ready
 	$(BIN)/registerlens demo --out demo
@@ -23,6 +23,13 @@ test-portable: .venv/ready
 # Modules and lines of code, without blanks, comments and docstrings.
 count:
 	$(PYTHON) tests/count.py
+
+# One room of the house, such as PART=model: style, types and tests.
+check: .venv/ready
+	$(BIN)/ruff check src/registerlens/$(PART) tests/$(PART)
+	$(BIN)/ruff format --check src/registerlens/$(PART) tests/$(PART)
+	$(BIN)/pyright src/registerlens/$(PART)
+	$(BIN)/python -m pytest -n 2 tests/$(PART) src/registerlens/$(PART)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
