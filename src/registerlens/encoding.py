@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import math
 import operator
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache, partial
 from inspect import isabstract
-from itertools import repeat
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import AbstractArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JSON, ARRAYS = "result.json", "arrays.safetensors"
 """The files that values and arrays are written to."""
@@ -75,6 +74,12 @@ class Place:
         """Something else stands here."""
         return self.misfit(f"must be {expected}, got {got!r:.80}")
 
+    def object(self, told: Any) -> dict[str, Any]:
+        """What stands here, if it is a JSON object."""
+        if not isinstance(told, dict):
+            raise self.must_be("an object", told)
+        return told
+
     def make(self, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """What a class makes of values that may be anything: whatever it raises, they are at fault."""
         try:
@@ -83,56 +88,59 @@ class Place:
             raise self.misfit(f"is refused: {type(error).__name__}: {error}") from error
 
 
-class Codec(ABC):
+class Codec:
     """How a value of one kind of annotation becomes JSON (and arrays on the way), and how it comes back."""
 
-    @abstractmethod
+    def expected(self) -> str:
+        """What must stand there, for messages."""
+        return "of a known kind"
+
     def fits(self, value: Any) -> bool:
         """Whether a value is of that kind, as far as its surface tells."""
+        return False
 
-    @abstractmethod
     def encode(self, value: Any, at: Place) -> Any:
         """The JSON of a value that fits."""
+        return value
 
-    @abstractmethod
     def decode(self, told: Any, at: Place) -> Any:
         """The value of some JSON."""
+        if not self.fits(told):
+            raise at.must_be(self.expected(), told)
+        return told
 
 
 # Plain values --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class _Anything(Codec):
     """What is JSON already."""
 
     def fits(self, value: Any) -> bool:
         return True
 
-    def encode(self, value: Any, at: Place) -> Any:
-        return value
 
-    def decode(self, told: Any, at: Place) -> Any:
-        return told
+class _Unknown(Codec):
+    """What cannot be saved, such as a function; it may be one of several kinds that a field can have."""
 
 
 @dataclass(frozen=True)
 class _Plain(Codec):
-    kind: type
-    accepted: tuple[type, ...]
+    """Text, whole numbers, truth values, nothing."""
+
+    name: str
+    kinds: tuple[type, ...]
     """numpy's scalars are among them."""
     make: Callable[[Any], Any]
 
+    def expected(self) -> str:
+        return self.name
+
     def fits(self, value: Any) -> bool:
-        return isinstance(value, self.accepted) and (self.kind is bool or not isinstance(value, bool))
+        return isinstance(value, self.kinds) and (bool in self.kinds or not isinstance(value, bool))
 
     def encode(self, value: Any, at: Place) -> Any:
         return self.make(value)
-
-    def decode(self, told: Any, at: Place) -> Any:
-        if not self.fits(told):
-            raise at.must_be(self.kind.__name__, told)
-        return told
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,9 @@ class _Number(Codec):
     """A float; JSON has no NaN and no infinity."""
 
     finite: bool
+
+    def expected(self) -> str:
+        return "a number"
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool)
@@ -151,9 +162,7 @@ class _Number(Codec):
     def decode(self, told: Any, at: Place) -> Any:
         if isinstance(told, dict) and told.get("float") in ("nan", "inf", "-inf"):
             told = float(told["float"])
-        if not self.fits(told):
-            raise at.must_be("a number", told)
-        return self._checked(at.make(float, told), at)
+        return self._checked(at.make(float, super().decode(told, at)), at)
 
     def _checked(self, value: float, at: Place) -> float:
         if self.finite and not math.isfinite(value):
@@ -167,21 +176,16 @@ class _Word(Codec):
 
     words: tuple[str, ...]
 
+    def expected(self) -> str:
+        return f"one of {list(self.words)}"
+
     def fits(self, value: Any) -> bool:
         return isinstance(value, str) and value in self.words
 
-    def encode(self, value: Any, at: Place) -> Any:
-        return value
-
-    def decode(self, told: Any, at: Place) -> Any:
-        if not self.fits(told):
-            raise at.must_be(f"one of {list(self.words)}", told)
-        return told
-
 
 @dataclass(frozen=True)
-class _Member(Codec):
-    """A member of an enumeration, by its value."""
+class _Member(_Word):
+    """A member of an enumeration of words."""
 
     kind: type[Enum]
 
@@ -192,10 +196,7 @@ class _Member(Codec):
         return value.value
 
     def decode(self, told: Any, at: Place) -> Any:
-        known = {member.value: member for member in self.kind}
-        if not isinstance(told, str | int) or told not in known:
-            raise at.must_be(f"one of {list(known)}", told)
-        return known[told]
+        return self.kind(_Word(self.words).decode(told, at))
 
 
 # Values made of others -----------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ class _Many(Codec):
     """A tuple, list or other sequence: of any length, or with a codec for each entry."""
 
     kind: type
-    make: Callable[[list[Any]], Any]
+    make: Callable[[Iterable[Any]], Any]
     entries: tuple[Codec, ...]
     any_length: bool
 
@@ -214,17 +215,18 @@ class _Many(Codec):
         return isinstance(value, self.kind) or (self.kind is Sequence and isinstance(value, np.ndarray))
 
     def encode(self, value: Any, at: Place) -> Any:
-        return [_encode(codec, part, at.of_item(i)) for i, (codec, part) in enumerate(self._each(value, at))]
+        return [_encode(codec, part, place) for codec, part, place in self._each(value, at)]
 
     def decode(self, told: Any, at: Place) -> Any:
         if not isinstance(told, list):
             raise at.must_be("a list", told)
-        return self.make([codec.decode(part, at.of_item(i)) for i, (codec, part) in enumerate(self._each(told, at))])
+        return self.make(codec.decode(part, place) for codec, part, place in self._each(told, at))
 
-    def _each(self, values: Any, at: Place) -> Any:
+    def _each(self, values: Any, at: Place) -> Iterator[tuple[Codec, Any, Place]]:
         if not self.any_length and len(values) != len(self.entries):
             raise at.must_be(f"{len(self.entries)} entries", values)
-        return zip(repeat(self.entries[0]) if self.any_length else self.entries, values, strict=False)
+        for i, value in enumerate(values):
+            yield self.entries[0 if self.any_length else i], value, at.of_item(i)
 
 
 @dataclass(frozen=True)
@@ -240,14 +242,12 @@ class _Named(Codec):
         return {name: _encode(self.entry, part, at.of_item(name)) for name, part in value.items()}
 
     def decode(self, told: Any, at: Place) -> Any:
-        if not isinstance(told, dict):
-            raise at.must_be("an object", told)
-        return {name: self.entry.decode(part, at.of_item(name)) for name, part in told.items()}
+        return {name: self.entry.decode(part, at.of_item(name)) for name, part in at.object(told).items()}
 
 
 @dataclass(frozen=True)
-class _Coded(Codec):
-    """A class that knows its JSON itself."""
+class _Class(Codec):
+    """A class; this one has `to_dict` and `from_dict`."""
 
     kind: Any
 
@@ -258,19 +258,11 @@ class _Coded(Codec):
         return value.to_dict()
 
     def decode(self, told: Any, at: Place) -> Any:
-        if not isinstance(told, dict):
-            raise at.must_be("an object", told)
-        return at.make(self.kind.from_dict, told)
+        return at.make(self.kind.from_dict, at.object(told))
 
 
-@dataclass(frozen=True)
-class _Fields(Codec):
+class _Fields(_Class):
     """A dataclass; what it keeps to itself has `metadata={"saved": False}`."""
-
-    kind: type[Any]
-
-    def fits(self, value: Any) -> bool:
-        return isinstance(value, self.kind)
 
     def encode(self, value: Any, at: Place) -> Any:
         axes: dict[str, int] = {}
@@ -278,74 +270,49 @@ class _Fields(Codec):
         return {name: _encode(codec, getattr(value, name), at.of_field(name, axes)) for name, codec in codecs.items()}
 
     def decode(self, told: Any, at: Place) -> Any:
-        if not isinstance(told, dict):
-            raise at.must_be("an object", told)
         axes: dict[str, int] = {}
         codecs = _codecs_of(self.kind)
-        for name in sorted(set(codecs) ^ set(told)):
+        for name in sorted(set(codecs) ^ set(at.object(told))):
             what = "is missing" if name in codecs else f"is no field of {self.kind.__name__}"
             raise at.of_field(name, axes).misfit(what)
         values = {name: codec.decode(told[name], at.of_field(name, axes)) for name, codec in codecs.items()}
         return at.make(self.kind, **values)
 
 
-@dataclass(frozen=True)
-class _Derived(Codec):
+class _Derived(_Class):
     """Whatever is derived from an abstract class, told by its name."""
-
-    kind: type[Any]
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, self.kind) and is_dataclass(value)
 
     def encode(self, value: Any, at: Place) -> Any:
-        return {"class": type(value).__name__, **_Fields(type(value)).encode(value, at)}
+        return _Either(tuple(map(_Fields, concrete(self.kind))), named=True).encode(value, at)
 
     def decode(self, told: Any, at: Place) -> Any:
-        if not isinstance(told, dict):
-            raise at.must_be("an object", told)
-        kinds, name = {kind.__name__: kind for kind in concrete(self.kind)}, told.get("class")
-        if not isinstance(name, str) or name not in kinds:
-            raise at.must_be(f"of a class among {sorted(kinds)}", name)
-        return _Fields(kinds[name]).decode({key: value for key, value in told.items() if key != "class"}, at)
-
-
-@dataclass(frozen=True)
-class _Unknown(Codec):
-    """What cannot be saved, such as a function; it may be one of several kinds that a field can have."""
-
-    kind: Any
-
-    def fits(self, value: Any) -> bool:
-        return False
-
-    def encode(self, value: Any, at: Place) -> Any:
-        raise at.misfit(f"cannot be saved: {value!r:.80}")
-
-    def decode(self, told: Any, at: Place) -> Any:
-        raise at.misfit(f"cannot be read: nothing is known of {self.kind}")
+        return _Either(tuple(map(_Fields, concrete(self.kind))), named=True).decode(told, at)
 
 
 @dataclass(frozen=True)
 class _Either(Codec):
-    """The first of several that fits; a class among several is told by its name."""
+    """The first of several that fits; classes among each other are told by their names."""
 
     codecs: tuple[Codec, ...]
+    named: bool
 
     def fits(self, value: Any) -> bool:
         return any(codec.fits(value) for codec in self.codecs)
 
     def encode(self, value: Any, at: Place) -> Any:
         codec = next(codec for codec in self.codecs if codec.fits(value))
-        name = self._name(codec)
-        return {"class": name, **codec.encode(value, at)} if name else codec.encode(value, at)
+        told = codec.encode(value, at)
+        return {"class": codec.kind.__name__, **told} if self.named and isinstance(codec, _Class) else told
 
     def decode(self, told: Any, at: Place) -> Any:
         misfits = []
         for codec in self.codecs:
             part = told
-            if name := self._name(codec):
-                if not isinstance(told, dict) or told.get("class") != name:
+            if self.named and isinstance(codec, _Class):
+                if not isinstance(told, dict) or told.get("class") != codec.kind.__name__:
                     continue
                 part = {key: value for key, value in told.items() if key != "class"}
             try:
@@ -355,10 +322,6 @@ class _Either(Codec):
         if not misfits:
             raise at.must_be("of a known class", told)
         raise max(misfits, key=lambda misfit: (len(misfit.place), misfit.file == ARRAYS))  # what came furthest
-
-    def _name(self, codec: Codec) -> str:
-        classes = [one for one in self.codecs if isinstance(one, _Fields | _Coded)]
-        return codec.kind.__name__ if len(classes) > 1 and isinstance(codec, _Fields | _Coded) else ""
 
 
 # Arrays, tables, files -----------------------------------------------------------------------------------------------
@@ -372,12 +335,12 @@ class _Array(Codec):
     finite: bool
 
     def fits(self, value: Any) -> bool:
-        return isinstance(value, np.ndarray | Tensor) and _dtype(value) in self.hint.dtypes
+        return isinstance(value, (np.ndarray, self.hint.array_type)) and _dtype(value) in self.hint.dtypes
 
     def encode(self, value: Any, at: Place) -> Any:
-        tensor = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
+        tensor = _tensor(value) if isinstance(value, np.ndarray) else value.detach().cpu().contiguous().clone()
         self._check(tensor, at)
-        at.parts.arrays[at.name] = tensor.contiguous().clone()  # safetensors refuses tensors that share memory
+        at.parts.arrays[at.name] = tensor
         return at.name
 
     def decode(self, told: Any, at: Place) -> Any:
@@ -419,13 +382,12 @@ class _Table(Codec):
                 told[name] = [str(word) for word in words]
             else:
                 codes, told[name] = value[name].to_numpy(dtype=None if len(value) else float), at.of_item(name).name
-            at.parts.arrays[at.of_item(name).name] = torch.from_numpy(np.array(codes))
+            at.parts.arrays[at.of_item(name).name] = _tensor(codes)
         return told
 
     def decode(self, told: Any, at: Place) -> Any:
-        columns = {*self.words, *self.numbers}
-        if not isinstance(told, dict) or set(told) != columns:
-            raise at.must_be(f"an object with {sorted(columns)}", told)
+        if wrong := sorted({*self.words, *self.numbers} ^ set(at.object(told))):
+            raise at.of_item(wrong[0]).misfit("is no column, or a missing one")
         return at.make(pd.DataFrame, {name: self._column(name, part, at.of_item(name)) for name, part in told.items()})
 
     def _column(self, name: str, told: Any, at: Place) -> Any:
@@ -480,6 +442,13 @@ def _take(told: Any, at: Place) -> Tensor:
     return at.parts.arrays.pop(at.name)
 
 
+def _tensor(array: np.ndarray) -> Tensor:
+    """A copy: safetensors refuses arrays that share memory."""
+    import torch  # noqa: PLC0415  (whoever reads no arrays need not wait for it)
+
+    return torch.from_numpy(np.array(array, order="C"))
+
+
 def _dtype(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
@@ -488,12 +457,13 @@ def _dtype(array: Any) -> str:
 
 _PLAIN: dict[Any, Codec] = {
     Any: _Anything(),
-    str: _Plain(str, (str,), str),
-    int: _Plain(int, (int, np.integer), operator.index),
-    bool: _Plain(bool, (bool, np.bool_), bool),
-    NoneType: _Plain(NoneType, (NoneType,), lambda value: value),
+    str: _Plain("text", (str,), str),
+    int: _Plain("a whole number", (int, np.integer), operator.index),
+    bool: _Plain("true or false", (bool, np.bool_), bool),
+    NoneType: _Plain("null", (NoneType,), lambda value: value),
 }
-_SEQUENCES: dict[Any, Callable[[list[Any]], Any]] = {tuple: tuple, list: list, Sequence: tuple}
+_UNIONS = (Union, UnionType)
+_SEQUENCES: dict[Any, Callable[[Iterable[Any]], Any]] = {tuple: tuple, list: list, Sequence: tuple}
 
 
 @cache
@@ -520,23 +490,23 @@ def _codec(hint: Any, finite: bool) -> Codec:
 
 def _codec_of_class(kind: type[Any]) -> Codec:
     if hasattr(kind, "from_dict"):
-        return _Coded(kind)
+        return _Class(kind)
     if is_dataclass(kind):
         return _Fields(kind)
     if issubclass(kind, Enum):
-        return _Member(kind)
-    return _Derived(kind) if isabstract(kind) else _Unknown(kind)
+        return _Member(tuple(member.value for member in kind), kind)
+    return _Derived(kind) if isabstract(kind) else _Unknown()
 
 
 def _codec_of_several(origin: Any, args: tuple[Any, ...], finite: bool) -> Codec:
     if origin is Literal:
         return _Word(args)
-    if origin in (Union, UnionType):
-        return _Either(tuple(_codec(arg, finite) for arg in args))
+    codecs = tuple(_codec(arg, finite) for arg in args if arg is not ...) if origin in (*_UNIONS, *_SEQUENCES) else ()
+    if origin in _UNIONS:
+        return _Either(codecs, named=sum(isinstance(codec, _Class) for codec in codecs) > 1)
     if origin in _SEQUENCES:
-        entries = tuple(_codec(arg, finite) for arg in args if arg is not ...)
-        return _Many(origin, _SEQUENCES[origin], entries, any_length=origin is not tuple or ... in args)
-    return _Named(_codec(args[1], finite)) if origin is dict else _Unknown(origin)
+        return _Many(origin, _SEQUENCES[origin], codecs, any_length=origin is not tuple or ... in args)
+    return _Named(_codec(args[1], finite)) if origin is dict else _Unknown()
 
 
 def _encode(codec: Codec, value: Any, at: Place) -> Any:

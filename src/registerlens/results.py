@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pandas as pd
-from safetensors.torch import save_file
-from torch import Tensor
 
 from registerlens.display import Shown
 from registerlens.encoding import ARRAYS, JSON, Misfit, Parts, Place, concrete, decode, encode
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, read_tensors, whole_file, whole_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = TypeVar("Kind", bound="Saved")
 
 FINITE = {"finite": True}
 """`field(metadata=FINITE)`: neither NaN nor infinity may stand in the field."""
@@ -52,6 +55,8 @@ class Saved:
             raise ConfigError(f"This {name} cannot be saved: '{misfit.place or name}' {misfit.what}.") from None
         with whole_folder(folder) as made:
             if parts.arrays:
+                from safetensors.torch import save_file  # noqa: PLC0415  (it brings torch along)
+
                 parts.files[ARRAYS] = partial(save_file, parts.arrays)
             for name, write in parts.files.items():
                 with whole_file(made / name) as path:
@@ -61,7 +66,7 @@ class Saved:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls: type[Kind], folder: str | Path) -> Kind:
         """Read what `save` wrote.
 
         Raises:
@@ -131,7 +136,7 @@ class ResultFile(Result):
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls: type[Kind], values: dict[str, Any]) -> Kind:
         """The inverse of `to_dict`.
 
         Raises:
@@ -149,7 +154,7 @@ class ResultFile(Result):
         return path
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls: type[Kind], folder: str | Path) -> Kind:
         """Read what `save` wrote, or what was written by hand without class, format and versions.
 
         Raises:
