@@ -49,7 +49,7 @@ def test_the_pages_for_contributors_say_what_is_there():
 
 def test_make_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([\w-]+)", README + CONTRIBUTING)):
+    for target in set(re.findall(r"(?:`|^)make ([\w-]+)", README + CONTRIBUTING, flags=re.M)):
         assert f"\n{target}:" in makefile, target
 
 
