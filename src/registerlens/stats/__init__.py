@@ -1,1 +1,1 @@
-"""Pure functions of arrays: moments, intervals, permutation tests."""
+"""Pure functions of arrays: histograms, moments, intervals, permutation tests."""
