@@ -36,8 +36,6 @@ def climbs_in(path, package, lazy):
         return
     here = room(own.with_suffix("").parts)
     for line, function, target in imports(ast.parse(path.read_text()).body):
-        if target == f"{ROOF}.__version__":
-            continue  # until the last `save` of a class's own has gone; it is registerlens.version's
         name, above = target.removeprefix(f"{ROOF}."), ROOF
         if target != ROOF:
             module = package.joinpath(*name.split("."))
