@@ -14,10 +14,10 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Outliers
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ConfigError, ImageError, ShapeError
+from registerlens.data.batches import Images
+from registerlens.engine.stream import batches
+from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 
 if TYPE_CHECKING:
@@ -185,12 +185,12 @@ def faithfulness(
             f"tested with rl.Ablate(rl.Tokens(layer, patches)), its sinks with sink_no_op(vit, images)."
         )
     sums: dict[str, _Sums] = {}
-    start = 0
+    n = 0
     with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "restricting [CLS]", count(images), len):
-            layout = vit.layout(batch)
-            mask = None if outliers is None else _mask(outliers, layout, start, len(batch))
-            resid = vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers - 1)
+        for batch in batches(vit, images, batch_size, "restricting [CLS]"):
+            layout, n = batch.layout, batch.start + len(batch)
+            mask = None if outliers is None else _mask(outliers, layout, batch.start, len(batch))
+            resid = vit(batch.images, stop_at_layer=vit.cfg.n_layers - 1)
             full = _last(vit, resid, layout, None)
             for name, allowed in _restrictions(layout, mask, resid.device).items():
                 there = allowed.expand(len(batch), -1).any(1)
@@ -198,13 +198,8 @@ def faithfulness(
                 if there.any():
                     keys = allowed.expand(len(batch), -1)[there]
                     one.add(full, _last(vit, resid[there], layout, keys), keys, there)
-            start += len(batch)
-    if not start:
-        raise ImageError(
-            "No image to restrict [CLS] on: the tensor or the iterable of batches is empty. Give at least one."
-        )
-    if outliers is not None and len(outliers.mask) != start:
-        raise ShapeError(f"Outliers of {len(outliers.mask)} images for {start} images. Find them on the same images.")
+    if outliers is not None and len(outliers.mask) != n:
+        raise ShapeError(f"Outliers of {len(outliers.mask)} images for {n} images. Find them on the same images.")
     arrays = {name: np.array([one.result()[name] for one in sums.values()]) for name in _ARRAYS}
     return Faithfulness(model=vit.source, config=vit.cfg, restrictions=tuple(sums), **arrays)
 

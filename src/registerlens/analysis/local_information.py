@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
-from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ImageError
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import EVERYWHERE, sublayer_of, sublayers
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import Result
 from registerlens.seeds import generator_of
 
@@ -127,13 +127,9 @@ def local_information(
     detection = detection or detect(vit, images, batch_size=batch_size)
     require_outliers(detection, "Comparing outliers with normal patches")
     sublayer_of(detection.sublayer, vit.cfg.n_layers)  # refuses a place of another model
-    sums, generator, seen = _Sums(vit), generator_of(PURPOSE, seed), 0
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "local information", count(images)):
-            batch = batch.to(vit.device, vit.dtype)  # noqa: PLW2901
-            sums.add(batch, detection, generator, torch.arange(seen, seen + len(batch)) % 3)
-            seen += len(batch)
-    return sums.result(detection)
+    sums = _PixelSums(vit, detection, generator_of(PURPOSE, seed))
+    [found] = stream(vit, images, [sums], batch_size=batch_size, description="reading pixels")
+    return found
 
 
 def patch_pixels(
@@ -150,35 +146,41 @@ def patch_pixels(
     return rearrange(whole, "b c (h p) (w q) -> b (h w) (p q c)", p=patch[0], q=patch[1])
 
 
-class _Sums:
-    """Second moments of tokens and pixels, for every use of the images, group and place; constant memory."""
+class _PixelSums(Sums):
+    """Second moments of tokens and pixels, for every use of the images, group and place; added in place."""
 
-    def __init__(self, vit: HookedViT) -> None:
-        self.vit, self.places = vit, sublayers(vit.cfg.n_layers)
+    def __init__(self, vit: HookedViT, detection: Detection, generator: torch.Generator) -> None:
+        super().__init__()
+        self.vit, self.detection, self.generator = vit, detection, generator
+        self.places = sublayers(vit.cfg.n_layers)
         n_pixels = vit.cfg.n_channels * vit.cfg.patch_size[0] * vit.cfg.patch_size[1]
         shape = (3, len(GROUPS), len(self.places))
         width = vit.cfg.d_model + 1  # a one beside every token, for the means
         # Moments are nearly singular: they are summed in float64, where the device has that.
         self.device = torch.device("cpu") if vit.device.type == "mps" else vit.device
         as_sums: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
-        self.tokens = torch.zeros(*shape, width, width, **as_sums)
-        self.both = torch.zeros(*shape, width, n_pixels, **as_sums)
-        self.pixels = torch.zeros(3, len(GROUPS), **as_sums)
-        self.units = torch.zeros(len(GROUPS), len(self.places), width - 1, **as_sums)
+        self.totals["tokens"] = torch.zeros(*shape, width, width, **as_sums)
+        self.totals["both"] = torch.zeros(*shape, width, n_pixels, **as_sums)
+        self.totals["pixels"] = torch.zeros(3, len(GROUPS), **as_sums)
+        self.totals["units"] = torch.zeros(len(GROUPS), len(self.places), width - 1, **as_sums)
 
-    def add(self, batch: Tensor, detection: Detection, generator: torch.Generator, use: Int[Tensor, " batch"]) -> None:
-        """One batch; `use` is what each image is for."""
-        patches, kept = self.vit.layout(batch).patches, []
-        with self.vit.hooks([(EVERYWHERE, lambda resid, hook: kept.append(resid[:, patches]))]):
-            self.vit(batch, stop_at_layer=self.vit.cfg.n_layers)
-        mask = detection.cutoff.above(token_norms(kept[self.places.index(detection.sublayer)]))
-        mask, kept = mask.to(self.device), [resid.to(self.device) for resid in kept]
-        pixels = patch_pixels(batch, self.vit.cfg.patch_size).to(self.device, torch.float64)
-        for group, chosen in enumerate((mask, _as_many_others(mask, generator))):
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Patches everywhere."""
+        self.kept: list[Float[Tensor, "batch patch d_model"]] = []
+        return [(EVERYWHERE, lambda resid, hook: self.kept.append(resid[:, layout.patches]))]
+
+    def update(self, batch: Batch) -> None:
+        """One batch: every third image fits, every third chooses, every third tests."""
+        mask = self.detection.cutoff.above(token_norms(self.kept[self.places.index(self.detection.sublayer)]))
+        mask, kept = mask.to(self.device), [resid.to(self.device) for resid in self.kept]
+        images = batch.images.to(self.vit.dtype)
+        pixels = patch_pixels(images, self.vit.cfg.patch_size).to(self.device, torch.float64)
+        use = torch.arange(batch.start, batch.start + len(batch), device=self.device) % 3
+        for group, chosen in enumerate((mask, _as_many_others(mask, self.generator))):
             for fold in range(3):
-                image, patch = (chosen & (use == fold).to(self.device)[:, None]).nonzero(as_tuple=True)
+                image, patch = (chosen & (use == fold)[:, None]).nonzero(as_tuple=True)
                 here = pixels[image, patch]
-                self.pixels[fold, group] += here.square().sum()
+                self.totals["pixels"][fold, group] += here.square().sum()
                 for place, resid in enumerate(kept):
                     self._add(fold, group, place, resid[image, patch], here)
 
@@ -186,13 +188,18 @@ class _Sums:
         centred = cast(Block, self.vit.blocks[0]).ln1.centre(resid.double())
         unit = torch.nn.functional.normalize(centred, dim=-1)
         x = torch.cat([unit * unit.shape[-1] ** 0.5, torch.ones_like(unit[:, :1])], 1)
-        self.units[group, place] += unit.sum(0)
-        self.tokens[fold, group, place] += x.T @ x
-        self.both[fold, group, place] += x.T @ pixels
+        self.totals["units"][group, place] += unit.sum(0)
+        self.totals["tokens"][fold, group, place] += x.T @ x
+        self.totals["both"][fold, group, place] += x.T @ pixels
 
-    def result(self, detection: Detection) -> LocalInformation:
+    def result(self) -> LocalInformation:
+        """What the maps read.
+
+        Raises:
+            ImageError: there were too few tokens.
+        """
         vit = self.vit
-        n = self.tokens[:, :, 0, -1, -1].round().T  # group use
+        n = self.totals["tokens"][:, :, 0, -1, -1].round().T  # group use
         every, least = n.sum(1, keepdim=True), FEWEST * vit.cfg.d_model
         if n.min() < least:
             raise ImageError(
@@ -200,12 +207,12 @@ class _Sums:
                 f"{n[1].long().tolist()} others in the images for the map, its penalty and its test; each must have "
                 f"{least}, {FEWEST} for each of {vit.cfg.d_model} dimensions. Give more images."
             )
-        likeness = (self.units.square().sum(-1) - every) / (every * (every - 1))
+        likeness = (self.totals["units"].square().sum(-1) - every) / (every * (every - 1))
         readable = [[self._readable(group, at) for at in range(len(self.places))] for group in range(len(GROUPS))]
         return LocalInformation(
             model=vit.source,
             config=vit.cfg,
-            detection=detection,
+            detection=self.detection,
             sublayers=self.places,
             readable=np.array(readable),
             likeness=likeness.cpu().double().numpy(),
@@ -214,7 +221,7 @@ class _Sums:
 
     def _readable(self, group: int, place: int) -> float:
         """R squared on the third fold, with the penalty that does best on the second."""
-        tokens, both = self.tokens[:, group, place].cpu(), self.both[:, group, place].cpu()
+        tokens, both = (self.totals[name][:, group, place].cpu() for name in ("tokens", "both"))
         n = tokens[FITTED, -1, -1]
         unit = tokens[FITTED].diagonal()[:-1].mean()  # the tokens' mean square, times their number
         penalised = torch.ones(len(tokens[FITTED]), dtype=tokens.dtype)
@@ -231,7 +238,7 @@ class _Sums:
     def _error(self, weights: Tensor, tokens: Tensor, both: Tensor, fold: int, group: int) -> Tensor:
         """Sum of squared errors of a map from tokens to pixels, from the moments alone."""
         fitted = (weights * (tokens[fold] @ weights)).sum()
-        return self.pixels[fold, group].cpu() - 2 * (weights * both[fold]).sum() + fitted
+        return self.totals["pixels"][fold, group].cpu() - 2 * (weights * both[fold]).sum() + fitted
 
 
 def _as_many_others(mask: Bool[Tensor, "batch patch"], generator: torch.Generator) -> Bool[Tensor, "batch patch"]:

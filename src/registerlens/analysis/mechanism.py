@@ -26,11 +26,11 @@ from registerlens.analysis.sink_edits import (
 )
 from registerlens.analysis.sink_events import QUERIES
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError
 from registerlens.model.assumptions import require_linear_output, require_softmax
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import Result
 
 if TYPE_CHECKING:
@@ -172,21 +172,10 @@ def sink_no_op(
     chosen = _checked(vit.cfg, edits, heads, threshold, queries)
     reference, measured = _held_out(images, reference)
     probe = Probe(vit, chosen, threshold, queries)
-    bank = Bank(vit.cfg, probe)
-    sums = _Sums(vit.cfg, len(edits))
-    with torch.inference_mode():
-        for batch in in_batches(reference, batch_size):
-            bank.add(vit, batch)
-        if not bank.n_images:
-            raise ImageError(
-                "The reference is empty: the tensor or the iterable of batches holds no image. Give at least one."
-            )
-        for batch in track(in_batches(measured, batch_size), "editing sinks", count(measured), len):
-            _measure(vit, batch, probe, bank, edits, sums)
-    if not sums.n_images:
-        raise ImageError(
-            "No image to edit sinks in: the tensor or the iterable of batches is empty. Give at least one."
-        )
+    at: dict[str, int] = {"batch_size": batch_size}
+    [bank] = stream(vit, reference, [Bank(vit.cfg, probe)], description="looking at reference images", **at)
+    sums = _EffectSums(vit, bank, edits)
+    [effects] = stream(vit, measured, [sums], description="editing sinks", **at)
     return SinkEffects(
         model=vit.source,
         config=vit.cfg,
@@ -195,8 +184,8 @@ def sink_no_op(
         threshold=float(threshold),
         queries=float(queries),
         edits=tuple(edits),
-        events=sums.events.numpy(),
-        effects=(sums.total / sums.number).numpy(),
+        events=sums.totals["events"].numpy(),
+        effects=effects,
     )
 
 
@@ -234,45 +223,55 @@ def _held_out(images: Images, reference: Images | None) -> tuple[Images, Images]
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-class _Sums:
-    def __init__(self, cfg: ViTConfig, n_edits: int) -> None:
-        self.n_images = 0
-        self.events = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.int64)
-        shape = (len(MEASURES), n_edits, cfg.n_layers, cfg.n_heads)
-        self.total, self.number = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+class _EffectSums(Sums):
+    def __init__(self, vit: HookedViT, bank: Bank, edits: Sequence[SinkEdit]) -> None:
+        super().__init__()
+        self.vit, self.bank, self.probe, self.edits = vit, bank, bank.probe, edits
+        cells = (vit.cfg.n_layers, vit.cfg.n_heads)
+        self.totals["events"] = torch.zeros(cells, dtype=torch.int64)
+        self.totals |= {
+            name: torch.zeros(len(MEASURES), len(edits), *cells, dtype=torch.float64) for name in ("effect", "number")
+        }
 
-    def add(self, edit: int, layer: int, head: int, values: list[Float[Tensor, " event"]]) -> None:
-        stacked = torch.stack(values).double().cpu()
-        there = stacked.isfinite()
-        self.total[:, edit, layer, head] += stacked.where(there, 0).sum(1)
-        self.number[:, edit, layer, head] += there.sum(1)
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Those of the probe, and the stream in the end."""
+        self.layers: list[ProbedLayer] = []
+        self.final: list[Float[Tensor, "batch pos d_model"]] = []
+        last = f"blocks.{vit.cfg.n_layers - 1}.hook_resid_post"
+        return [*self.probe.hooks(self.layers), (last, lambda resid, hook: self.final.append(resid))]
 
+    def update(self, batch: Batch) -> None:
+        """Edit the sinks of one batch."""
+        vit, layout, tokens = self.vit, batch.layout, self.vit.ln_final(self.final.pop())
+        for layer in self.layers:
+            self.totals["events"][layer.index] += layer.event.sum(0).cpu()
+            for head in layer.event.any(0).nonzero()[:, 0].tolist():
+                images = layer.event[:, head].nonzero()[:, 0]
+                v, position = layer.v[images, :, head], layer.key.position[images, head]
+                v_sink = v[torch.arange(len(v), device=v.device), position]
+                replacing: dict[str, Tensor | None] = {
+                    "remove": None,
+                    "zero": torch.zeros_like(v_sink),
+                    "mean": self.bank.mean(layer.index, head),
+                    "other_image": self.bank.others(layer.index, head, images + batch.start),
+                    "ordinary": ordinary_value(v, position, layout),
+                }
+                factor = self.probe.factors[layer.index][head]
+                for at, edit in enumerate(self.edits):
+                    value = replacing[edit]
+                    if value is not None and not value.isfinite().all():
+                        continue  # no reference image has a sink here
+                    change = partial(edit_sink, column=layer.key.column[images, head], v_sink=v_sink, value=value)
+                    after, moved = _rerun(vit, layer, head, images, layout, change, factor)
+                    values = torch.stack([moved, *_changes(vit, tokens[images], after, layout)]).double().cpu()
+                    there = values.isfinite()
+                    self.totals["effect"][:, at, layer.index, head] += values.where(there, 0).sum(1)
+                    self.totals["number"][:, at, layer.index, head] += there.sum(1)
+        self.add(n_images=len(batch))
 
-def _measure(vit: HookedViT, batch: Tensor, probe: Probe, bank: Bank, edits: Sequence[SinkEdit], sums: _Sums) -> None:
-    layout, layers = vit.layout(batch), cast(list[ProbedLayer], [])
-    with vit.hooks(probe.hooks(layers)):
-        tokens = vit(batch.to(vit.device), return_type="tokens")
-    for layer in layers:
-        sums.events[layer.index] += layer.event.sum(0).cpu()
-        for head in layer.event.any(0).nonzero()[:, 0].tolist():
-            images = layer.event[:, head].nonzero()[:, 0]
-            v, position = layer.v[images, :, head], layer.key.position[images, head]
-            v_sink = v[torch.arange(len(v), device=v.device), position]
-            replacing: dict[str, Tensor | None] = {
-                "remove": None,
-                "zero": torch.zeros_like(v_sink),
-                "mean": bank.mean(layer.index, head),
-                "other_image": bank.others(layer.index, head, images + sums.n_images),
-                "ordinary": ordinary_value(v, position, layout),
-            }
-            for at, edit in enumerate(edits):
-                value = replacing[edit]
-                if value is not None and not value.isfinite().all():
-                    continue  # no reference image has a sink here
-                change = partial(edit_sink, column=layer.key.column[images, head], v_sink=v_sink, value=value)
-                after, moved = _rerun(vit, layer, head, images, layout, change, probe.factors[layer.index][head])
-                sums.add(at, layer.index, head, [moved, *_changes(vit, tokens[images], after, layout)])
-    sums.n_images += len(batch)
+    def result(self) -> Float[np.ndarray, "measure edit layer head"]:
+        """Means over events."""
+        return (self.totals["effect"] / self.totals["number"]).numpy()
 
 
 def _rerun(

@@ -20,14 +20,15 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.linearise import block_map, compose
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import layer_of
-from registerlens.model.vit import HookedViT
+from registerlens.model.vit import Hook, HookedViT
 from registerlens.progress import track
 from registerlens.results import FINITE, Result
 
@@ -250,7 +251,8 @@ def singular_defects(
         "normal_angle": np.full(len(blocks), np.nan),
     }
     if images is not None and detection is not None:
-        measured = _measure(vit, images, directions, detection, batch_size)
+        sums = _AngleSums(vit, directions, detection)
+        [measured] = stream(vit, images, [sums], batch_size=batch_size, description="measuring angles")
     return SingularDefects(
         model=vit.source,
         config=vit.cfg,
@@ -266,45 +268,55 @@ def singular_defects(
 # Measured outliers ---------------------------------------------------------------------------------------------------
 
 
-def _measure(
-    vit: HookedViT,
-    images: Images,
-    directions: Float[Tensor, "layer d_model"],
-    detection: Detection,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Angles of outliers and of other patches to the directions, in one streaming pass."""
-    device = vit.device
-    axes = directions.float().to(device)
-    sums, counts, n_images = torch.zeros(2, len(axes), dtype=torch.float64), torch.zeros(2), 0
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "measuring angles", count(images), len):
-            patches = vit.layout(batch).patches
-            angles, norms = [], []
+class _AngleSums(Sums):
+    """Angles of outliers and of other patches to the directions."""
 
-            def take(resid: Tensor, hook: Any, patches: slice = patches, angles: list[Tensor] = angles) -> None:
-                x = resid[:, patches].float()
-                cosine = (x @ axes[hook.layer()]).abs() / token_norms(x).clamp_min(1e-30)
-                angles.append(cosine.clamp_max(1).acos())
+    def __init__(self, vit: HookedViT, directions: Float[Tensor, "layer d_model"], detection: Detection) -> None:
+        super().__init__()
+        self.axes, self.detection = directions.float().to(vit.device), detection
 
-            def keep(resid: Tensor, hook: Any, patches: slice = patches, norms: list[Tensor] = norms) -> None:
-                norms.append(token_norms(resid[:, patches]))
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """The stream after every block, and norms where outliers are."""
+        self.angles: list[Float[Tensor, "batch patch"]] = []
+        self.norms: list[Float[Tensor, "batch patch"]] = []
 
-            with vit.hooks([("blocks.*.hook_resid_post", take), (detection.hook_name, keep)]):
-                vit(batch.to(device), stop_at_layer=vit.cfg.n_layers)
-            mask = detection.cutoff.above(norms[0])
-            every = torch.stack(angles).double() if device.type != "mps" else torch.stack(angles)
-            sums[0] += (every * mask).sum((1, 2)).cpu()
-            sums[1] += (every * ~mask).sum((1, 2)).cpu()
-            counts += torch.tensor([mask.sum().item(), (~mask).sum().item()])
-            n_images += len(batch)
-    if not counts[0]:
-        raise ImageError(
-            f"No outlier was met in {n_images} images. Give more images; batches must be such that they can be "
-            f"iterated twice (a tensor, a list, an rl.data.ImageStream), unless detection= is given."
+        def take(resid: Tensor, hook: Any) -> None:
+            x = resid[:, layout.patches].float()
+            cosine = (x @ self.axes[hook.layer()]).abs() / token_norms(x).clamp_min(1e-30)
+            self.angles.append(cosine.clamp_max(1).acos())
+
+        def keep(resid: Tensor, hook: Any) -> None:
+            self.norms.append(token_norms(resid[:, layout.patches]))
+
+        return [("blocks.*.hook_resid_post", take), (self.detection.hook_name, keep)]
+
+    def update(self, batch: Batch) -> None:
+        """Take in one batch."""
+        mask = self.detection.cutoff.above(self.norms[0])
+        every = torch.stack(self.angles)
+        every = every if every.device.type == "mps" else every.double()
+        self.add(
+            n_images=len(batch),
+            n_outliers=mask.sum(),
+            n_normal=(~mask).sum(),
+            outlier=(every * mask).sum((1, 2)),
+            normal=(every * ~mask).sum((1, 2)),
         )
-    mean = (sums / counts[:, None].double()).rad2deg().numpy()
-    return {"detection": detection, "n_images": n_images, "outlier_angle": mean[0], "normal_angle": mean[1]}
+
+    def result(self) -> dict[str, Any]:
+        """Fields of `SingularDefects`, angles in degrees.
+
+        Raises:
+            ImageError: there was no outlier.
+        """
+        if not self.count("n_outliers"):
+            raise ImageError(f"No outlier was met in {self.n_images} images. Give more images.")
+        return {
+            "detection": self.detection,
+            "n_images": self.n_images,
+            "outlier_angle": np.rad2deg(self.means(over="n_outliers")["outlier"]),
+            "normal_angle": np.rad2deg(self.means(over="n_normal")["normal"]),
+        }
 
 
 # The null ------------------------------------------------------------------------------------------------------------

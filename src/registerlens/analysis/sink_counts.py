@@ -10,19 +10,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.outliers import RatioHistogram
+from registerlens.analysis.outliers import count_ratios, judge_each
 from registerlens.analysis.sink_events import (
     StrongestKey,
     norm_over_others,
+    output_factors,
     stable_rank,
     strongest_key,
     strongest_key_of,
 )
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.engine.attention_received import pattern_hooks
-from registerlens.errors import ImageError, NonFiniteError
+from registerlens.engine.stream import Batch, Sums
+from registerlens.errors import NonFiniteError
 from registerlens.model.parts import token_norms
-from registerlens.model.vit import HookedViT
+from registerlens.model.vit import Hook, HookedViT
 from registerlens.stats.histograms import N_BINS, bin_edges, count_bins, medians
 
 NOP_RATIO = 0.2
@@ -147,31 +149,35 @@ class SinkWatch:
         return place
 
 
-class SinkCounts:
-    """Running counts and sums, as large after a million images as after one."""
+class SinkSums(Sums):
+    """Counts and sums of sinks; events are counted in place, a threshold and a layer at a time."""
 
-    def __init__(self, cfg: ViTConfig, thresholds: tuple[float, ...]) -> None:
-        self.thresholds = thresholds
-        cells = (len(thresholds), cfg.n_layers, cfg.n_heads)
-        self.n_images = 0
-        self.mechanisms = torch.zeros(len(MECHANISMS), *cells, dtype=torch.int64)
-        self.places = torch.zeros(len(PLACES), *cells, dtype=torch.int64)
-        self.patch_norms = torch.zeros(*cells, N_BINS, dtype=torch.int64)
-        self.totals = {name: torch.zeros(2, *cells, dtype=torch.float64) for name in PER_EVENT}  # sum, and of how many
-        self.drawn = torch.zeros(cells, dtype=torch.float64)
-        self.received, self.excess, self.gu = (torch.zeros(cells[1:], dtype=torch.float64) for _ in range(3))
-        self.norms = [RatioHistogram() for _ in range(cfg.n_layers)]
+    def __init__(self, vit: HookedViT, thresholds: tuple[float, ...], queries: float) -> None:
+        super().__init__()
+        self.thresholds, self.queries, self.factors = thresholds, queries, output_factors(vit)
+        cells = (len(thresholds), vit.cfg.n_layers, vit.cfg.n_heads)
+        self.totals |= {name: torch.zeros(2, *cells, dtype=torch.float64) for name in PER_EVENT}  # sum, and of how many
+        self.totals["mechanisms"] = torch.zeros(len(MECHANISMS), *cells, dtype=torch.int64)
+        self.totals["places"] = torch.zeros(len(PLACES), *cells, dtype=torch.int64)
+        self.totals["patch_norms"] = torch.zeros(*cells, N_BINS, dtype=torch.int64)
 
-    def add(self, watch: SinkWatch) -> None:
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Those of a watch of the batch."""
+        self.watch = SinkWatch(layout, self.factors, self.thresholds, self.queries)
+        return self.watch.hooks(vit)
+
+    def update(self, batch: Batch) -> None:
         """Take in one batch."""
+        watch = self.watch
         received = torch.stack(watch.received).double().cpu()  # layer batch head
-        self.n_images += received.shape[1]
-        self.received += received.sum(1)
-        self.drawn += torch.stack(watch.drawn, 1).sum(2).double().cpu()  # threshold layer head
-        self.excess += (received - 1 / watch.n_keys).sum(1)
-        self.gu += (received > GU_SINK).sum(1)
-        for histogram, norms in zip(self.norms, watch.norms, strict=True):
-            histogram.add(norms)
+        self.add(
+            n_images=len(batch),
+            received=received.sum(1),
+            excess=(received - 1 / watch.n_keys).sum(1),
+            gu_rate=(received > GU_SINK).double().sum(1),
+            drawn=torch.stack(watch.drawn, 1).sum(2),  # threshold layer head
+            **count_ratios(torch.stack(watch.norms)),
+        )
         for events in watch.events:
             for at, threshold in enumerate(self.thresholds):
                 self._count(at, events, (events.strength >= threshold).nonzero()[:, 0])
@@ -184,41 +190,27 @@ class SinkCounts:
         kind[(ratio <= NOP_RATIO).cpu()] = MECHANISMS.index("nop")
         place, norms = events.place[chosen].cpu(), count_bins(events.norm[chosen][:, None])
         one = torch.ones_like(head)
-        self.mechanisms[:, at, layer].index_put_((kind, head), one, accumulate=True)
-        self.places[:, at, layer].index_put_((place, head), one, accumulate=True)
+        self.totals["mechanisms"][:, at, layer].index_put_((kind, head), one, accumulate=True)
+        self.totals["places"][:, at, layer].index_put_((place, head), one, accumulate=True)
         at_patch = place == _PATCH
-        self.patch_norms[at, layer].index_add_(0, head[at_patch], norms[at_patch])
-        for name, total in self.totals.items():
+        self.totals["patch_norms"][at, layer].index_add_(0, head[at_patch], norms[at_patch])
+        for name in PER_EVENT:
             value = getattr(events, name)[chosen].double().cpu()
             there = value.isfinite()
-            total[0, at, layer].index_add_(0, head[there], value[there])
-            total[1, at, layer].index_add_(0, head[there], torch.ones_like(value[there]))
+            total, number = self.totals[name][:, at, layer]
+            total.index_add_(0, head[there], value[there])
+            number.index_add_(0, head[there], torch.ones_like(value[there]))
 
     def result(self) -> dict[str, Any]:
-        """Counts, means, and the norm above which a patch counts as an outlier: fields of `SinkKinds`.
-
-        Raises:
-            ImageError: no image came.
-        """
-        n = self.n_images
-        if not n:
-            raise ImageError(
-                "No image to find sinks in: the tensor or the iterable of batches is empty. Give at least one."
-            )
-        evidence = max((histogram.judge() for histogram in self.norms), key=lambda found: (found.present, found.gap))
-        places = self.places.numpy().copy()
+        """Counts, means, and the norm above which a patch counts as an outlier: fields of `SinkKinds`."""
+        means = self.means()
+        norms = [means.pop(name) for name in ("histogram", "largest_histogram", "largest_over_median")]
+        evidence = max(judge_each(*norms), key=lambda found: (found.present, found.gap))
+        patch_norms, places = means.pop("patch_norms"), means["places"].copy()
         if evidence.present:
-            outliers = self.patch_norms.numpy()[..., bin_edges()[:-1] >= evidence.threshold].sum(-1)
+            outliers = patch_norms[..., bin_edges()[:-1] >= evidence.threshold].sum(-1)
             places[_PATCH] -= outliers
             places[PLACES.index("outlier_patch")] = outliers
-        return {
-            "n_images": n,
-            "outlier_norm": evidence.threshold if evidence.present else math.nan,
-            "mechanisms": self.mechanisms.numpy(),
-            "places": places,
-            "drawn": (self.drawn / n).numpy(),
-            "received": (self.received / n).numpy(),
-            "excess": (self.excess / n).numpy(),
-            "gu_rate": (self.gu / n).numpy(),
-            **{name: (total / number).numpy() for name, (total, number) in self.totals.items()},
-        }
+        per_event = {name: (self.totals[name][0] / self.totals[name][1]).numpy() for name in PER_EVENT}
+        outlier_norm = evidence.threshold if evidence.present else math.nan
+        return {**means, **per_event, "places": places, "n_images": self.n_images, "outlier_norm": outlier_norm}

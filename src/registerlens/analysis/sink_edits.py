@@ -11,8 +11,9 @@ from torch import Tensor
 
 from registerlens.analysis.sink_events import StrongestKey, output_factors, strongest_key
 from registerlens.config import TokenLayout, ViTConfig
+from registerlens.engine.stream import Batch
 from registerlens.model.parts import token_norms
-from registerlens.model.vit import HookedViT
+from registerlens.model.vit import Hook, HookedViT
 
 SinkEdit = Literal["remove", "zero", "mean", "other_image", "ordinary"]
 EDITS: tuple[SinkEdit, ...] = get_args(SinkEdit)
@@ -76,18 +77,21 @@ class Bank:
     def __init__(self, cfg: ViTConfig, probe: Probe) -> None:
         self.probe = probe
         self.n_images = 0
+        self.layers: list[ProbedLayer] = []
         cells = (cfg.n_layers, cfg.n_heads)
         self.total = torch.zeros(*cells, cfg.d_head, dtype=torch.float64)
         self.number = torch.zeros(cells, dtype=torch.float64)
         self.sinks: dict[tuple[int, int], list[Tensor]] = {}
 
-    def add(self, vit: HookedViT, batch: Float[Tensor, "batch channel height width"]) -> None:
-        """Run one batch of reference images."""
-        layers: list[ProbedLayer] = []
-        with vit.hooks(self.probe.hooks(layers)):
-            vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Those of the probe."""
+        self.layers = []
+        return self.probe.hooks(self.layers)
+
+    def update(self, batch: Batch) -> None:
+        """Take in one batch of reference images."""
         self.n_images += len(batch)
-        for layer in layers:
+        for layer in self.layers:
             image, head = layer.event.nonzero(as_tuple=True)
             own = layer.v[image, layer.key.position[image, head], head]
             others = layer.v[image, :, head].double().sum(1) - own.double()
@@ -97,6 +101,10 @@ class Bank:
                 held = self.sinks.setdefault((layer.index, at), [])
                 if len(held) < REFERENCE:
                     held.append(value.clone())
+
+    def result(self) -> Bank:
+        """The bank, filled."""
+        return self
 
     def mean(self, layer: int, head: int) -> Float[Tensor, "1 d_head"]:
         """NaN where no reference image has a sink in this head."""

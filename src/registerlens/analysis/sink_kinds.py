@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 
 from registerlens.analysis.sink_counts import (
@@ -16,16 +15,15 @@ from registerlens.analysis.sink_counts import (
     MECHANISMS,
     PER_EVENT,
     PLACES,
-    SinkCounts,
-    SinkWatch,
+    SinkSums,
 )
-from registerlens.analysis.sink_events import QUERIES, output_factors
+from registerlens.analysis.sink_events import QUERIES
 from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
+from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import FINITE, Result
 
 if TYPE_CHECKING:
@@ -221,12 +219,6 @@ def classify_sinks(
         raise ConfigError(f"Thresholds are shares of a query's attention, above 0 and at most 1; got {thresholds}.")
     if not 0 < queries <= 1:
         raise ConfigError(f"queries is a share of all queries, above 0 and at most 1; got {queries}.")
-    sums = SinkCounts(vit.cfg, swept)
-    factors = output_factors(vit)
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "classifying sinks", count(images), len):
-            watch = SinkWatch(vit.layout(batch), factors, swept, queries)
-            with vit.hooks(watch.hooks(vit)):
-                vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
-            sums.add(watch)
-    return SinkKinds(model=vit.source, config=vit.cfg, thresholds=swept, queries=float(queries), **sums.result())
+    sums = SinkSums(vit, swept, queries)
+    [found] = stream(vit, images, [sums], batch_size=batch_size, description="classifying sinks")
+    return SinkKinds(model=vit.source, config=vit.cfg, thresholds=swept, queries=float(queries), **found)
