@@ -208,7 +208,7 @@ def test_it_runs_inside_an_edit_and_counts_what_it_costs():
     images = noise(4)
     register = rl.TestTimeRegisters(rl.RegisterNeurons.from_pairs([(0, 1), (1, 2)]))
     blocks = []
-    handle = vit.blocks[2].register_forward_hook(lambda *_: blocks.append(1))
+    handle = vit.blocks[2].register_forward_pre_hook(lambda *_: blocks.append(1))
     with vit.edit(register):
         found = sink_no_op(vit, images, edits=["zero"], batch_size=4, **LOOSE)
     handle.remove()

@@ -25,14 +25,14 @@ from registerlens.circuits.graph import (
 from registerlens.circuits.readings import check_target, output_words, why_no_output
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.circuits.sighting import Sight, locate, look, reads_by_cls
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
+from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, InterventionError
 from registerlens.interventions.targets import Heads
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
 from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.stats.intervals import resample
 
 TOLERANCE = 1e-4
@@ -118,7 +118,7 @@ def attention_circuit(
             n += n_here
             if seen is not None:
                 found.add(contributions(vit, seen, neurons, target, **options))
-        if not n or "stream" not in found:
+        if "stream" not in found:
             raise ImageError(_nothing(n, detection))
         _check_sums(vit, found.error)
         times = resample(len(found["stream_norm"]), n_boot, seed)
@@ -192,18 +192,13 @@ def _sights(
     vit: HookedViT, images: Images, detection: Detection, block: int, batch_size: int, doing: str
 ) -> Iterator[tuple[int, Tensor, Sight | None]]:
     """Of each batch: how many images, those with an outlier and an ordinary patch, and what their run left, if any."""
-    for batch in track(in_batches(images, batch_size), doing, count(images), len):
-        used, tokens = locate(vit, batch, detection)
-        some = batch.to(vit.device)[used]
+    for batch in batches(vit, images, batch_size, doing):
+        used, tokens = locate(vit, batch.images, detection)
+        some = batch.images[used]
         yield len(batch), some, None if tokens is None else look(vit, some, tokens, block)
 
 
 def _nothing(n: int, detection: Detection) -> str:
-    if not n:
-        return (
-            "No image came: the tensor or the iterable is empty, or it could be iterated only once. Give a tensor, a "
-            "list of batches or an rl.data.ImageStream."
-        )
     return (
         f"None of the {n} images has an outlier patch above {detection.cutoff} at {detection.sublayer} beside an "
         f"ordinary one. Give more images, or another threshold."

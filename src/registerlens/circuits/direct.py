@@ -15,14 +15,13 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, detect
 from registerlens.circuits.readout import Direction, Readout, Space, pool_weights
 from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ImageError
+from registerlens.data.batches import Images
+from registerlens.engine.stream import batches
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.norms import Norm
 from registerlens.model.parts import at_least_float32, token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 from registerlens.stats.moments import Moments
 
@@ -202,14 +201,12 @@ def direct_contributions(
     }
     largest, n = 0.0, 0
     with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "taking the output apart", count(images), len):
+        for batch in batches(vit, images, batch_size, "taking the output apart"):
             n += len(batch)
-            found = _Apart(vit, batch.to(vit.device), readout, detection).found()
+            found = _Apart(vit, batch.images, readout, detection).found()
             for name, values in found.items():
                 sums[name].add(values)
             largest = max(largest, float(found["remainder"].abs().max()))
-    if not n:
-        raise ImageError("No image came: the tensor or the iterable of batches is empty.")
     single = ("value", "embedding", "position", "constant", "remainder")
     arrays = ("attn_bias", "mlp_bias", "heads", "neurons", "by_key")
     return DirectContributions(

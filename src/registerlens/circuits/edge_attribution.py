@@ -20,9 +20,10 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons, need_some
 from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import frozen_weights, not_differentiable
-from registerlens.circuits.resumed import labelled, stations
+from registerlens.circuits.resumed import stations
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count
+from registerlens.data.batches import Images
+from registerlens.engine.stream import batches
 from registerlens.engine.views import mapped
 from registerlens.errors import ConfigError, InterventionError, check_choice
 from registerlens.evaluation.metrics import Metric
@@ -31,7 +32,6 @@ from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 from registerlens.stats.moments import Moments
 
@@ -182,10 +182,9 @@ def attribute_edges(
     shape = (len(wanted), vit.cfg.n_heads)
     effects, values, n = Moments(len(neurons), *shape), Moments(*shape), 0
     with frozen_weights(vit), torch.inference_mode(False):
-        batches = track(labelled(images, labels, batch_size), "attributing edges", count(images), lambda b: len(b[0]))
-        for batch, mine in batches:
+        for batch in batches(vit, images, batch_size, "attributing edges", labels):
             n += len(batch)
-            found, value = _Edges(vit, neurons, wanted, norm).of(reader, batch, mine)
+            found, value = _Edges(vit, neurons, wanted, norm).of(reader, batch.images, batch.labels)
             effects.add(found)
             values.add(value)
     n_used = int(values.n.max())

@@ -18,13 +18,13 @@ from registerlens.analysis.top_outliers import need_some
 from registerlens.circuits.heads import directions_met
 from registerlens.circuits.neuron_effects import frozen_weights
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, batches, run_until_seen
 from registerlens.errors import ConfigError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.attention import final_point
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 from registerlens.stats.moments import Moments
 from registerlens.theory.subspaces import directions as unit_directions
@@ -151,9 +151,9 @@ def key_share(
     shape = (vit.cfg.n_layers, vit.cfg.n_heads)
     advantage, parts, n = Moments(*shape), Moments(*shape, n_null + 1), 0
     with frozen_weights(vit), torch.inference_mode(False):
-        for batch in track(in_batches(images, batch_size), "splitting key scores", count(images), len):
-            n += len(batch)
-            layout, streams, outlier = _look(vit, batch, layers, detection)
+        for batch in batches(vit, images, batch_size, "splitting key scores"):
+            n, layout = n + len(batch), batch.layout
+            streams, outlier = _look(vit, batch, layers, detection)
             whole = torch.full((len(batch), *shape), torch.nan, dtype=torch.float64)
             split = torch.full((len(batch), *shape, n_null + 1), torch.nan, dtype=torch.float64)
             for layer in layers:
@@ -179,10 +179,10 @@ def key_share(
 
 
 def _look(
-    vit: HookedViT, batch: Tensor, layers: list[int], detection: Detection
-) -> tuple[TokenLayout, dict[int, Tensor], Bool[Tensor, "batch patch"]]:
+    vit: HookedViT, batch: Batch, layers: list[int], detection: Detection
+) -> tuple[dict[int, Tensor], Bool[Tensor, "batch patch"]]:
     """The stream before some blocks, and which patches are outliers."""
-    layout, streams, norms = vit.layout(batch), {}, []
+    layout, streams, norms = batch.layout, {}, []
     hooks: list[Any] = [
         (
             [f"blocks.{layer}.hook_resid_pre" for layer in layers],
@@ -190,9 +190,9 @@ def _look(
         ),
         (detection.hook_name, lambda x, hook: norms.append(token_norms(x[:, layout.patches]))),
     ]
-    with torch.no_grad(), vit.hooks(hooks):
-        vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
-    return layout, streams, detection.cutoff.above(norms[0])
+    with torch.no_grad():
+        run_until_seen(vit, batch.images, hooks)
+    return streams, detection.cutoff.above(norms[0])
 
 
 def _split(

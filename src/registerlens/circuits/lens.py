@@ -15,11 +15,11 @@ from torch import Tensor
 
 from registerlens.circuits.readout import Space, check_class, output_width, space_of
 from registerlens.config import TokenLayout, ViTConfig
+from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, ShapeError, close_matches
 from registerlens.model.sublayers import hook_of
 from registerlens.model.sublayers import sublayers as every_sublayer
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 
 if TYPE_CHECKING:
@@ -162,8 +162,8 @@ def patch_lens(
         tops[names[hook.name]].append(torch.stack([part.double() for part in projected.max(-1)]).cpu())
 
     with torch.inference_mode(), vit.hooks([(list(names), read)]):
-        for batch in track(images.split(batch_size), "reading patches", len(images), len):
-            vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
+        for batch in batches(vit, images, batch_size, "reading patches"):
+            vit(batch.images, stop_at_layer=vit.cfg.n_layers)
     grid = layout.grid
     best = torch.stack([torch.cat(found, 1) for found in tops]).unflatten(-1, grid).numpy()
     return PatchLens(

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.config import TokenLayout
-from registerlens.data.batches import Images, count, in_batches
 from registerlens.engine.views import View, Watched
-from registerlens.errors import ImageError, ShapeError
+from registerlens.errors import ShapeError
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Reference
 from registerlens.model.vit import HookedViT
@@ -115,37 +114,6 @@ def stations(
             options = {} if start is None else {"start_at_layer": start, "layout": layout}
             resid, start = vit(resid, stop_at_layer=layer, **options), layer
         yield Station(vit, metric, layout, layer, resid, labels, Seen(dict(seen.norms), dict(seen.attention)))
-
-
-def labelled(
-    images: Images, labels: Int[Tensor, "image ..."] | None, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The images in batches, each with its labels.
-
-    Raises:
-        ImageError: no image came.
-        ShapeError: not one label an image.
-
-    Example:
-        >>> [labels.tolist() for _, labels in labelled(torch.zeros(3, 3, 8, 8), torch.tensor([5, 6, 7]), 2)]
-        [[5, 6], [7]]
-    """
-    n, known = 0, count(images)
-    if known is not None and labels is not None and known != len(labels):
-        raise ShapeError(f"{len(labels)} labels for {known} images; one for each is needed.")
-    for batch in in_batches(images, batch_size):
-        mine = None if labels is None else labels[n : n + len(batch)]
-        n += len(batch)
-        if mine is not None and len(mine) < len(batch):
-            break
-        yield batch, mine
-    if not n:
-        raise ImageError(
-            "No image came: the tensor or the iterable is empty, or it could be iterated only once. Give a tensor, a "
-            "list of batches or an rl.data.ImageStream."
-        )
-    if labels is not None and n != len(labels):
-        raise ShapeError(f"{len(labels)} labels for {n} images or more; one for each is needed.")
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from registerlens.circuits.neuron_effects import (
     integrated_gradients,
     not_differentiable,
 )
-from registerlens.circuits.resumed import Replacement, Station, labelled, stations
+from registerlens.circuits.resumed import Replacement, Station, stations
 from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count
+from registerlens.data.batches import Images
+from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_choice
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 from registerlens.stats.moments import Moments, RankCorrelation, rank_correlation
 
@@ -275,10 +275,9 @@ def screen_neurons(
     clean, effects = Moments(), Moments(len(chosen), vit.cfg.d_mlp)
     n = 0
     with frozen_weights(vit), torch.inference_mode(False):
-        batches = track(labelled(images, labels, batch_size), "screening neurons", count(images), lambda b: len(b[0]))
-        for batch, mine in batches:
+        for batch in batches(vit, images, batch_size, "screening neurons", labels):
             n += len(batch)
-            values, found = estimate(stations(vit, batch, measured, estimate.stops, mine))
+            values, found = estimate(stations(vit, batch.images, measured, estimate.stops, batch.labels))
             kept = values.isfinite()
             _check_finite(found[:, kept], measured.name)
             clean.add(values)

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -99,7 +98,7 @@ class Sums:
         """Take in what another reducer with the same options saw, as if its images had come here."""
         self.add(**other.totals)
 
-    def means(self, over: str = "n_images") -> dict[str, np.ndarray]:
+    def means(self, over: str = "n_images") -> dict[str, Any]:
         """The arrays as they are reported: whole numbers as counts, all others over how many images there were.
 
         Args:

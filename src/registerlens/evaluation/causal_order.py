@@ -193,9 +193,9 @@ class _OrderSums(AtTopOutliers):
         for c, condition in enumerate(CONDITIONS):
             for i, layer in enumerate(self.layers[:-1]):
                 edits = self.edits[condition, layer]
-                found = [self._of(self._later(layer, self.layers[i + 1 :], sight, one)) for one in edits]
+                found = [self._of(self._later(layer, self.layers[i + 1 :], sight, one)) / len(edits) for one in edits]
                 later = torch.tensor([at > layer for at, _ in self.neurons.pairs])
-                edited[c, i, later] = sum(one / len(edits) for one in found)[later]
+                edited[c, i, later] = torch.stack(found).sum(0)[later]
         self.add(clean=clean, edited=edited)
 
     def _later(

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.data.batches import Images, in_batches
+from registerlens.config import TokenLayout
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import InterventionError
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Intervention
 from registerlens.interventions.interpolation import InterpolateOutliers
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
-from registerlens.model.vit import HookedViT
+from registerlens.model.vit import Hook, HookedViT
 
 DRAWS = 3
 """Draws of each kind of random neurons."""
@@ -123,18 +125,27 @@ def neuron_activity(vit: HookedViT, images: Images, layers: list[int], batch_siz
     """
     if not layers:
         return {}
-    sums: dict[int, Tensor] = {}
-    n = 0
+    sums = _ActivitySums([f"blocks.{layer}.mlp.hook_post" for layer in layers])
+    [found] = stream(vit, images, [sums], batch_size=batch_size, description="measuring activity")
+    return dict(zip(layers, found, strict=True))
 
-    def add(post: Tensor, hook: Any) -> None:
-        highest = post.amax(1).float().sum(0).cpu()
-        sums[hook.layer()] = sums.get(hook.layer(), 0) + highest
 
-    with torch.inference_mode(), vit.hooks([([f"blocks.{layer}.mlp.hook_post" for layer in layers], add)]):
-        for batch in in_batches(images, batch_size):
-            vit(batch.to(vit.device), stop_at_layer=max(layers) + 1)
-            n += len(batch)
-    return {layer: total.clone() / max(n, 1) for layer, total in sums.items()}
+class _ActivitySums(Sums):
+    def __init__(self, points: list[str]) -> None:
+        super().__init__()
+        self.points = points
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """The neurons of each layer."""
+        return [(self.points, lambda post, hook: self.add(**{hook.name: post.amax(1).float().sum(0)}))]
+
+    def update(self, batch: Batch) -> None:
+        """Count the images."""
+        self.add(n_images=len(batch))
+
+    def result(self) -> list[Float[Tensor, " neuron"]]:
+        """Layer by layer."""
+        return [(self.totals[point] / self.n_images).float().cpu() for point in self.points]
 
 
 def build_baselines(

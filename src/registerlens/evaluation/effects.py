@@ -22,7 +22,8 @@ from registerlens.analysis.detection import (
 )
 from registerlens.analysis.predictions import classifies
 from registerlens.analysis.trace import trace
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images, count
+from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_baselines, build_controls
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
@@ -31,7 +32,6 @@ from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 from registerlens.stats.intervals import mean_intervals, resample
 
@@ -193,7 +193,19 @@ def evaluate_intervention(
     done: dict[str, Intervention | None] = {CLEAN: None, **tested, **against}
     kinds = {CLEAN: ConditionKind.CLEAN, **dict.fromkeys(tested, ConditionKind.TESTED)}
     kinds |= dict.fromkeys(baselines, ConditionKind.BASELINE) | dict.fromkeys(controlled, ConditionKind.CONTROL)
-    sums = _measure(vit, in_batches(images, batch_size), done, detection, labels, count(images))
+    sums = _Sums(list(done), vit.cfg.n_layers)
+    place, layers = sums.sublayers.index(detection.sublayer), after_onset(detection, vit.cfg.n_layers)
+    with torch.inference_mode():
+        for batch in batches(vit, images, batch_size, "evaluating", labels):
+            clean = observe(vit, batch.images)
+            ruler = Yardstick(clean, place, detection.cutoff, layers, batch.labels, classifies(vit.cfg))
+            for name, one in done.items():
+                if one is None:
+                    sums.add(name, clean, ruler.measure(clean))
+                    continue
+                with vit.edit(one):
+                    seen = observe(vit, batch.images)
+                sums.add(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch.images))))
     measured = sums.result()
     verdicts = {
         name: judge_effect(measured["metrics"], measured["values"], kinds, name, isinstance(one, Ablate))
@@ -209,36 +221,6 @@ def evaluate_intervention(
         verdicts=verdicts,
         **measured,
     )
-
-
-def _measure(
-    vit: HookedViT,
-    batches: Iterable[Tensor],
-    conditions: Mapping[str, Intervention | None],
-    detection: Detection,
-    labels: Tensor | None,
-    n_images: int | None,
-) -> _Sums:
-    """Every batch under every condition, beside its clean run."""
-    sums = _Sums(list(conditions), vit.cfg.n_layers)
-    place, layers = sums.sublayers.index(detection.sublayer), after_onset(detection, vit.cfg.n_layers)
-    start = 0
-    with torch.inference_mode():
-        for batch in track(batches, "evaluating", n_images, len):
-            part = None if labels is None else labels[start : start + len(batch)]
-            clean = observe(vit, batch)
-            ruler = Yardstick(clean, place, detection.cutoff, layers, part, classifies(vit.cfg))
-            for name, one in conditions.items():
-                if one is None:
-                    sums.add(name, clean, ruler.measure(clean))
-                    continue
-                with vit.edit(one):
-                    seen = observe(vit, batch)
-                sums.add(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch))))
-            start += len(batch)
-    if labels is not None and len(labels) != start:
-        raise ShapeError(f"{len(labels)} labels for {start} images.")
-    return sums
 
 
 class _Sums:
@@ -269,10 +251,6 @@ class _Sums:
         self.n[condition] += seen.norms.shape[1]
 
     def result(self) -> dict[str, Any]:
-        if not any(self.n.values()):
-            raise ImageError(
-                "No image to evaluate on: the tensor or the iterable of batches is empty. Give at least one."
-            )
         n = max(self.n.values())
         metrics = tuple(name for name in METRICS if any(name in rows for rows in self.rows.values()))
         nothing = np.full(n, np.nan)

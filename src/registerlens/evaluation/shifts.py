@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.config import TokenLayout
-from registerlens.data.batches import Images, count, in_batches
+from registerlens.data.batches import Images
 from registerlens.engine.attention_received import attention_hooks
-from registerlens.errors import ImageError, InterventionError, NonFiniteError, ShapeError
+from registerlens.engine.stream import Batch, batches, run_until_seen
+from registerlens.errors import InterventionError, NonFiniteError, ShapeError
 from registerlens.interventions.base import Intervention, Scene
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 
 if TYPE_CHECKING:
@@ -144,14 +144,9 @@ def measure_shift(
     if not -vit.cfg.n_layers <= layer < vit.cfg.n_layers:
         raise ShapeError(f"Layer {layer} does not exist: the model has blocks 0 to {vit.cfg.n_layers - 1}.")
     layer %= vit.cfg.n_layers
-    rows: list[Float[np.ndarray, "measure batch"]] = []
     target = "test-time register" if intervention.n_registers else "chosen patches"
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "measuring the shift", count(images), len):
-            with vit.edit(intervention):
-                rows.append(_measured(vit, batch, intervention, layer))
-    if not rows:
-        raise ImageError("No image to measure on: the tensor or the iterable of batches is empty.")
+    with torch.inference_mode(), vit.edit(intervention):
+        rows = [_measured(vit, batch, intervention, layer) for batch in batches(vit, images, batch_size, "shifting")]
     values = np.concatenate(rows, axis=1)
     if not np.isfinite(values).all():
         raise NonFiniteError(
@@ -169,16 +164,15 @@ def measure_shift(
 
 
 def _measured(
-    vit: HookedViT, batch: Float[Tensor, "batch channel height width"], intervention: Intervention, layer: int
+    vit: HookedViT, batch: Batch, intervention: Intervention, layer: int
 ) -> Float[np.ndarray, "measure batch"]:
-    layout = vit.layout(batch)
+    layout = batch.layout
     norms: list[Tensor] = []
     drawn: list[Tensor] = []
     hooks: list[Any] = attention_hooks(vit, layout, [layer], lambda _, attention: drawn.append(attention.mean(1)))
     hooks.append((f"blocks.{layer}.hook_resid_post", lambda resid, hook: norms.append(token_norms(resid))))
-    with vit.hooks(hooks):
-        vit(batch.to(vit.device), stop_at_layer=layer + 1)
-    aimed, other = _sides(intervention, layout, batch)
+    run_until_seen(vit, batch.images, hooks)
+    aimed, other = _sides(intervention, layout, batch.images)
     values = [norms[0].cpu(), drawn[0][:, : layout.n_tokens].cpu()]
     found = [value.masked_fill(~side, -torch.inf).amax(1) for value in values for side in (aimed, other)]
     return torch.stack(found).float().numpy()

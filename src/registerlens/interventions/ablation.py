@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from einops import rearrange
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
-from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError, check_choice
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, stream
+from registerlens.errors import ConfigError, InterventionError, ShapeError, check_choice
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.choices import Mode
 from registerlens.interventions.targets import Heads, Part, Target, Tokens, parts_of
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 
 BANK = 32
 """Reference images from which "shuffle" and "resample" draw; a random sample of those seen by `fit`."""
@@ -43,7 +43,7 @@ class Reference:
 
 
 class Fitter:
-    """Streaming sums and a reservoir sample for each hook point; `fit_references` feeds it.
+    """Streaming sums and a reservoir sample for each hook point.
 
     Args:
         parts: the hook points and their features; no point twice.
@@ -58,24 +58,29 @@ class Fitter:
         self.generator = torch.Generator().manual_seed(seed)
         self.n_images = 0
 
-    def hooks(self, layout: TokenLayout, slots: list[int | None]) -> list[Any]:
-        """Hooks that take in one batch."""
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """The target's hook points."""
+        self.slots: list[int | None] | None = None
 
-        def hook_for(part: Part) -> Any:
-            return part.point, lambda x, hook: self._take(part, part.read(x).detach(), layout, slots)
+        def hook_for(part: Part) -> Hook:
+            return part.point, lambda x, hook: self._take(part, part.read(x).detach(), layout)
 
         return [hook_for(part) for part in self.parts]
 
-    def slots(self, n: int) -> list[int | None]:
+    def update(self, batch: Batch) -> None:
+        """Count the images."""
+        self.n_images += len(batch)
+
+    def _draw_slots(self, n: int) -> list[int | None]:
         """Which place of the reservoir each of the next `n` images takes, the same at every hook point."""
         chosen: list[int | None] = []
         for i in range(self.n_images, self.n_images + n):
             slot = i if i < BANK else int(torch.randint(i + 1, (), generator=self.generator))
             chosen.append(slot if slot < BANK and self.keep_bank else None)
-        self.n_images += n
         return chosen
 
-    def _take(self, part: Part, x: Float[Tensor, "batch pos feature"], layout: TokenLayout, slots: list) -> None:
+    def _take(self, part: Part, x: Float[Tensor, "batch pos feature"], layout: TokenLayout) -> None:
+        self.slots = self._draw_slots(len(x)) if self.slots is None else self.slots
         wide = x.double() if x.device.type != "mps" else x.float()
         kinds = _kinds(layout).to(x.device)
         n_kinds = layout.patches.start + 1
@@ -90,7 +95,7 @@ class Fitter:
         old = self.sums.get(part.point)
         self.sums[part.point] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
         bank = self.bank[part.point]
-        for row, slot in zip(x, slots, strict=True):
+        for row, slot in zip(x, self.slots, strict=True):
             if slot is not None:
                 bank[slot : slot + 1] = [row.float().cpu().clone()]
 
@@ -98,11 +103,8 @@ class Fitter:
         """What was fitted.
 
         Raises:
-            ImageError: there was no image.
             ShapeError: the images differ in size, and whole activations are kept.
         """
-        if not self.n_images:
-            raise ImageError("No image to fit the ablation on. Give at least one.")
         mean, std = {}, {}
         for point, (total, square, n) in self.sums.items():
             average = total / n.clamp_min(1)
@@ -113,16 +115,6 @@ class Fitter:
             raise ShapeError("Images of one size are needed to draw other images' activations; these differ.")
         bank = {point: torch.stack(rows).clone() for point, rows in self.bank.items() if rows}
         return Reference(mean=mean, std=std, bank=bank, n_images=self.n_images)
-
-
-def fit_references(vit: HookedViT, fitters: Sequence[Fitter], images: Images, batch_size: int) -> None:
-    """Show the images to any number of fitters in one streaming pass."""
-    with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "fitting the ablation", count(images), len):
-            layout = vit.layout(batch)
-            hooks = [hook for fitter in fitters for hook in fitter.hooks(layout, fitter.slots(len(batch)))]
-            with vit.hooks(hooks):
-                vit(batch.to(vit.device), stop_at_layer=vit.cfg.n_layers)
 
 
 def _kinds(layout: TokenLayout) -> Int[Tensor, " pos"]:
@@ -206,8 +198,8 @@ class Ablate(Intervention):
         """
         zeroing = cls(target)
         fitter = Fitter(parts_of(target, vit.cfg), mode in NEEDS_BANK, seed)
-        fit_references(vit, [fitter], images, batch_size)
-        return replace(zeroing, mode=mode, reference=fitter.result(), seed=seed)
+        [reference] = stream(vit, images, [fitter], batch_size=batch_size, description="fitting the ablation")
+        return replace(zeroing, mode=mode, reference=reference, seed=seed)
 
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """One edit for each hook point of the target."""

@@ -13,15 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import ViTConfig
-from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ImageError, InterventionError
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.data.batches import Images
+from registerlens.engine.stream import Batch, Sums, stream
+from registerlens.errors import InterventionError
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.assumptions import require_softmax
 from registerlens.model.attention import final_point
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import FINITE
 
 
@@ -84,25 +84,11 @@ class AttentionBias(Intervention):
             raise InterventionError(
                 "An attention bias stands for exactly one test-time register of the same neurons. Leave register= out."
             )
-        cfg = vit.cfg
-        sums = {kind: torch.zeros(cfg.n_layers, cfg.n_heads, cfg.d_head) for kind in "kv"}
-        total = 0
-
-        def add(kind: str, own: int, x: Tensor, hook: Any) -> None:
-            sums[kind][hook.layer()] += x[:, own].float().sum(0).cpu()
-
-        with torch.inference_mode():
-            for batch in track(in_batches(images, batch_size), "fitting the attention bias", count(images), len):
-                with vit.edit(register):
-                    # The last token; behind it stand the keys of attention biases that are in force already.
-                    own = vit.layout(batch).test_time_registers.stop - 1
-                    hooks: Any = [(f"blocks.*.attn.{at}", partial(add, kind, own)) for kind, at in _points(cfg).items()]
-                    with vit.hooks(hooks):
-                        vit(batch.to(vit.device), stop_at_layer=cfg.n_layers)
-                total += len(batch)
-        if not total:
-            raise ImageError("No image to fit the attention bias on. Give at least one.")
-        return cls(neurons, (sums["k"] / total).clone(), (sums["v"] / total).clone(), total)
+        with vit.edit(register):
+            [(k, v, n)] = stream(
+                vit, images, [_PairSums()], batch_size=batch_size, description="fitting the attention bias"
+            )
+        return cls(neurons, k, v, n)
 
     @property
     def n_keys(self) -> int:
@@ -130,6 +116,33 @@ class AttentionBias(Intervention):
             for kind, point in _points(cfg).items()
         ]
         return [*zeroing, *pairs]
+
+
+class _PairSums(Sums):
+    """Keys and values of the test-time register, which is in force."""
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Every layer's keys and values."""
+        # The last token; behind it stand the keys of attention biases that are in force already.
+        own = layout.test_time_registers.stop - 1
+        self.layers = range(vit.cfg.n_layers)
+
+        def hook_for(kind: str, point: str) -> Hook:
+            def take(x: Tensor, hook: Any) -> None:
+                self.add(**{f"{kind}{hook.layer()}": x[:, own].float().sum(0)})
+
+            return f"blocks.*.attn.{point}", take
+
+        return [hook_for(kind, point) for kind, point in _points(vit.cfg).items()]
+
+    def update(self, batch: Batch) -> None:
+        """Count the images."""
+        self.add(n_images=len(batch))
+
+    def result(self) -> tuple[Float[Tensor, "layer head d_head"], Float[Tensor, "layer head d_head"], int]:
+        """Mean keys, mean values, and of how many images."""
+        k, v = (torch.stack([self.totals[f"{kind}{layer}"] for layer in self.layers]) / self.n_images for kind in "kv")
+        return k.float().cpu(), v.float().cpu(), self.n_images
 
 
 def _points(cfg: ViTConfig) -> dict[str, str]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from registerlens.data.batches import Images
 from registerlens.data.sources import Source, TensorSource
+from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError, ImageError
-from registerlens.interventions.ablation import NEEDS_BANK, Ablate, Fitter, Reference, fit_references
+from registerlens.interventions.ablation import NEEDS_BANK, Ablate, Fitter, Reference
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Intervention
 from registerlens.interventions.targets import Part, parts_of
@@ -159,8 +160,8 @@ def _fit_together(
     for sample in dict.fromkeys(samples):
         mine = chain.from_iterable(own for own, seed in zip(parts, samples, strict=True) if seed == sample)
         fitters[sample] = Fitter(_union(mine), sample is not None, sample or 0)
-    fit_references(vit, list(fitters.values()), images, batch_size)
-    whole = {sample: fitter.result() for sample, fitter in fitters.items()}
+    references = stream(vit, images, list(fitters.values()), batch_size=batch_size, description="fitting the ablation")
+    whole = dict(zip(fitters, references, strict=True))
     places = {sample: _places(fitter.parts) for sample, fitter in fitters.items()}
     return [_cut_out(whole[sample], places[sample], own) for own, sample in zip(parts, samples, strict=True)]
 

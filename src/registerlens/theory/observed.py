@@ -14,11 +14,11 @@ from registerlens.analysis.detection import Detection, detection_in
 from registerlens.analysis.trace import trace
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count, first_and_all
+from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import hook_of, layer_of
-from registerlens.model.vit import HookedViT
-from registerlens.progress import track
+from registerlens.model.vit import Hook, HookedViT
 from registerlens.theory.subspaces import directions
 
 FEWEST = 8
@@ -82,92 +82,77 @@ def observe(
     first_images, every = first_and_all(images, UNKNOWN_NUMBER if n is None else max(FEWEST, n // 8), batch_size)
     traced = trace(vit, first_images)
     detection = detection_in(traced, traced.onset or traced.strongest)
-    sums = _Sums(vit, detection, tuple(neuron_layers), first)
-    device = vit.device
-    with torch.inference_mode():
-        for batch in track(every, "checking kernels", n, len):
-            watch = _Watch(vit.layout(batch), sums)
-            with vit.hooks(watch.hooks(vit)):
-                vit(batch.to(device), stop_at_layer=vit.cfg.n_layers)
-            sums.add(watch)
-    return sums.result()
+    sums = _ObservedSums(vit, detection, tuple(neuron_layers), first)
+    [found] = stream(vit, every, [sums], description="checking kernels")
+    return found
 
 
-class _Watch:
-    """One batch: what must wait until the outliers are known, and running sums of queries and keys."""
-
-    def __init__(self, layout: TokenLayout, sums: _Sums) -> None:
-        self.layout, self.sums = layout, sums
-        self.before: dict[int, Tensor] = {}
-        self.after: Tensor | None = None
-        self.outlier: Bool[Tensor, "batch pos"] | None = None
-
-    def hooks(self, vit: HookedViT) -> list[Any]:
-        heads = [f"blocks.{layer}.attn.hook_" for layer in range(self.sums.first, vit.cfg.n_layers)]
-        # The onset first: where it is the place before a watched MLP too, both hooks see the same tensor.
-        return [
-            (hook_of(self.sums.detection.sublayer), self._at_onset),
-            *((f"blocks.{layer}.hook_resid_mid", self._before) for layer in self.sums.neuron_layers),
-            *((f"{name}{kind}", self._mean) for name in heads for kind in ("q", "k")),
-        ]
-
-    def _at_onset(self, resid: Tensor, hook: Any) -> None:
-        patches = self.layout.patches
-        mask = torch.zeros(resid.shape[:2], dtype=torch.bool, device=resid.device)
-        mask[:, patches] = self.sums.detection.cutoff.above(token_norms(resid[:, patches]))
-        self.outlier, self.after = mask, resid
-
-    def _before(self, resid: Tensor, hook: Any) -> None:
-        self.before[hook.layer()] = resid
-
-    def _mean(self, x: Float[Tensor, "batch pos head d_head"], hook: Any) -> None:
-        # Up to the onset nobody is an outlier yet.
-        total, n = x.float().sum((0, 1)), x.shape[0] * x.shape[1]
-        if self.outlier is not None and (few := int(self.outlier.sum())):
-            total, n = total - x[self.outlier].float().sum(0), n - few
-        self.sums.add_mean(hook.name, total, n)
-
-
-class _Sums:
-    """Running sums: as large after a million images as after one."""
+class _ObservedSums(Sums):
+    """Sums of directions over outlier tokens, and of queries and keys over the others."""
 
     def __init__(self, vit: HookedViT, detection: Detection, neuron_layers: tuple[int, ...], first: int) -> None:
-        self.vit, self.detection, self.neuron_layers, self.first = vit, detection, neuron_layers, first
-        zeros = torch.zeros(vit.cfg.d_model, dtype=torch.float64)
-        self.before = {layer: zeros.clone() for layer in neuron_layers}
-        self.after = zeros.clone()
-        self.means: dict[str, tuple[Tensor, int]] = {}
-        self.n_images = self.n_outliers = self.n_tokens = 0
+        super().__init__()
+        self.detection, self.neuron_layers, self.first = detection, neuron_layers, first
+        self.blocks = [cast(Block, block) for block in vit.blocks]
+        self.n_tokens = 0
 
-    def add_mean(self, name: str, total: Float[Tensor, "head d_head"], n: int) -> None:
-        """Take in one batch's queries or keys of a block."""
-        before, so_far = self.means.get(name, (torch.zeros(total.shape, dtype=torch.float64), 0))
-        self.means[name] = (before + total.double().cpu(), so_far + n)
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Streams, which must wait until the outliers are known, and queries and keys."""
+        self.n_tokens = layout.n_tokens
+        self.before: dict[int, Float[Tensor, "batch pos d_model"]] = {}
+        self.after: Float[Tensor, "batch pos d_model"] | None = None
+        self.outlier: Bool[Tensor, "batch pos"] | None = None
 
-    def add(self, watch: _Watch) -> None:
-        """Take in one batch's outlier tokens."""
-        outlier, after = cast(Tensor, watch.outlier), cast(Tensor, watch.after)
-        blocks = self.vit.blocks
-        for layer, resid in watch.before.items():
-            norm = cast(Block, blocks[layer]).ln2
-            self.before[layer] += directions(norm, resid[outlier]).sum(0).cpu()
-        self.after += directions(cast(Block, blocks[0]).ln1, after[outlier]).sum(0).cpu()
-        self.n_images += len(outlier)
-        self.n_outliers += int(outlier.sum())
-        self.n_tokens = watch.layout.n_tokens
+        def at_onset(resid: Tensor, hook: Any) -> None:
+            mask = torch.zeros(resid.shape[:2], dtype=torch.bool, device=resid.device)
+            mask[:, layout.patches] = self.detection.cutoff.above(token_norms(resid[:, layout.patches]))
+            self.outlier, self.after = mask, resid
+
+        def before(resid: Tensor, hook: Any) -> None:
+            self.before[hook.layer()] = resid
+
+        def mean(x: Float[Tensor, "batch pos head d_head"], hook: Any) -> None:
+            # Up to the onset nobody is an outlier yet.
+            total, n = x.float().sum((0, 1)), x.shape[0] * x.shape[1]
+            if self.outlier is not None and (few := int(self.outlier.sum())):
+                total, n = total - x[self.outlier].float().sum(0), n - few
+            self.add(**{hook.name: total, f"tokens of {hook.name}": n})
+
+        heads = [f"blocks.{layer}.attn.hook_" for layer in range(self.first, len(self.blocks))]
+        # The onset first: where it is the place before a watched MLP too, both hooks see the same tensor.
+        return [
+            (hook_of(self.detection.sublayer), at_onset),
+            *((f"blocks.{layer}.hook_resid_mid", before) for layer in self.neuron_layers),
+            *((f"{name}{kind}", mean) for name in heads for kind in ("q", "k")),
+        ]
+
+    def update(self, batch: Batch) -> None:
+        """Take in the outlier tokens of one batch."""
+        outlier, after = cast(Tensor, self.outlier), cast(Tensor, self.after)
+        before = {
+            f"before {layer}": directions(self.blocks[layer].ln2, resid[outlier]).sum(0)
+            for layer, resid in self.before.items()
+        }
+        after = directions(self.blocks[0].ln1, after[outlier]).sum(0)
+        self.add(n_images=len(batch), n_outliers=outlier.sum(), after=after, **before)
 
     def result(self) -> Observed:
         """Everything, as means."""
-        n = max(1, self.n_outliers)
-        means = {name: total / max(1, n) for name, (total, n) in self.means.items()}
-        layers = range(self.first, self.vit.cfg.n_layers)
+
+        def mean(name: str, over: str = "n_outliers") -> Tensor:
+            return (self.totals[name] / max(1, self.count(over))).cpu()
+
+        def heads(kind: str) -> dict[int, Tensor]:
+            points = {layer: f"blocks.{layer}.attn.hook_{kind}" for layer in range(self.first, len(self.blocks))}
+            return {layer: mean(point, f"tokens of {point}") for layer, point in points.items()}
+
         return Observed(
             detection=self.detection,
             n_images=self.n_images,
-            n_outliers=self.n_outliers,
+            n_outliers=self.count("n_outliers"),
             n_tokens=self.n_tokens,
-            before={layer: total / n for layer, total in self.before.items()},
-            after=self.after / n,
-            query={layer: means[f"blocks.{layer}.attn.hook_q"] for layer in layers},
-            key={layer: means[f"blocks.{layer}.attn.hook_k"] for layer in layers},
+            before={layer: mean(f"before {layer}") for layer in self.neuron_layers},
+            after=mean("after"),
+            query=heads("q"),
+            key=heads("k"),
         )

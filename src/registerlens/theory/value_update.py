@@ -16,13 +16,13 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout, ViTConfig
-from registerlens.data.batches import Images, count, in_batches
-from registerlens.errors import ConfigError, ImageError, ShapeError
+from registerlens.data.batches import Images
+from registerlens.engine.stream import batches
+from registerlens.errors import ConfigError, ShapeError
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.results import Result
 
 if TYPE_CHECKING:
@@ -208,8 +208,8 @@ def value_update(
     appended = [] if neurons is None else [TestTimeRegisters(neurons, n, assign=assign, seed=seed) for n in registers]
     sums = _Sums()
     with torch.inference_mode():
-        for batch in track(in_batches(images, batch_size), "splitting updates", count(images), len):
-            sums.add(_conditions(vit, batch.to(vit.device), layer, appended))
+        for batch in batches(vit, images, batch_size, "splitting updates"):
+            sums.add(_conditions(vit, batch.images, layer, appended))
             sums.n_images += len(batch)
     return ValueUpdate(model=vit.source, config=vit.cfg, layer=layer, **sums.result())
 
@@ -275,15 +275,7 @@ class _Sums:
             self.totals[name] = total + self.totals.get(name, 0)
 
     def result(self) -> dict[str, Any]:
-        """Fields of `ValueUpdate`.
-
-        Raises:
-            ImageError: no image came.
-        """
-        if not self.n_images:
-            raise ImageError(
-                "No image to split updates on: the tensor or the iterable of batches is empty. Give at least one."
-            )
+        """Fields of `ValueUpdate`."""
         means = torch.stack(list(self.totals.values()), 1).numpy() / self.n_images
         described = {"conditions": tuple(self.references), "references": tuple(self.references.values())}
         return {"n_images": self.n_images, **described, **dict(zip(_ARRAYS, means, strict=True))}
