@@ -249,7 +249,7 @@ def test_bad_input_is_refused():
         sink_no_op(vit, images, heads=[(3, 0)])
     with pytest.raises(ConfigError, match="threshold"):
         sink_no_op(vit, images, threshold=0.0)
-    with pytest.raises(ImageError, match="reference is empty"):
+    with pytest.raises(ImageError, match="No image came for looking at the reference"):
         sink_no_op(vit, images, reference=images[:0])
     with pytest.raises(ImageError, match="No image"):
         sink_no_op(vit, images[:0], reference=images)

@@ -173,7 +173,7 @@ def sink_no_op(
     reference, measured = _held_out(images, reference)
     probe = Probe(vit, chosen, threshold, queries)
     at: dict[str, int] = {"batch_size": batch_size}
-    [bank] = stream(vit, reference, [Bank(vit.cfg, probe)], description="looking at reference images", **at)
+    [bank] = stream(vit, reference, [Bank(vit.cfg, probe)], description="looking at the reference", **at)
     sums = _EffectSums(vit, bank, edits)
     [effects] = stream(vit, measured, [sums], description="editing sinks", **at)
     return SinkEffects(

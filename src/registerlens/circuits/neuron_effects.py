@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import Pair, RegisterNeurons
-from registerlens.circuits.resumed import Replacement, Station, labelled
-from registerlens.data.batches import Images, count
+from registerlens.circuits.resumed import Replacement, Station
+from registerlens.data.batches import Images
+from registerlens.engine.stream import batches
 from registerlens.engine.views import View, mapped
 from registerlens.errors import ConfigError
 from registerlens.evaluation.edit_runs import measure_edits
@@ -22,7 +23,6 @@ from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
-from registerlens.progress import track
 from registerlens.stats.moments import Moments
 
 Effects = dict[int, Float[Tensor, "batch neuron"]]
@@ -191,9 +191,10 @@ def exact_effects(
     if not pairs:
         return effects
     conditions = [(), *((_ablation(pair, replacement.reference),) for pair in pairs)]
-    batches = labelled(images, labels, batch_size)
-    for batch, mine in track(batches, "exact ablations", count(images), lambda item: len(item[0])):
-        values = measure_edits(vit, batch, conditions, [metric], labels=mine, batch_size=len(batch), stack=stack)
+    for batch in batches(vit, images, batch_size, "ablating exactly", labels):
+        values = measure_edits(
+            vit, batch.images, conditions, [metric], labels=batch.labels, batch_size=len(batch), stack=stack
+        )
         effects.add((values[1:, :, 0] - values[0, :, 0]).T)
     return effects
 
