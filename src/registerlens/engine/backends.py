@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import torch
@@ -69,6 +69,7 @@ def check_untouched(vit: HookedViT, name: str) -> None:
         )
 
 
+@runtime_checkable
 class Job(Protocol):
     """Everything that decides what a task's table holds.
 
@@ -90,11 +91,11 @@ class Job(Protocol):
         """Which images a task looks at."""
         ...
 
-    def packed(self) -> Self:
+    def packed(self) -> Job:
         """The same job with its models ready to be sent; every worker of every kind takes the same bytes."""
         ...
 
-    def unpacked(self, device: torch.device | str = "cpu") -> Self:
+    def unpacked(self, device: torch.device | str = "cpu") -> Job:
         """The same job, ready to be done: models in this process, on a device."""
         ...
 

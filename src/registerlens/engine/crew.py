@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -49,6 +49,7 @@ Answer = pa.Table | Exception | Started | Lost
 """Of a worker: a task's table, what the task raised, or what became of the worker."""
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """How workers of one kind are started, reached and stopped."""
 

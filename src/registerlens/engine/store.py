@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,7 +129,7 @@ class Store(Generic[AnyManifest]):
         """
         return ((task, self.read(task)) for task in self.entries())
 
-    def with_manifest(self, manifest: AnyManifest) -> Self:
+    def with_manifest(self, manifest: AnyManifest) -> Store[AnyManifest]:
         """The store under another manifest, which is written."""
         self.check_held()
         self.folder.write(MANIFEST, manifest.to_json().encode())
