@@ -20,7 +20,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons, need_some
 from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import frozen_weights, not_differentiable
-from registerlens.circuits.resumed import stations
+from registerlens.circuits.paused import paused_runs
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
@@ -265,7 +265,7 @@ class _ToMetric(_Reader):
     def prepare(self, batch: Tensor, labels: Tensor | None) -> list[Any]:
         """Run the batch once, forward and backward, for the derivatives."""
         self.slopes = {}
-        [before] = stations(self.vit, batch, self.metric, [min(self.layers)], labels)
+        [before] = paused_runs(self.vit, batch, self.metric, [min(self.layers)], labels)
         leaf = before.resid.detach().requires_grad_()
 
         def watch(z: Tensor, hook: Any) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.neurons import Pair, RegisterNeurons
-from registerlens.circuits.resumed import Replacement, Station
+from registerlens.circuits.paused import PausedRun, Replacement
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.engine.views import View, mapped
@@ -45,11 +45,11 @@ def frozen_weights(vit: HookedViT) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def first_order(station: Station, layers: Sequence[int], replacement: Replacement) -> tuple[Tensor, Effects]:
+def first_order(paused: PausedRun, layers: Sequence[int], replacement: Replacement) -> tuple[Tensor, Effects]:
     """One forward and one backward pass for the neurons of all layers.
 
     Args:
-        station: the batch before the first of them.
+        paused: the batch before the first of them.
         layers: whose neurons.
         replacement: what they would become.
 
@@ -70,7 +70,7 @@ def first_order(station: Station, layers: Sequence[int], replacement: Replacemen
         if not leaves:
             post = post.detach().requires_grad_()
             leaves.append(post)
-        change = replacement.at(hook.layer(), station.layout, post) - post.detach()
+        change = replacement.at(hook.layer(), paused.layout, post) - post.detach()
         post.register_hook(partial(receive, hook.layer(), change))
         return post
 
@@ -79,17 +79,17 @@ def first_order(station: Station, layers: Sequence[int], replacement: Replacemen
         effects[layer] = (change.to(wide) * gradient.to(wide)).sum(1).float()
 
     with torch.enable_grad():
-        edited = station.go_on([([f"blocks.{layer}.mlp.hook_post" for layer in layers], watch)])
-        values = station.value(edited, mapped(edited, Tensor.detach))
+        edited = paused.go_on([([f"blocks.{layer}.mlp.hook_post" for layer in layers], watch)])
+        values = paused.value(edited, mapped(edited, Tensor.detach))
         if _descend(values, leaves[0]) is None:
-            raise not_differentiable(station.metric.name, station.layer)
+            raise not_differentiable(paused.metric.name, paused.layer)
     return values.detach(), effects
 
 
 def integrated_gradients(
-    station: Station, clean: View, replacement: Replacement, steps: int
+    paused: PausedRun, clean: View, replacement: Replacement, steps: int
 ) -> Float[Tensor, "batch neuron"] | None:
-    """The effect of ablating the whole of the station's layer, shared out among its neurons.
+    """The effect of ablating the whole of the layer it paused before, shared out among its neurons.
 
     The gradient is averaged (Gauss-Legendre) while all neurons of the layer go from their activations to their
     replacements together: effect_n = sum over tokens of (replacement - activation) times that average. Over the neurons
@@ -103,13 +103,13 @@ def integrated_gradients(
         met: list[Tensor] = []
 
         def move(post: Tensor, hook: Any, share: float = float(node), met: list[Tensor] = met) -> Tensor:
-            change = replacement.at(hook.layer(), station.layout, post) - post.detach()
+            change = replacement.at(hook.layer(), paused.layout, post) - post.detach()
             met += [(post.detach() + share * change).requires_grad_(), change]
             return met[0]
 
         with torch.enable_grad():
-            edited = station.go_on([(f"blocks.{station.layer}.mlp.hook_post", move)])
-            gradient = _descend(station.value(edited, clean), met[0])
+            edited = paused.go_on([(f"blocks.{paused.layer}.mlp.hook_post", move)])
+            gradient = _descend(paused.value(edited, clean), met[0])
         if gradient is None:
             return None
         wide = at_least_float32(gradient.dtype)
@@ -118,24 +118,24 @@ def integrated_gradients(
     return total
 
 
-def check_slope(station: Station, effects: Effects, replacement: Replacement) -> None:
-    """Make sure that the gradient says anything at all about the station's layer; costs two runs of the batch.
+def check_slope(paused: PausedRun, effects: Effects, replacement: Replacement) -> None:
+    """Make sure that the gradient says anything at all about the layer it paused before; costs two runs of the batch.
 
     Raises:
         ConfigError: ablating the layer changes the metric, and the gradient knows nothing of it.
     """
 
     def ablate(post: Tensor, hook: Any) -> Tensor:
-        return replacement.at(hook.layer(), station.layout, post).expand_as(post).clone()
+        return replacement.at(hook.layer(), paused.layout, post).expand_as(post).clone()
 
     with torch.no_grad():
-        clean = station.go_on()
-        edited = station.go_on([(f"blocks.{station.layer}.mlp.hook_post", ablate)])
-        true = station.value(edited, clean) - station.value(clean, clean)
-    predicted = effects[station.layer].sum(1)[: len(true)]
+        clean = paused.go_on()
+        edited = paused.go_on([(f"blocks.{paused.layer}.mlp.hook_post", ablate)])
+        true = paused.value(edited, clean) - paused.value(clean, clean)
+    predicted = effects[paused.layer].sum(1)[: len(true)]
     if predicted.abs().nanmean() < STATIONARY * true.abs().nanmean():
         raise ConfigError(
-            f"First order cannot see metric '{station.metric.name}': its gradient vanishes at the clean run, as that "
+            f"First order cannot see metric '{paused.metric.name}': its gradient vanishes at the clean run, as that "
             f"of every distance, cosine or KL divergence to the clean run does. Use method='integrated_gradients', or "
             f"a metric with a slope there, such as 'cls' (a projection)."
         )

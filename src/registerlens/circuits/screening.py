@@ -27,7 +27,7 @@ from registerlens.circuits.neuron_effects import (
     integrated_gradients,
     not_differentiable,
 )
-from registerlens.circuits.resumed import Replacement, Station, stations
+from registerlens.circuits.paused import PausedRun, Replacement, paused_runs
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
@@ -277,7 +277,7 @@ def screen_neurons(
     with frozen_weights(vit), torch.inference_mode(False):
         for batch in batches(vit, images, batch_size, "screening neurons", labels):
             n += len(batch)
-            values, found = estimate(stations(vit, batch.images, measured, estimate.stops, batch.labels))
+            values, found = estimate(paused_runs(vit, batch.images, measured, estimate.stops, batch.labels))
             kept = values.isfinite()
             _check_finite(found[:, kept], measured.name)
             clean.add(values)
@@ -320,12 +320,12 @@ class _Slope:
         self.replacement, self.layers, self.stops = replacement, layers, layers[:1]
         self.checked = False
 
-    def __call__(self, at: Iterable[Station]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "layer batch neuron"]]:
+    def __call__(self, at: Iterable[PausedRun]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "layer batch neuron"]]:
         """The metric of the clean run, and the effects."""
-        [station] = at
-        values, effects = first_order(station, self.layers, self.replacement)
+        [paused] = at
+        values, effects = first_order(paused, self.layers, self.replacement)
         if not self.checked:
-            check_slope(station.first(2), effects, self.replacement)
+            check_slope(paused.first(2), effects, self.replacement)
             self.checked = True
         zero = torch.zeros_like(effects[self.layers[0]])
         return values, torch.stack([effects.get(layer, zero) for layer in self.layers])
@@ -337,18 +337,18 @@ class _Share:
     def __init__(self, replacement: Replacement, layers: tuple[int, ...], steps: int) -> None:
         self.replacement, self.stops, self.steps = replacement, layers, steps
 
-    def __call__(self, at: Iterable[Station]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "layer batch neuron"]]:
+    def __call__(self, at: Iterable[PausedRun]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "layer batch neuron"]]:
         """The metric of the clean run, and the effects."""
-        clean, effects, values, station = None, [], torch.empty(0), None
-        for station in at:
+        clean, effects, values, paused = None, [], torch.empty(0), None
+        for paused in at:
             if clean is None:
                 with torch.no_grad():
-                    clean = station.go_on()
-                    values = station.value(clean, clean)
-            effects.append(integrated_gradients(station, clean, self.replacement, self.steps))
+                    clean = paused.go_on()
+                    values = paused.value(clean, clean)
+            effects.append(integrated_gradients(paused, clean, self.replacement, self.steps))
         known = next((effect for effect in effects if effect is not None), None)
-        if known is None or station is None:
-            raise not_differentiable(station.metric.name if station else "", self.stops[0])
+        if known is None or paused is None:
+            raise not_differentiable(paused.metric.name if paused else "", self.stops[0])
         return values, torch.stack([torch.zeros_like(known) if effect is None else effect for effect in effects])
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,7 +19,19 @@ from registerlens.model.vit import HookedViT
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class Seen:
+    """What a run has come by of what was asked for."""
+
+    norms: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
+    """Residual norms at the sublayers asked for, such as "3.mlp"; float32."""
+    attention: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
+    """Attention drawn by each key in the layers asked for (from [CLS], or the mean over queries), 0 to 1; float32."""
+    labels: Int[Tensor, "batch ..."] | None = None
+    """The images' labels, where there are any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(Seen):
     """What may be looked at of one run over a batch, clean or edited."""
 
     layout: TokenLayout
@@ -28,12 +40,9 @@ class View:
     """After the final norm."""
     output: Float[Tensor, "batch *out"]
     """What the model returns: logits, projection or pooled token."""
-    norms: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
-    """Residual norms at the sublayers asked for, such as "3.mlp"; float32."""
-    attention: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
-    """Attention drawn by each key in the layers asked for (from [CLS], or the mean over queries), 0 to 1; float32."""
-    labels: Int[Tensor, "batch ..."] | None = None
-    """The images' labels, where there are any."""
+
+
+AnySeen = TypeVar("AnySeen", bound=Seen)
 
 
 @runtime_checkable
@@ -130,11 +139,11 @@ def run_from(
     layout: TokenLayout,
     watched: Watched,
     edits: Sequence[Any] = (),
-    before: View | None = None,
+    before: Seen | None = None,
 ) -> View:
     """A run from images (`layer` None) or from the residual stream before a block, with the hooks of some edits.
 
-    What lies before that block is as in the view `before`.
+    What lies before that block is as in `before`.
     """
     start = 0 if layer is None else layer
     norms = {} if before is None else dict(before.norms)
@@ -155,8 +164,8 @@ def run_from(
     )
 
 
-def mapped(view: View, change: Callable[[Tensor], Tensor]) -> View:
-    """The same view with every tensor changed.
+def mapped(seen: AnySeen, change: Callable[[Tensor], Tensor]) -> AnySeen:
+    """The same with every tensor changed.
 
     Example:
         >>> import torch
@@ -165,13 +174,12 @@ def mapped(view: View, change: Callable[[Tensor], Tensor]) -> View:
         >>> mapped(view, torch.Tensor.detach).output.requires_grad
         False
     """
+    tensors = {item.name: value for item in fields(seen) if isinstance(value := getattr(seen, item.name), Tensor)}
     return replace(
-        view,
-        tokens=change(view.tokens),
-        output=change(view.output),
-        norms={place: change(norms) for place, norms in view.norms.items()},
-        attention={layer: change(attention) for layer, attention in view.attention.items()},
-        labels=None if view.labels is None else change(view.labels),
+        seen,
+        norms={place: change(norms) for place, norms in seen.norms.items()},
+        attention={layer: change(attention) for layer, attention in seen.attention.items()},
+        **{name: change(tensor) for name, tensor in tensors.items()},
     )
 
 

@@ -1,9 +1,9 @@
-"""A run stopped before a layer, and what a metric sees of it once it goes on from there, edited or not."""
+"""A run paused before a layer, and what a metric sees of it once it goes on from there, edited or not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.config import TokenLayout
-from registerlens.engine.views import View, Watched
+from registerlens.engine.views import Seen, View, Watched, mapped, run_from
 from registerlens.errors import ShapeError
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Reference
@@ -19,26 +19,7 @@ from registerlens.model.vit import HookedViT
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a metric asked for and has come by so far."""
-
-    norms: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
-    attention: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
-
-    def hooks(self, vit: HookedViT, layout: TokenLayout, metric: Metric) -> list[Any]:
-        """Hooks that fill it."""
-        return Watched.by([metric]).hooks(vit, layout, self.norms, self.attention)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Seen:
-        """The same with every tensor changed."""
-        return Seen(
-            {place: change(norms) for place, norms in self.norms.items()},
-            {layer: change(attention) for layer, attention in self.attention.items()},
-        )
-
-
-@dataclass(frozen=True)
-class Station:
+class PausedRun:
     """A batch before a layer: no graph leads here, whatever is differentiated comes after it."""
 
     vit: HookedViT
@@ -47,31 +28,17 @@ class Station:
     layer: int
     """The block that comes next."""
     resid: Float[Tensor, "batch pos d_model"]
-    labels: Int[Tensor, "batch ..."] | None
     seen: Seen
+    """Of the blocks before, and the labels."""
 
     def go_on(self, hooks: Sequence[Any] = ()) -> View:
         """Run to the end, with a graph if gradients are enabled."""
-        seen = Seen(dict(self.seen.norms), dict(self.seen.attention))
-        with self.vit.hooks([*hooks, *seen.hooks(self.vit, self.layout, self.metric)]):
-            tokens = self.vit(self.resid, start_at_layer=self.layer, layout=self.layout, return_type="tokens")
-        return View(
-            layout=self.layout,
-            tokens=tokens,
-            output=self.vit.head(tokens, self.layout),
-            norms=seen.norms,
-            attention=seen.attention,
-            labels=self.labels,
-        )
+        watched = Watched.by([self.metric])
+        return run_from(self.vit, self.resid, self.layer, self.layout, watched, hooks, self.seen)
 
-    def first(self, n: int) -> Station:
+    def first(self, n: int) -> PausedRun:
         """The first images of the batch alone."""
-        return replace(
-            self,
-            resid=self.resid[:n],
-            labels=None if self.labels is None else self.labels[:n],
-            seen=self.seen.map(lambda tensor: tensor[:n]),
-        )
+        return replace(self, resid=self.resid[:n], seen=mapped(self.seen, lambda tensor: tensor[:n]))
 
     def value(self, edited: View, clean: View) -> Float[Tensor, " batch"]:
         """What the metric says, in float32 at least.
@@ -89,13 +56,13 @@ class Station:
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def stations(
+def paused_runs(
     vit: HookedViT,
     batch: Float[Tensor, "batch channel height width"],
     metric: Metric,
     layers: Iterable[int],
     labels: Int[Tensor, "batch ..."] | None = None,
-) -> Iterator[Station]:
+) -> Iterator[PausedRun]:
     """The batch before each of these layers, in ascending order, in one pass without a graph.
 
     Example:
@@ -103,17 +70,17 @@ def stations(
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
         >>> metric = Metric(name="norm", measure=lambda edited, clean: edited.norms["1.mlp"].amax(1), norms=("1.mlp",))
         >>> with torch.no_grad():
-        ...     [bool((at.go_on().output == vit(images)).all()) for at in stations(vit, images, metric, [0, 3])]
+        ...     [bool((at.go_on().output == vit(images)).all()) for at in paused_runs(vit, images, metric, [0, 3])]
         [True, True]
     """
-    layout, seen = vit.layout(batch), Seen()
-    resid, start = batch.to(vit.device), None
-    labels = None if labels is None else labels.to(vit.device)
+    layout, watched, resid, start = vit.layout(batch), Watched.by([metric]), batch.to(vit.device), None
+    seen = Seen(labels=None if labels is None else labels.to(vit.device))
     for layer in sorted(layers):
-        with torch.no_grad(), vit.hooks(seen.hooks(vit, layout, metric)):
+        with torch.no_grad(), vit.hooks(watched.hooks(vit, layout, seen.norms, seen.attention)):
             options = {} if start is None else {"start_at_layer": start, "layout": layout}
             resid, start = vit(resid, stop_at_layer=layer, **options), layer
-        yield Station(vit, metric, layout, layer, resid, labels, Seen(dict(seen.norms), dict(seen.attention)))
+        so_far = mapped(seen, lambda tensor: tensor)  # whose dictionaries do not fill further
+        yield PausedRun(vit, metric, layout, layer, resid, so_far)
 
 
 @dataclass(frozen=True)
