@@ -221,7 +221,11 @@ def six():
         n_layers=4, d_model=48, n_heads=4, d_mlp=12, image_size=(64, 64), patch_size=(8, 8), n_trained_registers=2
     )
     torch.manual_seed(0)
-    return rl.plant_register_neurons(rl.HookedViT(cfg).eval(), layer=1, n=6, firing="alone", share=0.05)
+    vit = rl.HookedViT(cfg).eval()
+    with torch.no_grad():  # drawn here: torch's own initialisation draws other numbers from version to version
+        for weight in vit.parameters():
+            weight.copy_(0.02 * torch.randn(weight.shape) if weight.ndim > 1 else weight)
+    return rl.plant_register_neurons(vit, layer=1, n=6, firing="alone", share=0.05)
 
 
 @pytest.fixture(scope="module")
