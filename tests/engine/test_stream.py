@@ -7,7 +7,13 @@ import pytest
 import torch
 
 import registerlens as rl
+from registerlens.analysis.detection import detect
+from registerlens.analysis.massive import MassiveSums
+from registerlens.analysis.overlap import OverlapSums
+from registerlens.analysis.scores import ScoreSums
+from registerlens.analysis.sink_counts import SinkSums
 from registerlens.analysis.trace import TraceSums
+from registerlens.data.synthetic import synthetic_images
 from registerlens.engine.stream import Sums, batches, stream
 from registerlens.errors import HookNameError, ImageError, ShapeError
 from registerlens.model.names import match_names
@@ -94,18 +100,30 @@ def test_layouts_follow_sizes_and_edits(vit, images):
     assert all(batch.layout.n_test_time_registers == 1 for batch in one.batches)
 
 
-def test_shards_merge_to_what_one_pass_sees(vit, images):
-    whole, *shards = (TraceSums(vit) for _ in range(3))
-    [expected] = stream(vit, images, [whole], batch_size=2, description="tracing")
-    for shard, part in zip(shards, (images[:4], images[4:]), strict=True):
-        stream(vit, part, [shard], batch_size=2, description="tracing")
-    shards[0].merge(shards[1])
-    found = shards[0].result()
-    assert (found.n_images, found.image_sizes) == (7, ((48, 48),))
-    for name, value in whole.means().items():
+REDUCERS = {
+    "trace": lambda vit, found: TraceSums(vit),
+    "massive": lambda vit, found: MassiveSums(vit),
+    "overlap": lambda vit, found: OverlapSums(vit, found, sink_layers=range(2, 6)),
+    "scores": lambda vit, found: ScoreSums(vit, found, range(3), early_stop=True),
+    "sinks": lambda vit, found: SinkSums(vit, (0.3, 0.1), queries=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", REDUCERS)
+def test_shards_merge_to_what_one_pass_sees(vit, kind):
+    images = synthetic_images(14, 0).images
+    found = detect(vit, images)
+    whole, one, other = (REDUCERS[kind](vit, found) for _ in range(3))
+    for reducer, part in ((whole, images), (one, images[:8]), (other, images[8:])):
+        stream(vit, part, [reducer], batch_size=4, description="looking")
+    assert one.n_images == 8
+    one.merge(other)
+    assert one.n_images == 14 and one.totals.keys() == whole.totals.keys()
+    for name, total in whole.totals.items():
         # Whole numbers exactly; of the others only the order of summation differs.
-        np.testing.assert_allclose(shards[0].means()[name], value, rtol=0 if value.dtype == np.int64 else 1e-14)
-    assert found.verdict == expected.verdict
+        tolerance = {"rtol": 1e-12, "atol": 1e-12} if total.is_floating_point() else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(one.totals[name], total, **tolerance)
+    one.result()
 
 
 def test_recorded_activations_do_as_well(vit, images):
