@@ -179,7 +179,7 @@ def _edits(vit: rl.HookedViT, images: Tensor, size: int, pairs: int) -> Iterator
 
 def _bias(vit: rl.HookedViT, neurons: rl.RegisterNeurons, images: Tensor) -> rl.AttentionBias:
     with contextlib.redirect_stderr(io.StringIO()):
-        return rl.AttentionBias.fit(vit, neurons, images)
+        return rl.AttentionBias.fit(vit, images, neurons)
 
 
 def _check_same(ours: Pairs, theirs: Pairs) -> None:

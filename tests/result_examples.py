@@ -100,7 +100,7 @@ MAKERS = {
     "CausalOrder": lambda: rl.evaluation.causal_order(
         tiny(), images(), rl.RegisterNeurons.from_pairs([*PAIRS, (3, 5)])
     ),
-    "KernelReport": lambda: rl.check_kernels(tiny(), NEURONS.filter(top=2), images()),
+    "KernelReport": lambda: rl.check_kernels(tiny(), NEURONS.filter(top=2), images=images()),
     "ValueUpdate": lambda: rl.theory.value_update(tiny(), images(), NEURONS, registers=[1, 2]),
     "Evaluation": lambda: rl.evaluate_intervention(tiny(), images(), rl.TestTimeRegisters(NEURONS), controls=False),
     "EmergenceCriteria": criteria,
@@ -115,12 +115,12 @@ MAKERS = {
     "PropositionReport": lambda: rl.theory.verify_proposition(rl.theory.TwoBlockModel.build()),
     "CorollaryReport": lambda: rl.theory.verify_corollary(rl.theory.TwoBlockModel.build()),
     "GeneralReport": lambda: verify_generalisation(rl.theory.GeneralModel.build(rl.theory.TwoBlockModel.build())),
-    "Ablate": lambda: rl.Ablate.fit(tiny(), rl.Heads([(2, 0)]), images(), mode="resample"),
+    "Ablate": lambda: rl.Ablate.fit(tiny(), images(), rl.Heads([(2, 0)]), mode="resample"),
     "MoveOutliers": lambda: rl.MoveOutliers(NEURONS, torch.eye(6).bool(), extreme="shared", fill="mean"),
     "TestTimeRegisters": lambda: rl.TestTimeRegisters(NEURONS, n=2, init="gaussian", maxima_of=NEURONS),
-    "AttentionBias": lambda: rl.AttentionBias.fit(tiny(), NEURONS, images()),
+    "AttentionBias": lambda: rl.AttentionBias.fit(tiny(), images(), NEURONS),
     "InterpolateOutliers": lambda: rl.InterpolateOutliers("1.attn", Cutoff(value=2.5, relative=True)),
     "Scale": lambda: Scale(rl.Tokens(1, [0, 3]), 0.25),
-    "PlannedAblation": lambda: PlannedAblation(NEURONS, "mean", fitted=rl.Ablate.fit(tiny(), NEURONS, images())),
+    "PlannedAblation": lambda: PlannedAblation(NEURONS, "mean", fitted=rl.Ablate.fit(tiny(), images(), NEURONS)),
     "PlannedBias": lambda: PlannedBias(NEURONS),
 }

@@ -83,7 +83,7 @@ def metrics_of(name):
     n = vit.cfg.n_layers
     norms = ["embed", *(f"{layer}.{part}" for layer in range(n) for part in ("attn", "mlp"))]
     everything = metric(look_at_everything, norms=norms, attention=range(n))
-    return *default_metrics(vit, detection, labels=bool(vit.cfg.d_out)), everything
+    return *default_metrics(vit, detection=detection, labels=bool(vit.cfg.d_out)), everything
 
 
 def look_at_everything(edited, clean, layout):
@@ -140,8 +140,8 @@ def edits_of(name, size):
         "move, outliers": rl.MoveOutliers(middle, [0, layout.n_patches - 1], clear="outliers"),
         "move, patches": rl.MoveOutliers(middle, heart, clear="patches", extreme="shared"),
         "move, none": rl.MoveOutliers(neurons((last, 3)), 2, clear="none", fill="mean"),
-        "bias": rl.AttentionBias.fit(vit, middle, reference),
-        "another bias": rl.AttentionBias.fit(vit, neurons((0, 1)), reference),
+        "bias": rl.AttentionBias.fit(vit, reference, middle),
+        "another bias": rl.AttentionBias.fit(vit, reference, neurons((0, 1))),
         "interpolate": rl.InterpolateOutliers("1.attn", Cutoff(value=1.05, relative=True)),
         "interpolate late": rl.InterpolateOutliers(last, Cutoff(value=1.05, relative=True)),
     }
@@ -155,7 +155,7 @@ def edits_of(name, size):
         ("head", "mean"),
         ("one neuron", "noise"),
     ]:
-        made[f"{mode} {target_name}"] = rl.Ablate.fit(vit, targets[target_name], reference, mode, seed=5)
+        made[f"{mode} {target_name}"] = rl.Ablate.fit(vit, reference, targets[target_name], mode, seed=5)
     return made
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     rl.RegisterNeurons.from_pairs([(1, 4000)]).save(folder / "elsewhere.json")
     rl.RegisterNeurons.from_pairs([]).save(folder / "none.json")
     (folder / "broken.json").write_text('{"neurons": [[1')
-    AttentionBias.fit(rl.HookedViT.from_module(module), NEURONS, images).save(folder / "bias")
+    AttentionBias.fit(rl.HookedViT.from_module(module), images, NEURONS).save(folder / "bias")
     return folder
 
 

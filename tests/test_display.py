@@ -182,7 +182,7 @@ def test_a_model_says_what_it_is_and_which_edits_are_in_force():
     assert f"{n:,} parameters, {n * 4 / 1000:.3g} kB, float32 on cpu" in told
     assert "edits in force: none" in told and "hooked" not in told
     assert "(blocks): ModuleList" in nn.Module.__repr__(vit) and "(blocks): ModuleList" in vit._repr_html_()
-    inner, fitted = rl.Ablate(rl.Heads([(1, 0)])), rl.Ablate.fit(vit, rl.Heads([(2, 0)]), images(vit), mode="mean")
+    inner, fitted = rl.Ablate(rl.Heads([(1, 0)])), rl.Ablate.fit(vit, images(vit), rl.Heads([(2, 0)]), mode="mean")
     with vit.edit(inner):
         with pytest.raises(ZeroDivisionError), vit.edit(fitted):
             assert vit.edits == (inner, fitted)

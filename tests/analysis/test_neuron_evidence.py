@@ -265,7 +265,7 @@ def test_the_null_is_uniform_for_random_neurons():
     for seed in range(24):
         vit = randomise(rl.HookedViT(CFG), seed)
         neurons = rl.RegisterNeurons.from_pairs([(0, 1), (0, 2), (2, 3)])
-        p.append(output_weights(vit, neurons, draws=99, generator=seed).p_value)
+        p.append(output_weights(vit, neurons, draws=99, seed=seed).p_value)
     assert 0.3 < np.mean(p) < 0.7 and (np.array(p) <= 0.1).mean() < 0.3
 
 
@@ -341,6 +341,6 @@ def test_saved_and_loaded_they_are_the_same(planted, tmp_path):
         (NeuronUpdates, neuron_updates(vit, truth.calibration, truth.neurons, draws=3)),
         (OutputWeights, output_weights(vit, truth.neurons, draws=5)),
     ):
-        back = kind.load(found.save(tmp_path))
+        back = kind.load(found.save(tmp_path / kind.__name__))
         assert back.describe() == found.describe() and back.to_dataframe().equals(found.to_dataframe())
         assert back.neurons == found.neurons and back.config == CFG and back.layers == found.layers

@@ -198,10 +198,10 @@ def edits(vit, images):
     neurons = rl.RegisterNeurons.from_pairs([(0, 3), (1, 7), (1, 8)])
     return {
         "ablated": rl.Ablate(neurons),
-        "mean": rl.Ablate.fit(vit, neurons, images),
+        "mean": rl.Ablate.fit(vit, images, neurons),
         "test-time register": rl.TestTimeRegisters(neurons, n=2),
         "moved": rl.MoveOutliers(neurons, 4),
-        "attention bias": rl.AttentionBias.fit(vit, neurons, images),
+        "attention bias": rl.AttentionBias.fit(vit, images, neurons),
     }
 
 

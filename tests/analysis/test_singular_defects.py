@@ -170,9 +170,9 @@ def test_pairs_make_the_fit_of_an_unbiased_gelu_exact_with_few_samples():
 
 def test_equal_seeds_give_equal_bits_and_more_samples_agree_better():
     vit = model(5)
-    one, same, other = (singular_defects(vit, n_samples=FEW, generator=seed) for seed in (0, 0, 1))
+    one, same, other = (singular_defects(vit, n_samples=FEW, seed=seed) for seed in (0, 0, 1))
     assert (one.directions == same.directions).all() and (one.directions != other.directions).any()
-    many = [singular_defects(vit, n_samples=64 * FEW, generator=seed) for seed in (0, 1)]
+    many = [singular_defects(vit, n_samples=64 * FEW, seed=seed) for seed in (0, 1)]
     assert many[0].angles_to(many[1].directions).max() < 0.5 * one.angles_to(other.directions).max()
 
 
@@ -243,7 +243,7 @@ def test_in_the_tiny_model_the_weights_alone_name_all_register_neurons(tiny):
     """Algorithm 1 finds seven neurons of block 1 from images; seven of 256 are the best by the weights, p < 1e-15."""
     known = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
     for seed in range(3):
-        found = singular_defects(tiny, generator=seed)
+        found = singular_defects(tiny, seed=seed)
         table = found.neurons(known)
         assert sorted(table["rank_in_layer"]) == list(range(7)) and table["p_value"].max() < 1e-15
         assert table["alignment"].min() > 0.95 and list(table["neuron"]) == [n for _, n in known.pairs]

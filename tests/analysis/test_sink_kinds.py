@@ -108,7 +108,7 @@ def test_every_kind_of_place_is_told_apart():
         with vit.edit(register):
             found = by_hand(vit, noise(2), pattern, v)
         assert found.places[PLACES.index(name), 0].sum() == found.events[0].sum() == 2 * 2 * 4, name
-    bias = rl.AttentionBias.fit(vit, rl.RegisterNeurons.from_pairs([(0, 1)]), noise(2))
+    bias = rl.AttentionBias.fit(vit, noise(2), rl.RegisterNeurons.from_pairs([(0, 1)]))
     pattern = torch.full((4, N, N + 1), 0.01)
     pattern[..., N] = 1
     with vit.edit(bias):

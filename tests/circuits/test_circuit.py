@@ -294,7 +294,7 @@ def test_cutting_a_head_does_what_zeroing_its_values_does_in_the_last_block(plan
 def planted_path_is_on_top(seed):
     vit = backbone(seed, layer_scale=seed % 4 == 0)
     layer = seed % 3
-    model, truth = plant_register_neurons(vit, layer=layer, n=1 + seed % 8, generator=seed)
+    model, truth = plant_register_neurons(vit, layer=layer, n=1 + seed % 8, seed=seed)
     every = rl.RegisterNeurons.from_pairs([(at, n) for at in range(layer + 1) for n in range(96)])
     circuit = attention_circuit(model, fresh_images(vit), every, min_share=0.0, check=False, n_boot=1)
     paths = circuit.paths
@@ -501,7 +501,7 @@ def test_what_weights_cannot_explain_is_refused(tiny):
     doubled = vit.hooks([("blocks.3.attn.hook_k", lambda k, hook: 2 * k)])
     with doubled, pytest.raises(InterventionError, match="differ from what the model computes"):
         attention_circuit(vit, images[:2], KNOWN, **known)
-    bias = rl.AttentionBias.fit(vit, KNOWN, images)
+    bias = rl.AttentionBias.fit(vit, images, KNOWN)
     low = dataclasses.replace(circuit.detection.cutoff, value=1.1)  # the bias leaves no outlier above the real one
     known["detection"] = dataclasses.replace(circuit.detection, cutoff=low)
     with vit.edit(bias), pytest.raises(InterventionError, match="attention bias"):

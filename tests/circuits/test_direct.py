@@ -125,7 +125,7 @@ def test_edits_count_as_keys_of_their_own_and_what_writes_past_the_components_is
         register = direct_contributions(vit, batch, 1, detection=detection)
     assert np.abs(register.by_key[KEYS.index("test-time registers")]).max() > 1e-4
     assert register.largest_remainder < 1e-9
-    bias = rl.AttentionBias.fit(vit, neurons, batch)
+    bias = rl.AttentionBias.fit(vit, batch, neurons)
     with vit.edit(bias):
         biased = direct_contributions(vit, batch, 1, detection=detection)
     assert np.abs(biased.by_key[KEYS.index("keys without a token")]).max() > 1e-4

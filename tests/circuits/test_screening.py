@@ -190,7 +190,7 @@ def test_the_shares_of_a_layer_add_up_to_ablating_it(measure, mode):
     clean = vit(images)
     for row, layer in enumerate(found.layers):
         every = rl.RegisterNeurons.from_pairs([(layer, neuron) for neuron in range(20)])
-        ablation = rl.Ablate.fit(vit, every, images, mode) if mode == "mean" else rl.Ablate(every)
+        ablation = rl.Ablate.fit(vit, images, every, mode) if mode == "mean" else rl.Ablate(every)
         with torch.no_grad(), vit.edit(ablation):
             output = vit(images)
         edited, unedited = (dataclasses.make_dataclass("V", ["output"])(out) for out in (output, clean))
@@ -249,13 +249,13 @@ def test_exact_effects_are_those_of_ablate(mode, stack):
     pairs = [(2, 7), (0, 1), (3, 19), (2, 8), (0, 0), (2, 1)]
     labels = torch.tensor([0, 4, 1, 1, 3])
     ablations = [
-        rl.Ablate.fit(vit, rl.RegisterNeurons.from_pairs([pair]), images, "mean")
+        rl.Ablate.fit(vit, images, rl.RegisterNeurons.from_pairs([pair]), "mean")
         if mode == "mean"
         else rl.Ablate(rl.RegisterNeurons.from_pairs([pair]))
         for pair in pairs
     ]
     every = rl.RegisterNeurons.from_pairs([(layer, neuron) for layer in range(4) for neuron in range(20)])
-    replacement = Replacement(rl.Ablate.fit(vit, every, images).reference if mode == "mean" else None)
+    replacement = Replacement(rl.Ablate.fit(vit, images, every).reference if mode == "mean" else None)
     metric = Metric(name="loss", measure=lambda edited, clean: edited.output.gather(1, edited.labels[:, None])[:, 0])
     found = exact_effects(vit, images, metric, pairs, replacement, labels=labels, batch_size=2, stack=stack)
     with torch.no_grad():

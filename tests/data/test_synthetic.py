@@ -36,11 +36,8 @@ def relative_norms(cache, layer):
 
 def test_equal_seeds_give_equal_bits_and_others_do_not():
     first, again, other = synthetic_images(8, 3), synthetic_images(8, 3), synthetic_images(8, 4)
-    continued = torch.Generator().manual_seed(3)
     for name in ("images", "labels", "roles", "types"):
         assert torch.equal(getattr(first, name), getattr(again, name))
-    assert torch.equal(synthetic_images(8, continued).images, first.images)
-    assert not torch.equal(synthetic_images(8, continued).images, first.images)
     assert not torch.equal(first.images, other.images)
     state = torch.get_rng_state()
     synthetic_images(2, 0)

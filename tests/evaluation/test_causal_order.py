@@ -49,7 +49,7 @@ def test_everything_equals_whole_caches_under_hooks(chain):
     images = truth.calibration[:6]
     detection = detect(vit, truth.calibration)
     found = causal_order(vit, images, neurons, detection=detection, batch_size=5)
-    means = Ablate.fit(vit, neurons, images, "mean").reference.mean
+    means = Ablate.fit(vit, images, neurons, "mean").reference.mean
     clean, edited, n = np.zeros(len(neurons)), np.zeros((2, 3, len(neurons))), 0
     for image in images:
         with torch.no_grad():

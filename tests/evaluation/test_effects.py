@@ -46,7 +46,7 @@ def labels(batch):
 def done(tiny, batch, labels):
     tested = {
         "register": rl.TestTimeRegisters(NEURONS),
-        "bias": rl.AttentionBias.fit(tiny, NEURONS, synthetic_images(64, 3).images),
+        "bias": rl.AttentionBias.fit(tiny, synthetic_images(64, 3).images, NEURONS),
         "unedited": rl.TestTimeRegisters(NONE),
         "zero": rl.Ablate(NEURONS),
         "move": rl.MoveOutliers(NEURONS, [3, 4]),
@@ -363,15 +363,15 @@ def test_with_neurons_keeps_every_other_option(tiny, batch):
     assert (swapped.neurons, swapped.n, swapped.clear, swapped.maxima_of) == (other, 2, "patches", None)
     assert with_neurons(rl.Ablate(NEURONS), other).target == other
     with pytest.raises(InterventionError, match="fit another"):
-        with_neurons(rl.Ablate.fit(tiny, NEURONS, batch.images[:4]), other)
+        with_neurons(rl.Ablate.fit(tiny, batch.images[:4], NEURONS), other)
     with pytest.raises(InterventionError, match="fit another"):
-        with_neurons(rl.AttentionBias.fit(tiny, NEURONS, batch.images[:4]), other)
+        with_neurons(rl.AttentionBias.fit(tiny, batch.images[:4], NEURONS), other)
     with pytest.raises(InterventionError, match="not about neurons"):
         with_neurons(rl.InterpolateOutliers(1, Cutoff(value=6.0, relative=True)), other)
 
 
 def test_a_fitted_ablation_gets_fitted_controls(tiny, batch):
-    ablation = rl.Ablate.fit(tiny, NEURONS, batch.images[:16], "mean")
+    ablation = rl.Ablate.fit(tiny, batch.images[:16], NEURONS, "mean")
     done = evaluate_intervention(tiny, batch.images[:16], ablation)
     assert done.mean("outliers", "random 1") == pytest.approx(done.mean("outliers", "clean"), abs=0.1)
     assert done.mean("outliers", "Ablate") < 0.2
@@ -381,7 +381,7 @@ def test_a_fitted_ablation_gets_fitted_controls(tiny, batch):
 
 def test_the_controls_of_a_bias_are_fitted_for_their_own_neurons(tiny, batch):
     images = batch.images[:16]
-    done = evaluate_intervention(tiny, images, rl.AttentionBias.fit(tiny, NEURONS, images))
+    done = evaluate_intervention(tiny, images, rl.AttentionBias.fit(tiny, images, NEURONS))
     assert done.mean("sink_register", "AttentionBias") > 0.6
     assert done.mean("sink_register", "random 1") < 0.05
     assert done.verdicts["AttentionBias"].worked

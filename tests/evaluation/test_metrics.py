@@ -96,7 +96,7 @@ def test_the_built_in_ones_are_those_of_evaluate_intervention(name, edit):
         ruler = Yardstick(clean, places.index(detection.sublayer), detection.cutoff, layers, shard.labels, True)
         with vit.edit(made):
             expected = ruler.measure(observe(vit, shard.images))
-    metrics = default_metrics(vit, detection, labels=True)
+    metrics = default_metrics(vit, detection=detection, labels=True)
     views = [naive_view(vit, shard.images, shard.labels, edits) for edits in ((made,), ())]
     found = dict(zip([one.name for one in metrics], measured(metrics, *views), strict=True))
     shared = set(found) & set(expected)
@@ -112,27 +112,27 @@ def test_a_model_has_the_metrics_that_make_sense_for_it():
     vit, detection = model("planted")
     outlier = ["outliers", "sink_outliers", "sink_patch"]
     moved = ["cos_cls", "cos_patches", "cos_output", "kl", "agreement"]
-    names = [one.name for one in default_metrics(vit, detection, labels=True)]
+    names = [one.name for one in default_metrics(vit, detection=detection, labels=True)]
     assert names == ["largest_norm", *outlier, *moved, "cross_entropy", "accuracy"]
     assert [one.name for one in default_metrics(vit)] == ["largest_norm", *moved]
     assert default_metrics(vit)[0].norms == ("3.mlp",)
-    assert default_metrics(vit, detection)[0].norms == (detection.sublayer,)
+    assert default_metrics(vit, detection=detection)[0].norms == (detection.sublayer,)
     without = rl.HookedViT(rl.ViTConfig(**{**vit.cfg.to_dict(), "d_out": None}))
     absent = detect(without, shard_of("planted", 8, (32, 32)).images)
     assert not absent.evidence.present
-    assert [one.name for one in default_metrics(without, absent)] == [
+    assert [one.name for one in default_metrics(without, detection=absent)] == [
         "largest_norm",
         "cos_cls",
         "cos_patches",
         "cos_output",
     ]
     insisted = detect(without, shard_of("planted", 8, (32, 32)).images, threshold=3.0)
-    assert "outliers" in [one.name for one in default_metrics(without, insisted)]
+    assert "outliers" in [one.name for one in default_metrics(without, detection=insisted)]
 
 
 def test_the_built_in_ones_can_be_sent_to_a_worker_and_say_what_they_are():
     vit, detection = model("planted")
-    metrics = default_metrics(vit, detection, labels=True)
+    metrics = default_metrics(vit, detection=detection, labels=True)
     views = [naive_view(vit, *shard_with_labels(), edits) for edits in ((rl.Ablate(neurons((2, 3))),), ())]
     again = pickle.loads(pickle.dumps(metrics))
     assert np.array_equal(measured(again, *views), measured(metrics, *views), equal_nan=True)

@@ -55,7 +55,7 @@ def makers(vit, size=(24, 32)):
         "move, heart": partial(move, heart, extreme="shared"),
         "move, by image": partial(move, darkest),
         "interpolate": lambda: rl.InterpolateOutliers("1.mlp", Cutoff(value=_cut(vit, fitted), relative=False)),
-        "bias": lambda: rl.AttentionBias.fit(vit, NEURONS, fitted),
+        "bias": lambda: rl.AttentionBias.fit(vit, fitted, NEURONS),
     }
     if vit.cfg.ln_pre:
         kinds["register, before ln_pre"] = partial(register, before_ln_pre=True)
@@ -66,7 +66,7 @@ def makers(vit, size=(24, 32)):
         kinds[f"zero {name}"] = partial(rl.Ablate, target)
         kinds[f"scale {name}"] = partial(Scale, target, -1.5)
         for mode in ("mean", "noise", "shuffle", "resample"):
-            kinds[f"{mode} {name}"] = partial(rl.Ablate.fit, vit, target, fitted, mode, seed=5)
+            kinds[f"{mode} {name}"] = partial(rl.Ablate.fit, vit, fitted, target, mode, seed=5)
     return kinds
 
 

@@ -71,7 +71,7 @@ def test_mean_and_spread_equal_two_passes_however_batched(vit, name):
     rows = rows_of(read(cache_of(vit, images, point)).double())
     batches = {"tensor": images, "uneven": images.split([1, 5, 2, 3]), "stream": iter(images.split(4))}
     for fitted_on in batches.values():
-        reference = rl.Ablate.fit(vit, target, fitted_on, "noise", batch_size=3).reference
+        reference = rl.Ablate.fit(vit, fitted_on, target, "noise", batch_size=3).reference
         assert reference.n_images == 11 and list(reference.mean) == [point] and reference.bank == {}
         assert reference.mean[point].shape == (4, rows[0].shape[1])
         for kind, values in enumerate(rows):
@@ -88,7 +88,7 @@ def test_the_mean_takes_the_place_of_each_kind_of_token(vit, name):
     fitted, images = pixels(9, seed=3), pixels(2, (32, 40))
     means = [values.mean(0) for values in rows_of(read(cache_of(vit, fitted, point)))]
     before = cache_of(vit, images, point)
-    chosen = rl.Ablate.fit(vit, target, fitted)
+    chosen = rl.Ablate.fit(vit, fitted, target)
     _, new, same = split_sized(name, before, cache_of(vit, images, point, chosen))
     positions = ABLATED.get(name, range(before.shape[1]))
     expected = torch.stack([means[min(p, 3)] for p in positions]).expand_as(new)
@@ -107,7 +107,7 @@ def split_sized(name, before, after):
 def test_noise_has_that_mean_and_spread(vit, name):
     target, point, _ = TARGETS[name]
     fitted = pixels(12, seed=3)
-    chosen = rl.Ablate.fit(vit, target, fitted, "noise")
+    chosen = rl.Ablate.fit(vit, fitted, target, "noise")
     images = pixels(300, (24, 32), seed=9)
     _, new, same = split(name, cache_of(vit, images, point), cache_of(vit, images, point, chosen))
     mean, spread = (getattr(chosen.reference, kind)[point] for kind in ("mean", "std"))
@@ -123,13 +123,13 @@ def test_shuffle_takes_one_other_image_as_a_whole(vit, name):
     target, point, read = TARGETS[name]
     fitted = pixels(6, seed=3)
     bank = read(cache_of(vit, fitted, point))[:, ABLATED.get(name, slice(None))]
-    chosen = rl.Ablate.fit(vit, target, fitted, "shuffle")
+    chosen = rl.Ablate.fit(vit, fitted, target, "shuffle")
     images = pixels(40)
     _, new, same = split(name, cache_of(vit, images, point), cache_of(vit, images, point, chosen))
     distance = (new[:, None] - bank[None]).flatten(2).abs().amax(2)
     assert same and distance.amin(1).max() < 1e-5
     assert set(distance.argmin(1).tolist()) == set(range(6))  # every one is drawn
-    again = cache_of(vit, images, point, rl.Ablate.fit(vit, target, fitted, "shuffle", seed=1))
+    again = cache_of(vit, images, point, rl.Ablate.fit(vit, fitted, target, "shuffle", seed=1))
     assert relative(split(name, again, again)[1], new) > 0.1
 
 
@@ -137,7 +137,7 @@ def test_shuffle_takes_the_same_image_everywhere(vit):
     fitted, images = pixels(6, seed=3), pixels(12)
     points = {f"blocks.{layer}.mlp.hook_post": list(listed) for layer, listed in NEURONS.by_layer().items()}
     donors = []
-    chosen = rl.Ablate.fit(vit, NEURONS, fitted, "shuffle")
+    chosen = rl.Ablate.fit(vit, fitted, NEURONS, "shuffle")
     for point, listed in points.items():
         bank = cache_of(vit, fitted, point)[..., listed]
         new = cache_of(vit, images, point, chosen)[..., listed]
@@ -150,7 +150,7 @@ def test_resample_draws_every_value_on_its_own(vit, name):
     target, point, read = TARGETS[name]
     fitted = pixels(8, seed=3)
     pools = rows_of(read(cache_of(vit, fitted, point)))
-    chosen = rl.Ablate.fit(vit, target, fitted, "resample")
+    chosen = rl.Ablate.fit(vit, fitted, target, "resample")
     images = pixels(30)
     _, new, same = split(name, cache_of(vit, images, point), cache_of(vit, images, point, chosen))
     assert same
@@ -166,7 +166,7 @@ def test_a_point_has_draws_of_its_own(vit):
     """Two layers do not get the same noise."""
     fitted, images = pixels(12, seed=3), pixels(200)
     both = rl.RegisterNeurons.from_pairs([(1, 3), (2, 3)])
-    chosen = rl.Ablate.fit(vit, both, fitted, "noise")
+    chosen = rl.Ablate.fit(vit, fitted, both, "noise")
     drawn = [cache_of(vit, images, f"blocks.{layer}.mlp.hook_post", chosen)[:, 5, 3].numpy() for layer in (1, 2)]
     assert abs(np.corrcoef(*drawn)[0, 1]) < 0.3
 
@@ -177,7 +177,7 @@ def test_the_bank_is_a_sample_that_does_not_grow(vit, monkeypatch):
     every = cache_of(vit, images, POST)[..., [19, 3]]
     counts = torch.zeros(40)
     for seed in range(60):
-        bank = rl.Ablate.fit(vit, NEURONS_1, images.split([7, 1, 32]), "shuffle", seed=seed).reference.bank[POST]
+        bank = rl.Ablate.fit(vit, images.split([7, 1, 32]), NEURONS_1, "shuffle", seed=seed).reference.bank[POST]
         assert bank.shape == (4, 15, 2)
         whose = (bank[:, None] - every[None]).flatten(2).abs().amax(2)
         assert whose.amin(1).max() < 1e-5
@@ -198,7 +198,7 @@ def test_inside_another_edit(vit):
     """Fitting sees what is in force, and a test-time register counts as one more patch."""
     images = pixels(5)
     with vit.edit(rl.Ablate(rl.Heads([(0, 0), (0, 1), (0, 2)]))):
-        fitted = rl.Ablate.fit(vit, NEURONS_1, images)
+        fitted = rl.Ablate.fit(vit, images, NEURONS_1)
         x = cache_of(vit, images, POST)[..., [19, 3]]
     assert relative(fitted.reference.mean[POST][3], x[:, 3:].mean((0, 1))) < 1e-5
     register = rl.TestTimeRegisters(rl.RegisterNeurons.from_pairs([]))
@@ -212,7 +212,7 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(vit, tmp_path, name, mode):
     target, point, _ = TARGETS[name]
     images = pixels(3)
     plain = rl.Ablate(target)
-    before = plain if mode == "zero" else rl.Ablate.fit(vit, target, pixels(5, seed=2), mode, seed=8)
+    before = plain if mode == "zero" else rl.Ablate.fit(vit, pixels(5, seed=2), target, mode, seed=8)
     folder = before.save(tmp_path / "new")
     after = rl.Ablate.load(folder)
     assert (after.target, after.mode, after.seed) == (before.target, before.mode, before.seed)
@@ -228,13 +228,13 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(vit, tmp_path, name, mode):
 
 
 def test_fitted_for_zero_it_is_zero(vit, tmp_path):
-    fitted = rl.Ablate.fit(vit, NEURONS_1, pixels(3), "zero")
+    fitted = rl.Ablate.fit(vit, pixels(3), NEURONS_1, "zero")
     assert (cache_of(vit, pixels(2), POST, fitted)[..., [3, 19]] == 0).all()
     assert (cache_of(vit, pixels(2), POST, rl.Ablate.load(fitted.save(tmp_path)))[..., [3, 19]] == 0).all()
 
 
 def test_damaged_files_are_named(vit, tmp_path):
-    folder = rl.Ablate.fit(vit, NEURONS_1, pixels(3)).save(tmp_path)
+    folder = rl.Ablate.fit(vit, pixels(3), NEURONS_1).save(tmp_path)
     told = json.loads((folder / "result.json").read_text())
     for target in ({"class": "Layer"}, 3, None):
         (folder / "result.json").write_text(json.dumps(told | {"values": told["values"] | {"target": target}}))
@@ -249,15 +249,15 @@ def test_errors(vit):
     with pytest.raises(ConfigError, match=r"mode='mean' needs reference activations\. Make it with rl\.Ablate\.fit"):
         rl.Ablate(NEURONS_1, "mean")
     with pytest.raises(ImageError, match="No image"):
-        rl.Ablate.fit(vit, NEURONS_1, [])
+        rl.Ablate.fit(vit, [], NEURONS_1)
     with pytest.raises(ImageError, match="batch_size"):
-        rl.Ablate.fit(vit, NEURONS_1, pixels(2), batch_size=0)
+        rl.Ablate.fit(vit, pixels(2), NEURONS_1, batch_size=0)
     with pytest.raises(ConfigError, match="which must be 'cls', 'trained_registers' or patch indices, got 'patch'"):
         unwrap(rl.Tokens.__init__)(object.__new__(rl.Tokens), 1, "patch")
     for mode in ("shuffle", "resample"):
         with pytest.raises(ShapeError, match="Images of one size are needed"):
-            rl.Ablate.fit(vit, NEURONS_1, [pixels(2), pixels(2, (32, 32))], mode)
-    mixed = rl.Ablate.fit(vit, NEURONS_1, [pixels(2), pixels(2, (32, 32))], "noise")
+            rl.Ablate.fit(vit, [pixels(2), pixels(2, (32, 32))], NEURONS_1, mode)
+    mixed = rl.Ablate.fit(vit, [pixels(2), pixels(2, (32, 32))], NEURONS_1, "noise")
     assert mixed.reference.n_images == 4
     assert not any(point.has_hooks() for point in vit.hook_dict.values())
 
@@ -281,32 +281,32 @@ def test_tokens_that_the_model_lacks_are_named():
     plain = build("plain")
     for which in ("cls", "trained_registers"):
         with pytest.raises(InterventionError, match=f"the sequence has no tokens '{which}'"):
-            rl.Ablate.fit(plain, rl.Tokens(1, which), pixels(2))
+            rl.Ablate.fit(plain, pixels(2), rl.Tokens(1, which))
 
 
 def test_a_reference_of_another_model_or_size_is_named(vit):
     other = build("plain")
-    fitted = rl.Ablate.fit(other, NEURONS_1, pixels(3))
+    fitted = rl.Ablate.fit(other, pixels(3), NEURONS_1)
     with pytest.raises(InterventionError, match=r"reference for blocks\.1\.mlp\.hook_post has shape \[1, 2\]"):
         cache_of(vit, pixels(1), POST, fitted)
-    elsewhere = rl.Ablate.fit(vit, rl.Heads([(1, 0)]), pixels(3))
+    elsewhere = rl.Ablate.fit(vit, pixels(3), rl.Heads([(1, 0)]))
     mixed = rl.Ablate(NEURONS_1, "mean", reference=elsewhere.reference)
     with pytest.raises(InterventionError, match=r"nothing for blocks\.1\.mlp\.hook_post"):
         cache_of(vit, pixels(1), POST, mixed)
-    shuffled = rl.Ablate.fit(vit, NEURONS_1, pixels(3), "shuffle")
+    shuffled = rl.Ablate.fit(vit, pixels(3), NEURONS_1, "shuffle")
     with pytest.raises(InterventionError, match=r"have 15 tokens, this sequence has 19\. Fit on images of this size"):
         cache_of(vit, pixels(1, (32, 32)), POST, shuffled)
-    resampled = rl.Ablate.fit(vit, NEURONS_1, pixels(3), "resample")
+    resampled = rl.Ablate.fit(vit, pixels(3), NEURONS_1, "resample")
     assert cache_of(vit, pixels(1, (32, 32)), POST, resampled).isfinite().all()
 
 
 def test_shuffle_beside_a_register_says_that_the_register_is_a_token(vit):
     images, register = pixels(2), rl.TestTimeRegisters(NEURONS)
-    shuffled = rl.Ablate.fit(vit, NEURONS_1, pixels(5, seed=2), "shuffle")
+    shuffled = rl.Ablate.fit(vit, pixels(5, seed=2), NEURONS_1, "shuffle")
     said = r"have 15 tokens, this sequence has 16, 1 of them test-time registers\. Fit .* inside the same vit\.edit"
     with pytest.raises(InterventionError, match=said):
         cache_of(vit, images, POST, register, shuffled)
     with vit.edit(register):  # as the message says
-        inside = rl.Ablate.fit(vit, NEURONS_1, pixels(5, seed=2), "shuffle")
+        inside = rl.Ablate.fit(vit, pixels(5, seed=2), NEURONS_1, "shuffle")
     drawn = cache_of(vit, images, POST, register, inside)[..., [19, 3]]
     assert all(any(torch.equal(row, one) for one in inside.reference.bank[POST]) for row in drawn)

@@ -75,7 +75,7 @@ def images_for(vit, size=None, batch=3, seed=1):
 
 
 def bias_for(vit):
-    return AttentionBias.fit(vit, NEURONS, images_for(vit, seed=2))
+    return AttentionBias.fit(vit, images_for(vit, seed=2), NEURONS)
 
 
 def output_of(module, images):
@@ -512,7 +512,7 @@ for parameter in module.parameters():
 images, counter = torch.randn(2, 3, 32, 32), CompileCounter()
 compiled = torch.compile(module, backend=counter, fullgraph=True)
 neurons = RegisterNeurons.from_pairs([(0, 3), (1, 40)])
-bias = AttentionBias.fit(HookedViT.from_module(module), neurons, images)
+bias = AttentionBias.fit(HookedViT.from_module(module), images, neurons)
 plain = module(images)
 torch.testing.assert_close(compiled(images), plain)
 with attach(compiled, TestTimeRegisters(neurons), bias):

@@ -118,7 +118,7 @@ def test_masks_beside_rotary_positions():
     mask = torch.ones(n, n, dtype=torch.bool).tril() | torch.eye(n, dtype=torch.bool)
     with pytest.raises(InterventionError, match="mask"), attach(module, REGISTERS):
         module(images, attn_mask=mask)
-    bias = AttentionBias.fit(vit, REGISTERS.neurons, images)
+    bias = AttentionBias.fit(vit, images, REGISTERS.neurons)
     with torch.no_grad(), attach(module, bias):
         masked, open_ = module(images, attn_mask=mask), module(images)
     assert relative(masked, open_) > 1e-3

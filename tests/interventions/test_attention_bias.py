@@ -22,7 +22,7 @@ def vit(request):
 
 @pytest.fixture(scope="module")
 def bias(vit):
-    return rl.AttentionBias.fit(vit, NEURONS, pixels(6, seed=4))
+    return rl.AttentionBias.fit(vit, pixels(6, seed=4), NEURONS)
 
 
 def cached(vit, images, names, *chosen):
@@ -50,13 +50,13 @@ def test_batches_of_any_kind_and_other_registers(options):
     vit = build("clip")
     register = rl.TestTimeRegisters(NEURONS, **options)
     parts = [pixels(2), pixels(3, (32, 40), seed=2), pixels(1, seed=3)]
-    fitted = rl.AttentionBias.fit(vit, NEURONS, iter(parts), register=register)
-    singles = [rl.AttentionBias.fit(vit, NEURONS, part, register=register, batch_size=1) for part in parts]
+    fitted = rl.AttentionBias.fit(vit, iter(parts), NEURONS, register=register)
+    singles = [rl.AttentionBias.fit(vit, part, NEURONS, register=register, batch_size=1) for part in parts]
     assert fitted.n_images == 6
     for kind in "kv":
         mean = sum(getattr(single, kind) * single.n_images for single in singles) / 6
         assert relative(getattr(fitted, kind), mean) < 1e-5
-    default = rl.AttentionBias.fit(vit, NEURONS, iter(parts))
+    default = rl.AttentionBias.fit(vit, iter(parts), NEURONS)
     assert (relative(default.k, fitted.k) > 1e-3) == bool(options)
 
 
@@ -71,7 +71,7 @@ def test_inside_other_edits_the_own_registers_key_is_taken(vit, bias, outer):
     names = ["blocks.*.attn.hook_k", "blocks.*.attn.hook_v"]
     cache = cached(vit, images, names, *around, rl.TestTimeRegisters(mine))
     with vit.edit(*around):
-        fitted = rl.AttentionBias.fit(vit, mine, images)
+        fitted = rl.AttentionBias.fit(vit, images, mine)
     for layer in range(4):
         for kind in "kv":
             rows = cache[f"blocks.{layer}.attn.hook_{kind}"]
@@ -176,23 +176,23 @@ def test_errors(vit, bias):
     with pytest.raises(InterventionError, match=r"shape \[4, 3, 8\] .*, the model needs \[3, 3, 8\]"), other.edit(bias):
         pass
     with pytest.raises(ImageError, match="No image"):
-        rl.AttentionBias.fit(vit, NEURONS, [])
+        rl.AttentionBias.fit(vit, [], NEURONS)
     for register in (
         rl.TestTimeRegisters(NEURONS, n=2),
         rl.TestTimeRegisters(NEURONS, n=0),
         rl.TestTimeRegisters(rl.RegisterNeurons.from_pairs([(1, 1)])),
     ):
         with pytest.raises(InterventionError, match="exactly one test-time register of the same neurons"):
-            rl.AttentionBias.fit(vit, NEURONS, pixels(1), register=register)
+            rl.AttentionBias.fit(vit, pixels(1), NEURONS, register=register)
     with pytest.raises(InterventionError, match="do not exist"):
-        rl.AttentionBias.fit(vit, rl.RegisterNeurons.from_pairs([(9, 0)]), pixels(1))
+        rl.AttentionBias.fit(vit, pixels(1), rl.RegisterNeurons.from_pairs([(9, 0)]))
     assert vit.n_test_time_registers == 0
     assert not any(point.has_hooks() for point in vit.hook_dict.values())
 
 
 def test_in_the_embedded_model_it_replaces_the_register():
     tiny = rl.HookedViT.from_pretrained("registerlens:tiny")
-    bias = rl.AttentionBias.fit(tiny, SEVEN, synthetic_images(256, 1001).images, batch_size=64)
+    bias = rl.AttentionBias.fit(tiny, synthetic_images(256, 1001).images, SEVEN, batch_size=64)
     batch = synthetic_images(256, 2002)
 
     def accuracy(*chosen):

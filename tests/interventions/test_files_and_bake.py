@@ -57,7 +57,7 @@ def test_grids_and_tensors_survive_too(tmp_path):
     moved = Intervention.load(rl.MoveOutliers(NEURONS, heart).save(tmp_path / "a"))
     assert torch.equal(moved.positions, heart)
     vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-    bias = rl.AttentionBias.fit(vit, NEURONS, torch.rand(2, 3, 48, 48))
+    bias = rl.AttentionBias.fit(vit, torch.rand(2, 3, 48, 48), NEURONS)
     again = Intervention.load(bias.save(tmp_path / "b"))
     assert torch.equal(again.k, bias.k) and torch.equal(again.v, bias.v) and again.neurons == bias.neurons
     with pytest.raises(ConfigError, match=r"'positions' .*function"):
@@ -124,7 +124,7 @@ def test_a_baked_folder_is_the_edited_model(library, kind, tmp_path):
     }[library]()
     images = torch.randn(2, 3, *SQUARE, generator=torch.Generator().manual_seed(0))
     vit = rl.HookedViT.from_module(module)
-    intervention = rl.TestTimeRegisters(NEURONS) if kind == "register" else rl.AttentionBias.fit(vit, NEURONS, images)
+    intervention = rl.TestTimeRegisters(NEURONS) if kind == "register" else rl.AttentionBias.fit(vit, images, NEURONS)
     out = bake(name, intervention, tmp_path / "baked")
     assert [path.name for path in tmp_path.iterdir()].count("baked") == 1 and len(list(tmp_path.iterdir())) == 2
     with torch.no_grad(), vit.edit(intervention):

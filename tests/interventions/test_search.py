@@ -67,7 +67,7 @@ def test_either_half_of_the_images_gives_the_same(tiny, images, found, half):
 def planted_in_small(seed):
     torch.manual_seed(seed)
     vit = rl.HookedViT(CFG).eval()
-    planted, truth = rl.plant_register_neurons(vit, layer=seed % 3, n=1 + seed % 8, generator=seed)
+    planted, truth = rl.plant_register_neurons(vit, layer=seed % 3, n=1 + seed % 8, seed=seed)
     fresh = [_noise_with_flat_patches(vit, torch.Generator().manual_seed(base + seed)) for base in (1000, 2000)]
     return planted, truth, torch.cat(fresh)
 
@@ -94,7 +94,7 @@ def photographs(dinov2_small):
 @pytest.mark.parametrize(("layer", "n"), [(5, 3), (2, 1)])
 def test_planted_in_the_real_dinov2_small(dinov2_small, photographs, layer, n):
     calibration, images = photographs
-    planted, truth = rl.plant_register_neurons(dinov2_small, layer=layer, n=n, images=calibration, generator=layer)
+    planted, truth = rl.plant_register_neurons(dinov2_small, layer=layer, n=n, images=calibration, seed=layer)
     got = rl.find_register_neurons(planted, images)
     assert set(got.pairs) == set(truth.neurons.pairs), got.search.describe()
     assert got.search.detection.onset == f"{layer}.mlp" and got.search.top_layer == layer
@@ -136,7 +136,7 @@ def assert_same_bits(one, other):
         ({"top_k": 7, "batch_size": 13}, 167, 20),  # of the first 13 + 7, one batch is remembered
         ({"top_k": 7, "batch_size": 80, "early_stop": False}, 160, 160),
         ({"top_k": 7, "batch_size": 40, "copies": 4}, 664, 64),  # no more than 64 are first
-        ({"top_k": 7, "batch_size": 80, "detection_layer": "1.mlp"}, 160, 20),
+        ({"top_k": 7, "batch_size": 80, "layer": "1.mlp"}, 160, 20),
     ],
 )
 def test_how_often_and_how_far_images_pass(request, tiny, images, options, images_in, images_out):
@@ -146,10 +146,8 @@ def test_how_often_and_how_far_images_pass(request, tiny, images, options, image
         watch = attention.register_forward_hook(lambda m, x, y, at=layer: passed.update({at: passed[at] + len(y)}))
         request.addfinalizer(watch.remove)
     given = {name: value for name, value in options.items() if name != "copies"}
-    place = given.pop("detection_layer", "2.attn")
-    got = rl.find_register_neurons(
-        tiny, images.repeat(options.get("copies", 1), 1, 1, 1), detection_layer=place, **given
-    )
+    place = given.pop("layer", "2.attn")
+    got = rl.find_register_neurons(tiny, images.repeat(options.get("copies", 1), 1, 1, 1), layer=place, **given)
     assert (passed[0], passed[5]) == (images_in, images_out)
     assert list(got.pairs) == SEVEN and got.search.scores.n_images == len(images) * options.get("copies", 1)
 
@@ -170,7 +168,7 @@ def test_remembering_the_first_batch_changes_no_score(tiny, images, sizes):
 
 def test_layers_and_numbers_can_be_given(tiny, images):
     options = {"top_k": 5, "batch_size": 80}
-    got = rl.find_register_neurons(tiny, images, lowest_layer=2, top_layer=4, detection_layer="5.mlp", **options)
+    got = rl.find_register_neurons(tiny, images, lowest_layer=2, top_layer=4, layer="5.mlp", **options)
     assert {layer for layer, _ in got.pairs} <= {2, 3, 4}
     assert got.search.scores.scores.shape == (4, 3, 256)
     late = rl.find_register_neurons(tiny, images, early_stop=False, **options)
@@ -179,13 +177,13 @@ def test_layers_and_numbers_can_be_given(tiny, images):
     assert_same_bits(late, early)
     everything = rl.find_register_neurons(tiny, images[:16], top_k=10**6, lowest_layer=1)
     assert len(everything) == 256
-    named = rl.find_register_neurons(tiny, images, detection_layer="2.attn", threshold=60.0, **options)
+    named = rl.find_register_neurons(tiny, images, layer="2.attn", threshold=60.0, **options)
     assert named.pairs == tuple(SEVEN[:5]) and named.search.detection.rule == "fixed"
 
 
 def test_neurons_after_the_place_of_detection_are_no_error(tiny, images):
     """They cannot move what is measured before them: the sweep says that it found no number."""
-    got = rl.find_register_neurons(tiny, images, detection_layer=1, lowest_layer=2, top_layer=5, batch_size=80)
+    got = rl.find_register_neurons(tiny, images, layer=1, lowest_layer=2, top_layer=5, batch_size=80)
     assert got.search.sweep is None and "found no number up to" in got.search.sweep_note
     assert got.search.top_k == got.search.elbow
     assert len(set(left for _, left in got.search.sweep_curve)) == 1
@@ -314,7 +312,7 @@ def test_arguments_out_of_range_are_named_before_anything_runs(monkeypatch, tiny
 
 def test_other_errors(tiny, images):
     with pytest.raises(ShapeError, match=r"There is no layer '1\.mpl'"):
-        rl.find_register_neurons(tiny, images, detection_layer="1.mpl")
+        rl.find_register_neurons(tiny, images, layer="1.mpl")
     with pytest.raises(ConfigError, match="above 0"):
         rl.find_register_neurons(tiny, images, threshold=-1.0)
     for none in (images[:0], [], iter([])):

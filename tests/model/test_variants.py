@@ -140,7 +140,7 @@ def test_paths_start_at_what_the_norms_after_give(images):
 @pytest.mark.parametrize("shape", [SIGMOID, SANDWICH], ids=["sigmoid", "sandwich"])
 def test_what_is_measured_works(shape, images):
     vit = model(**shape)
-    found = rl.find_register_neurons(vit, images, detection_layer="0.mlp", threshold=1.0, top_layer=1, top_k=2)
+    found = rl.find_register_neurons(vit, images, layer="0.mlp", threshold=1.0, top_layer=1, top_k=2)
     with vit.edit(rl.TestTimeRegisters(found)):
         assert observe(vit, images).attention.shape[-1] == 38
     assert rl.trace(vit, images).mean_sink.shape == (3,)
@@ -161,7 +161,7 @@ REFUSED = {
     "direct": lambda vit, images, found: rl.circuits.direct_contributions(vit, images, 0),
     "heads": lambda vit, images, found: rl.circuits.head_circuits(vit),
     "key share": lambda vit, images, found: rl.circuits.key_share(vit, images, found),
-    "kernels": lambda vit, images, found: rl.check_kernels(vit, found, images),
+    "kernels": lambda vit, images, found: rl.check_kernels(vit, found, images=images),
     "value update": lambda vit, images, found: rl.theory.value_update(vit, images, found),
     "sinks": lambda vit, images, found: rl.analysis.classify_sinks(vit, images),
     "output weights": lambda vit, images, found: rl.analysis.output_weights(vit, found),
@@ -176,7 +176,7 @@ REFUSED = {
     "everything of a cache": lambda vit, images, found: vit.run_with_cache(images)[1].get_full_resid_decomposition(),
     "export": lambda vit, images, found: vit.to_state_dict("transformers:ViTModel"),
     "bias from elsewhere": lambda vit, images, found: edited(vit, images, bias_of_softmax(found)),
-    "bias": lambda vit, images, found: rl.AttentionBias.fit(vit, found, images),
+    "bias": lambda vit, images, found: rl.AttentionBias.fit(vit, images, found),
 }
 ALSO_OF_SIGMOID = {"circuit", "key share", "kernels", "value update", "sinks", "defects", "no-op"}
 ONLY_OF_SIGMOID = {"bias", "bias from elsewhere", "export"}

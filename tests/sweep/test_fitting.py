@@ -50,7 +50,7 @@ def same_reference(ours, theirs):
 
 @pytest.fixture(scope="module")
 def bound():
-    return fit_conditions(VIT, EVERY, IMAGES, batch_size=16)
+    return fit_conditions(VIT, IMAGES, EVERY, batch_size=16)
 
 
 @pytest.mark.parametrize("label", EVERY.labels)
@@ -61,7 +61,7 @@ def test_each_is_what_it_would_be_alone_bit_for_bit(bound, label):
     if mode == "zero":
         assert type(edit) is rl.Ablate and (edit.target, edit.mode) == (target, "zero")
         return
-    alone = rl.Ablate.fit(VIT, target, IMAGES, mode, batch_size=16)
+    alone = rl.Ablate.fit(VIT, IMAGES, target, mode, batch_size=16)
     assert (edit.fitted.target, edit.fitted.mode, edit.fitted.seed) == (target, mode, 0)
     same_reference(edit.fitted.reference, alone.reference)
     assert torch.equal(outputs(edit), outputs(alone)) and not torch.equal(outputs(edit), outputs(rl.Ablate(target)))
@@ -89,11 +89,11 @@ def test_random_sets_with_seeds_of_their_own(chosen):
     conditions = Conditions.of([(f"{i}", ablation(t, mode, seed=seed)) for i, (t, mode, seed) in enumerate(chosen)])
     counted = []
     handle = forwards(VIT, counted)
-    fitted = fit_conditions(VIT, conditions, IMAGES, batch_size=16)
+    fitted = fit_conditions(VIT, IMAGES, conditions, batch_size=16)
     handle.remove()
     assert len(counted) == 3  # one pass of three batches
     for (target, mode, seed), one in zip(chosen, fitted, strict=True):
-        alone = rl.Ablate.fit(VIT, target, IMAGES, mode, seed=seed, batch_size=16)
+        alone = rl.Ablate.fit(VIT, IMAGES, target, mode, seed=seed, batch_size=16)
         same_reference(one.interventions[0].fitted.reference, alone.reference)
         assert one.interventions[0].fitted.seed == seed
 
@@ -136,11 +136,11 @@ def test_attention_biases_take_a_pass_each_and_equal_their_own_fit():
     assert n_passes(mixed) == 3 and n_passes(listed) == 2 and n_passes(EVERY) == 1 and n_passes(EVERY[:1]) == 0
     counted = []
     handle = forwards(VIT, counted)
-    fitted = fit_conditions(VIT, mixed, IMAGES[:8], batch_size=4)
+    fitted = fit_conditions(VIT, IMAGES[:8], mixed, batch_size=4)
     handle.remove()
     assert len(counted) == 6 and fitted.keys == mixed.keys and not unfitted(fitted) and n_passes(fitted) == 0
     for name, one in zip(("neurons", "overlapping"), fitted, strict=False):
-        alone = rl.AttentionBias.fit(VIT, TARGETS[name], IMAGES[:8], batch_size=4)
+        alone = rl.AttentionBias.fit(VIT, IMAGES[:8], TARGETS[name], batch_size=4)
         own = one.interventions[0].fitted
         assert torch.equal(own.k, alone.k) and torch.equal(own.v, alone.v)
         assert torch.equal(outputs(one.interventions[0]), outputs(alone))
@@ -148,40 +148,40 @@ def test_attention_biases_take_a_pass_each_and_equal_their_own_fit():
             edit.point for edit in PlannedBias(TARGETS[name]).edits(VIT, 0)
         ]
     assert fitted[-1].interventions[0].fitted is fitted[0].interventions[0].fitted  # made once, used twice
-    again = fit_conditions(VIT, fitted, iter([]))
+    again = fit_conditions(VIT, iter([]), fitted)
     assert again.keys == mixed.keys and again[0].interventions[0].fitted is fitted[0].interventions[0].fitted
 
 
 def test_streams_and_iterators():
     stream = list(IMAGES.split([5, 16, 20]))
-    once = fit_conditions(VIT, EVERY[:5], iter(stream))
-    again = fit_conditions(VIT, EVERY[:5], stream)
+    once = fit_conditions(VIT, iter(stream), EVERY[:5])
+    again = fit_conditions(VIT, stream, EVERY[:5])
     for one, two in zip(once[1:], again[1:], strict=True):
         same_reference(one.interventions[0].fitted.reference, two.interventions[0].fitted.reference)
     both = EVERY[:2] + grid(rl.AttentionBias, neurons={"a": TARGETS["neurons"]})
     with pytest.raises(ImageError, match="2 passes over the reference images are needed, but an iterator"):
-        fit_conditions(VIT, both, iter(stream))
+        fit_conditions(VIT, iter(stream), both)
     with pytest.raises(ImageError, match="No image"):
-        fit_conditions(VIT, EVERY[:2], [])
+        fit_conditions(VIT, [], EVERY[:2])
     mixed_sizes = [pixels(2), pixels(2, size=(32, 32))]
-    assert fit_conditions(VIT, EVERY[1:3], mixed_sizes)[0].interventions[0].fitted.reference.n_images == 4
+    assert fit_conditions(VIT, mixed_sizes, EVERY[1:3])[0].interventions[0].fitted.reference.n_images == 4
     with pytest.raises(ShapeError, match="Images of one size"):
-        fit_conditions(VIT, EVERY[1:4], mixed_sizes)
+        fit_conditions(VIT, mixed_sizes, EVERY[1:4])
 
 
 def test_every_model_is_fitted_with_its_own_activations():
     other = build(seed=7)
     conditions = EVERY[1:2].over(models=["S", "B"])
-    fitted = fit_conditions({"S": VIT, "B": other}, conditions, {"S": IMAGES[:8], "B": IMAGES[8:20]})
+    fitted = fit_conditions({"S": VIT, "B": other}, {"S": IMAGES[:8], "B": IMAGES[8:20]}, conditions)
     for one, vit, images in zip(fitted, (VIT, other), (IMAGES[:8], IMAGES[8:20]), strict=True):
-        alone = rl.Ablate.fit(vit, TARGETS["neurons"], images, "mean")
+        alone = rl.Ablate.fit(vit, images, TARGETS["neurons"], "mean")
         same_reference(one.interventions[0].fitted.reference, alone.reference)
     with pytest.raises(ConfigError, match=r"about the model 'S'; there are \['model'\]"):
-        fit_conditions(VIT, conditions, IMAGES)
+        fit_conditions(VIT, IMAGES, conditions)
     with pytest.raises(ConfigError, match=r"images for \['S'\], but none for the model 'B'"):
-        fit_conditions({"S": VIT, "B": other}, conditions, {"S": IMAGES})
+        fit_conditions({"S": VIT, "B": other}, {"S": IMAGES}, conditions)
     with pytest.raises(ImageError, match="An iterator of reference images lasts for one model"):
-        fit_conditions({"S": VIT, "B": other}, conditions, iter([IMAGES]))
+        fit_conditions({"S": VIT, "B": other}, iter([IMAGES]), conditions)
 
 
 def test_a_grid_takes_the_classes_by_name():
@@ -200,5 +200,5 @@ def test_the_hash_leaves_out_what_comparisons_leave_out():
     planned = Condition(interventions=(PlannedAblation(TARGETS["cls"], "mean"),))
     seeded = Condition(interventions=(PlannedAblation(TARGETS["cls"], "mean", seed=1),))
     assert planned.key != seeded.key
-    fitted = rl.Ablate.fit(VIT, TARGETS["cls"], IMAGES[:4])
+    fitted = rl.Ablate.fit(VIT, IMAGES[:4], TARGETS["cls"])
     assert Condition(interventions=(PlannedAblation(TARGETS["cls"], "mean", fitted=fitted),)).key == planned.key

@@ -61,7 +61,7 @@ def test_means_are_fitted_once_and_kept(tmp_path, monkeypatch):
     options = {"conditions": conditions, "reference_images": pixels(6, seed=9)}
     first = sweep(tmp_path, **options)
     assert bits(first.table) == bits(sweep(None, **options).table)
-    by_hand = rl.Ablate.fit(tiny_vit(), rl.Heads([(0, 1)]), pixels(6, seed=9), mode="mean", batch_size=2)
+    by_hand = rl.Ablate.fit(tiny_vit(), pixels(6, seed=9), rl.Heads([(0, 1)]), mode="mean", batch_size=2)
     vit, where = tiny_vit(), conditions["target=0.1 mode=mean"].key
     with torch.inference_mode():
         clean = vit(pixels())

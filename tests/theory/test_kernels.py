@@ -45,7 +45,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def seen(tiny):
-    return check_kernels(tiny, SEVEN, synthetic_images(64, 1).images)
+    return check_kernels(tiny, SEVEN, images=synthetic_images(64, 1).images)
 
 
 # Independent computations --------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ PLANTED = {
 def test_an_exact_kernel_holds_in_every_case():
     for seed, name in enumerate([*PLANTED, "plain", "plain"]):
         vit, layer, n = backbone(PLANTED[name], seed), seed % 3, 1 + seed % 5
-        planted, truth = rl.plant_register_neurons(vit, layer=layer, n=n, generator=seed)
+        planted, truth = rl.plant_register_neurons(vit, layer=layer, n=n, seed=seed)
         report = check_kernels(planted, truth.neurons)
         kernels = [found for found in report.findings if found.vector == "u2" and found.condition in KERNELS]
         assert len(kernels) == 5 - (planted.cfg.n_heads == 1) - (planted.head.linear is None)
@@ -260,7 +260,7 @@ def test_a_violation_is_measured_reader_by_reader(violation):
     """Against what the model read of the same direction before the planting."""
     for seed, (layer, n) in enumerate([(0, 1), (1, 3), (2, 5)]):
         vit = backbone(dataclasses.replace(CFG, layer_scale=seed == 1), seed)
-        planted, truth = rl.plant_register_neurons(vit, layer=layer, n=n, violation=violation, generator=seed)
+        planted, truth = rl.plant_register_neurons(vit, layer=layer, n=n, violation=violation, seed=seed)
         report = check_kernels(planted, truth.neurons)
         u = array(truth.direction)
         measured = []
@@ -282,7 +282,7 @@ def test_a_violation_is_measured_without_the_unplanted_model():
     for seed, violation in enumerate([0.1, 0.3, 0.6, 1.0, 0.2]):
         layer, n = seed % 3, 1 + seed % 4
         vit = backbone(WIDE, seed)
-        planted, truth = rl.plant_register_neurons(vit, layer=layer, n=n, violation=violation, generator=seed)
+        planted, truth = rl.plant_register_neurons(vit, layer=layer, n=n, violation=violation, seed=seed)
         measured.append(check_kernels(planted, truth.neurons).violation() / violation)
     assert np.mean(measured) == pytest.approx(1, abs=0.03)
     np.testing.assert_allclose(measured, 1, atol=0.1)
@@ -292,8 +292,8 @@ def test_a_violation_is_measured_without_the_unplanted_model():
 def test_the_key_side_names_exactly_the_heads_made_to_seek(with_images):
     for seed in range(3):
         vit = backbone(seed=seed)
-        planted, truth = rl.plant_register_neurons(vit, layer=seed % 2, n=2, sink_heads=1, generator=seed)
-        report = check_kernels(planted, truth.neurons, truth.calibration if with_images else None)
+        planted, truth = rl.plant_register_neurons(vit, layer=seed % 2, n=2, sink_heads=1, seed=seed)
+        report = check_kernels(planted, truth.neurons, images=truth.calibration if with_images else None)
         vectors = ("u2", "outlier") if with_images else ("u2",)
         for vector in vectors:
             seeking = rows(report, condition="key", vector=vector, verdict="holds")
@@ -319,7 +319,7 @@ def test_a_head_that_avoids_the_direction_fails():
 def test_the_key_side_is_the_mean_score_of_a_dominated_token():
     planted, truth = rl.plant_register_neurons(backbone(), layer=0, n=1, violation=0.5)
     images = truth.calibration[:12]
-    report = check_kernels(planted, truth.neurons, images, batch_size=5)
+    report = check_kernels(planted, truth.neurons, images=images, batch_size=5)
     with torch.inference_mode():
         _, cache = planted.run_with_cache(images, names_filter=["blocks.*.attn.hook_[qk]", "blocks.0.hook_resid_post"])
     detection = observe(planted, images, [0], 1).detection
@@ -372,7 +372,7 @@ def test_batches_and_streams_give_the_same(tiny):
 
 def test_without_outliers_the_conditions_on_them_do_not_apply():
     vit = backbone()
-    report = check_kernels(vit, rl.RegisterNeurons.from_pairs([(1, 3)]), torch.randn(8, 3, 64, 64))
+    report = check_kernels(vit, rl.RegisterNeurons.from_pairs([(1, 3)]), images=torch.randn(8, 3, 64, 64))
     assert report.n_outliers == 0 and "outlier" not in set(report.table["vector"])
     assert all("no outlier tokens" in report.not_applicable[name] for name in ("alignment", "agreement"))
 
@@ -469,7 +469,7 @@ def test_no_neuron_or_one_that_does_not_exist_is_refused():
     with pytest.raises(InterventionError, match="blocks 0 to 2 with neurons 0 to 39"):
         check_kernels(small(), rl.RegisterNeurons.from_pairs([(1, 40)]))
     with pytest.raises(ImageError, match="No image"):
-        check_kernels(small(), rl.RegisterNeurons.from_pairs([(1, 4)]), torch.zeros(0, 3, 24, 32))
+        check_kernels(small(), rl.RegisterNeurons.from_pairs([(1, 4)]), images=torch.zeros(0, 3, 24, 32))
 
 
 def test_a_block_without_later_blocks_is_reported():
@@ -554,7 +554,7 @@ def test_without_biases_the_key_side_needs_images():
     report = check_kernels(vit, neurons)
     assert "weights alone do not say what queries seek" in report.not_applicable["key"]
     assert not len(rows(report, condition="key")) and not any("stands in" in note for note in report.notes)
-    assert len(rows(check_kernels(vit, neurons, torch.randn(4, 3, 24, 32)), condition="key"))
+    assert len(rows(check_kernels(vit, neurons, images=torch.randn(4, 3, 24, 32)), condition="key"))
 
 
 def test_all_neurons_of_a_block_leave_no_others_to_compare_with():

@@ -72,7 +72,7 @@ def ranked(means, n):
 def test_twenty_seeds_are_traced_to_their_layer(layer):
     for seed in range(20):
         vit = backbone(seed=seed)
-        planted, truth = plant_register_neurons(vit, layer=layer, n=1 + seed % 8, generator=seed)
+        planted, truth = plant_register_neurons(vit, layer=layer, n=1 + seed % 8, seed=seed)
         found = rl.trace(planted, fresh_images(vit))
         assert (found.verdict, found.onset) == ("present", f"{layer}.mlp"), (seed, found.describe())
         assert 10 < found.evidence[found.sublayers.index(f"{layer}.mlp")].typical < 40
@@ -87,7 +87,7 @@ def test_twenty_seeds_are_traced_to_their_layer(layer):
 @pytest.mark.parametrize("name", CFGS)
 def test_every_architecture(name):
     vit = backbone(CFGS[name])
-    planted, truth = plant_register_neurons(vit, layer=1, n=2, generator=3)
+    planted, truth = plant_register_neurons(vit, layer=1, n=2, seed=3)
     found = rl.trace(planted, fresh_images(vit))
     assert (found.verdict, found.onset) == ("present", "1.mlp"), found.describe()
     assert ranked(outlier_activations(planted, fresh_images(vit), 1)[0], 2) == set(truth.neurons.pairs)
@@ -99,7 +99,7 @@ def test_every_architecture(name):
 def test_exactly_what_is_promised_changes(firing):
     vit = backbone(dataclasses.replace(CFG, layer_scale=True))
     before = {name: value.clone() for name, value in vit.state_dict().items()}
-    planted, truth = plant_register_neurons(vit, layer=1, n=3, firing=firing, sink_heads=1, generator=5)
+    planted, truth = plant_register_neurons(vit, layer=1, n=3, firing=firing, sink_heads=1, seed=5)
     after = planted.state_dict()
     assert all(torch.equal(before[name], value) for name, value in vit.state_dict().items())
     assert not any(after[name].data_ptr() == vit.state_dict()[name].data_ptr() for name in after)
@@ -129,7 +129,7 @@ def test_exactly_what_is_promised_changes(firing):
 @pytest.mark.parametrize("layer", [0, 2])
 def test_nothing_before_the_neurons_changes(layer):
     vit = backbone()
-    planted, truth = plant_register_neurons(vit, layer=layer, generator=1)
+    planted, truth = plant_register_neurons(vit, layer=layer, seed=1)
     images = truth.calibration[:4]
     names = [f"blocks.{layer}.hook_resid_mid", f"blocks.{layer}.hook_resid_post"]
     with torch.inference_mode():
@@ -146,7 +146,7 @@ def test_nothing_before_the_neurons_changes(layer):
 
 def test_the_direction_is_a_unit_vector_that_layernorm_keeps():
     for seed in range(10):
-        direction = plant_register_neurons(backbone(), layer=1, generator=seed)[1].direction
+        direction = plant_register_neurons(backbone(), layer=1, seed=seed)[1].direction
         assert direction.norm().item() == pytest.approx(1, abs=1e-6)
         assert abs(direction.sum().item()) < 1e-5
 
@@ -157,7 +157,7 @@ def test_the_direction_avoids_what_layer_scale_closes():
         vit.blocks[1].mlp.out.gamma[:10] = 0
         vit.blocks[1].mlp.out.gamma[10:] *= 1e-3  # small as in a trained model, and of both signs
         vit.blocks[1].mlp.out.gamma[20:30] *= -1
-    planted, truth = plant_register_neurons(vit, layer=1, generator=0)
+    planted, truth = plant_register_neurons(vit, layer=1, seed=0)
     assert (truth.direction[:10] == 0).all() and (truth.direction[10:] != 0).all()
     assert abs(truth.direction.sum().item()) < 1e-5
     for _, neuron in truth.neurons.pairs:
@@ -170,7 +170,7 @@ def test_the_direction_avoids_what_layer_scale_closes():
 @pytest.mark.parametrize("violation", [0.0, 0.3, 1.0])
 def test_later_blocks_and_the_head_read_the_promised_share(name, violation):
     vit = backbone(CFGS[name])
-    planted, truth = plant_register_neurons(vit, layer=1, n=1, violation=violation, generator=2)
+    planted, truth = plant_register_neurons(vit, layer=1, n=1, violation=violation, seed=2)
 
     def readers(model):
         for layer in (2, 3):
@@ -199,7 +199,7 @@ def test_an_exact_kernel_hides_the_outliers_from_the_head():
     for seed, violation in itertools.product(range(5), loudness):
         vit = backbone(CFGS["every token"], seed)
         images = fresh_images(vit)
-        planted, truth = plant_register_neurons(vit, layer=2, n=2, violation=violation, sink_heads=0, generator=2)
+        planted, truth = plant_register_neurons(vit, layer=2, n=2, violation=violation, sink_heads=0, seed=2)
         fires = truth.firing(planted, images).any(0)
         with torch.inference_mode():
             said = (planted(images) - planted.head(planted.ln_final.b[None, None], vit.layout(images))).norm(dim=-1)
@@ -211,8 +211,8 @@ def test_an_exact_kernel_hides_the_outliers_from_the_head():
 
 def test_together_and_alone():
     vit = backbone()
-    _, together = plant_register_neurons(vit, layer=1, n=3, firing="together", generator=0)
-    planted, alone = plant_register_neurons(vit, layer=1, n=3, firing="alone", share=0.03, generator=0)
+    _, together = plant_register_neurons(vit, layer=1, n=3, firing="together", seed=0)
+    planted, alone = plant_register_neurons(vit, layer=1, n=3, firing="alone", share=0.03, seed=0)
     assert together.fires.shape == (3, 32, 64)
     per_neuron = together.fires.flatten(1).sum(1)
     assert per_neuron.min() > 0
@@ -225,7 +225,7 @@ def test_together_and_alone():
 
 def test_the_truth_is_what_the_neurons_do():
     vit = backbone()
-    planted, truth = plant_register_neurons(vit, layer=1, n=3, generator=4)
+    planted, truth = plant_register_neurons(vit, layer=1, n=3, seed=4)
     slots = [neuron for _, neuron in truth.neurons.pairs]
     for images in (truth.calibration, fresh_images(vit), torch.randn(3, 3, 40, 96)):
         with torch.inference_mode():
@@ -241,7 +241,7 @@ def test_the_planted_patches_are_the_flat_ones():
     images = fresh_images(vit)
     variance = images.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).var(-1).mean(1).flatten(1)
     flat = variance < 0.1
-    planted, truth = plant_register_neurons(vit, layer=1, n=2, share=flat.float().mean().item(), generator=0)
+    planted, truth = plant_register_neurons(vit, layer=1, n=2, share=flat.float().mean().item(), seed=0)
     fires = truth.firing(planted, images).any(0)
     assert (fires & flat).sum() > 0.8 * flat.sum()
     assert (fires & ~flat).sum() <= 0.02 * fires.sum()
@@ -250,7 +250,7 @@ def test_the_planted_patches_are_the_flat_ones():
 @pytest.mark.parametrize("norm", [10.0, 40.0])
 def test_norm_sets_the_norm(norm):
     vit = backbone()
-    planted, truth = plant_register_neurons(vit, layer=1, norm=norm, generator=0)
+    planted, truth = plant_register_neurons(vit, layer=1, norm=norm, seed=0)
     found = rl.trace(planted, truth.calibration)
     assert found.evidence[found.sublayers.index("1.mlp")].typical == pytest.approx(
         norm, rel=0.15
@@ -260,7 +260,7 @@ def test_norm_sets_the_norm(norm):
 @pytest.mark.parametrize("sharpness", [4.0, 30.0])
 def test_sharpness_sets_the_pre_activation(sharpness):
     vit = backbone()
-    planted, truth = plant_register_neurons(vit, layer=1, n=1, sharpness=sharpness, generator=0)
+    planted, truth = plant_register_neurons(vit, layer=1, n=1, sharpness=sharpness, seed=0)
     with torch.inference_mode():
         _, cache = planted.run_with_cache(truth.calibration, names_filter="blocks.1.mlp.hook_pre")
     pre = cache["blocks.1.mlp.hook_pre"][:, vit.layout(truth.calibration).patches][..., truth.neurons.pairs[0][1]]
@@ -273,7 +273,7 @@ def test_sharpness_sets_the_pre_activation(sharpness):
 @pytest.mark.parametrize("heads", [0, 1, 3])
 def test_that_many_heads_sink(name, heads):
     vit = backbone(CFGS[name])
-    planted, truth = plant_register_neurons(vit, layer=1, n=2, sink_heads=heads, generator=1)
+    planted, truth = plant_register_neurons(vit, layer=1, n=2, sink_heads=heads, seed=1)
     images = fresh_images(vit)
     old, new = rl.trace(vit, images), rl.trace(planted, images)
     assert [layer for layer, _ in truth.sink_heads] == [2] * heads + [3] * heads
@@ -288,24 +288,21 @@ def test_that_many_heads_sink(name, heads):
 
 
 def test_the_default_is_a_third_of_the_heads():
-    assert len(plant_register_neurons(backbone(), layer=2, generator=0)[1].sink_heads) == max(1, CFG.n_heads // 3)
+    assert len(plant_register_neurons(backbone(), layer=2, seed=0)[1].sink_heads) == max(1, CFG.n_heads // 3)
     single = backbone(dataclasses.replace(CFG, n_heads=1))
-    assert plant_register_neurons(single, layer=2, generator=0)[1].sink_heads == ((3, 0),)
+    assert plant_register_neurons(single, layer=2, seed=0)[1].sink_heads == ((3, 0),)
 
 
 def test_equal_seeds_give_equal_bits():
     vit = backbone()
-    runs = [
-        plant_register_neurons(vit, layer=1, n=2, firing="alone", generator=generator)
-        for generator in (7, torch.Generator().manual_seed(7), 8)
-    ]
+    runs = [plant_register_neurons(vit, layer=1, n=2, firing="alone", seed=seed) for seed in (7, 7, 8)]
     states = [planted.state_dict() for planted, _ in runs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert torch.equal(runs[0][1].calibration, runs[1][1].calibration)
     assert runs[0][1].sink_heads == runs[1][1].sink_heads
     assert not torch.equal(runs[0][1].direction, runs[2][1].direction)
     state = torch.get_rng_state()
-    plant_register_neurons(vit, layer=1, generator=0)
+    plant_register_neurons(vit, layer=1, seed=0)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -316,7 +313,7 @@ def test_mean_activation_at_outliers_ranks_the_planted_first(firing):
         # A neuron that fires alone on few of the outliers has a small mean, so groups must not be tiny.
         n, share = (1 + seed % 8, 0.01) if firing == "together" else (1 + seed % 4, 0.03)
         vit, layer = backbone(seed=seed), seed % 3
-        planted, truth = plant_register_neurons(vit, layer=layer, n=n, share=share, firing=firing, generator=seed)
+        planted, truth = plant_register_neurons(vit, layer=layer, n=n, share=share, firing=firing, seed=seed)
         means, _ = outlier_activations(planted, fresh_images(vit, 2000 + seed), layer)
         assert ranked(means, n) == set(truth.neurons.pairs), (seed, layer, n)
 
@@ -366,7 +363,7 @@ def test_too_few_patches_are_named():
 def test_planting_on_the_embedded_model_moves_nothing_before_its_own_onset():
     tiny = rl.HookedViT.from_pretrained("registerlens:tiny")
     batch = synthetic_images(64, 1)
-    planted, truth = plant_register_neurons(tiny, layer=0, n=2, images=batch.images, share=0.05, generator=0)
+    planted, truth = plant_register_neurons(tiny, layer=0, n=2, images=batch.images, share=0.05, seed=0)
     assert rl.trace(planted, synthetic_images(64, 2).images).onset == "0.mlp"
     fires = truth.fires.any(0)
     assert (fires & (batch.roles == FLAT)).sum() > 0.9 * fires.sum()

@@ -73,7 +73,7 @@ def test_registers_and_the_key_of_a_bias_are_kept():
     images = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     for edit, name in (
         (rl.TestTimeRegisters(neurons), "test-time register 0"),
-        (rl.AttentionBias.fit(vit, neurons, images), "attention bias"),
+        (rl.AttentionBias.fit(vit, images, neurons), "attention bias"),
     ):
         with torch.no_grad(), vit.edit(edit):
             _, cache = vit.run_with_cache(images, names_filter="blocks.3.attn.hook_pattern")

@@ -14,7 +14,7 @@ NEURONS = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103), (0, 7)])
 
 @pytest.fixture(scope="module")
 def report():
-    return check_kernels(rl.from_pretrained("registerlens:tiny"), NEURONS, synthetic_images(16, 1).images)
+    return check_kernels(rl.from_pretrained("registerlens:tiny"), NEURONS, images=synthetic_images(16, 1).images)
 
 
 def test_cells_are_root_mean_squares_over_neurons_with_their_verdict(report):

@@ -80,7 +80,7 @@ def test_maps_of_an_edited_model_leave_registers_and_bias_out(tiny):
     )
     drawn = cache["blocks.5.attn.hook_pattern"].mean((1, 2))[:, -2:].sum(-1)
     np.testing.assert_allclose(register.register_attention[1], drawn.detach(), rtol=1e-4)
-    with vit.edit(rl.AttentionBias.fit(vit, neurons, images)):
+    with vit.edit(rl.AttentionBias.fit(vit, images, neurons)):
         bias = patch_maps(vit, images, [1, 5])
     for edited in (register, bias):
         assert edited.norms.shape == edited.attention.shape == (2, 3, 6, 6)

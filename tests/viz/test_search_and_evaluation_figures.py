@@ -25,7 +25,7 @@ def neurons(tiny):
 @pytest.fixture(scope="module")
 def done(tiny, neurons):
     images = synthetic_images(16, 1).images
-    bias = rl.AttentionBias.fit(tiny, neurons, images)
+    bias = rl.AttentionBias.fit(tiny, images, neurons)
     return rl.evaluate_intervention(tiny, images, {"register": rl.TestTimeRegisters(neurons), "bias": bias})
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.analysis.detection import Outliers
+from registerlens.analysis.detection import Detection, patch_norms
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
@@ -149,7 +149,7 @@ class Faithfulness(Result):
 
 
 def faithfulness(
-    vit: HookedViT, images: Images, *, outliers: Outliers | None = None, batch_size: int = 16
+    vit: HookedViT, images: Images, *, detection: Detection | None = None, batch_size: int = 16
 ) -> Faithfulness:
     """Restrict the last layer's [CLS] to some tokens, and compare the [CLS] output with the full one.
 
@@ -163,13 +163,12 @@ def faithfulness(
     Args:
         vit: the model, edited or not; it must have a [CLS].
         images: [image, channel, height, width], or an iterable of batches.
-        outliers: of exactly these images, in this order, from `rl.find_outliers`; adds two restrictions.
+        detection: which patches are outliers, as in `rl.find_outliers(vit, images).detection`; adds two restrictions.
         batch_size: images at once when a tensor is given.
 
     Raises:
         ConfigError: the model has no [CLS].
         ImageError: there are no images.
-        ShapeError: `outliers` are of other images.
 
     Source: Lappe and Giese 2025, for the test; Kornblith et al. 2019 for CKA.
 
@@ -185,11 +184,12 @@ def faithfulness(
             f"tested with rl.Ablate(rl.Tokens(layer, patches)), its sinks with sink_no_op(vit, images)."
         )
     sums: dict[str, _Sums] = {}
-    n = 0
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, "restricting [CLS]"):
-            layout, n = batch.layout, batch.start + len(batch)
-            mask = None if outliers is None else _mask(outliers, layout, batch.start, len(batch))
+            layout = batch.layout
+            mask = None
+            if detection is not None:
+                mask = detection.cutoff.above(patch_norms(vit, batch.images, detection.sublayer))
             resid = vit(batch.images, stop_at_layer=vit.cfg.n_layers - 1)
             full = _last(vit, resid, layout, None)
             for name, allowed in _restrictions(layout, mask, resid.device).items():
@@ -198,20 +198,8 @@ def faithfulness(
                 if there.any():
                     keys = allowed.expand(len(batch), -1)[there]
                     one.add(full, _last(vit, resid[there], layout, keys), keys, there)
-    if outliers is not None and len(outliers.mask) != n:
-        raise ShapeError(f"Outliers of {len(outliers.mask)} images for {n} images. Find them on the same images.")
     arrays = {name: np.array([one.result()[name] for one in sums.values()]) for name in _ARRAYS}
     return Faithfulness(model=vit.source, config=vit.cfg, restrictions=tuple(sums), **arrays)
-
-
-def _mask(outliers: Outliers, layout: TokenLayout, start: int, n: int) -> Bool[Tensor, "batch patch"]:
-    mask = outliers.mask[start : start + n]
-    if len(mask) != n or outliers.grid != layout.grid:
-        raise ShapeError(
-            f"The outliers are of {len(outliers.mask)} images of {outliers.grid[0]} x {outliers.grid[1]} patches; "
-            f"these are more, or have {layout.grid[0]} x {layout.grid[1]}. Find them on the same images."
-        )
-    return mask
 
 
 def _restrictions(

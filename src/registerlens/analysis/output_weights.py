@@ -111,16 +111,14 @@ class OutputWeights(Result):
         return weights_figure(self)
 
 
-def output_weights(
-    vit: HookedViT, neurons: RegisterNeurons, *, draws: int = 1000, generator: torch.Generator | int = 0
-) -> OutputWeights:
+def output_weights(vit: HookedViT, neurons: RegisterNeurons, *, draws: int = 1000, seed: int = 0) -> OutputWeights:
     """Into which residual dimensions register neurons write, from the weights alone.
 
     Args:
         vit: the model.
         neurons: register neurons.
         draws: random sets for the null.
-        generator: for them; equal seeds give equal results.
+        seed: of the draws; equal seeds give equal results.
 
     Raises:
         InterventionError: no neuron was given, the model does not have one of them, or a layer has too few others.
@@ -138,8 +136,7 @@ def output_weights(
     """
     require_linear_output(vit.cfg, "The reading of output weights")
     check_neurons(vit, neurons)
-    if isinstance(generator, int):
-        generator = torch.Generator().manual_seed(generator)
+    generator = torch.Generator().manual_seed(seed)
     rows: dict[tuple[int, int], Tensor] = {}
     found: dict[tuple[int, int], tuple[float, float, float]] = {}
     histograms, null = [], torch.zeros(draws, vit.cfg.d_model, dtype=torch.float64)

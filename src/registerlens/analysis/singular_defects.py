@@ -186,7 +186,7 @@ def singular_defects(
     *,
     detection: Detection | None = None,
     n_samples: int = N_SAMPLES,
-    generator: torch.Generator | int = 0,
+    seed: int = 0,
     batch_size: int = 16,
 ) -> SingularDefects:
     """The outlier direction that the weights predict after each block, and which neurons write it.
@@ -207,7 +207,7 @@ def singular_defects(
         detection: which patches are outliers; default: found first, in another pass.
         n_samples: normal inputs to each fit. They come in pairs X and -X, which makes the fit
             exact for what is even in X, as the nonlinear part of a GELU without bias.
-        generator: for them; equal seeds give equal results.
+        seed: of the samples; equal seeds give equal results.
         batch_size: images at once when a tensor is given.
 
     Raises:
@@ -234,9 +234,7 @@ def singular_defects(
     if images is not None:  # before the work begins
         detection = detection or detect(vit, images, batch_size=batch_size)
         require_outliers(detection, "Measuring the angle of outliers")
-    if isinstance(generator, int):
-        generator = torch.Generator().manual_seed(generator)
-    samples = torch.randn(n_samples // 2, d_model, generator=generator)
+    samples = torch.randn(n_samples // 2, d_model, generator=torch.Generator().manual_seed(seed))
     blocks = [cast(Block, block) for block in vit.blocks]
     with torch.no_grad():
         maps = [block_map(block, samples) for block in track(blocks, "linearising blocks", len(blocks))]

@@ -371,7 +371,7 @@ def _check_options(mode: str, method: str, steps: int, exact: int, sample: int, 
 
 def _means(vit: HookedViT, layers: tuple[int, ...], images: Images, batch_size: int) -> Reference | None:
     every = RegisterNeurons.from_pairs((layer, neuron) for layer in layers for neuron in range(vit.cfg.d_mlp))
-    return Ablate.fit(vit, every, images, "mean", batch_size=batch_size).reference
+    return Ablate.fit(vit, images, every, "mean", batch_size=batch_size).reference
 
 
 def _check_finite(effects: Float[Tensor, "layer batch neuron"], metric: str) -> None:

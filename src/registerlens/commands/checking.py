@@ -73,7 +73,7 @@ def kernels(
     if images:
         vit, stream = load(model, images, size, batch_size, device)
         with skips_named(stream):
-            report = check_kernels(vit, chosen_neurons(vit, stream, known, where), stream)
+            report = check_kernels(vit, chosen_neurons(vit, stream, known, where), images=stream)
     else:
         report = check_kernels(load_model(model, device), cast("RegisterNeurons", known))  # given, or it ended above
     print_words(str(report.neurons))

@@ -94,7 +94,7 @@ def ablate(
     with skips_named(stream):
         asked = Heads(pairs) if pairs else Tokens(*place) if place else None
         target = asked or chosen_neurons(vit, stream, known, where)
-        ablation = Ablate(target) if mode == "zero" else Ablate.fit(vit, target, stream, mode)
+        ablation = Ablate(target) if mode == "zero" else Ablate.fit(vit, stream, target, mode)
         done = _evaluate(vit, stream, {ABLATED: ablation}, where, no_controls)
     print_words(f"Ablated: {target}")
     samples = on_which_images(target, done.n_images, known is None) if isinstance(target, RegisterNeurons) else ""
@@ -151,7 +151,7 @@ def register(
     with skips_named(stream):
         chosen = chosen_neurons(vit, stream, known, where)
         edit: Any = TestTimeRegisters(chosen, n, init=init, assign=assign, extreme=extreme, clear=clear)
-        edit = AttentionBias.fit(vit, chosen, stream, register=edit) if bias else edit
+        edit = AttentionBias.fit(vit, stream, chosen, register=edit) if bias else edit
         name = BIAS if bias else REGISTER if n == 1 else f"{n} {REGISTER}s"
         done = _evaluate(vit, stream, {name: edit}, where, no_controls)
     samples = on_which_images(chosen, done.n_images, known is None)

@@ -171,14 +171,14 @@ def neurons(
     """Find the register neurons of MODEL on IMAGES: those that decide where outliers appear."""
     options: dict[str, Any] = {
         "threshold": read_threshold(threshold),
-        "detection_layer": read_layer(layer),
+        "layer": read_layer(layer),
         "lowest_layer": lowest_layer,
         "top_layer": read_auto_or_integer(top_layer, "--top-layer", 0),
         "top_k": read_auto_or_integer(top_k, "--top-k", 1),
         "score": score,
     }
     last = options["top_layer"]
-    look_ahead(model, options["detection_layer"], blocks=[lowest_layer, *([] if last == "auto" else [last])])
+    look_ahead(model, options["layer"], blocks=[lowest_layer, *([] if last == "auto" else [last])])
     if out is not None:
         make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)

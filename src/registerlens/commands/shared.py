@@ -110,7 +110,7 @@ def chosen_neurons(
 
     if known is not None:
         return known.check(vit.cfg)
-    return find_register_neurons(vit, stream, threshold=where["threshold"], detection_layer=where["layer"])
+    return find_register_neurons(vit, stream, threshold=where["threshold"], layer=where["layer"])
 
 
 def on_which_images(neurons: RegisterNeurons, n_images: int, found_here: bool) -> str:

@@ -63,12 +63,12 @@ def _banks(task: SyntheticTask) -> tuple[Tensor, Tensor, Tensor]:
     return textures, triggers, keys
 
 
-def synthetic_images(n: int, generator: torch.Generator | int = 0, task: SyntheticTask | None = None) -> SyntheticBatch:
+def synthetic_images(n: int, seed: int = 0, task: SyntheticTask | None = None) -> SyntheticBatch:
     """Draw `n` images; equal seeds give equal bits.
 
     Args:
         n: how many.
-        generator: a torch.Generator (CPU), or a seed for one.
+        seed: of everything drawn.
         task: settings; default: those `registerlens:tiny` was trained on.
 
     Example:
@@ -77,8 +77,7 @@ def synthetic_images(n: int, generator: torch.Generator | int = 0, task: Synthet
         (torch.Size([2, 3, 48, 48]), torch.Size([2, 36, 4]))
     """
     task = task or SyntheticTask()
-    if isinstance(generator, int):
-        generator = torch.Generator().manual_seed(generator)
+    generator = torch.Generator().manual_seed(seed)
     roles, types, key_positions = _place(n, task, generator)
     own = torch.randint(0, task.n_classes, (n, task.grid**2, task.n_attributes), generator=generator)
     labels = _labels(own, roles, types, key_positions, task)

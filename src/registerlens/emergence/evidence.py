@@ -67,7 +67,7 @@ def choose(
     vit: HookedViT, images: Tensor, detection: Detection, top_k: Literal["auto"] | int, batch_size: int
 ) -> tuple[RegisterNeurons, float, float]:
     """Register neurons; the share of neurons that tell outliers apart, in the onset block and of the whole model."""
-    options: dict[str, Any] = {"detection_layer": detection.sublayer, "top_layer": detection.layer, "top_k": top_k}
+    options: dict[str, Any] = {"layer": detection.sublayer, "top_layer": detection.layer, "top_k": top_k}
     found = find_register_neurons(vit, images, batch_size=batch_size, **options)
     assert found.search is not None
     firing = found.search.scores.of("auc") >= FIRES

@@ -227,7 +227,7 @@ def _edits(
     vit: HookedViT, images: Images, neurons: RegisterNeurons, layers: Sequence[int], seed: int, batch_size: int
 ) -> dict[tuple[str, int], list[Ablate]]:
     """The ablations of each condition and layer; means are fitted for all layers in one pass."""
-    fitted = Ablate.fit(vit, neurons, images, "mean", batch_size=batch_size)
+    fitted = Ablate.fit(vit, images, neurons, "mean", batch_size=batch_size)
     generator = torch.Generator().manual_seed(seed)
     edits: dict[tuple[str, int], list[Ablate]] = {}
     for layer in layers:

@@ -167,7 +167,7 @@ def build_baselines(
         if itself != "zero":
             baselines["zeroed"] = Ablate(neurons)
         if itself != "mean":
-            baselines["mean"] = Ablate.fit(vit, neurons, images, "mean", batch_size=batch_size)
+            baselines["mean"] = Ablate.fit(vit, images, neurons, "mean", batch_size=batch_size)
     if neighbours_at is not None:
         baselines["neighbours"] = InterpolateOutliers.at(neighbours_at)
     return baselines
@@ -203,7 +203,7 @@ def _same_on(
     vit: HookedViT, images: Images, intervention: Intervention, neurons: RegisterNeurons, batch_size: int
 ) -> Intervention:
     if isinstance(intervention, Ablate) and intervention.reference is not None:
-        return Ablate.fit(vit, neurons, images, intervention.mode, seed=intervention.seed, batch_size=batch_size)
+        return Ablate.fit(vit, images, neurons, intervention.mode, seed=intervention.seed, batch_size=batch_size)
     if isinstance(intervention, AttentionBias):
-        return AttentionBias.fit(vit, neurons, images, batch_size=batch_size)
+        return AttentionBias.fit(vit, images, neurons, batch_size=batch_size)
     return with_neurons(intervention, neurons)

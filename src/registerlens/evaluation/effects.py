@@ -130,8 +130,8 @@ def evaluate_intervention(
     *,
     labels: Int[Tensor, "image ..."] | None = None,
     controls: bool = True,
-    threshold: Threshold = "auto",
     layer: Literal["auto"] | int | str = "auto",
+    threshold: Threshold = "auto",
     batch_size: int = 16,
     seed: int = 0,
 ) -> Evaluation:

@@ -148,7 +148,7 @@ def measured(metrics: Sequence[Metric], edited: View, clean: View) -> Float[Tens
 # Built in ------------------------------------------------------------------------------------------------------------
 
 
-def default_metrics(vit: HookedViT, detection: Detection | None = None, *, labels: bool = False) -> tuple[Metric, ...]:
+def default_metrics(vit: HookedViT, *, detection: Detection | None = None, labels: bool = False) -> tuple[Metric, ...]:
     """The metrics that a model has: norms, sinks, and how far tokens and predictions move from the clean run.
 
     Args:

@@ -230,5 +230,5 @@ def _usual(vit: HookedViT, images: Tensor, neurons: RegisterNeurons | None) -> d
     return {
         "zeroed": Ablate(neurons),
         "test-time register": TestTimeRegisters(neurons),
-        "attention bias": AttentionBias.fit(vit, neurons, images),
+        "attention bias": AttentionBias.fit(vit, images, neurons),
     }

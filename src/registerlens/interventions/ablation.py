@@ -127,7 +127,7 @@ class Ablate(Intervention):
     """Replace neurons (at every token), heads (at every token) or tokens by something uninformative.
 
     Zeroing leaves the range that later layers know and overstates what was lost (Parodi et al. 2026); the other modes
-    stay within it. They need reference activations: `Ablate.fit(vit, target, images, mode)`.
+    stay within it. They need reference activations: `Ablate.fit(vit, images, target, mode)`.
 
     Args:
         target: a `RegisterNeurons`, `Heads` or `Tokens`.
@@ -145,7 +145,7 @@ class Ablate(Intervention):
     Example:
         >>> import registerlens as rl
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(4, 3, 48, 48)
-        >>> ablation = rl.Ablate.fit(vit, rl.Heads([(2, 0)]), images, mode="mean")
+        >>> ablation = rl.Ablate.fit(vit, images, rl.Heads([(2, 0)]), mode="mean")
         >>> with torch.no_grad(), vit.edit(ablation):
         ...     vit(images).shape
         torch.Size([4, 36, 52])
@@ -167,15 +167,15 @@ class Ablate(Intervention):
         if self.mode != "zero" and self.reference is None:
             raise ConfigError(
                 f"mode={self.mode!r} needs reference activations. Make it with "
-                f"rl.Ablate.fit(vit, target, images, mode={self.mode!r})."
+                f"rl.Ablate.fit(vit, images, target, mode={self.mode!r})."
             )
 
     @classmethod
     def fit(
         cls,
         vit: HookedViT,
-        target: Target,
         images: Images,
+        target: Target,
         mode: Mode = "mean",
         *,
         seed: int = 0,
@@ -185,8 +185,8 @@ class Ablate(Intervention):
 
         Args:
             vit: the model.
-            target: what will be ablated.
             images: preprocessed, as a tensor or in batches; for "shuffle" and "resample" all of one size.
+            target: what will be ablated.
             mode: as above.
             seed: of the random sample of images, and of later draws.
             batch_size: images at once when a tensor is given.

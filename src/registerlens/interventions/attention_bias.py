@@ -50,8 +50,8 @@ class AttentionBias(Intervention):
     def fit(
         cls,
         vit: HookedViT,
-        neurons: RegisterNeurons,
         images: Images,
+        neurons: RegisterNeurons,
         *,
         batch_size: int = 16,
         register: TestTimeRegisters | None = None,
@@ -60,8 +60,8 @@ class AttentionBias(Intervention):
 
         Args:
             vit: the model, edited or not.
-            neurons: its register neurons.
             images: preprocessed, as a tensor or in batches; the paper takes 1000.
+            neurons: its register neurons.
             batch_size: images at once when a tensor is given.
             register: with other options than the defaults; it must append exactly one token.
 
@@ -73,7 +73,7 @@ class AttentionBias(Intervention):
         Example:
             >>> import registerlens as rl
             >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48)
-            >>> bias = rl.AttentionBias.fit(vit, rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)]), images)
+            >>> bias = rl.AttentionBias.fit(vit, images, rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)]))
             >>> with torch.no_grad(), vit.edit(bias):
             ...     vit(images).shape, bias.k.shape
             (torch.Size([2, 36, 52]), torch.Size([6, 1, 64]))
@@ -104,7 +104,7 @@ class AttentionBias(Intervention):
             raise InterventionError(
                 f"The bias has keys of shape {list(self.k.shape)} [layer, head, d_head], the model needs "
                 f"{list(expected)}. It was fitted on another architecture."
-                " Fit it on this one: rl.AttentionBias.fit(vit, neurons, images)."
+                " Fit it on this one: rl.AttentionBias.fit(vit, images, neurons)."
             )
         zeroing = [
             Edit(f"blocks.{layer}.mlp.hook_post", partial(_zero, list(listed)))

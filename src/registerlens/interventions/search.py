@@ -136,8 +136,8 @@ def find_register_neurons(
     vit: HookedViT,
     images: Images,
     *,
+    layer: Literal["auto"] | int | str = "auto",
     threshold: Threshold = "auto",
-    detection_layer: Literal["auto"] | int | str = "auto",
     lowest_layer: int = 0,
     top_layer: Literal["auto"] | int = "auto",
     top_k: Literal["auto"] | int = "auto",
@@ -155,9 +155,8 @@ def find_register_neurons(
     Args:
         vit: the model, edited or not.
         images: [image, channel, height, width], or batches of them; memory does not grow with their number.
-        threshold: above which norm a patch is an outlier; as for `find_outliers`. A number overrides a verdict of
-            "absent".
-        detection_layer: where norms are taken: a block, a sublayer, or "auto".
+        layer: where the norms of outliers are taken: a block, a sublayer, or "auto"; as for `find_outliers`.
+        threshold: above which norm a patch is an outlier there. A number overrides a verdict of "absent".
         lowest_layer: the first layer whose neurons count; early layers can hold content.
         top_layer: the last one; "auto" is the layer at which outliers first emerge.
         top_k: how many neurons; "auto" takes the larger of two estimates: the elbow (largest relative drop) of the
@@ -186,7 +185,7 @@ def find_register_neurons(
     """
     _check(vit, lowest_layer, top_layer, top_k, score)
     parts = _divide(images, hold_back=top_k == "auto", batch_size=batch_size)
-    options: dict[str, Any] = {"layer": detection_layer, "threshold": threshold, "batch_size": batch_size}
+    options: dict[str, Any] = {"layer": layer, "threshold": threshold, "batch_size": batch_size}
     highest = vit.cfg.n_layers - 1 if top_layer == "auto" else top_layer
     detection, seen = _detect_in_first(vit, parts, range(lowest_layer, highest + 1), options)
     if not detection.evidence.present and detection.rule != "fixed" and parts.more and _again(images):

@@ -22,10 +22,10 @@ CONTROL = "control"
 
 
 def with_controls(
-    conditions: Conditions,
     vit: HookedViT | Mapping[str, HookedViT],
-    images: Images | Mapping[str, Images] | None = None,
+    conditions: Conditions,
     *,
+    images: Images | Mapping[str, Images] | None = None,
     n: int = DRAWS,
     kinds: Sequence[Kind] = get_args(Kind),
     seed: int = 0,
@@ -38,8 +38,8 @@ def with_controls(
     the same set in several modes or doses has the same controls, and conditions that are added later change none.
 
     Args:
-        conditions: those about heads or tokens, the clean one and controls stay as they are.
         vit: the model, or the models by the names that conditions use.
+        conditions: those about heads or tokens, the clean one and controls stay as they are.
         images: on which activity is measured, for "matched"; or those of each model by its name.
         n: draws of each kind.
         kinds: "random": any other neurons of the same layers; "matched": such that get about as active.
@@ -56,7 +56,7 @@ def with_controls(
         >>> from registerlens.sweep.grid import grid
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> neurons = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)])
-        >>> every = with_controls(grid(rl.Ablate, target={"both": neurons}), vit, torch.rand(4, 3, 48, 48), n=1)
+        >>> every = with_controls(vit, grid(rl.Ablate, target={"both": neurons}), images=torch.rand(4, 3, 48, 48), n=1)
         >>> every.labels
         ('target=both', 'target=both control=random 1', 'target=both control=matched 1')
     """
@@ -106,7 +106,7 @@ def _controls(
     except InterventionError as error:
         raise InterventionError(
             f"'{condition.label}' cannot have controls: {error}"
-            " Add it to the others without controls: with_controls(others, ...) + it."
+            " Add it to the others without controls: with_controls(vit, others, ...) + it."
         ) from error
 
 

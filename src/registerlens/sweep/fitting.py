@@ -83,14 +83,14 @@ def fit_planned(
         for one, reference in zip(ablations, references, strict=True):
             fitted[one] = replace(one, fitted=Ablate(one.target, one.mode, reference=reference, seed=one.seed))
     for one in biases:
-        fitted[one] = replace(one, fitted=AttentionBias.fit(vit, one.neurons, images, batch_size=batch_size))
+        fitted[one] = replace(one, fitted=AttentionBias.fit(vit, images, one.neurons, batch_size=batch_size))
     return fitted
 
 
 def fit_conditions(
     vit: HookedViT | Mapping[str, HookedViT],
-    conditions: Iterable[Condition],
     images: Images | Mapping[str, Images],
+    conditions: Iterable[Condition],
     *,
     batch_size: int = 16,
 ) -> Conditions:
@@ -100,8 +100,8 @@ def fit_conditions(
 
     Args:
         vit: the model, or the models by the names that conditions use.
-        conditions: some of them may be fitted already.
         images: reference images, preprocessed, as a tensor or in batches; or those of each model by its name.
+        conditions: some of them may be fitted already.
         batch_size: images at once when a tensor is given.
 
     Raises:
@@ -115,7 +115,7 @@ def fit_conditions(
         >>> from registerlens.sweep.grid import grid
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> conditions = grid(rl.Ablate, target=[rl.Heads([(2, 0)]), rl.Heads([(4, 0)])], mode=["zero", "mean"])
-        >>> bound = fit_conditions(vit, conditions, torch.rand(4, 3, 48, 48))
+        >>> bound = fit_conditions(vit, torch.rand(4, 3, 48, 48), conditions)
         >>> bound.keys == conditions.keys, len(unfitted(conditions)), len(unfitted(bound))
         (True, 2, 0)
     """

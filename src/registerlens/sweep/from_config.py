@@ -204,7 +204,7 @@ def _metrics(vit: HookedViT, source: Source, batch_size: int) -> dict[str, Metri
     if shard is None:
         raise ImageError("No image could be read. Check the paths in the file.")
     detection: Detection = detect(vit, shard.images, batch_size=batch_size)
-    return {one.name: one for one in default_metrics(vit, detection, labels=shard.labels is not None)}
+    return {one.name: one for one in default_metrics(vit, detection=detection, labels=shard.labels is not None)}
 
 
 # Conditions -----------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _grid(maker: _Maker, spec: Grid) -> Conditions:
     if not spec.controls.n:
         return made
     how = {"n": spec.controls.n, "kinds": spec.controls.kinds, "seed": maker.config.seed}
-    return with_controls(made, maker.vit, maker.images, batch_size=maker.config.batch_size, **how)
+    return with_controls(maker.vit, made, images=maker.images, batch_size=maker.config.batch_size, **how)
 
 
 # Neurons, heads, tokens -----------------------------------------------------------------------------------------------

@@ -334,7 +334,7 @@ def _check_names(make: Callable[..., Any], axes: Mapping[str, Axis]) -> None:
 def _both(one: Condition, two: Condition) -> Condition:
     """Both edits together."""
     if one.control_of or two.control_of:
-        raise ConfigError("Controls cannot be combined; add them last, with with_controls(conditions, ...).")
+        raise ConfigError("Controls cannot be combined; add them last, with with_controls(vit, conditions, ...).")
     if (one.model, one.images) != (two.model, two.images):
         raise ConfigError(
             f"{_told(one)} and {_told(two)} are for different models or images. Combine first, then "

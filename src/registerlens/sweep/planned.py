@@ -39,7 +39,7 @@ class Planned(Intervention):
 
     def _refuse(self, x: Float[Tensor, "..."], scene: Scene) -> Float[Tensor, "..."]:
         raise InterventionError(
-            f"This {type(self).__name__} has not been fitted. Bind it first: fit_conditions(vit, conditions, images)."
+            f"This {type(self).__name__} has not been fitted. Bind it first: fit_conditions(vit, images, conditions)."
         )
 
 

@@ -61,7 +61,7 @@ def run_sweep(
             names that conditions use.
         conditions: made by `rl.sweep.grid` and the like; a clean run is added where there is none.
         metrics: what is measured; None is the built-in ones that need no search for outliers. For outliers and sinks
-            give `default_metrics(vit, rl.find_outliers(vit, images).detection)`.
+            give `default_metrics(vit, detection=rl.find_outliers(vit, images).detection)`.
         labels: one an image, where the images are a tensor; by name for several image sets.
         reference_images: images on which means, noise, attention biases and the like are fitted, as a tensor, in
             batches, or as a Source; or those of each model by its name. None: the sweep's own, if it has one set.

@@ -182,8 +182,8 @@ class KernelReport(Result):
 def check_kernels(
     vit: HookedViT,
     neurons: RegisterNeurons,
-    images: Images | None = None,
     *,
+    images: Images | None = None,
     seed: int = 0,
     batch_size: int = 16,
 ) -> KernelReport:

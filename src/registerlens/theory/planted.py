@@ -70,7 +70,7 @@ def plant_register_neurons(
     norm: float = 20.0,
     violation: float = 0.0,
     sink_heads: int | None = None,
-    generator: torch.Generator | int = 0,
+    seed: int = 0,
 ) -> tuple[HookedViT, Planted]:
     """A copy of the model with `n` register neurons, and the truth about them.
 
@@ -87,7 +87,7 @@ def plant_register_neurons(
         violation: share of the direction that later blocks and the head still read; 0 is an exact kernel, 1 untouched.
         sink_heads: heads of every later block that seek the direction, those that say least; default: a third of them,
             at least one. What such a head attended to before is lost: more heads change the output more.
-        generator: for the direction and the default images; equal seeds give equal models.
+        seed: of the direction and the default images; equal seeds give equal models.
 
     Returns:
         the planted model, and what was planted.
@@ -118,8 +118,7 @@ def plant_register_neurons(
     _check(firing in ("together", "alone"), f"firing must be 'together' or 'alone', got {firing!r}")
     _check(0 < share < 0.25, f"share must be above 0 and below 0.25, got {share}")
     _check(norm > 1 and sharpness > 0, f"norm must be above 1 and sharpness above 0, got {norm} and {sharpness}")
-    if isinstance(generator, int):
-        generator = torch.Generator().manual_seed(generator)
+    generator = torch.Generator().manual_seed(seed)
     images = _noise_with_flat_patches(vit, generator) if images is None else images
     images = images.to(vit.device, vit.dtype)
     planted = _copy(vit)

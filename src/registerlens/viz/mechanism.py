@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, detect, find_outliers, require_outliers
+from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.faithfulness import Faithfulness, faithfulness
 from registerlens.analysis.massive import MassiveActivations, massive_activations
 from registerlens.analysis.mechanism import SinkEffects, sink_no_op
@@ -120,13 +120,13 @@ def study_mechanism(
         return _neurons(neurons, detection)
 
     at: dict[str, object] = {"detection": detection, "batch_size": batch_size}
-    measured = images if detection.evidence.present else None
+    clear, measured = (detection, images) if detection.evidence.present else (None, None)
     massive = massive_activations(vit, images, batch_size=batch_size)
     sinks = _or_reason(lambda: classify_sinks(vit, images, queries=HALF, batch_size=batch_size))
     return Mechanism(
         n_images=massive.n_images,
         n_few=len(few),
-        kernels=_or_reason(lambda: check_kernels(vit, chosen(), images, batch_size=batch_size)),
+        kernels=_or_reason(lambda: check_kernels(vit, chosen(), images=images, batch_size=batch_size)),
         published_sinks=_or_reason(lambda: classify_sinks(vit, images, queries=QUERIES, batch_size=batch_size)),
         sinks=sinks,
         effects=_or_reason(lambda: _effects(vit, few, sinks)),
@@ -142,7 +142,7 @@ def study_mechanism(
         updates=_or_reason(lambda: neuron_updates(vit, images, chosen(), **at)),  # type: ignore[arg-type]
         weights=_or_reason(lambda: output_weights(vit, chosen())),
         order=_or_reason(lambda: causal_order(vit, images, chosen(), **at)),  # type: ignore[arg-type]
-        faithfulness=_or_reason(lambda: _faithfulness(vit, images, detection, batch_size)),
+        faithfulness=_or_reason(lambda: faithfulness(vit, images, detection=clear, batch_size=batch_size)),
     )
 
 
@@ -177,11 +177,3 @@ def _effects(
     often = sorted(heads, key=lambda place: -events[place])[:HEADS]
     n = len(few) // (3 if len(few) >= 6 else 2)
     return sink_no_op(vit, few[n:], reference=few[:n], heads=often, threshold=THRESHOLD, queries=HALF)
-
-
-def _faithfulness(vit: HookedViT, images: Images, detection: Detection, batch_size: int) -> Faithfulness:
-    """With outliers where there are some."""
-    if not (vit.cfg.class_token and detection.evidence.present):
-        return faithfulness(vit, images, batch_size=batch_size)
-    outliers = find_outliers(vit, images, layer=detection.sublayer, batch_size=batch_size)
-    return faithfulness(vit, images, outliers=outliers, batch_size=batch_size)

@@ -128,7 +128,7 @@ def _article(name: str) -> str:
 
 _COMPARED = "rl.evaluation.compare_maps(vit, images, {'original': None, %s})"
 _REGISTER = "'with register': rl.TestTimeRegisters(neurons)"
-_BIAS = "'attention bias': rl.AttentionBias.fit(vit, neurons, images)"
+_BIAS = "'attention bias': rl.AttentionBias.fit(vit, images, neurons)"
 _CHOSEN = ("size", "images", "layer")
 _RANDOM = "random_neurons(neurons, vit.cfg.d_mlp, torch.Generator())"
 _WHENCE = "random_neurons is registerlens.evaluation.controls's."
