@@ -67,13 +67,14 @@ def save_figure(
 def _drawn(figure: go.Figure, kind: str, scale: float | int, patience: float | int) -> bytes:
     if find_spec("kaleido") is None:
         raise MissingExtraError("kaleido", "pictures", "Saving a still picture of a figure")
-    problem, asked = "", {"figure": figure.to_json(), "options": {"format": kind, "scale": scale}}
+    problem, asked = "", json.dumps({"figure": figure.to_json(), "options": {"format": kind, "scale": scale}})
     for _ in range(2):  # a browser that came to nothing mostly does when it is started anew
-        with tempfile.TemporaryDirectory(prefix="registerlens-", ignore_cleanup_errors=True) as folder:
-            picture = Path(folder, "picture")
-            problem = _draw(Path(folder), asked | {"path": str(picture)}, patience)
-            if picture.exists():
-                return picture.read_bytes()
+        with tempfile.TemporaryDirectory(prefix="registerlens-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            (folder / "asked").write_text(asked)
+            problem = _draw(folder, patience)
+            if (folder / "picture").exists():
+                return (folder / "picture").read_bytes()
         if "ChromeNotFoundError" in problem:
             problem = "found no Chrome or Chromium"
             break
@@ -84,14 +85,12 @@ def _drawn(figure: go.Figure, kind: str, scale: float | int, patience: float | i
     )
 
 
-def _draw(folder: Path, asked: dict[str, object], patience: float | int) -> str:
+def _draw(folder: Path, patience: float | int) -> str:
     """Let a process draw, and end it with its browser; returns what went wrong if there is no picture then."""
-    with (folder / "asked").open("w+") as request, (folder / "log").open("w+") as log:
-        request.write(json.dumps(asked))
-        request.seek(0)
+    with (folder / "log").open("w+") as log:  # no pipe: a browser could keep it open
         process = subprocess.Popen(
-            [sys.executable, "-P", drawing_process.__file__, str(patience), str(folder)],
-            stdin=request,
+            [sys.executable, "-P", drawing_process.__file__, folder, str(patience)],
+            stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -101,9 +100,9 @@ def _draw(folder: Path, asked: dict[str, object], patience: float | int) -> str:
         except subprocess.TimeoutExpired:
             return f"drew nothing within {patience:g} s, nor did a second process: its browser gave no answer"
         finally:
-            with suppress(ProcessLookupError):  # elsewhere than on POSIX a browser ends when its pipe does
-                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.seek(0)
         said = log.read().split("\n")
-        return f"failed ({next((line for line in reversed(said) if line), process.returncode)})"
+    return f"failed ({next((line for line in reversed(said) if line), process.returncode)})"
