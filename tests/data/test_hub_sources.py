@@ -2,12 +2,14 @@
 
 import io
 import pickle
+from threading import Event
 
 import pytest
 import torch
 from PIL import Image
 
 from registerlens.config import Preprocess
+from registerlens.data import hub_sources
 from registerlens.data.hub_sources import HuggingFaceSource
 from registerlens.data.images import decode, preprocess_image
 from registerlens.data.photographs import shipped_photographs
@@ -134,6 +136,19 @@ def test_a_damaged_file_is_named(parquet):
     path.write_bytes(content)
     with pytest.raises((ImageError, SourceError), match="Shard 1 of HuggingFaceSource"):
         source.shard(1)
+
+
+@pytest.mark.parametrize("silent", ["opening", "reading"])
+def test_a_server_that_falls_silent_is_an_error(parquet, monkeypatch, silent):
+    source, waits = HuggingFaceSource(parquet, PREPROCESS), Event().wait
+    if silent == "opening":
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **options: waits())
+    else:
+        monkeypatch.setattr(datasets.IterableDataset, "__iter__", lambda self: iter(waits, None))
+    monkeypatch.setenv("REGISTERLENS_PATIENCE", "1")
+    hub_sources._open.cache_clear()
+    with pytest.raises(SourceError, match=r"(opened|read): TimeoutError: No answer came within 1 s.*_PATIENCE"):
+        source.shard(0)
 
 
 def test_refusals(parquet, monkeypatch):

@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import socket
 import tarfile
+from contextlib import suppress
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from threading import Thread
 
@@ -184,6 +186,28 @@ def test_over_http_as_from_the_disk_and_a_broken_connection_is_an_error(tars):
         server.server_close()
     with pytest.raises(SourceError, match="Is the address right, and the network there"):
         source.shard(0)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_server_that_falls_silent_is_an_error_and_nobody_waits_for_it(tars, monkeypatch, begun):
+    monkeypatch.setenv("REGISTERLENS_PATIENCE", "1")
+
+    def serve():
+        connection, _ = server.accept()
+        connection.recv(4096)
+        if begun:
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + (tars / "photos-00.tar").read_bytes()[:4096])
+        with suppress(ConnectionResetError):
+            connection.recv(4096)  # comes back when who asked is gone
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/photos-00.tar"
+        with pytest.raises(SourceError, match=r"photos-00.tar' cannot be read: No answer came within 1 s.*_PATIENCE"):
+            WebDatasetSource(url, PREPROCESS).shard(0)
+        thread.join(60)
+    assert not thread.is_alive(), "the program that asked still waits"
 
 
 def test_identity_and_what_a_worker_is_sent(tars):

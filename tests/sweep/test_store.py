@@ -16,6 +16,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from store_cases import METRICS, Spotty, bits, neurons, part_bits, part_files, pixels, rows, sweep, tiny_vit
 
 import registerlens as rl
@@ -353,6 +354,30 @@ def test_a_run_ends_though_its_storage_is_silent(memory, monkeypatch):
     with locked(folder):
         time.sleep(0.1)  # the first sign of life is on its way
     assert holder_of(folder).pid == os.getpid(), "what is not given back is taken over when it has been silent"
+
+
+class Deaf(MemoryFileSystem):
+    """A file system whose server accepts what it is asked, and never answers."""
+
+    def ls(self, *args, **options):
+        threading.Event().wait()
+
+    cat_file = makedirs = pipe_file = mv = ls
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda folder: folder.read("a"),
+        lambda folder: folder.write("a", b""),
+        lambda folder: folder.rename("a", "b"),
+        lambda folder: folder.entries("a"),
+    ],
+)
+def test_storage_that_never_answers_is_an_error(monkeypatch, ask):
+    monkeypatch.setenv("REGISTERLENS_PATIENCE", "0.1")
+    with pytest.raises(StoreError, match=r"'deaf://x/.*' cannot be .* No answer came within 0\.1 s; .*_PATIENCE"):
+        ask(RemoteFolder(Deaf(), "x", "deaf://x"))
 
 
 def test_a_dead_run_on_a_url_is_taken_over(memory):

@@ -18,6 +18,7 @@ from registerlens.data.fingerprints import Check, check_unchanged, fingerprints,
 from registerlens.data.images import IMAGE_SUFFIXES, HasPreprocess, Skipped, preprocess_of, read_images
 from registerlens.data.sources import NO_LABEL, Shard, check_shard_size, hash_of, preprocess_text
 from registerlens.errors import ImageError, MissingExtraError, SourceError, close_matches
+from registerlens.waiting import answer, each
 
 
 class HuggingFaceSource:
@@ -118,7 +119,7 @@ class HuggingFaceSource:
         skipped: list[Skipped] = []
         labels: dict[str, int] = {}
         try:
-            names, images, bad = read_images(self._named(index, labels, skipped), self.preprocess)
+            names, images, bad = read_images(each(self._named(index, labels, skipped)), self.preprocess)
         except (SourceError, ImageError):
             raise
         except Exception as error:  # what a network, a file system or a reader raises is theirs to choose
@@ -206,19 +207,23 @@ class _Opened:
 def _open(place: _Place) -> _Opened:
     datasets = _datasets()
     try:
-        builder = datasets.load_dataset_builder(
-            place.name, place.config, revision=place.revision, data_files=list(place.data_files) or None
-        )
-        dataset = builder.as_streaming_dataset(split=place.split)
-        features = dataset.features or dataset._resolve_features().features
-        files = builder.config.data_files[place.split]
-        known = (builder.info.splits or {}).get(place.split)
+        return answer(_opened, datasets, place)
     except Exception as error:  # the library, the Hub's client and the file systems raise what they choose
         offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true") else ""
         raise SourceError(
             f"{place} cannot be opened: {type(error).__name__}: {error}.{offline} Expected a dataset's id on the Hub, "
             "a local folder, or a builder such as 'parquet' with data_files=... Without a network, give local files."
         ) from error
+
+
+def _opened(datasets: Any, place: _Place) -> _Opened:
+    builder = datasets.load_dataset_builder(
+        place.name, place.config, revision=place.revision, data_files=list(place.data_files) or None
+    )
+    dataset = builder.as_streaming_dataset(split=place.split)
+    features = dataset.features or dataset._resolve_features().features
+    files = builder.config.data_files[place.split]
+    known = (builder.info.splits or {}).get(place.split)
     pictures = sum(Path(path).suffix.lower() in IMAGE_SUFFIXES for path in files)
     marks = [" ".join(map(str, mark)) for mark in files.origin_metadata]
     origins = tuple((path, "" if Path(path).is_absolute() else mark) for path, mark in zip(files, marks, strict=True))

@@ -6,7 +6,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from registerlens.data.fingerprints import MISSING, Check, check_unchanged, fing
 from registerlens.data.images import HasPreprocess, Skipped, preprocess_of, read_images
 from registerlens.data.sources import NO_LABEL, Shard, hash_of, preprocess_text
 from registerlens.errors import ConfigError, ImageError, MissingExtraError, SourceError
+from registerlens.waiting import answer
 
 
 class WebDatasetSource:
@@ -204,7 +205,7 @@ def _members(stream: Any, wanted: set[str | None]) -> Iterator[tuple[str, bytes 
     """Name and bytes of each regular file of a tar (no bytes if its suffix is not wanted), or why it has none."""
     name = ""
     try:
-        with _Tar.open(fileobj=stream, mode="r|*", ignore_zeros=True, tarinfo=_Header) as tar:
+        with _Tar.open(fileobj=stream, mode="r|*", bufsize=2**20, ignore_zeros=True, tarinfo=_Header) as tar:
             while True:
                 member, good = _next(tar)
                 if not good:
@@ -243,14 +244,33 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + base, suffix.lower()
 
 
-@contextmanager
-def _opened(url: str) -> Iterator[Any]:
-    try:
+class _Stream:
+    """What webdataset opens at an address; where it is silent, reading ends in a TimeoutError."""
+
+    def __init__(self, url: str) -> None:
         try:
-            stream = _webdataset().gopen(url)
+            self._stream = answer(_webdataset().gopen, url)
         except ValueError as error:  # an address of a kind that webdataset does not know
             raise OSError(str(error)) from error
-        with stream:  # closing it raises where a connection broke, which to tarfile looks like the end
+
+    def read(self, size: int) -> bytes:
+        return answer(self._stream.read, size)
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not TimeoutError:
+            self._stream.close()  # raises where a connection broke, which to tarfile looks like the end
+        else:
+            with suppress(AttributeError):  # other addresses than paths are read through a program, such as curl
+                self._stream.proc.kill()
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[_Stream]:
+    try:
+        with _Stream(url) as stream:
             yield stream
     except OSError as error:
         raise SourceError(

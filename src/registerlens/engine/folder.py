@@ -16,6 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from registerlens.errors import StoreError
+from registerlens.waiting import answer
 
 UNFINISHED = ".registerlens-unfinished-"
 """How the name of a file begins until it is whole."""
@@ -147,7 +148,10 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder that fsspec reaches. Object stores take a file whole or not; elsewhere checksums find damage."""
+    """A folder that fsspec reaches. Object stores take a file whole or not; elsewhere checksums find damage.
+
+    Storage that gives no answer ends in an error, see `registerlens.waiting`.
+    """
 
     system: Any
     """The fsspec file system."""
@@ -159,7 +163,7 @@ class RemoteFolder:
         """See `Folder`."""
         with explained(f"'{self.where}/{name}' cannot be read"):
             try:
-                return self.system.cat_file(f"{self.root}/{name}")
+                return answer(self.system.cat_file, f"{self.root}/{name}")
             except FileNotFoundError:
                 return None
 
@@ -167,20 +171,20 @@ class RemoteFolder:
         """See `Folder`."""
         path = f"{self.root}/{name}"
         with explained(f"'{self.where}/{name}' cannot be written"):
-            self.system.makedirs(path.rpartition("/")[0], exist_ok=True)  # object stores have none to make
-            self.system.pipe_file(path, content)
+            answer(self.system.makedirs, path.rpartition("/")[0], exist_ok=True)  # object stores have none to make
+            answer(self.system.pipe_file, path, content)
 
     def rename(self, name: str, new: str) -> None:
         """See `Folder`."""
         with explained(f"'{self.where}/{name}' cannot be renamed"):
-            self.system.mv(f"{self.root}/{name}", f"{self.root}/{new}")
+            answer(self.system.mv, f"{self.root}/{name}", f"{self.root}/{new}")
 
     def entries(self, under: str) -> list[Entry]:
         """See `Folder`."""
         with explained(f"'{self.where}/{under}' cannot be listed"):
             self.system.invalidate_cache()  # other machines write too
             try:
-                found = self.system.ls(f"{self.root}/{under}", detail=True)
+                found = answer(self.system.ls, f"{self.root}/{under}", detail=True)
             except FileNotFoundError:
                 return []
         files = [told for told in found if told["type"] == "file"]
