@@ -11,8 +11,13 @@ from scipy.stats import beta
 
 import registerlens as rl
 from registerlens.analysis.detection import find_outliers
-from registerlens.analysis.linearise import block_map, fit_mlp
-from registerlens.analysis.singular_defects import SingularDefects, random_cosine_p, singular_defects
+from registerlens.analysis.singular_defects import (
+    SingularDefects,
+    block_map,
+    fit_mlp,
+    random_cosine_p,
+    singular_defects,
+)
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, InterventionError, NonFiniteError, NoOutliersError, ShapeError
 from registerlens.theory.planted import plant_register_neurons
