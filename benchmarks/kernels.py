@@ -15,8 +15,7 @@ from benchmarks.harness import FULL, TINY, Row, Scale, Task, flat_memory, in_pai
 from benchmarks.neurons import photographs, planted
 from registerlens.theory.kernels import check_kernels
 from registerlens.theory.observed import observe
-from registerlens.theory.readers import Reader, readers_of
-from registerlens.theory.subspaces import fold
+from registerlens.theory.readers import Reader, fold, readers_of
 
 _LATER = 1
 """Blocks that follow the neurons in the random ViT-L: cost is by the block, and one is enough to time."""

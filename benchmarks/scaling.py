@@ -19,9 +19,8 @@ import torch
 from PIL import Image
 
 import registerlens as rl
-from registerlens.data.fingerprints import fingerprints
 from registerlens.data.photographs import shipped_photographs
-from registerlens.data.sources import FolderSource, Shard
+from registerlens.data.sources import FolderSource, Shard, fingerprints
 from registerlens.engine.backends import pack
 from registerlens.engine.store import to_bytes
 from registerlens.engine.tasks import Task

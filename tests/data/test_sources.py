@@ -12,9 +12,8 @@ from PIL import Image
 import registerlens.data.images as images_module
 from registerlens import load_images
 from registerlens.config import Preprocess
-from registerlens.data.fingerprints import fingerprints
 from registerlens.data.photographs import shipped_photographs
-from registerlens.data.sources import FolderSource, LastShard, Source, TensorSource
+from registerlens.data.sources import FolderSource, LastShard, Source, TensorSource, fingerprints
 from registerlens.errors import ConfigError, ImageError, SourceError
 
 PREPROCESS = Preprocess(resize=(32, 32), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))

@@ -12,10 +12,9 @@ from typer.testing import CliRunner
 import registerlens as rl
 from registerlens.cli import app
 from registerlens.data.synthetic import FLAT
-from registerlens.emergence.config import TrainingConfig
+from registerlens.emergence.config import RECIPES, TrainingConfig, recipe_of
 from registerlens.emergence.criteria import CRITERIA
 from registerlens.emergence.dynamics import SIGNS, Dynamics, _halfway, order_of_signs, training_dynamics
-from registerlens.emergence.recipes import RECIPES, recipe_of
 from registerlens.emergence.research import RULES, judge_run, results_table, summarise
 from registerlens.emergence.run import TrainingRun, held_out_images
 from registerlens.emergence.training import DivergedError, initial_vit, train

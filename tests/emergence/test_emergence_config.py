@@ -7,8 +7,7 @@ import torch
 import yaml
 from small_runs import small
 
-from registerlens.data.flat_content import CONTRAST, flat_contents
-from registerlens.data.synthetic import FLAT, KEY, NORMAL, synthetic_images
+from registerlens.data.synthetic import CONTRAST, FLAT, KEY, NORMAL, flat_contents, synthetic_images
 from registerlens.data.synthetic_task import SyntheticTask
 from registerlens.emergence.config import ModelShape, TrainingConfig
 from registerlens.errors import ConfigError
@@ -145,5 +144,5 @@ def test_each_flat_patch_draws_one_of_the_kinds():
     shown = flat_contents(300, 8, ("colour", "gradient"), torch.Generator().manual_seed(0))
     assert 0.4 < (shown.flatten(1).abs().sum(1) == 0).float().mean() < 0.6
     with pytest.raises(ConfigError, match="none is installed"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("registerlens.data.flat_content.shipped_photographs", list)
+        patch.setattr("registerlens.data.synthetic.shipped_photographs", list)
         flat_contents(2, 7, ("photographs",), torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import pytest
 from two_blocks import GRID, Reference, by_hand, sized
 
 from registerlens.errors import ConfigError
-from registerlens.theory.corollary import CorollaryReport, verify_corollary
+from registerlens.theory.proposition import CorollaryReport, verify_corollary
 from registerlens.theory.two_block import CLS, CONDITIONS
 
 

@@ -14,10 +14,9 @@ import registerlens as rl
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, InterventionError, NonFiniteError, WeightsError
 from registerlens.theory.kernels import KernelReport, check_kernels
-from registerlens.theory.nulls import other_neurons, random_units, stand
+from registerlens.theory.measurements import other_neurons, random_units, stand
 from registerlens.theory.observed import observe
-from registerlens.theory.readers import KERNELS
-from registerlens.theory.subspaces import EPSILONS, decompose, directions
+from registerlens.theory.readers import EPSILONS, KERNELS, decompose, directions
 from registerlens.theory.verdicts import find, judge, select, with_verdicts
 
 SMALL = rl.ViTConfig(

@@ -12,8 +12,7 @@ from two_blocks import GRID, PHIS, Reference, by_hand, phi_of, sized
 
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.model.parts import ACTIVATIONS
-from registerlens.theory.bounds import attention_beside, lipschitz
-from registerlens.theory.conditions import check_conditions
+from registerlens.theory.conditions import attention_beside, check_conditions, lipschitz
 from registerlens.theory.proposition import PropositionReport, verify_proposition
 from registerlens.theory.two_block import CLS, CONDITIONS, TwoBlockModel
 

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from registerlens.theory.corollary import verify_corollary
 from registerlens.theory.general import GeneralModel, LayerNorm
 from registerlens.theory.generalisation import verify_generalisation
-from registerlens.theory.proposition import verify_proposition
+from registerlens.theory.proposition import verify_corollary, verify_proposition
 from registerlens.theory.two_block import CLS, TwoBlockModel
 from registerlens.viz.theory import proposition_figure
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import registerlens as rl
-from registerlens.emergence.recipes import RECIPES, recipe_of
+from registerlens.emergence.config import RECIPES, recipe_of
 from registerlens.emergence.research import judge_run
 from registerlens.emergence.run import held_out_images
 from registerlens.progress import track

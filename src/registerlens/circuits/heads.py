@@ -23,8 +23,8 @@ from registerlens.model.block import Block
 from registerlens.model.norms import LayerNorm
 from registerlens.model.vit import HookedViT
 from registerlens.results import Result
-from registerlens.theory.subspaces import centred, dimensions, fold
-from registerlens.theory.subspaces import directions as unit_directions
+from registerlens.theory.readers import centred, dimensions, fold
+from registerlens.theory.readers import directions as unit_directions
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -27,7 +27,7 @@ from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.results import Result
 from registerlens.stats.moments import Moments
-from registerlens.theory.subspaces import directions as unit_directions
+from registerlens.theory.readers import directions as unit_directions
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -14,7 +14,7 @@ from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.norms import LayerNorm
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
-from registerlens.theory.subspaces import fold
+from registerlens.theory.readers import fold
 
 Space = Literal["output", "tokens"]
 Direction = int | Float[Tensor, " d_read"]

@@ -37,7 +37,7 @@ def emerge(
 
         asked = TrainingConfig.from_file(config)  # before torch is imported, for which wrong keys need not wait
     else:
-        from registerlens.emergence import recipes  # noqa: PLC0415
+        from registerlens.emergence import config  # noqa: PLC0415
 
         asked = recipes.recipe(recipe or "default").config
     from registerlens.emergence.dynamics import training_dynamics  # noqa: PLC0415

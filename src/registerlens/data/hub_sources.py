@@ -14,9 +14,18 @@ from typing import Any
 import torch
 
 from registerlens.config import Preprocess
-from registerlens.data.fingerprints import Check, check_unchanged, fingerprints, size_of
 from registerlens.data.images import IMAGE_SUFFIXES, HasPreprocess, Skipped, preprocess_of, read_images
-from registerlens.data.sources import NO_LABEL, Shard, check_shard_size, hash_of, preprocess_text
+from registerlens.data.sources import (
+    NO_LABEL,
+    Check,
+    Shard,
+    check_shard_size,
+    check_unchanged,
+    fingerprints,
+    hash_of,
+    preprocess_text,
+    size_of,
+)
 from registerlens.errors import ImageError, MissingExtraError, SourceError, close_matches
 from registerlens.waiting import answer, each
 

@@ -7,19 +7,91 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.config import Preprocess
-from registerlens.data.fingerprints import Check, check_unchanged, fingerprints, size_of
 from registerlens.data.images import HasPreprocess, ImageSource, Skipped, expand, preprocess_of, read_images
-from registerlens.errors import ImageError, ShapeError, close_matches
+from registerlens.errors import ImageError, ShapeError, SourceError, check_choice, close_matches
+from registerlens.progress import track
+
+Check = Literal["content", "stat"]
+"""By SHA-256 of all bytes, or by size and time of the last change.
+
+"content" is the default, since it is right wherever the files lie: a picture that was painted over at equal size is
+another one, and a copy on another machine is the same. It reads each file once, without decoding it: on a local disk a
+few per cent of what decoding costs (docs/scaling.md).
+
+"stat" reads nothing. Any ordinary change moves the time, so that it is noticed; but so does a copy, which then counts
+as another set of images. For storage that is slow to read and that all runs share.
+"""
+
+MISSING = -1
+"""Size of a file that is not there."""
+
+
+def fingerprints(paths: Sequence[Path], check: str) -> list[str]:
+    """One text a file, equal for equal files; "missing" for one that is not there.
+
+    Raises:
+        ConfigError: there is no such check.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.png"
+        >>> _ = path.write_bytes(b"picture")
+        >>> fingerprints([path, path.parent / "b.png"], "content")
+        ['7 ...', 'missing']
+    """
+    check_choice("check", check, get_args(Check))
+    with ThreadPoolExecutor(max_workers=8) as pool:  # files are waited for, and hashing leaves the interpreter free
+        results = pool.map(partial(_fingerprint, check=check), paths)
+        return list(track(results, "reading files", total=len(paths)))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; `MISSING` if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return MISSING
+
+
+def check_unchanged(path: Path, listed: int) -> None:
+    """Refuse a file that is no longer as long as it was, or is not there on this machine.
+
+    Raises:
+        SourceError: it is so.
+    """
+    now = size_of(path)
+    if now == listed:
+        return
+    change = f"not there, but had {listed} bytes" if now == MISSING else f"{now} bytes long, but had {listed}"
+    if listed == MISSING:
+        change = "there, but was not"
+    raise SourceError(
+        f"'{path}' is {change} when the files were listed. Was it changed during the run? Every worker has to find the "
+        "same files under the same path: put them on storage that all machines share, or copy them to each."
+    )
+
+
+def _fingerprint(path: Path, check: str) -> str:
+    try:
+        stat = path.stat()
+        if check == "stat":
+            return f"{stat.st_size} {stat.st_mtime_ns}"
+        with path.open("rb") as file:
+            return f"{stat.st_size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError:
+        return "missing"
+
 
 NO_LABEL = -1
 """Label of an image whose label is not known."""
@@ -138,7 +210,7 @@ class FolderSource:
         labels: from file names, as in `names` or as given, to labels; a file that is not in it gets `NO_LABEL`.
         shard_size: images a shard.
         size: height and width in pixels, if not the model's own; an int means a square.
-        check: how files are told apart in `identity`, see `registerlens.data.fingerprints.Check`.
+        check: how files are told apart in `identity`, see `registerlens.data.sources.Check`.
 
     Raises:
         ImageError: there are no such files, one is listed twice, or no label belongs to any of them.

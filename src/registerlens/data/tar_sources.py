@@ -16,9 +16,18 @@ from typing import Any
 import torch
 
 from registerlens.config import Preprocess
-from registerlens.data.fingerprints import MISSING, Check, check_unchanged, fingerprints, size_of
 from registerlens.data.images import HasPreprocess, Skipped, preprocess_of, read_images
-from registerlens.data.sources import NO_LABEL, Shard, hash_of, preprocess_text
+from registerlens.data.sources import (
+    MISSING,
+    NO_LABEL,
+    Check,
+    Shard,
+    check_unchanged,
+    fingerprints,
+    hash_of,
+    preprocess_text,
+    size_of,
+)
 from registerlens.errors import ConfigError, ImageError, MissingExtraError, SourceError
 from registerlens.waiting import answer
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from registerlens.emergence.config import TrainingConfig
+from registerlens.emergence.config import NO_SETTING, TrainingConfig, recipe_of
 from registerlens.emergence.criteria import CRITERIA, EmergenceCriteria, emergence_criteria
-from registerlens.emergence.recipes import NO_SETTING, recipe_of
 from registerlens.emergence.run import TrainingRun, flat_settings, held_out_images, labels_of
 from registerlens.errors import ConfigError
 

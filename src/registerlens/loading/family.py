@@ -115,6 +115,15 @@ def activation(path: str, names: Mapping[str, Activation], name_of: Callable[[An
     return reader
 
 
+# Statistics of pixels that preprocessing subtracts and divides by ---------------------------------------------------
+
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CLIP: dict[str, Any] = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+
 # A family ------------------------------------------------------------------------------------------------------------
 
 

@@ -6,26 +6,22 @@ from dataclasses import replace
 
 from registerlens.config import Preprocess
 from registerlens.config_parts import RopeConfig
-from registerlens.loading.family import Family, Reader, Sites, Source, fixed, read
+from registerlens.loading.family import IMAGENET, Family, Reader, Sites, Source, fixed, read
 from registerlens.loading.hf_rules import (
     ATTENTION,
     CLASSIFIER,
     CLASSIFIER_CONFIG,
     COMMON,
     FC,
-    IMAGENET,
     OLD_ATTENTION,
     PATCH,
     block,
-    norms,
     square,
 )
-from registerlens.loading.weights import bias, qkv_biases, take, tokens
+from registerlens.loading.weights import bias, linear, norm, qkv_biases, take, tokens
 
-_NORMS = norms("norm1", "norm2") | {
-    "attn.out.gamma": "layer_scale1.lambda1",
-    "mlp.out.gamma": "layer_scale2.lambda1",
-}
+_NORMS = ("norm1", "norm2")
+_SCALES = {"attn.out.gamma": "layer_scale1.lambda1", "mlp.out.gamma": "layer_scale2.lambda1"}
 
 
 def _chosen(flag: str, yes: Reader, no: Reader) -> Reader:
@@ -43,11 +39,11 @@ def _gated_hidden(source: Source) -> int:
 
 
 _AT = "encoder.layer.{i}"
-_GATED = {
-    f"blocks.{{i}}.mlp.{ours}.{kind}": take(f"{_AT}.mlp.{theirs}.{kind}")
-    for ours, theirs in {"gate": "gate_proj", "up": "up_proj", "out": "down_proj"}.items()
-    for kind in ("weight", "bias")
-}
+_GATED = (
+    linear("blocks.{i}.mlp.gate", f"{_AT}.mlp.gate_proj")
+    | linear("blocks.{i}.mlp.up", f"{_AT}.mlp.up_proj")
+    | linear("blocks.{i}.mlp.out", f"{_AT}.mlp.down_proj")
+)
 _EMPTY_REGISTERS = {
     "embed.prefix": tokens("embeddings.cls_token", registers="embeddings.register_tokens", empty=True),
 }
@@ -67,7 +63,7 @@ DINOV2 = Family(
         "qkv_bias": read("qkv_bias"),
         "layer_scale": fixed(True),
     },
-    weights=PATCH | block(_AT, _NORMS, ATTENTION, FC),
+    weights=PATCH | block(_AT, _NORMS, ATTENTION, FC, _SCALES),
     gated_weights=_GATED,
     renames=(*OLD_ATTENTION, (r"\.mlp\.weights_out\.", ".mlp.down_proj.")),
     splits=((r"\.mlp\.weights_in\.", (".mlp.gate_proj.", ".mlp.up_proj.")),),
@@ -131,14 +127,10 @@ _DINOV3 = Family(
         "positions": fixed("none"),
         "rope": lambda source: RopeConfig(theta=float(source.get("rope_theta"))),
     },
-    weights={
-        "embed.patch.weight": take("embeddings.patch_embeddings.weight"),
-        "embed.patch.bias": take("embeddings.patch_embeddings.bias"),
-        "ln_final.w": take("norm.weight"),
-        "ln_final.b": take("norm.bias"),
-    }
+    weights=linear("embed.patch", "embeddings.patch_embeddings")
+    | norm("ln_final", "norm")
     | _EMPTY_REGISTERS
-    | block(_V3, _NORMS, ATTENTION, ("mlp.up_proj", "mlp.down_proj"))
+    | block(_V3, _NORMS, ATTENTION, ("mlp.up_proj", "mlp.down_proj"), _SCALES)
     | {
         "blocks.{i}.attn.qkv.bias": qkv_biases(*(f"{_V3}.{name}.bias" for name in ATTENTION[:3])),
         "blocks.{i}.attn.out.bias": bias(f"{_V3}.attention.o_proj.bias", "d_model"),

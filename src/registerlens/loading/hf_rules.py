@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from registerlens.config import Activation, Preprocess
+from registerlens.loading import weights
 from registerlens.loading.family import Reader, activation, pair, read, rows_of
-from registerlens.loading.weights import Weight, concat, positions, take, tokens
+from registerlens.loading.weights import Weight, concat, linear, norm, positions, tokens
 
 ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu": "gelu",
@@ -19,13 +20,6 @@ ACTIVATION_NAMES: dict[str, Activation] = {
     "swish": "silu",
     "relu": "relu",
     "relu2": "relu2",
-}
-
-IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-HALF: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-CLIP_STATISTICS: dict[str, Any] = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
 }
 
 
@@ -47,19 +41,14 @@ COMMON: dict[str, Reader] = {
 """What nearly every configuration says under the same name."""
 
 PATCH: dict[str, Weight] = {
-    "embed.patch.weight": take("embeddings.patch_embeddings.projection.weight"),
-    "embed.patch.bias": take("embeddings.patch_embeddings.projection.bias"),
+    **linear("embed.patch", "embeddings.patch_embeddings.projection"),
     "embed.prefix": tokens("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_tokens"),
     "embed.W_pos": positions("embeddings.position_embeddings"),
-    "ln_final.w": take("layernorm.weight"),
-    "ln_final.b": take("layernorm.bias"),
+    **norm("ln_final", "layernorm"),
 }
 """Embeddings and final norm of the families around ViT and DINOv2."""
 
-CLASSIFIER: dict[str, Weight] = {
-    "head.linear.weight": take("classifier.weight"),
-    "head.linear.bias": take("classifier.bias"),
-}
+CLASSIFIER = linear("head.linear", "classifier")
 CLASSIFIER_CONFIG: dict[str, Reader] = {"d_out": rows_of("classifier.weight")}
 
 ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
@@ -84,31 +73,20 @@ OLD_VIT = (
 
 
 def block(
-    at: str, parts: Mapping[str, str], attention: tuple[str, str, str, str], mlp: tuple[str, str]
+    at: str,
+    norms: tuple[str, str],
+    attention: tuple[str, str, str, str],
+    mlp: tuple[str, str],
+    taken: Mapping[str, str] | None = None,
 ) -> dict[str, Weight]:
-    """The rules of a block from the source's names, relative to where it stands.
+    """The rules of a block whose queries, keys and values are separate maps; all but `attention` as for
+    `registerlens.loading.weights.block`.
 
     Args:
-        at: the path of block {i}.
-        parts: our weight -> the source's, for what is taken as it is (norms, LayerScale).
         attention: query, key, value and output maps.
-        mlp: its first and last linear map.
     """
-    q, k, v, out = attention
-    rules = {ours: take(f"{at}.{theirs}") for ours, theirs in parts.items()}
-    for kind in ("weight", "bias"):
-        rules[f"attn.qkv.{kind}"] = concat(*(f"{at}.{name}.{kind}" for name in (q, k, v)))
-        rules[f"attn.out.{kind}"] = take(f"{at}.{out}.{kind}")
-        rules[f"mlp.up.{kind}"] = take(f"{at}.{mlp[0]}.{kind}")
-        rules[f"mlp.out.{kind}"] = take(f"{at}.{mlp[1]}.{kind}")
-    return {f"blocks.{{i}}.{ours}": rule for ours, rule in rules.items()}
-
-
-def norms(first: str, second: str) -> dict[str, str]:
-    """The two norms of a block, weights and biases."""
-    return {
-        "ln1.w": f"{first}.weight",
-        "ln1.b": f"{first}.bias",
-        "ln2.w": f"{second}.weight",
-        "ln2.b": f"{second}.bias",
+    *qkv, out = attention
+    joined = {
+        f"blocks.{{i}}.attn.qkv.{kind}": concat(*(f"{at}.{name}.{kind}" for name in qkv)) for kind in ("weight", "bias")
     }
+    return joined | weights.block(at, norms, out, mlp, taken or {})

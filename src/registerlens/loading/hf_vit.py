@@ -1,4 +1,4 @@
-"""ViT and its closest relatives in transformers: DeiT, MSN, I-JEPA, and the encoder of MAE."""
+"""ViT and its closest relatives in transformers: DeiT, MSN, I-JEPA, the encoder of MAE, and InternVL's."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from registerlens.config import ViTConfig
+from registerlens.config_parts import QKNormConfig
 from registerlens.errors import InterventionError
-from registerlens.loading.family import Family, Refusal, Sites, fixed, read, rows_of
+from registerlens.loading.family import HALF, IMAGENET, Family, Refusal, Sites, fixed, read, rows_of
 from registerlens.loading.hf_rules import (
     ATTENTION,
     CLASSIFIER,
     CLASSIFIER_CONFIG,
     COMMON,
     FC,
-    HALF,
-    IMAGENET,
     OLD_VIT,
     PATCH,
     block,
-    norms,
     square,
 )
-from registerlens.loading.weights import averaged, take
+from registerlens.loading.weights import averaged, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NORMS = ("layernorm_before", "layernorm_after")
 _SITES = Sites(images="embeddings", blocks="layers", norm="layernorm_before", attention="attention", mlp_out="mlp.fc2")
 _CONFIG = COMMON | {"d_mlp": read("intermediate_size"), "qkv_bias": read("qkv_bias")}
-_WEIGHTS = PATCH | block("layers.{i}", norms("layernorm_before", "layernorm_after"), ATTENTION, FC)
+_WEIGHTS = PATCH | block("layers.{i}", _NORMS, ATTENTION, FC)
 _AS_CLASSIFIER: dict[str, Any] = {"written_prefix": "vit.", "unprefixed": ("classifier.*",), "note": ""}
 
 _VIT = Family(
@@ -42,8 +41,7 @@ _VIT = Family(
         "d_out": rows_of("pooler.dense.weight"),
         "head_act": lambda source: "tanh" if "pooler.dense.weight" in source.state else None,
     },
-    weights=_WEIGHTS
-    | {"head.linear.weight": take("pooler.dense.weight"), "head.linear.bias": take("pooler.dense.bias")},
+    weights=_WEIGHTS | linear("head.linear", "pooler.dense"),
     renames=OLD_VIT,
     sites=_SITES,
     ignore=("embeddings.mask_token",),
@@ -166,6 +164,45 @@ _MAE_PRETRAINING = replace(
     _MAE, source_class="ViTMAEForPreTraining", ignore=(*_MAE.ignore, "decoder.*"), written_prefix="vit."
 )
 
+# InternVL ------------------------------------------------------------------------------------------------------------
+
+_INTERNVL = Family(
+    library="transformers",
+    source_class="InternVLVisionModel",
+    example="OpenGVLab/InternVL3-1B-hf",
+    config=COMMON
+    | {
+        "d_mlp": read("intermediate_size"),
+        "norm": lambda source: {"layer_norm": "layer", "rms_norm": "rms"}[source.get("norm_type")],
+        "final_norm_kind": fixed("layer"),
+        "final_norm": lambda source: not source.get("use_mean_pooling"),
+        "pooling": lambda source: ("mean",) if source.get("use_mean_pooling") else ("cls",),
+        "qkv_bias": read("attention_bias"),
+        "qk_norm": lambda source: QKNormConfig(kind="rms", over="all") if source.get("use_qk_norm") else None,
+        "positions": lambda source: "learned" if source.get("use_absolute_position_embeddings") else "none",
+        "layer_scale": fixed(True),
+    },
+    weights=PATCH
+    | block(
+        "encoder.layer.{i}",
+        _NORMS,
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.projection_layer"),
+        FC,
+        {
+            "attn.out.gamma": "lambda_1",
+            "mlp.out.gamma": "lambda_2",
+            "attn.q_norm.norm.w": "attention.q_norm.weight",
+            "attn.k_norm.norm.w": "attention.k_norm.weight",
+        },
+    ),
+    sites=Sites(
+        images="embeddings", blocks="encoder.layer", norm="layernorm_before", attention="attention", mlp_out="mlp.fc2"
+    ),
+    ignore=("embeddings.mask_token",),
+    preprocess=square(448, fit="exact", interpolation="bicubic", **IMAGENET),
+    note="the mean over patches or the normalised [CLS], as use_mean_pooling says; the library pools nothing",
+)
+
 FAMILIES = (
     _VIT,
     _VIT_CLASSIFIER,
@@ -178,4 +215,5 @@ FAMILIES = (
     _IJEPA_CLASSIFIER,
     _MAE,
     _MAE_PRETRAINING,
+    _INTERNVL,
 )

@@ -10,16 +10,10 @@ from typing import Any, Literal
 from registerlens.config import Preprocess
 from registerlens.errors import ConfigError, UnsupportedArchitectureError
 from registerlens.files import read_json
-from registerlens.loading import hf_clip, hf_dino, hf_more, hf_siglip, hf_vit
+from registerlens.loading import hf_clip, hf_dino, hf_vit
 from registerlens.loading.family import Family
 
-FAMILIES = (
-    *hf_vit.FAMILIES,
-    *hf_clip.FAMILIES,
-    *hf_dino.FAMILIES,
-    *hf_siglip.FAMILIES,
-    *hf_more.FAMILIES,
-)
+FAMILIES = (*hf_vit.FAMILIES, *hf_clip.FAMILIES, *hf_dino.FAMILIES)
 
 
 @dataclass(frozen=True, kw_only=True)

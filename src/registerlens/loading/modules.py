@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import UnsupportedArchitectureError
-from registerlens.loading import diagnosis, open_clip, timm, torch_hub
+from registerlens.loading import open_clip, timm, torch_hub
 from registerlens.loading.checkpoints import WRAPPERS, without_wrappers
 from registerlens.loading.family import Family, Source
 from registerlens.loading.keymap import build, describe, export
-from registerlens.loading.registry import FAMILIES, listing_families, named_family
+from registerlens.loading.registry import FAMILIES, listing_families, named_family, parts_of_module, unsupported
 from registerlens.model.vit import HookedViT
 
 
@@ -93,8 +93,7 @@ def family_of(module: nn.Module) -> Family:
 
 
 def _refusal(module: nn.Module) -> UnsupportedArchitectureError:
-    found = f"{type(module).__module__}.{type(module).__name__}"
-    return UnsupportedArchitectureError(diagnosis.refusal(found, diagnosis.parts_of_module(module)))
+    return unsupported(f"{type(module).__module__}.{type(module).__name__}", parts_of_module(module))
 
 
 def _family(module: nn.Module) -> Family | None:

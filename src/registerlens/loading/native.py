@@ -13,7 +13,7 @@ from torch import Tensor
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.files import read_json, whole_file
-from registerlens.loading.files import read_weights
+from registerlens.loading.checkpoints import read_weights
 from registerlens.loading.sources import FORMAT
 from registerlens.model.vit import HookedViT
 

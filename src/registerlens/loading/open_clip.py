@@ -8,11 +8,21 @@ from typing import Any
 from registerlens.config import Activation, Preprocess, ViTConfig
 from registerlens.config_parts import AttentionPoolConfig
 from registerlens.errors import UnsupportedArchitectureError
-from registerlens.loading.family import Family, Refusal, Sites, Source, activation, fixed, has_weight, read, rows_of
-from registerlens.loading.hf_rules import CLIP_STATISTICS
+from registerlens.loading.family import (
+    CLIP,
+    Family,
+    Refusal,
+    Sites,
+    Source,
+    activation,
+    fixed,
+    has_weight,
+    read,
+    rows_of,
+)
 from registerlens.loading.timm import FAMILIES as TIMM_FAMILIES
 from registerlens.loading.timm_parts import name_of_activation, present
-from registerlens.loading.weights import concat, either, part, positions, take, tokens, transpose
+from registerlens.loading.weights import block, concat, either, linear, norm, part, positions, take, tokens, transpose
 
 ACTIVATION_NAMES: dict[str, Activation] = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
@@ -56,10 +66,8 @@ def _packed(cfg: ViTConfig) -> bool:
 _POOLER = "attn_pool.attn"
 _POOLER_WEIGHTS = {
     "head.attn.queries": take("attn_pool.query"),
-    "head.attn.ln_q.w": take("attn_pool.ln_q.weight"),
-    "head.attn.ln_q.b": take("attn_pool.ln_q.bias"),
-    "head.attn.ln_k.w": take("attn_pool.ln_k.weight"),
-    "head.attn.ln_k.b": take("attn_pool.ln_k.bias"),
+    **norm("head.attn.ln_q", "attn_pool.ln_q"),
+    **norm("head.attn.ln_k", "attn_pool.ln_k"),
     "head.attn.q.weight": either(_packed, part(f"{_POOLER}.in_proj_weight", 0, of=3), take(f"{_POOLER}.q_proj_weight")),
     "head.attn.q.bias": part(f"{_POOLER}.in_proj_bias", 0, of=3),
     "head.attn.kv.weight": either(
@@ -68,8 +76,7 @@ _POOLER_WEIGHTS = {
         concat(f"{_POOLER}.k_proj_weight", f"{_POOLER}.v_proj_weight"),
     ),
     "head.attn.kv.bias": part(f"{_POOLER}.in_proj_bias", 1, of=3, count=2),
-    "head.attn.out.weight": take(f"{_POOLER}.out_proj.weight"),
-    "head.attn.out.bias": take(f"{_POOLER}.out_proj.bias"),
+    **linear("head.attn.out", f"{_POOLER}.out_proj"),
 }
 
 _VISUAL = Family(
@@ -103,28 +110,23 @@ _VISUAL = Family(
         "embed.patch.weight": take("conv1.weight"),
         "embed.prefix": tokens("class_embedding", flat=True),
         "embed.W_pos": positions("positional_embedding", flat=True),
-        "ln_pre.w": take("ln_pre.weight"),
-        "ln_pre.b": take("ln_pre.bias"),
-        "blocks.{i}.ln1.w": take("transformer.resblocks.{i}.ln_1.weight"),
-        "blocks.{i}.ln1.b": take("transformer.resblocks.{i}.ln_1.bias"),
-        "blocks.{i}.attn.qkv.weight": take("transformer.resblocks.{i}.attn.in_proj_weight"),
-        "blocks.{i}.attn.qkv.bias": take("transformer.resblocks.{i}.attn.in_proj_bias"),
-        "blocks.{i}.attn.out.weight": take("transformer.resblocks.{i}.attn.out_proj.weight"),
-        "blocks.{i}.attn.out.bias": take("transformer.resblocks.{i}.attn.out_proj.bias"),
-        "blocks.{i}.attn.out.gamma": take("transformer.resblocks.{i}.ls_1.gamma"),
-        "blocks.{i}.ln2.w": take("transformer.resblocks.{i}.ln_2.weight"),
-        "blocks.{i}.ln2.b": take("transformer.resblocks.{i}.ln_2.bias"),
-        "blocks.{i}.mlp.up.weight": take("transformer.resblocks.{i}.mlp.c_fc.weight"),
-        "blocks.{i}.mlp.up.bias": take("transformer.resblocks.{i}.mlp.c_fc.bias"),
-        "blocks.{i}.mlp.out.weight": take("transformer.resblocks.{i}.mlp.c_proj.weight"),
-        "blocks.{i}.mlp.out.bias": take("transformer.resblocks.{i}.mlp.c_proj.bias"),
-        "blocks.{i}.mlp.out.gamma": take("transformer.resblocks.{i}.ls_2.gamma"),
-        "ln_final.w": take("ln_post.weight"),
-        "ln_final.b": take("ln_post.bias"),
-        "head.ln.w": take("ln_post.weight"),
-        "head.ln.b": take("ln_post.bias"),
         "head.linear.weight": transpose("proj"),
     }
+    | norm("ln_pre", "ln_pre")
+    | norm("ln_final", "ln_post")
+    | norm("head.ln", "ln_post")
+    | block(
+        "transformer.resblocks.{i}",
+        ("ln_1", "ln_2"),
+        "attn.out_proj",
+        ("mlp.c_fc", "mlp.c_proj"),
+        {
+            "attn.qkv.weight": "attn.in_proj_weight",
+            "attn.qkv.bias": "attn.in_proj_bias",
+            "attn.out.gamma": "ls_1.gamma",
+            "mlp.out.gamma": "ls_2.gamma",
+        },
+    )
     | _POOLER_WEIGHTS,
     sites=Sites(
         images="conv1",
@@ -146,7 +148,7 @@ _VISUAL = Family(
             lambda source: type(source.get("transformer.resblocks.0")).__name__ != "ResidualAttentionBlock",
         ),
     ),
-    preprocess=Preprocess(resize=(224, 224), crop=(224, 224), **CLIP_STATISTICS),
+    preprocess=Preprocess(resize=(224, 224), crop=(224, 224), **CLIP),
     note="OpenAI's (quick_gelu) and LAION's (GELU) vision towers, CoCa's with its pooler",
 )
 
@@ -199,8 +201,7 @@ def wrapped(trunk: Family) -> tuple[Family, Family]:
         source_class=f"{plain.source_class} and projection",
         unprefixed=("head.proj.*",),
         config=plain.config | {"d_out": rows_of("head.proj.weight"), "head_bias": has_weight("head.proj.bias")},
-        weights=plain.weights
-        | {"head.linear.weight": take("head.proj.weight"), "head.linear.bias": take("head.proj.bias")},
+        weights=plain.weights | linear("head.linear", "head.proj"),
         note="timm_proj='linear'",
     )
     return plain, projected

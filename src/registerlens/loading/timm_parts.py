@@ -19,7 +19,18 @@ from registerlens.loading.family import (
     read,
     rows_of,
 )
-from registerlens.loading.weights import Piece, Weight, absent, alternatives, part, positions, take, tokens
+from registerlens.loading.weights import (
+    Piece,
+    Weight,
+    absent,
+    alternatives,
+    linear,
+    norm,
+    part,
+    positions,
+    take,
+    tokens,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -153,14 +164,6 @@ CONFIG: dict[str, Reader] = {
 # Weights -------------------------------------------------------------------------------------------------------------
 
 
-def _norm(ours: str, theirs: str) -> dict[str, Weight]:
-    return {f"{ours}.w": take(f"{theirs}.weight"), f"{ours}.b": take(f"{theirs}.bias")}
-
-
-def _linear(ours: str, theirs: str) -> dict[str, Weight]:
-    return {f"{ours}.{kind}": take(f"{theirs}.{kind}") for kind in ("weight", "bias")}
-
-
 def _up(key: str) -> Weight:
     """The MLP's first map, or the second half of it where the first half is the gate."""
 
@@ -174,20 +177,19 @@ def _up(key: str) -> Weight:
 _BLOCK = "blocks.{i}"
 
 WEIGHTS: dict[str, Weight] = {
-    **_linear("embed.patch", "patch_embed.proj"),
-    **_norm("embed.norm", "patch_embed.norm"),
+    **linear("embed.patch", "patch_embed.proj"),
+    **norm("embed.norm", "patch_embed.norm"),
     "embed.prefix": tokens("cls_token", "dist_token", "reg_token"),
     "embed.W_pos": positions("pos_embed"),
-    **_norm("ln_pre", "norm_pre"),
-    **_norm(f"{_BLOCK}.ln1", f"{_BLOCK}.norm1"),
-    f"{_BLOCK}.attn.qkv.weight": take(f"{_BLOCK}.attn.qkv.weight"),
-    f"{_BLOCK}.attn.qkv.bias": take(f"{_BLOCK}.attn.qkv.bias"),
-    **_norm(f"{_BLOCK}.attn.q_norm.norm", f"{_BLOCK}.attn.q_norm"),
-    **_norm(f"{_BLOCK}.attn.k_norm.norm", f"{_BLOCK}.attn.k_norm"),
-    **_norm(f"{_BLOCK}.attn.ln", f"{_BLOCK}.attn.norm"),
+    **norm("ln_pre", "norm_pre"),
+    **norm(f"{_BLOCK}.ln1", f"{_BLOCK}.norm1"),
+    **linear(f"{_BLOCK}.attn.qkv", f"{_BLOCK}.attn.qkv"),
+    **norm(f"{_BLOCK}.attn.q_norm.norm", f"{_BLOCK}.attn.q_norm"),
+    **norm(f"{_BLOCK}.attn.k_norm.norm", f"{_BLOCK}.attn.k_norm"),
+    **norm(f"{_BLOCK}.attn.ln", f"{_BLOCK}.attn.norm"),
     f"{_BLOCK}.attn.out.weight": take(f"{_BLOCK}.attn.proj.weight"),
     f"{_BLOCK}.attn.out.bias": alternatives(take(f"{_BLOCK}.attn.proj.bias"), absent("d_model")),
-    **_norm(f"{_BLOCK}.ln2", f"{_BLOCK}.norm2"),
+    **norm(f"{_BLOCK}.ln2", f"{_BLOCK}.norm2"),
     f"{_BLOCK}.mlp.gate.weight": alternatives(part(f"{_BLOCK}.mlp.fc1.weight", 0), take(f"{_BLOCK}.mlp.fc1_g.weight")),
     f"{_BLOCK}.mlp.gate.bias": alternatives(
         part(f"{_BLOCK}.mlp.fc1.bias", 0), take(f"{_BLOCK}.mlp.fc1_g.bias"), absent("d_mlp")
@@ -196,29 +198,24 @@ WEIGHTS: dict[str, Weight] = {
     f"{_BLOCK}.mlp.up.bias": alternatives(
         _up(f"{_BLOCK}.mlp.fc1.bias"), take(f"{_BLOCK}.mlp.fc1_x.bias"), absent("d_mlp")
     ),
-    **_norm(f"{_BLOCK}.mlp.ln", f"{_BLOCK}.mlp.norm"),
+    **norm(f"{_BLOCK}.mlp.ln", f"{_BLOCK}.mlp.norm"),
     f"{_BLOCK}.mlp.out.weight": take(f"{_BLOCK}.mlp.fc2.weight"),
     f"{_BLOCK}.mlp.out.bias": alternatives(take(f"{_BLOCK}.mlp.fc2.bias"), absent("d_model")),
-    **_norm("ln_final", "norm"),
+    **norm("ln_final", "norm"),
     "head.attn.queries": take("attn_pool.latent", (1, 1, -1)),
-    **_linear("head.attn.q", "attn_pool.q"),
-    **_linear("head.attn.kv", "attn_pool.kv"),
-    **_linear("head.attn.out", "attn_pool.proj"),
-    **_norm("head.attn.mlp.ln", "attn_pool.norm"),
-    **_linear("head.attn.mlp.up", "attn_pool.mlp.fc1"),
-    **_linear("head.attn.mlp.out", "attn_pool.mlp.fc2"),
-    **_norm("head.ln", "fc_norm"),
-    **_linear("head.linear", "head"),
+    **linear("head.attn.q", "attn_pool.q"),
+    **linear("head.attn.kv", "attn_pool.kv"),
+    **linear("head.attn.out", "attn_pool.proj"),
+    **norm("head.attn.mlp.ln", "attn_pool.norm"),
+    **linear("head.attn.mlp.up", "attn_pool.mlp.fc1"),
+    **linear("head.attn.mlp.out", "attn_pool.mlp.fc2"),
+    **norm("head.ln", "fc_norm"),
+    **linear("head.linear", "head"),
 }
 """What both families call the same; LayerScale is named differently."""
 
 SITES = Sites(
-    images="patch_embed",
-    ln_pre="norm_pre",
-    blocks="blocks",
-    norm="norm1",
-    attention="attn",
-    mlp_out="mlp.fc2",
+    images="patch_embed", ln_pre="norm_pre", blocks="blocks", norm="norm1", attention="attn", mlp_out="mlp.fc2"
 )
 
 

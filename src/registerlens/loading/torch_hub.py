@@ -7,10 +7,8 @@ from typing import Any
 
 from registerlens.config import Preprocess
 from registerlens.errors import ConfigError, WeightsError
-from registerlens.loading.family import Family, Sites, Source, fixed, has_weight, read
-from registerlens.loading.weights import Weight, part, positions, take, tokens
-
-_IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+from registerlens.loading.family import IMAGENET, Family, Sites, Source, fixed, has_weight, read
+from registerlens.loading.weights import block, linear, norm, part, positions, tokens
 
 
 def _layers(source: Source) -> int:
@@ -53,26 +51,12 @@ def _hidden(source: Source) -> int:
     return source.weight(key).shape[-1]
 
 
-def _block(prefix: str = "blocks.{i}.") -> dict[str, Weight]:
-    pairs = {
-        "ln1.w": "norm1.weight",
-        "ln1.b": "norm1.bias",
-        "attn.qkv.weight": "attn.qkv.weight",
-        "attn.qkv.bias": "attn.qkv.bias",
-        "attn.out.weight": "attn.proj.weight",
-        "attn.out.bias": "attn.proj.bias",
-        "attn.out.gamma": "ls1.gamma",
-        "ln2.w": "norm2.weight",
-        "ln2.b": "norm2.bias",
-        "mlp.up.weight": "mlp.fc1.weight",
-        "mlp.up.bias": "mlp.fc1.bias",
-        "mlp.out.weight": "mlp.fc2.weight",
-        "mlp.out.bias": "mlp.fc2.bias",
-        "mlp.out.gamma": "ls2.gamma",
-    }
-    return {prefix + ours: take(prefix + theirs) for ours, theirs in pairs.items()}
-
-
+_TAKEN = {
+    "attn.qkv.weight": "attn.qkv.weight",
+    "attn.qkv.bias": "attn.qkv.bias",
+    "attn.out.gamma": "ls1.gamma",
+    "mlp.out.gamma": "ls2.gamma",
+}
 DINO = Family(
     library="dino",
     source_class="VisionTransformer",
@@ -90,15 +74,10 @@ DINO = Family(
         "qkv_bias": has_weight("blocks.0.attn.qkv.bias"),
         "layer_scale": has_weight("blocks.0.ls1.gamma"),
     },
-    weights={
-        "embed.patch.weight": take("patch_embed.proj.weight"),
-        "embed.patch.bias": take("patch_embed.proj.bias"),
-        "embed.prefix": tokens("cls_token"),
-        "embed.W_pos": positions("pos_embed"),
-        "ln_final.w": take("norm.weight"),
-        "ln_final.b": take("norm.bias"),
-    }
-    | _block(),
+    weights={"embed.prefix": tokens("cls_token"), "embed.W_pos": positions("pos_embed")}
+    | linear("embed.patch", "patch_embed.proj")
+    | norm("ln_final", "norm")
+    | block("blocks.{i}", ("norm1", "norm2"), "attn.proj", ("mlp.fc1", "mlp.fc2"), _TAKEN),
     sites=Sites(
         images="patch_embed",
         blocks="blocks",
@@ -106,7 +85,7 @@ DINO = Family(
         attention="attn",
         mlp_out="mlp.fc2",
     ),
-    preprocess=Preprocess(resize=(256, 256), crop=(224, 224), **_IMAGENET),
+    preprocess=Preprocess(resize=(256, 256), crop=(224, 224), **IMAGENET),
     at_native_size=False,
     note="facebookresearch/dino: the normalised [CLS]",
 )
@@ -135,14 +114,10 @@ DINOV2 = replace(
     ignore=("mask_token",),
     note="facebookresearch/dinov2, with and without registers: the normalised [CLS]",
 )
-_SWIGLU = {
-    f"blocks.{{i}}.mlp.{ours}.{kind}": rule
+_SWIGLU = linear("blocks.{i}.mlp.out", "blocks.{i}.mlp.w3") | {
+    f"blocks.{{i}}.mlp.{ours}.{kind}": part(f"blocks.{{i}}.mlp.w12.{kind}", index)
+    for index, ours in enumerate(("gate", "up"))
     for kind in ("weight", "bias")
-    for ours, rule in (
-        ("gate", part(f"blocks.{{i}}.mlp.w12.{kind}", 0)),
-        ("up", part(f"blocks.{{i}}.mlp.w12.{kind}", 1)),
-        ("out", take(f"blocks.{{i}}.mlp.w3.{kind}")),
-    )
 }
 DINOV2_GATED = replace(
     DINOV2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -112,6 +112,39 @@ def take(key: str, shape: tuple[int, ...] | None = None) -> Weight:
         (key,),
         lambda tensors, cfg: _given(tensors)[0] if shape is None else _given(tensors)[0].flatten(0, len(shape) - 2),
         lambda keys, tensor, cfg: [Piece(keys[0], tensor if shape is None else tensor.reshape(shape))],
+    )
+
+
+def linear(ours: str, theirs: str) -> dict[str, Weight]:
+    """Weight and bias of a linear map, as they are."""
+    return {f"{ours}.{kind}": take(f"{theirs}.{kind}") for kind in ("weight", "bias")}
+
+
+def norm(ours: str, theirs: str) -> dict[str, Weight]:
+    """Weight and bias of a norm, as they are."""
+    return {f"{ours}.w": take(f"{theirs}.weight"), f"{ours}.b": take(f"{theirs}.bias")}
+
+
+def block(
+    at: str, norms: tuple[str, str], out: str, mlp: tuple[str, str], taken: Mapping[str, str]
+) -> dict[str, Weight]:
+    """What nearly every library's block stores as it is, by the source's names, relative to where the block stands.
+
+    Args:
+        at: the path of block {i}.
+        norms: before attention, and before the MLP.
+        out: attention's output map.
+        mlp: its first and last linear map.
+        taken: our weight -> the source's, for all else that is taken as it is (LayerScale, joint queries and keys).
+    """
+    ours = "blocks.{i}"
+    return (
+        norm(f"{ours}.ln1", f"{at}.{norms[0]}")
+        | norm(f"{ours}.ln2", f"{at}.{norms[1]}")
+        | linear(f"{ours}.attn.out", f"{at}.{out}")
+        | linear(f"{ours}.mlp.up", f"{at}.{mlp[0]}")
+        | linear(f"{ours}.mlp.out", f"{at}.{mlp[1]}")
+        | {f"{ours}.{name}": take(f"{at}.{theirs}") for name, theirs in taken.items()}
     )
 
 

@@ -1,8 +1,8 @@
-from .corollary import verify_corollary as verify_corollary
 from .general import GeneralModel as GeneralModel
 from .generalisation import verify_generalisation as verify_generalisation
 from .kernels import KernelReport as KernelReport
 from .planted import Planted as Planted
+from .proposition import verify_corollary as verify_corollary
 from .proposition import verify_proposition as verify_proposition
 from .two_block import TwoBlockModel as TwoBlockModel
 from .value_update import ValueUpdate as ValueUpdate

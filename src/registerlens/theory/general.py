@@ -40,15 +40,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.display import Shown
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError
-from registerlens.theory.bounds import lipschitz, spectral
-from registerlens.theory.two_block import TwoBlockModel
+from registerlens.errors import ConfigError, ShapeError
+from registerlens.theory.conditions import lipschitz, spectral
+from registerlens.theory.two_block import TwoBlockModel, check_exact
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,11 +72,8 @@ class LayerNorm:
     def __post_init__(self) -> None:
         if self.w.shape != self.b.shape:
             raise ShapeError(f"LayerNorm's w and b must be alike, got {list(self.w.shape)} and {list(self.b.shape)}.")
-        for name, value in (("w", self.w), ("b", self.b)):
-            if value.dtype != torch.float64:
-                raise ConfigError(f"LayerNorm's {name} is {value.dtype}; the exact model is computed in torch.float64.")
-            if not value.isfinite().all():
-                raise NonFiniteError(f"LayerNorm's {name} has NaN or infinite entries. Give finite ones.")
+        check_exact("LayerNorm's w", self.w)
+        check_exact("LayerNorm's b", self.b)
         if not self.w.any():
             raise ConfigError("LayerNorm's w is zero throughout: it lets nothing of the stream through. Give another.")
         if not self.eps > 0:
@@ -158,11 +156,7 @@ class GeneralModel(Shown):
             if tuple(getattr(self, name).shape) != (heads, *shape):
                 raise ShapeError(f"{name} must be {[heads, *shape]}, got {list(getattr(self, name).shape)}.")
         for name in ("W_Q", "W_K", "W_V", "W_O"):
-            value = getattr(self, name)
-            if value.dtype != torch.float64:
-                raise ConfigError(f"{name} is {value.dtype}; the exact model is computed in torch.float64.")
-            if not value.isfinite().all():
-                raise NonFiniteError(f"{name} has NaN or infinite entries. Give finite ones.")
+            check_exact(name, getattr(self, name))
         if self.norm is not None and len(self.norm.w) != d_model:
             raise ShapeError(f"LayerNorm must have {d_model} entries, got {len(self.norm.w)}.")
 
@@ -237,12 +231,8 @@ class GeneralModel(Shown):
             >>> bool((model.base.v2 @ model.V[0]).norm() < 1e-12)
             True
         """
-        generator = torch.Generator().manual_seed(seed)
+        normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         d_model = base.tokens.shape[1]
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
         if norm is None:
             key, anchor, hidden = base.v2, base.v2, torch.stack([base.u1, base.v2], 1)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,20 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.results import FINITE, Result
-from registerlens.theory.bounds import (
+from registerlens.theory.conditions import (
     ACTIVATION_GRID,
     Activations,
     attention_beside,
+    check_conditions,
     checked_activations,
-    exceeds,
     lipschitz,
     rounding,
     spectral,
 )
-from registerlens.theory.conditions import Condition, check_conditions
 from registerlens.theory.general import GeneralModel, LayerNorm
-from registerlens.theory.proposition import NO_OP, setup_of
+from registerlens.theory.proposition import SinkReport, setup_of
 from registerlens.theory.two_block import CLS
 
 if TYPE_CHECKING:
@@ -35,15 +33,12 @@ STILL = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class GeneralReport(Result):
-    """Sink, limit and no-op with arbitrary attention, against the register activation, each beside its bound."""
+class GeneralReport(SinkReport):
+    """Sink, limit and no-op with arbitrary attention, against the register activation, each beside its bound.
 
-    setup: dict[str, Any]
-    """Sizes, nonlinearity and seed of the two-block model, number of heads, and whether there is a LayerNorm."""
-    conditions: tuple[Condition, ...]
-    """The conditions of Proposition 1 on the two-block model; none is needed for the no-op on the value side."""
-    activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
-    """What the register neuron writes at an aligned x_s."""
+    Of the conditions none is needed for the no-op on the value side.
+    """
+
     beside: Float[np.ndarray, "activation head query"]
     """Attention of every query to tokens other than x_s, 0 to 1."""
     beside_bound: Float[np.ndarray, "activation head query"]
@@ -52,14 +47,6 @@ class GeneralReport(Result):
     """Length of what x_s brings to [CLS], summed over heads: sum of p z_s W_V W_O."""
     brought_bound: Float[np.ndarray, " activation"]
     """Its bound: 0 in the limit if the values do not see the sink."""
-    deviation: Float[np.ndarray, " activation"]
-    """Euclidean distance of the output from that of the model without block 2's attention."""
-    deviation_bound: Float[np.ndarray, " activation"]
-    """Its bound."""
-    rounding: Float[np.ndarray, " activation"]
-    """How much of the deviation can be float64's rounding."""
-    output_norm: Float[np.ndarray, " activation"]
-    """Euclidean norm of the output without attention."""
     key_distance: Float[np.ndarray, " activation"] | None = None
     """|N(x'_s) - N_oo(v2)|. None, like all that follows: without LayerNorm there is no limit."""
     key_bound: Float[np.ndarray, " activation"] | None = None
@@ -74,15 +61,9 @@ class GeneralReport(Result):
     """Its bound, O(1 / a)."""
 
     @property
-    def no_op(self) -> bool:
-        """Whether, at the largest activation, attention moves the output by at most NO_OP of its norm."""
-        return bool(self.deviation[-1] <= NO_OP * self.output_norm[-1] + self.rounding[-1])
-
-    @property
     def within_bounds(self) -> bool:
         """Whether nothing measured exceeds its bound, up to rounding."""
-        fine = not exceeds(self.beside, self.beside_bound).any()
-        fine &= bool((self.deviation <= self.deviation_bound + self.rounding).all())
+        fine = super().within_bounds
         fine &= bool((self.brought <= self.brought_bound + self.rounding).all())
         if self.key_distance is not None and self.key_bound is not None:
             fine &= bool((self.key_distance <= self.key_bound + self.rounding).all())
@@ -172,13 +153,14 @@ def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVA
         name: _heads_bring(model, z, beside_bound[..., CLS], reader)
         for name, reader in (("added", None), ("seen_by_mlp", base.W_in2), ("seen_by_head", base.W_head))
     }
-    limits = {} if model.norm is None else _limits(model, model.norm, a, z, 1 - beside)
-    brought_bound = _sink_brings(model, a) if model.norm is None else limits.pop("brought_bound")
-    found = {
+    if model.norm is None:
+        limits = {"brought_bound": torch.stack([base.read_at_sink(V, a) for V in model.V]).sum(0)}
+    else:
+        limits = _limits(model, model.norm, a, z, 1 - beside)
+    measured = {
         "beside": beside,
         "beside_bound": beside_bound,
         "brought": brought.norm(dim=-1),
-        "brought_bound": brought_bound,
         "deviation": (model.output(cls + added) - without).norm(dim=-1),
         "deviation_bound": model.output_moves(cls, **seen),
         "rounding": _rounding(model, cls, z, stream),
@@ -189,7 +171,7 @@ def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVA
         setup={**setup_of(base), "n_heads": len(model.W_Q), "norm": model.norm is not None},
         conditions=check_conditions(base, float(grid[-1])),
         activations=grid,
-        **{name: value.numpy() for name, value in found.items()},
+        **{name: value.numpy() for name, value in measured.items()},
     )
 
 
@@ -202,20 +184,8 @@ def _heads_bring(
     """The most of what all heads add to [CLS] that a reader sees (point 3); None reads everything."""
     seen = model.V if reader is None else model.V @ reader
     lengths = (z[:, None] @ seen).norm(dim=-1)  # activation head token
-    sink = model.base.sink
-    ordinary = torch.cat([lengths[..., :sink], lengths[..., sink + 1 :]], -1).amax(-1)
-    return (lengths[..., sink] + beside * ordinary).sum(-1)
-
-
-def _sink_brings(model: GeneralModel, a: Float[Tensor, " activation"]) -> Float[Tensor, " activation"]:
-    """Without LayerNorm: |beta| |u1 V| + a_s |v2 V| + |e_s V|, summed over heads."""
-    base = model.base
-    u1_hat = base.u1 / base.u1.norm()
-    along_u1 = (base.tokens[base.sink] @ u1_hat) * u1_hat
-    other = base.without_register(a)[:, base.sink] - along_u1
-    a_s = (a * base.firing[base.sink]).abs()
-    residual = (along_u1 @ model.V).norm(dim=-1).sum() + a_s * (base.v2 @ model.V).norm(dim=-1).sum()
-    return residual + (other[:, None, None] @ model.V)[:, :, 0].norm(dim=-1).sum(-1)
+    ordinary = lengths[..., model.base.others].amax(-1)
+    return (lengths[..., model.base.sink] + beside * ordinary).sum(-1)
 
 
 def _limits(
@@ -236,7 +206,6 @@ def _limits(
 
     scores = model.scores(z_oo)
     _, beside, _ = attention_beside(scores, base.sink)
-    others = torch.arange(base.n + 1) != base.sink
     by_key, by_query = (A @ z_oo.mT).norm(dim=1), (z_oo @ A).norm(dim=-1)  # head token
     largest = torch.linalg.matrix_norm(A, 2)[:, None, None]
     error = (
@@ -249,9 +218,9 @@ def _limits(
         "key_distance": (z[:, base.sink] - z_oo[base.sink]).norm(dim=-1),
         "key_bound": off[:, base.sink],
         "limit_sink": 1 - beside,
-        "limit_gap": scores[..., base.sink] - scores[..., others].amax(-1),
+        "limit_gap": scores[..., base.sink] - scores[..., base.others].amax(-1),
         "from_limit": (share - (1 - beside)).abs(),
-        "from_limit_bound": (error[..., base.sink] + error[..., others].amax(-1)) / 4,
+        "from_limit_bound": (error[..., base.sink] + error[..., base.others].amax(-1)) / 4,
         "brought_bound": limit_V + off[:, base.sink] * torch.linalg.matrix_norm(model.V, 2).sum(),
     }
 

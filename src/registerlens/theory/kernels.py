@@ -28,8 +28,8 @@ from registerlens.theory.measurements import (
     measure_keys,
     measure_size,
     subjects_of,
+    weights_of,
 )
-from registerlens.theory.nulls import weights_of
 from registerlens.theory.observed import Observed, observe
 from registerlens.theory.readers import KERNELS, check_finite, closed_dimensions, head_weight
 from registerlens.theory.verdicts import Finding, Verdict, effects, find, select, with_verdicts

@@ -19,7 +19,7 @@ from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import hook_of, layer_of
 from registerlens.model.vit import Hook, HookedViT
-from registerlens.theory.subspaces import directions
+from registerlens.theory.readers import directions
 
 FEWEST = 8
 """Outliers are looked for on an eighth of the images, and on no fewer than this."""

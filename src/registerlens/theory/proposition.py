@@ -1,4 +1,4 @@
-"""Proposition 1 on the exact model: an attention sink that is a no-op, at every activation with its bounds.
+"""Proposition 1 and Corollary 1 on the exact model: a sink that is a no-op, and the bias in its place, with bounds.
 
 Write x' for the stream after block 1, a for the register activation, D for what attention adds to [CLS], p for the
 share of [CLS]'s attention that the sink s draws. Out of D = p x'_s + sum over j != s of p_j x'_j the rest of the model
@@ -22,6 +22,21 @@ ReLU, GELU and its kin L does not depend on R). Hence
 If all conditions hold, rho = 0, M does not depend on a (what grows along v2 is in the kernels), and the gap of every
 query grows at least linearly in a: q . (x'_s - x'_j) = (1 - firing_j) a q . v2 + O(1) for a query that does not fire,
 and as a^2 for one that does. So the attention elsewhere and the deviation fall at least as fast as exp(-const a).
+
+Corollary 1: the register neuron against an explicit attention bias (k', v') = (a_s v2, a_s v2). With the neuron, token
+i's update is D_i = sum over j of p_ij x'_j. Without it, the stream is c = x' - a firing v2, and the bias adds one more
+key and value: D'_i = sum over j of p'_ij c_j + p'_i a_s v2, with softmax over the n + 2 keys. As x'_s = c_s + a_s v2,
+and shares of attention sum to one,
+
+    D_i  = x'_s   + sum over j != s of p_ij (x'_j - x'_s),   so |D_i - x'_s|    <= m_i  max over j of |x'_j - x'_s|,
+    D'_i = a_s v2 + sum over j of p'_ij (c_j - a_s v2),      so |D'_i - a_s v2| <= m'_i max over j of |c_j - a_s v2|,
+
+where m_i and m'_i bound the attention beside the sink and beside the pair: 1 / (1 + exp(gap) / number of other keys).
+So the difference D_i - D'_i tends to c_s, exactly: beta u1 if x_s is aligned and no other neuron writes there. It does
+not vanish, as the paper's "+ a_s v2" suggests; but it is |x_s| / a of the update, and neither MLP nor head sees it.
+
+The limit asks two things of a token: x'_i . v2 > 0, so that it attends to x_s, and c_i . v2 > 0, so that it attends to
+the pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not ask for.
 """
 
 from __future__ import annotations
@@ -32,21 +47,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from registerlens.results import FINITE, Result
-from registerlens.theory.bounds import (
+from registerlens.theory.conditions import (
     ACTIVATION_GRID,
     Activations,
+    Condition,
     attention_beside,
+    check_conditions,
     checked_activations,
     exceeds,
+    in_words,
     lipschitz,
     rounding,
     spectral,
 )
-from registerlens.theory.conditions import Condition, check_conditions, in_words
 from registerlens.theory.two_block import CLS, TwoBlockModel
 
 if TYPE_CHECKING:
@@ -59,18 +76,18 @@ NO_OP = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PropositionReport(Result):
-    """Sink and no-op against the register activation, each beside its bound, and which conditions hold."""
+class SinkReport(Result):
+    """Sink and no-op on an exact model, against the register activation, each beside its bound."""
 
     setup: dict[str, Any]
     """Sizes, nonlinearity and seed of the model."""
     conditions: tuple[Condition, ...]
-    """Every condition."""
+    """Every condition of Proposition 1."""
     activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
     """What the register neuron writes at an aligned x_s: phi(|x_s| |u1|) |u2|, a length in the residual stream."""
-    beside: Float[np.ndarray, "activation query"]
+    beside: Float[np.ndarray, "activation ..."]
     """Attention of every query to tokens other than x_s, 0 to 1; [CLS] first."""
-    beside_bound: Float[np.ndarray, "activation query"]
+    beside_bound: Float[np.ndarray, "activation ..."]
     """Its bound, 1 - 1 / (1 + n exp(-gap))."""
     deviation: Float[np.ndarray, " activation"]
     """Euclidean distance of the output from that of the model without block 2's attention."""
@@ -80,6 +97,27 @@ class PropositionReport(Result):
     """How much of the deviation can be float64's rounding."""
     output_norm: Float[np.ndarray, " activation"]
     """Euclidean norm of the output without attention."""
+
+    @property
+    def no_op(self) -> bool:
+        """Whether, at the largest activation, attention moves the output by at most NO_OP of its norm."""
+        return bool(self.deviation[-1] <= NO_OP * self.output_norm[-1] + self.rounding[-1])
+
+    @property
+    def within_bounds(self) -> bool:
+        """Whether nothing measured exceeds its bound, up to rounding."""
+        attention = not exceeds(self.beside, self.beside_bound).any()
+        return bool(attention and (self.deviation <= self.deviation_bound + self.rounding).all())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PropositionReport(SinkReport):
+    """Sink and no-op against the register activation, each beside its bound, and which conditions hold."""
+
+    beside: Float[np.ndarray, "activation query"]
+    """Attention of every query to tokens other than x_s, 0 to 1; [CLS] first."""
+    beside_bound: Float[np.ndarray, "activation query"]
+    """Its bound, 1 - 1 / (1 + n exp(-gap))."""
     direction: Float[np.ndarray, " activation"]
     """Cosine of x_s after block 1 with v2; tends to 1 if |u2| dominates and x_s fires."""
     row_ratio: Float[np.ndarray, " activation"]
@@ -94,18 +132,6 @@ class PropositionReport(Result):
     def sink(self) -> bool:
         """Whether, at the largest activation, every query gives x_s at least SINK of its attention."""
         return bool((self.beside[-1] <= 1 - SINK).all())
-
-    @property
-    def no_op(self) -> bool:
-        """Whether, at the largest activation, attention moves the output by at most NO_OP of its norm."""
-        allowed = NO_OP * self.output_norm[-1] + self.rounding[-1]
-        return bool(self.deviation[-1] <= allowed)
-
-    @property
-    def within_bounds(self) -> bool:
-        """Whether nothing measured exceeds its bound, up to rounding."""
-        attention = not exceeds(self.beside, self.beside_bound).any()
-        return bool(attention and (self.deviation <= self.deviation_bound + self.rounding).all())
 
     def describe(self) -> str:
         """Conditions and conclusion in words."""
@@ -184,14 +210,13 @@ def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATI
     cls, x_s = stream[:, CLS], stream[:, model.sink]
     added = (pattern[:, CLS, None] @ stream)[:, 0]
     without = model.output(cls)
-    bound, off = output_moves(
-        model,
-        cls,
-        seen_by_mlp=_brought(model, model.W_in2, stream, a, beside_bound[:, CLS]),
-        seen_by_head=_brought(model, model.W_head, stream, a, beside_bound[:, CLS]),
-        longest=2 * stream.norm(dim=-1).amax(-1),
-    )
-    found = {
+    seen = {
+        # B_W of the module: the most that W reads of what attention adds to [CLS]
+        name: model.read_at_sink(W, a) + beside_bound[:, CLS] * (stream[:, model.others] @ W).norm(dim=-1).amax(-1)
+        for name, W in (("seen_by_mlp", model.W_in2), ("seen_by_head", model.W_head))
+    }
+    bound, off = output_moves(model, cls, **seen, longest=2 * stream.norm(dim=-1).amax(-1))
+    measured = {
         "beside": beside,
         "beside_bound": beside_bound,
         "deviation": (model.output(cls + added) - without).norm(dim=-1),
@@ -205,7 +230,7 @@ def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATI
         setup=setup_of(model),
         conditions=check_conditions(model, float(grid[-1])),
         activations=grid,
-        **{name: value.numpy() for name, value in found.items()},
+        **{name: value.numpy() for name, value in measured.items()},
     )
 
 
@@ -219,23 +244,6 @@ def setup_of(model: TwoBlockModel) -> dict[str, Any]:
     d_model, d_mlp = model.W_in1.shape
     d_out = model.W_head.shape[1]
     return {"n": model.n, "d_model": d_model, "d_mlp": d_mlp, "d_out": d_out, "phi": model.phi, "seed": model.seed}
-
-
-def _brought(
-    model: TwoBlockModel,
-    W: Float[Tensor, "d_model width"],
-    stream: Float[Tensor, "activation token d_model"],
-    activations: Float[Tensor, " activation"],
-    beside: Float[Tensor, " activation"],
-) -> Float[Tensor, " activation"]:
-    """B_W of the module: the most that W reads of what attention adds to [CLS]."""
-    u1_hat = model.u1 / model.u1.norm()
-    along_u1 = (model.tokens[model.sink] @ u1_hat) * u1_hat
-    a_s = activations * model.firing[model.sink]
-    other = model.without_register(activations)[:, model.sink] - along_u1
-    residual = (along_u1 @ W).norm() + a_s.abs() * (model.v2 @ W).norm() + (other @ W).norm(dim=-1)
-    ordinary = torch.cat([stream[:, : model.sink], stream[:, model.sink + 1 :]], 1) @ W
-    return residual + beside * ordinary.norm(dim=-1).amax(-1)
 
 
 def output_moves(
@@ -268,3 +276,158 @@ def output_moves(
     bound = seen_by_head + slope * spectral(model.W_out2 @ model.W_head) * seen_by_mlp
     off = longest * (rounding(model.W_head) + slope * rounding(model.W_in2, model.W_out2, model.W_head))
     return bound, off
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CorollaryReport(Result):
+    """What separates the register neuron from the attention bias, token by token, against the register activation."""
+
+    setup: dict[str, Any]
+    """Sizes, nonlinearity and seed of the model, and which token is the sink."""
+    conditions: tuple[Condition, ...]
+    """The conditions of Proposition 1."""
+    activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
+    """What the register neuron writes at an aligned x_s."""
+    attends: Bool[np.ndarray, " token"]
+    """Whether, at the largest activation, the token gives x_s, and without the neuron the pair, at least SINK of its
+    attention: for these tokens the limit is near."""
+    difference: Float[np.ndarray, "activation token"]
+    """Euclidean distance of the two updates; [CLS] first."""
+    limit: Float[np.ndarray, " activation"]
+    """What it tends to: |c_s|, the length of x_s after block 1 without the neuron; |x_s| if all conditions hold."""
+    from_limit: Float[np.ndarray, "activation token"]
+    """Euclidean distance of the difference, as a vector, from c_s."""
+    from_limit_bound: Float[np.ndarray, "activation token"]
+    """Its bound, as the module derives it."""
+    rounding: Float[np.ndarray, " activation"]
+    """How much of these can be float64's rounding."""
+    output_difference: Float[np.ndarray, " activation"]
+    """Euclidean distance of the two models' outputs."""
+    output_bound: Float[np.ndarray, " activation"]
+    """Its bound."""
+    output_rounding: Float[np.ndarray, " activation"]
+    """How much of it can be float64's rounding."""
+    output_norm: Float[np.ndarray, " activation"]
+    """Euclidean norm of the output with the bias."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether, at the largest activation, the two models' outputs agree up to NO_OP of their norm."""
+        return bool(self.output_difference[-1] <= NO_OP * self.output_norm[-1] + self.output_rounding[-1])
+
+    @property
+    def within_bounds(self) -> bool:
+        """Whether nothing measured exceeds its bound, up to rounding."""
+        updates = self.from_limit <= self.from_limit_bound + self.rounding[:, None]
+        outputs = self.output_difference <= self.output_bound + self.output_rounding
+        return bool(updates.all() and outputs.all())
+
+    def describe(self) -> str:
+        """The comparison in words."""
+        a, attends = self.activations[-1], self.attends
+        if not attends.any():
+            difference = "no token attends to x_s with the neuron and to the pair without it"
+        else:
+            difference = (
+                f"for {attends.sum()} of {len(attends)} tokens the updates differ by the limit {self.limit[-1]:.3g} "
+                f"({self.limit[-1] / a:.1g} of the update) but for {self.from_limit[-1][attends].max():.2g} (bound "
+                f"{self.from_limit_bound[-1][attends].max():.2g}, rounding {self.rounding[-1]:.1g})"
+            )
+        sink = self.setup["sink"]
+        own = (
+            ""
+            if attends[sink] or not attends.any()
+            else " x_s itself does not attend to the pair: that takes u1 . u2 > 0."
+        )
+        return (
+            f"{in_words(self.conditions)} At activation {a:.3g}, {difference}.{own} The outputs "
+            f"{'agree' if self.equal else 'differ'}: by {self.output_difference[-1]:.2g} (bound "
+            f"{self.output_bound[-1]:.2g}) of {self.output_norm[-1]:.3g}."
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an activation and token: the difference, also as a share of a, its limit and the distance from it."""
+        n_tokens = len(self.attends)
+        return pd.DataFrame(
+            {
+                "activation": np.repeat(self.activations, n_tokens),
+                "token": np.tile(np.arange(n_tokens), len(self.activations)),
+                "attends": np.tile(self.attends, len(self.activations)),
+                "difference": self.difference.ravel(),
+                "relative_difference": (self.difference / self.activations[:, None]).ravel(),
+                "limit": np.repeat(self.limit, n_tokens),
+                "from_limit": self.from_limit.ravel(),
+                "from_limit_bound": self.from_limit_bound.ravel(),
+            }
+        )
+
+    def plot(self) -> go.Figure:
+        """Difference of the updates and of the outputs against the activation, with limit and bounds."""
+        from registerlens.viz.theory import corollary_figure  # noqa: PLC0415  (viz stands on results)
+
+        return corollary_figure(self)
+
+
+def verify_corollary(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> CorollaryReport:
+    """Replace the register neuron by an explicit key and value a_s v2, and compare every token's attention update.
+
+    Args:
+        model: the exact model; `TwoBlockModel.build` makes one.
+        activations: register activations, increasing.
+
+    Raises:
+        ConfigError: an activation is not a positive, finite number, or they do not increase.
+
+    Source: Jiang et al. 2025, Corollary 1; Sun et al. 2024 for the form of the bias. Limit and bounds are ours, derived
+        in `registerlens.theory.proposition`.
+
+    Example:
+        >>> model = TwoBlockModel.build(seed=1)
+        >>> report = verify_corollary(model)
+        >>> report.equal, report.within_bounds
+        (True, True)
+        >>> bool(np.isclose(report.difference[-1, 0], model.tokens[model.sink].norm()))
+        True
+    """
+    grid = checked_activations(activations)
+    a = torch.from_numpy(grid)
+    stream, bare = model.after_block1(a), model.without_register(a)
+    pair = (a * model.firing[model.sink])[:, None] * model.v2
+    pattern, beside_now, beside = attention_beside(model.scores(stream), model.sink)
+    keys = torch.cat([bare, pair[:, None]], 1)
+    biased, beside_pair_now, beside_pair = attention_beside(bare @ keys.mT * model.scale, model.n + 1)
+    update, update_biased = pattern @ stream, biased @ keys
+    c_s = bare[:, model.sink]
+
+    def farthest(vectors: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+        return (vectors - point[:, None]).norm(dim=-1).amax(-1, keepdim=True)
+
+    bound = beside * farthest(stream, stream[:, model.sink]) + beside_pair * farthest(bare, pair)
+    longest = torch.maximum(stream.norm(dim=-1).amax(-1), keys.norm(dim=-1).amax(-1))
+    cls = bare[:, CLS] + update_biased[:, CLS]
+    output = model.output(cls)
+    # The two [CLS] differ by what the neuron wrote there, by c_s, and by what the bound allows.
+    own = a[:, None] * model.firing[CLS] * model.v2 + c_s
+    seen = {
+        name: (own @ W).norm(dim=-1) + spectral(W) * bound[:, CLS]
+        for name, W in (("seen_by_mlp", model.W_in2), ("seen_by_head", model.W_head))
+    }
+    output_bound, output_off = output_moves(model, cls, **seen, longest=2 * longest)
+    measured = {
+        "attends": torch.maximum(beside_now[-1], beside_pair_now[-1]) <= 1 - SINK,
+        "difference": (update - update_biased).norm(dim=-1),
+        "limit": c_s.norm(dim=-1),
+        "from_limit": (update - update_biased - c_s[:, None]).norm(dim=-1),
+        "from_limit_bound": bound,
+        "rounding": 8 * sum(stream.shape[1:]) * torch.finfo(torch.float64).eps * longest,
+        "output_difference": (model.output(stream[:, CLS] + update[:, CLS]) - output).norm(dim=-1),
+        "output_bound": output_bound,
+        "output_rounding": output_off,
+        "output_norm": output.norm(dim=-1),
+    }
+    return CorollaryReport(
+        setup={**setup_of(model), "sink": model.sink},
+        conditions=check_conditions(model, float(grid[-1])),
+        activations=grid,
+        **{name: value.numpy() for name, value in measured.items()},
+    )

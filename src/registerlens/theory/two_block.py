@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -102,6 +102,11 @@ class TwoBlockModel(Shown):
         return self.W_out1[REGISTER] / self.W_out1[REGISTER].norm()
 
     @cached_property
+    def others(self) -> Bool[Tensor, " token"]:
+        """All tokens but x_s."""
+        return torch.arange(self.n + 1) != self.sink
+
+    @cached_property
     def aligned(self) -> Float[Tensor, " d_model"]:
         """A token as long as x_s, along u1; x_s itself if it is aligned."""
         return self.tokens[self.sink].norm() * self.u1 / self.u1.norm()
@@ -145,6 +150,16 @@ class TwoBlockModel(Shown):
     def after_block1(self, activation: Float[Tensor, "*grid"]) -> Float[Tensor, "*grid token d_model"]:
         """The stream after block 1, x'."""
         return self.without_register(activation) + activation[..., None, None] * self.firing[:, None] * self.v2
+
+    def read_at_sink(
+        self, W: Float[Tensor, "d_model width"], activation: Float[Tensor, " activation"]
+    ) -> Float[Tensor, " activation"]:
+        """rho_W of Proposition 1, the most that W can read of x_s: |beta| |W^T u1| + |a_s| |W^T v2| + |W^T e_s|."""
+        u1_hat = self.u1 / self.u1.norm()
+        along_u1 = (self.tokens[self.sink] @ u1_hat) * u1_hat
+        a_s = (activation * self.firing[self.sink]).abs()
+        e_s = self.without_register(activation)[:, self.sink] - along_u1
+        return (along_u1 @ W).norm() + a_s * (self.v2 @ W).norm() + (e_s @ W).norm(dim=-1)
 
     def row_ratio(self, activation: Float[Tensor, "*grid"]) -> Float[Tensor, "*grid"]:
         """|u2| over the longest other row of W_out1; infinite if there is no other."""
@@ -213,19 +228,20 @@ class TwoBlockModel(Shown):
         broken = dict(broken or {})
         rank = max(1, d_model // 2) if rank is None else rank
         _check_options(n, d_model, d_mlp, d_out, rank, others_fire, broken)
-        draw, act = Draw(seed), ACTIVATIONS[phi]
-        basis = torch.linalg.qr(draw.normal(d_model, d_model)).Q
+        act, drawn = ACTIVATIONS[phi], {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
+        normal, uniform = partial(torch.randn, **drawn), partial(torch.rand, **drawn)
+        basis = torch.linalg.qr(normal(d_model, d_model)).Q
         visible = basis[:, 2:]
-        angle = math.radians(60) + math.radians(60) * draw.uniform()
+        angle = math.radians(60) + math.radians(60) * uniform(())
         plane = torch.stack([basis[:, 0], angle.cos() * basis[:, 0] + angle.sin() * basis[:, 1]])  # of u1 and v2
-        u1 = (0.5 + draw.uniform()) * plane[0]
-        length = (1 + 2 * draw.uniform()) / u1.norm()  # of x_s: the pre-activation is 1 to 3
-        seen = visible @ draw.normal(d_model - 2)
+        u1 = (0.5 + uniform(())) * plane[0]
+        length = (1 + 2 * uniform(())) / u1.norm()  # of x_s: the pre-activation is 1 to 3
+        seen = visible @ normal(d_model - 2)
         seen = seen / seen.norm()  # a direction that the MLP and the head both read
 
         # Other neurons read what is visible, not the plane: they are silent at u1.
-        W_in1 = torch.cat([u1[:, None], visible @ draw.normal(d_model - 2, d_mlp - 1) / math.sqrt(d_model)], 1)
-        W_out1 = torch.cat([plane[1:], 0.5 * draw.normal(d_mlp - 1, d_model) / math.sqrt(d_mlp)])
+        W_in1 = torch.cat([u1[:, None], visible @ normal(d_model - 2, d_mlp - 1) / math.sqrt(d_model)], 1)
+        W_out1 = torch.cat([plane[1:], 0.5 * normal(d_mlp - 1, d_model) / math.sqrt(d_mlp)])
         grows = torch.arange(d_mlp) == REGISTER
         for neuron, name in enumerate([name for name in ("dominance", "silence") if name in broken], start=1):
             # Another neuron that reads u1 as the register neuron does, so that both fire alike.
@@ -233,20 +249,20 @@ class TwoBlockModel(Shown):
             unit = 1.0 if grows[neuron] else length / act(length * u1.norm())
             W_in1[:, neuron], W_out1[neuron] = u1, broken[name] * unit * seen
 
-        others = (visible @ draw.normal(d_model - 2, n)).T
+        others = (visible @ normal(d_model - 2, n)).T
         writes = act(others @ W_in1[:, 1:]) @ W_out1[1:]
-        fires = others_fire * draw.uniform(n) * (0.0 if "query_key" in broken else 1.0)
+        fires = others_fire * uniform(n) * (0.0 if "query_key" in broken else 1.0)
         if "alone" in broken:
             fires[-1] = 1 + broken["alone"]
-        seeks = torch.full_like(fires, -broken["query_key"]) if "query_key" in broken else 0.5 + draw.uniform(n)
+        seeks = torch.full_like(fires, -broken["query_key"]) if "query_key" in broken else 0.5 + uniform(n)
         # In the plane: x . u1 makes it fire, and q . v2, what other neurons write included, makes it seek v2.
         others = others + with_products(plane, torch.stack([fires * length, seeks - writes @ plane[1]])).T
         cosine = 1 - broken.get("alignment", 0.0)
         x_s = length * (cosine * plane[0] + math.sqrt(max(0.0, 1 - cosine**2)) * seen)
-        sink = 1 + int(draw.uniform() * n)
+        sink = 1 + int(uniform(()) * n)
 
         def low_rank(reader: str, width: int) -> Tensor:
-            W = visible @ draw.normal(d_model - 2, rank) @ draw.normal(rank, width) / math.sqrt(d_model * rank)
+            W = visible @ normal(d_model - 2, rank) @ normal(rank, width) / math.sqrt(d_model * rank)
             return turned_towards(W, plane, [broken.get(f"{u}_{reader}", 0.0) for u in ("u1", "u2")])
 
         return cls(
@@ -256,7 +272,7 @@ class TwoBlockModel(Shown):
             W_out1=W_out1,
             grows=grows,
             W_in2=low_rank("mlp", d_mlp),
-            W_out2=draw.normal(d_mlp, d_model) / math.sqrt(d_mlp),
+            W_out2=normal(d_mlp, d_model) / math.sqrt(d_mlp),
             W_head=low_rank("head", d_out),
             phi=phi,
             seed=seed,
@@ -304,10 +320,7 @@ def _check_tensors(model: TwoBlockModel) -> None:
     for item in fields(model):
         value = getattr(model, item.name)
         if isinstance(value, Tensor) and item.name != "grows":
-            if value.dtype != torch.float64:
-                raise ConfigError(f"{item.name} is {value.dtype}; the exact model is computed in torch.float64.")
-            if not value.isfinite().all():
-                raise NonFiniteError(f"{item.name} has NaN or infinite entries. Give finite ones.")
+            check_exact(item.name, value)
     if not 1 <= model.sink < n_tokens:
         raise ConfigError(f"sink must be the index of a patch, 1 to {n_tokens - 1}, got {model.sink}.")
     check_choice("phi", model.phi, ACTIVATIONS)
@@ -318,19 +331,17 @@ def _check_tensors(model: TwoBlockModel) -> None:
             raise ConfigError(f"{name} is zero, so that there is no direction to speak of. Give another.")
 
 
-class Draw:
-    """Seeded float64 numbers."""
+def check_exact(name: str, value: Tensor) -> None:
+    """Refuse a tensor that the exact model cannot be computed with.
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int) -> Float[Tensor, "..."]:
-        """Standard normal numbers."""
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int) -> Float[Tensor, "..."]:
-        """Numbers between 0 and 1."""
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+    Raises:
+        ConfigError: it is not float64.
+        NonFiniteError: it has NaN or infinite entries.
+    """
+    if value.dtype != torch.float64:
+        raise ConfigError(f"{name} is {value.dtype}; the exact model is computed in torch.float64.")
+    if not value.isfinite().all():
+        raise NonFiniteError(f"{name} has NaN or infinite entries. Give finite ones.")
 
 
 def with_products(

@@ -13,8 +13,7 @@ from registerlens.evaluation.effects import Evaluation
 from registerlens.theory.kernels import KernelReport
 from registerlens.theory.readers import KERNELS
 from registerlens.theory.value_update import ValueUpdate
-from registerlens.theory.verdicts import main_rows, select
-from registerlens.theory.wording import title
+from registerlens.theory.verdicts import main_rows, select, title
 
 SCORE_WORDS = {
     "mean": "mean activation at outliers",

@@ -8,9 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from registerlens.theory.corollary import CorollaryReport
 from registerlens.theory.generalisation import GeneralReport
-from registerlens.theory.proposition import PropositionReport
+from registerlens.theory.proposition import CorollaryReport, PropositionReport
 from registerlens.theory.two_block import CLS
 from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme
 
@@ -52,7 +51,7 @@ def corollary_figure(report: CorollaryReport, mode: Mode = "light") -> go.Figure
     Source: Jiang et al. 2025, Corollary 1.
 
     Example:
-        >>> from registerlens.theory.corollary import verify_corollary
+        >>> from registerlens.theory.proposition import verify_corollary
         >>> from registerlens.theory.two_block import TwoBlockModel
         >>> len(corollary_figure(verify_corollary(TwoBlockModel.build())).data)
         9
