@@ -29,7 +29,8 @@ from registerlens.results import ResultFile, Saved
 
 for _module in pkgutil.walk_packages(registerlens.__path__, "registerlens."):
     importlib.import_module(_module.name)
-KINDS = {kind.__name__: kind for kind in concrete(Saved) if kind.__module__.startswith("registerlens.")}
+FOUND = {kind for kind in concrete(Saved) if kind.__module__.startswith("registerlens.")}
+KINDS = {kind.__name__: kind for kind in FOUND}
 EVERY = pytest.mark.parametrize("name", sorted(KINDS))
 FOLDERS = pytest.mark.parametrize("name", sorted(KINDS.keys() - {kind.__name__ for kind in concrete(ResultFile)}))
 
@@ -102,7 +103,7 @@ def same(a, b):
 
 def test_every_class_has_an_example_and_a_name_of_its_own():
     assert set(MAKERS) == set(KINDS)
-    assert len(KINDS) == len({kind for kind in concrete(Saved) if kind.__module__.startswith("registerlens.")})
+    assert len(KINDS) == len(FOUND)
 
 
 @EVERY

@@ -206,7 +206,7 @@ class _Member(_Word):
 class _Many(Codec):
     """A tuple, list or other sequence: of any length, or with a codec for each entry."""
 
-    kind: type
+    kind: Any
     make: Callable[[Iterable[Any]], Any]
     entries: tuple[Codec, ...]
     any_length: bool

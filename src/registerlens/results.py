@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = TypeVar("Kind", bound="Saved")
+InFile = TypeVar("InFile", bound="ResultFile")
 
 FINITE = {"finite": True}
 """`field(metadata=FINITE)`: neither NaN nor infinity may stand in the field."""
@@ -136,7 +137,7 @@ class ResultFile(Result):
 
     @classmethod
     @abstractmethod
-    def from_dict(cls: type[Kind], values: dict[str, Any]) -> Kind:
+    def from_dict(cls: type[InFile], values: dict[str, Any]) -> InFile:
         """The inverse of `to_dict`.
 
         Raises:
@@ -154,7 +155,7 @@ class ResultFile(Result):
         return path
 
     @classmethod
-    def load(cls: type[Kind], folder: str | Path) -> Kind:
+    def load(cls: type[InFile], folder: str | Path) -> InFile:
         """Read what `save` wrote, or what was written by hand without class, format and versions.
 
         Raises:
