@@ -9,7 +9,7 @@ from small_vits import build, images
 import registerlens as rl
 from registerlens.circuits.lens import PatchLens, patch_lens
 from registerlens.errors import ConfigError, ImageError, ShapeError
-from registerlens.viz.lens import lens_figure
+from registerlens.viz.heads import lens_figure
 
 
 @pytest.mark.parametrize("name", ["full", "rotary"])

@@ -6,7 +6,7 @@ import torch
 
 import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
-from registerlens.viz.curves import trace_figure
+from registerlens.viz.detection import trace_figure
 
 
 @pytest.fixture(scope="module")

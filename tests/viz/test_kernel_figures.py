@@ -7,7 +7,7 @@ import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
 from registerlens.theory.kernels import check_kernels
 from registerlens.theory.verdicts import select
-from registerlens.viz.kernels import kernel_figure, top_dimensions, weight_figure
+from registerlens.viz.theory import kernel_figure, top_dimensions, weight_figure
 
 NEURONS = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103), (0, 7)])
 

@@ -9,7 +9,7 @@ import registerlens as rl
 from registerlens.circuits.edge_attribution import attribute_edges
 from registerlens.circuits.screening import screen_neurons
 from registerlens.data.synthetic import synthetic_images
-from registerlens.viz.screening import edges_figure, screening_figure
+from registerlens.viz.patching import edges_figure, screening_figure
 from registerlens.viz.theme import ink, paper
 
 

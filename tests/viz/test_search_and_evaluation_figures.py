@@ -8,8 +8,8 @@ import torch
 
 import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
+from registerlens.viz.detection import search_figure
 from registerlens.viz.evaluation import FOREST, evaluation_figure, groups_of
-from registerlens.viz.neurons import search_figure
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ class Outliers(Result):
 
     def plot(self) -> go.Figure:
         """Histogram of patch norms, outliers apart, with the cut-off."""
-        from registerlens.viz.curves import norm_histogram  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.detection import norm_histogram  # noqa: PLC0415  (viz stands on results)
 
         return norm_histogram(self)
 

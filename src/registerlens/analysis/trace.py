@@ -170,7 +170,7 @@ class Trace(Result):
 
     def plot(self) -> go.Figure:
         """The two panels of figure 2: largest patch norm after attention and after the MLP; largest attention."""
-        from registerlens.viz.curves import trace_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.detection import trace_figure  # noqa: PLC0415  (viz stands on results)
 
         return trace_figure(self)
 

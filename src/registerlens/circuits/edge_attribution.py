@@ -108,7 +108,7 @@ class EdgeAttribution(Result):
 
     def plot(self) -> go.Figure:
         """A heat map, neurons by heads."""
-        from registerlens.viz.screening import edges_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.patching import edges_figure  # noqa: PLC0415  (viz stands on results)
 
         return edges_figure(self)
 

@@ -89,7 +89,7 @@ class PatchLens(Result):
         Raises:
             ShapeError: there is no such image, or that direction was not kept.
         """
-        from registerlens.viz.lens import lens_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.heads import lens_figure  # noqa: PLC0415  (viz stands on results)
 
         return lens_figure(self, image, direction)
 

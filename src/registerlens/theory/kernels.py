@@ -168,13 +168,13 @@ class KernelReport(Result):
 
     def plot(self) -> go.Figure:
         """Heat maps, layer by condition: how strongly each reader reads each vector, and whom queries seek."""
-        from registerlens.viz.kernels import kernel_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.theory import kernel_figure  # noqa: PLC0415  (viz stands on results)
 
         return kernel_figure(self)
 
     def plot_weights(self) -> go.Figure:
         """What each neuron writes into each dimension (figure 25)."""
-        from registerlens.viz.kernels import weight_figure  # noqa: PLC0415
+        from registerlens.viz.theory import weight_figure  # noqa: PLC0415
 
         return weight_figure(self)
 

@@ -16,7 +16,8 @@ from registerlens.emergence.dynamics import HALFWAY, SIGNS, Dynamics, order_of_s
 from registerlens.emergence.research import by_recipe
 from registerlens.errors import ConfigError
 from registerlens.model.sublayers import sublayers
-from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, apply_theme, on_cells
+from registerlens.viz.parts import beside, curve, dots, finished, interval, legend, mark
+from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, on_cells
 
 _COLOURS = dict(zip(SIGNS, (RED, ORANGE, BLUE), strict=True))
 
@@ -49,32 +50,32 @@ def dynamics_figure(found: Sequence[Dynamics], mode: Mode = "light") -> go.Figur
     )
     for column, one in enumerate(found, start=1):
         for sign in SIGNS:
-            _curve(figure, column, one, one.share(sign), sign, _COLOURS[sign], "solid")
+            _course(figure, column, one, one.share(sign), sign, _COLOURS[sign], "solid")
         active = one.activation.mean(1)
-        _curve(figure, column, one, active / active.max(), "neurons' activation", GREY, "dot")
-        figure.add_hline(y=HALFWAY, line={"color": GREY, "width": 1, "dash": "dash"}, row=1, col=column)  # type: ignore[arg-type]
+        _course(figure, column, one, active / active.max(), "neurons' activation", GREY, "dot")
+        mark(figure, column, y=HALFWAY)
     onsets = order_of_signs(found)
     for sign in SIGNS:
         mine = onsets[onsets["sign"] == sign]
         names = [f"seed {seed} ({run})" for seed, run in zip(mine["seed"], mine["run"], strict=True)]
-        interval = {"array": mine["high"] - mine["step"], "arrayminus": mine["step"] - mine["low"]}
-        for when, symbol, error in (("step", "circle", interval), ("lasting", "circle-open", None)):
-            points = go.Scatter(x=mine[when], y=names, error_x=error, mode="markers", name=sign, showlegend=False)
-            points.update(marker={"color": _COLOURS[sign], "size": 9, "symbol": symbol})
-            words = "first halfway" if when == "step" else "for good"
-            points.update(hovertemplate=f"{sign}, {words}: step %{{x:.0f}}<extra></extra>")
-            figure.add_trace(points, row=2, col=1)
+        error = interval(mine["step"], mine["low"], mine["high"])
+        for when, words, symbol, bar in (
+            ("step", "first halfway", "circle", error),
+            ("lasting", "for good", "circle-open", None),
+        ):
+            hover = f"{sign}, {words}: step %{{x:.0f}}"
+            points = dots(mine[when], names, sign, _COLOURS[sign], 9, hover, look={"symbol": symbol}, error_x=bar)
+            figure.add_trace(points.update(showlegend=False), 2, 1)
     figure.update_xaxes(title_text="step", rangemode="tozero")
     figure.update_yaxes(title_text="share of the way", row=1, col=1)
     figure.update_yaxes(autorange="reversed", row=2, col=1)
-    figure.update_layout(height=620, legend={"orientation": "h", "x": 0, "y": -0.12})
-    return apply_theme(figure, mode).update_layout(margin={"r": 40})  # the last label of an axis stands half outside
+    margin = {"r": 40}  # the last label of an axis stands half outside
+    return finished(figure, mode, height=620, legend=legend(-0.12), margin=margin, closest=False)
 
 
-def _curve(figure: go.Figure, column: int, one: Dynamics, y: object, name: str, colour: str, dash: str) -> None:
-    line = {"color": colour, "dash": dash}
-    curve = go.Scatter(x=one.steps, y=y, name=name, line=line, legendgroup=name, showlegend=column == 1)
-    figure.add_trace(curve.update(hovertemplate="%{y:.2f}"), row=1, col=column)
+def _course(figure: go.Figure, column: int, one: Dynamics, y: object, name: str, colour: str, dash: str) -> None:
+    line = curve(one.steps, y, name, colour, "%{y:.2f}", dash=dash, mode=None)
+    figure.add_trace(line.update(legendgroup=name, showlegend=column == 1), 1, column)
 
 
 def criteria_figure(found: EmergenceCriteria, mode: Mode = "light") -> go.Figure:
@@ -83,8 +84,7 @@ def criteria_figure(found: EmergenceCriteria, mode: Mode = "light") -> go.Figure
     Left, in units of the image's median patch norm: the largest patch, the same with random weights, and the largest of
     [CLS] and trained registers; right, the mean over all queries of the attention to outliers and to those tokens.
     """
-    titles = ("Norm over the median patch norm", "Attention, mean over queries")
-    figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.12)
+    figure = beside("Norm over the median patch norm", "Attention, mean over queries", gap=0.12)
     places, layers = sublayers(found.config.n_layers), list(range(found.config.n_layers))
     curves = [
         ("largest patch", found.largest_over_median, RED, "solid"),
@@ -97,15 +97,14 @@ def criteria_figure(found: EmergenceCriteria, mode: Mode = "light") -> go.Figure
         drawn.append((what, found.prefix_sink.sum(1), BLUE, "dash"))
     for column, (x, told) in enumerate(((places, curves), (layers, drawn)), start=1):
         for name, values, colour, dash in told:
-            line = go.Scatter(x=x, y=values, name=name, line={"color": colour, "dash": dash})
+            line = curve(x, values, name, colour, f"{name}: %{{y:.2f}}<extra></extra>", dash=dash, mode=None)
             line.update(legendgroup=name, showlegend=column == 1 or name == "outliers")
-            figure.add_trace(line.update(hovertemplate=f"{name}: %{{y:.2f}}<extra></extra>"), row=1, col=column)
+            figure.add_trace(line, 1, column)
     figure.update_xaxes(title_text="after", tickangle=-60, row=1, col=1)
     figure.update_xaxes(title_text="block", dtick=1, row=1, col=2)
     figure.update_yaxes(type="log", tickvals=[0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100], row=1, col=1)
     figure.update_yaxes(range=[0, 1.02], row=1, col=2)
-    figure.update_layout(height=400, legend={"orientation": "h", "x": 0, "y": 1.25})
-    return apply_theme(figure, mode)
+    return finished(figure, mode, height=400, legend=legend(1.25), closest=False)
 
 
 def _prefix_told(cfg: ViTConfig) -> str:
@@ -138,30 +137,22 @@ def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
     shares = np.stack([each.mean(0) for each in held])
     counts = np.stack([each.sum(0) for each in held]).astype(str)
     told = [[f"{count} of {len(each)}" for count in row] for row, each in zip(counts, held, strict=True)]
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        column_widths=[0.72, 0.28],
-        horizontal_spacing=0.03,
-        shared_yaxes=True,
-        subplot_titles=("Seeds in which a criterion holds", "Largest norm over the median"),
-    )
+    titles = ("Seeds in which a criterion holds", "Largest norm over the median")
+    figure = beside(*titles, gap=0.03, column_widths=[0.72, 0.28], shared_yaxes=True)
     cells = go.Heatmap(z=shares, x=[one.name for one in CRITERIA], y=names, zmin=0, zmax=1, customdata=told)
     cells.update(colorscale="Viridis", xgap=1, ygap=1, showscale=False)
     cells.update(on_cells(counts, shares, 0.0, 1.0, "Viridis", mode, width=600))
     cells.update(hovertemplate="%{y}, %{x}: holds in %{customdata}<extra></extra>")
-    figure.add_trace(cells, row=1, col=1)
+    figure.add_trace(cells, 1, 1)
     for name, (_, runs), each in zip(names, groups, held, strict=True):
         met = zip(runs["seed"], each.sum(1), strict=True)
         words = [f"seed {seed}: {n} of {len(CRITERIA)}" for seed, n in met]
-        points = go.Scatter(x=runs["largest"], y=[name] * len(runs), mode="markers", text=words, showlegend=False)
-        points.update(marker={"color": RED, "size": 8}, hovertemplate="%{text}, %{x:.1f} x<extra></extra>")
-        figure.add_trace(points, row=1, col=2)
+        points = dots(runs["largest"], [name] * len(runs), None, RED, 8, "%{text}, %{x:.1f} x", text=words)
+        figure.add_trace(points.update(showlegend=False), 1, 2)
     figure.update_xaxes(tickangle=-60, row=1, col=1)
     figure.update_xaxes(type="log", tickvals=[1, 2, 5, 10, 20, 50, 100, 200, 500], row=1, col=2)
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(height=240 + 24 * len(names))
-    return apply_theme(figure, mode)
+    return finished(figure, mode, height=240 + 24 * len(names), closest=False)
 
 
 def _held(runs: pd.DataFrame) -> Bool[np.ndarray, "run criterion"]:

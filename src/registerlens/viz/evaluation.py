@@ -1,4 +1,4 @@
-"""What interventions do: norms and attention layer by layer, and the telling metrics with their intervals."""
+"""What interventions do: norms and attention layer by layer, where they end up, the telling metrics' intervals."""
 
 from __future__ import annotations
 
@@ -11,25 +11,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from registerlens.evaluation.effects import Evaluation
+from registerlens.evaluation.shifts import OutlierShift
 from registerlens.evaluation.verdict import ConditionKind
-from registerlens.viz.theme import (
-    BLUE,
-    BROWN,
-    GREEN,
-    GREY,
-    OLIVE,
-    ORANGE,
-    PALETTE,
-    PURPLE,
-    RED,
-    SKY,
-    Mode,
-    apply_theme,
-    ink,
-)
+from registerlens.viz.parts import bars, beside, curve, dots, finished, interval, legend, note, ticks_of_blocks
+from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PALETTE, PURPLE, RED, SKY, Mode, ink
 
 _INTERVENTIONS = (BLUE, GREEN, PURPLE)
 _AGAINST = {"zeroed": RED, "mean": ORANGE, "random": GREY, "matched": SKY, "neighbours": OLIVE}
+_BINS = 40
+"""Bars of a histogram, from zero to the largest value."""
 _WIDTHS = {ConditionKind.CLEAN: 5.0, ConditionKind.TESTED: 2.5}
 FOREST = {
     "outliers": "outliers per image",
@@ -119,12 +109,10 @@ def evaluation_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure
     extra = " (dashed: register, bias)" if np.isfinite(evaluation.register_sink_curve).any() else ""
     _panel(figure, "", (0.0, 0.44), f"Largest patch norm{own}", "residual norm")
     _panel(figure, "2", (0.56, 1.0), f"Largest attention to a patch{extra}", "attention (0 to 1)")
-    step = max(1, n_layers // 12)
-    figure.update_xaxes(title_text="block", tick0=0, dtick=step)
+    figure.update_xaxes(title_text="block", **ticks_of_blocks(n_layers))
     figure.update_yaxes(rangemode="tozero")
     _forest(figure, evaluation, groups)
-    figure.update_layout(height=780, legend={"orientation": "h", "x": 0, "y": -0.13})
-    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 130})
+    return finished(figure, mode, height=780, legend=legend(-0.13), margin={"l": 130})
 
 
 def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
@@ -145,39 +133,59 @@ def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
     for group in groups_of(evaluation, mode):
         for member in group.members:
             if evaluation.kinds[member] in (ConditionKind.CLEAN, ConditionKind.TESTED):
-                curve = _curve(
-                    sublayers, evaluation.norm_curve[member], evaluation.sublayers, group, group.name, "solid", ""
-                )
+                values = evaluation.norm_curve[member]
+                line = _curve(sublayers, values, evaluation.sublayers, group, group.name, "solid", "")
                 # Interventions often coincide: all but the first are dashed.
                 dash = "dash" if member > 1 else "solid"
-                figure.add_trace(curve.update(name=group.name, showlegend=True, line={"dash": dash}))
-    step = max(1, evaluation.sink_curve.shape[1] // 12)
-    figure.update_xaxes(title_text="block (attention, then MLP)", tick0=0, dtick=step)
+                figure.add_trace(line.update(name=group.name, showlegend=True, line={"dash": dash}))
+    ticks = ticks_of_blocks(evaluation.sink_curve.shape[1])
+    figure.update_xaxes(title_text="block (attention, then MLP)", **ticks)
     figure.update_yaxes(title_text="residual norm", rangemode="tozero")
-    figure.update_layout(
-        height=400,
-        title=f"{evaluation.model}: largest patch norm, mean over {evaluation.n_images} images",
-        legend={"orientation": "h", "x": 0, "y": -0.2},
+    title = f"{evaluation.model}: largest patch norm, mean over {evaluation.n_images} images"
+    return finished(figure, mode, height=400, title=title, legend=legend(-0.2))
+
+
+def shift_figure(found: OutlierShift, mode: Mode = "light") -> go.Figure:
+    """How many images have which largest norm, and attention: at the target, and at any other patch.
+
+    Source: Jiang et al. 2025, figures 4, 22, 23, 24 and 29.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> from registerlens.evaluation.shifts import measure_shift
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> found = measure_shift(vit, synthetic_images(8, 0).images, rl.TestTimeRegisters(neurons))
+        >>> [bars.name for bars in shift_figure(found).data][:2]
+        ['other patches', 'test-time register']
+    """
+    query = "[CLS]" if found.sink_query == "cls" else "the average query"
+    panels = (
+        ("Largest residual norm", "norm", found.other_norm, found.target_norm),
+        (f"Largest attention of {query}", "attention (0 to 1)", found.other_attention, found.target_attention),
     )
-    return apply_theme(figure, mode).update_layout(hovermode="closest")
+    figure = beside(*(panel[0] for panel in panels))
+    for column, (_, unit, other, target) in enumerate(panels, start=1):
+        edges = np.linspace(0, max(float(other.max()), float(target.max())) or 1.0, _BINS + 1)
+        middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+        for name, values, colour in (("other patches", other, BLUE), (found.target, target, ORANGE)):
+            hover = "%{x:.3g}: %{y} images<extra>" + name + "</extra>"
+            shown = bars(middles, np.histogram(values, edges)[0], name, colour, hover, width=width, opacity=0.75)
+            figure.add_trace(shown.update(legendgroup=name, showlegend=column == 1), 1, column)
+        figure.update_xaxes(title_text=unit, rangemode="tozero", row=1, col=column)
+    figure.update_yaxes(title_text="images", col=1)
+    title = f"{found.model}: after block {found.layer}, {found.n_images} images"
+    look = {"legend": legend(-0.3), "margin": {"t": 90}, "barmode": "overlay", "bargap": 0}
+    return finished(figure, mode, height=400, title=title, **look)
 
 
 def _curve(
     x: np.ndarray, y: np.ndarray, places: tuple[str, ...], group: Group, condition: str, dash: str, axis: str
 ) -> go.Scatter:
     extra = "" if dash == "solid" else ", register or bias"
-    return go.Scatter(
-        x=x,
-        y=y,
-        text=places,
-        mode="lines",
-        line={"color": group.colour, "dash": dash, "width": group.width},
-        legendgroup=group.name,
-        showlegend=False,
-        hovertemplate=f"{condition}{extra}<br>%{{text}}: %{{y:.3g}}<extra></extra>",
-        xaxis=f"x{axis}",
-        yaxis=f"y{axis}",
-    )
+    hover = f"{condition}{extra}<br>%{{text}}: %{{y:.3g}}<extra></extra>"
+    line = curve(x, y, None, group.colour, hover, dash=dash, mode="lines", text=places, showlegend=False)
+    return line.update(line={"width": group.width}, legendgroup=group.name, xaxis=f"x{axis}", yaxis=f"y{axis}")
 
 
 def _legend_entry(group: Group) -> go.Scatter:
@@ -194,18 +202,9 @@ def _panel(figure: go.Figure, axis: str, x: tuple[float, float], title: str, uni
             f"yaxis{axis}": {"domain": (0.58, 1.0), "anchor": f"x{axis}", "title": {"text": unit}},
         }
     )
-    figure.add_annotation(
-        x=sum(x) / 2,
-        y=1,
-        xref="paper",
-        yref="paper",
-        xanchor="center",
-        yanchor="bottom",
-        yshift=8,
-        showarrow=False,
-        text=title,
-        font={"size": 13},  # the longest title has to fit above its panel
-    )
+    size = 13  # the longest title has to fit above its panel
+    where = {"xref": "paper", "yref": "paper", "yanchor": "bottom", "yshift": 8}
+    note(figure, title, sum(x) / 2, 1, "center", font={"size": size}, **where)
 
 
 def _forest(figure: go.Figure, evaluation: Evaluation, groups: list[Group]) -> None:
@@ -242,26 +241,11 @@ def _dots(evaluation: Evaluation, frame: pd.DataFrame, row: int, group: Group, a
     names = [evaluation.conditions[member] for member in group.members]
     mine = frame.set_index("condition").reindex(names)
     spread = np.linspace(-0.2, 0.2, len(names)) if len(names) > 1 else np.zeros(1)
-    return go.Scatter(
-        x=mine["mean"],
-        y=row + spread,
-        text=[
-            f"{name}: {mean:.4g} [{low:.4g}, {high:.4g}]"
-            for name, mean, low, high in zip(names, mine["mean"], mine["low"], mine["high"], strict=True)
-        ],
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": mine["high"] - mine["mean"],
-            "arrayminus": mine["mean"] - mine["low"],
-            "thickness": 1.2,
-            "width": 3,
-        },
-        mode="markers",
-        marker={"color": group.colour, "size": 6 if group.width < 2 else 9},
-        legendgroup=group.name,
-        showlegend=False,
-        hovertemplate="%{text}<extra></extra>",
-        xaxis=f"x{axis}",
-        yaxis=f"y{axis}",
-    )
+    middle, low, high = mine["mean"], mine["low"], mine["high"]
+    text = [
+        f"{one[0]}: {one[1]:.4g} [{one[2]:.4g}, {one[3]:.4g}]" for one in zip(names, middle, low, high, strict=True)
+    ]
+    error = interval(middle, low, high, symmetric=False, thickness=1.2, width=3)
+    size = 6 if group.width < 2 else 9
+    marks = dots(middle, row + spread, None, group.colour, size, "%{text}", text=text, error_x=error, showlegend=False)
+    return marks.update(legendgroup=group.name, xaxis=f"x{axis}", yaxis=f"y{axis}")

@@ -1,16 +1,21 @@
-"""Figures of heads: their circuits from the weights, and what they and neurons write into the output."""
+"""Figures of heads: their circuits from the weights, what they and neurons write; and the logit lens on patches."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from registerlens.circuits.direct import KEYS, DirectContributions
 from registerlens.circuits.heads import HeadCircuits
 from registerlens.circuits.key_share import KeyShare
-from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink
+from registerlens.circuits.lens import PatchLens
+from registerlens.errors import ShapeError
+from registerlens.viz.parts import bars, beside, finished, legend, sentence
+from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, ink
 
 _PANELS = {
     "copying": "Copying score of OV",
@@ -23,6 +28,8 @@ _PANELS = {
 _NEUTRAL = {"key_gain": 1.0, "ov_gain": 1.0}
 _KEY_COLOURS = dict(zip(KEYS, (BLUE, BROWN, GREEN, RED, GREY, PURPLE, SKY), strict=True))
 _NEURONS = 15
+_COLUMNS = 7
+"""Maps of the lens beside each other."""
 
 
 def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
@@ -39,13 +46,8 @@ def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
     columns = min(3, len(names))
     rows = len(names) // columns
     gap = 0.13
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        subplot_titles=[_PANELS[name] for name in names],
-        horizontal_spacing=gap,
-        vertical_spacing=0.2,
-    )
+    titles = [_PANELS[name] for name in names]
+    figure = make_subplots(rows, columns, subplot_titles=titles, horizontal_spacing=gap, vertical_spacing=0.2)
     width = (1 - gap * (columns - 1)) / columns
     height = (1 - 0.2 * (rows - 1)) / rows
     for i, name in enumerate(names):
@@ -55,27 +57,18 @@ def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
         reach = float(np.nanmax(np.abs(values - centre), initial=1e-9)) if np.isfinite(values).any() else 1.0
         reach = 1.0 if name in ("copying", "matching", "ov_cosine") else reach
         bar = {"x": column * (width + gap) + width, "len": height, "y": 1 - row * (height + 0.2) - height / 2}
-        figure.add_trace(
-            go.Heatmap(
-                z=values,
-                zmin=centre - reach,
-                zmax=centre + reach,
-                colorscale="RdBu_r",
-                colorbar=bar | {"thickness": 10, "xpad": 4},
-                hovertemplate="head %{y}.%{x}: %{z:.3g}<extra></extra>",
-            ),
-            row=row + 1,
-            col=column + 1,
-        )
+        cells = go.Heatmap(z=values, zmin=centre - reach, zmax=centre + reach, colorscale="RdBu_r")
+        cells.update(colorbar=bar | {"thickness": 10, "xpad": 4})
+        cells.update(hovertemplate="head %{y}.%{x}: %{z:.3g}<extra></extra>")
+        figure.add_trace(cells, row + 1, column + 1)
         if i >= 2:
             layer, head = np.nonzero(found.beyond_null(name))
             ring = {"symbol": "circle-open", "size": 9, "color": "#1b1f24", "line": {"width": 1.5}}
             rings = go.Scatter(x=head, y=layer, mode="markers", marker=ring, hoverinfo="skip", showlegend=False)
             figure.add_trace(rings, row=row + 1, col=column + 1)
     title = f"Heads of {found.model}" + (f": {found.direction}" if found.direction else "")
-    figure.update_layout(title={"text": title, "font": {"size": 14}}, height=150 + rows * 270)
     figure.update_annotations(font_size=13)
-    figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+    figure = finished(figure, mode, height=150 + rows * 270, title=sentence(title), margin={"t": 90})
     return _layer_by_head(figure, found.copying.shape)
 
 
@@ -89,57 +82,26 @@ def direct_figure(found: DirectContributions, mode: Mode = "light") -> go.Figure
         >>> [bars.name for bars in direct_figure(found).data]
         ['heads: other patches', 'neurons', 'biases', 'largest neurons']
     """
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        column_widths=[0.62, 0.38],
-        horizontal_spacing=0.14,
-        subplot_titles=(f"{found.direction}: {found.value:.3g} in the mean", f"The {_NEURONS} largest neurons"),
-    )
+    titles = (f"{found.direction}: {found.value:.3g} in the mean", f"The {_NEURONS} largest neurons")
+    figure = beside(*titles, gap=0.14, column_widths=[0.62, 0.38])
     layers = np.arange(found.heads.shape[0])
-
-    def bars(name: str, values: Float[np.ndarray, " layer"], colour: str) -> None:
-        figure.add_trace(
-            go.Bar(
-                x=layers,
-                y=values,
-                name=name,
-                marker={"color": colour, "line": {"width": 0}},
-                hovertemplate="block %{x}: %{y:.3g}<extra>" + name + "</extra>",
-            ),
-            row=1,
-            col=1,
-        )
-
-    if np.isnan(found.by_key).any():
-        bars("heads", found.heads.sum(1), BLUE)
-    else:
-        for kind, values in zip(KEYS, found.by_key.sum(2), strict=True):
-            if values.any():
-                bars(f"heads: {kind}", values, _KEY_COLOURS[kind])
-    bars("neurons", found.neurons.sum(1), ORANGE)
-    bars("biases", found.attn_bias + found.mlp_bias, SKY)
+    shown = [("heads", found.heads.sum(1), BLUE)]
+    if not np.isnan(found.by_key).any():
+        by_kind = zip(KEYS, found.by_key.sum(2), strict=True)
+        shown = [(f"heads: {kind}", values, _KEY_COLOURS[kind]) for kind, values in by_kind if values.any()]
+    shown.append(("neurons", found.neurons.sum(1), ORANGE))
+    shown.append(("biases", found.attn_bias + found.mlp_bias, SKY))
+    for name, values, colour in shown:
+        figure.add_trace(bars(layers, values, name, colour, "block %{x}: %{y:.3g}<extra>" + name + "</extra>"), 1, 1)
     table = found.top(found.heads.size + found.neurons.size)
     table = table[table["component"] == "neuron"].head(_NEURONS)
-    figure.add_trace(
-        go.Bar(
-            x=table["contribution"],
-            y=[f"{layer}: {n}" for layer, n in zip(table["layer"], table["index"], strict=True)],
-            error_x={"type": "data", "array": table["standard_error"], "thickness": 1, "width": 2, "color": ink(mode)},
-            orientation="h",
-            name="largest neurons",
-            showlegend=False,
-            marker={"color": ORANGE},
-            hovertemplate="neuron %{y}: %{x:.3g}<extra></extra>",
-        ),
-        row=1,
-        col=2,
-    )
-    figure.update_layout(
-        barmode="relative", height=460, legend={"orientation": "h", "x": 0, "y": -0.18, "yanchor": "top"}
-    )
+    largest = go.Bar(x=table["contribution"], orientation="h", name="largest neurons", showlegend=False)
+    largest.update(y=[f"{layer}: {n}" for layer, n in zip(table["layer"], table["index"], strict=True)])
+    error = {"type": "data", "array": table["standard_error"], "thickness": 1, "width": 2, "color": ink(mode)}
+    largest.update(error_x=error, marker={"color": ORANGE}, hovertemplate="neuron %{y}: %{x:.3g}<extra></extra>")
+    figure.add_trace(largest, 1, 2)
     figure.update_annotations(font_size=13)
-    figure = apply_theme(figure, mode).update_layout(hovermode="closest")
+    figure = finished(figure, mode, height=460, legend=legend(-0.18, yanchor="top"), barmode="relative")
     figure.update_xaxes(title_text="block", dtick=max(1, len(layers) // 12), row=1, col=1)
     figure.update_yaxes(title_text="direct contribution", zeroline=True, zerolinecolor=GREY, row=1, col=1)
     figure.update_xaxes(title_text="direct contribution", row=1, col=2)
@@ -160,29 +122,57 @@ def key_share_figure(found: KeyShare, mode: Mode = "light") -> go.Figure:
         >>> len(key_share_figure(key_share(vit, images, rl.RegisterNeurons.from_pairs([(1, 183)]))).data)
         2
     """
-    titles = ("Advantage of outliers in the score", "Part along the direction")
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.1, subplot_titles=titles)
+    figure = beside("Advantage of outliers in the score", "Part along the direction")
     reach = float(np.nanmax(np.abs([found.advantage, found.along])))
     for i, values in enumerate((found.advantage, found.along)):
-        figure.add_trace(
-            go.Heatmap(
-                z=values,
-                customdata=found.share,
-                zmin=-reach,
-                zmax=reach,
-                colorscale="RdBu_r",
-                showscale=bool(i),
-                colorbar={"thickness": 12},
-                hovertemplate="head %{y}.%{x}: %{z:.3g} (share along it %{customdata:.0%})<extra></extra>",
-            ),
-            row=1,
-            col=i + 1,
-        )
-    title = f"Keys of outliers in {found.model}: {found.direction}, {found.n_used} images"
-    figure.update_layout(title={"text": title, "font": {"size": 14}}, height=400)
+        cells = go.Heatmap(z=values, zmin=-reach, zmax=reach, colorscale="RdBu_r", customdata=found.share)
+        cells.update(hovertemplate="head %{y}.%{x}: %{z:.3g} (share along it %{customdata:.0%})<extra></extra>")
+        figure.add_trace(cells.update(showscale=bool(i), colorbar={"thickness": 12}), 1, i + 1)
     figure.update_annotations(font_size=13)
-    figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+    title = f"Keys of outliers in {found.model}: {found.direction}, {found.n_used} images"
+    figure = finished(figure, mode, height=400, title=sentence(title), margin={"t": 90})
     return _layer_by_head(figure, found.along.shape)
+
+
+def lens_figure(found: PatchLens, image: int = 0, direction: int | None = None, mode: Mode = "light") -> go.Figure:
+    """Maps of one direction on one image, a map a sublayer, all on one colour scale.
+
+    Raises:
+        ShapeError: there is no such image, or the direction was not kept.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> from registerlens.circuits.lens import patch_lens
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> found = patch_lens(vit, torch.rand(2, 3, 48, 48), classes=[3], sublayers=["0.mlp", "5.mlp"])
+        >>> len(lens_figure(found, image=1).data)
+        2
+    """
+    if not 0 <= image < found.values.shape[1]:
+        raise ShapeError(f"Image {image} does not exist: there are 0 to {found.values.shape[1] - 1}.")
+    direction = found.chosen[0] if direction is None else direction
+    if direction not in found.chosen:
+        raise ShapeError(f"Direction {direction} was not kept. Name it in classes=; there are {list(found.chosen)}.")
+    maps = found.values[:, image, found.chosen.index(direction)].astype(np.float32)
+    rows = math.ceil(len(maps) / _COLUMNS)
+    columns = min(len(maps), _COLUMNS)
+    spacing: Any = {"horizontal_spacing": 0.015, "vertical_spacing": 0.25 / (rows + 1)}
+    figure = make_subplots(rows, columns, subplot_titles=found.sublayers, **spacing)
+    for i, values in enumerate(maps):
+        cells = go.Heatmap(z=values, customdata=found.top[i, image], coloraxis="coloraxis")
+        hover = f"{found.sublayers[i]}, row %{{y}}, column %{{x}}: %{{z:.3g}}<br>on top: %{{customdata}}<extra></extra>"
+        figure.add_trace(cells.update(hovertemplate=hover), i // _COLUMNS + 1, i % _COLUMNS + 1)
+    figure.update_annotations(font_size=12)
+    height = 140 + rows * (min(900 / columns, 260) * maps.shape[1] / maps.shape[2] + 40)
+    title = sentence(f"Direction {direction} on image {image}, read after each sublayer ({found.unit})")
+    colours = {"colorscale": "Viridis", "colorbar": {"thickness": 14}}
+    finished(figure, mode, height=height, title=title, margin={"t": 80}, coloraxis=colours)
+    figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, constrain="domain")
+    figure.update_yaxes(showticklabels=False, ticks="", showgrid=False, autorange="reversed", constrain="domain")
+    for i in range(len(maps)):
+        axis = "" if i == 0 else str(i + 1)
+        figure.update_layout({f"yaxis{axis}": {"scaleanchor": f"x{axis}"}})
+    return figure
 
 
 def _layer_by_head(figure: go.Figure, shape: tuple[int, ...]) -> go.Figure:

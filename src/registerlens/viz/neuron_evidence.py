@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
@@ -13,7 +15,8 @@ from registerlens.analysis.output_weights import OutputWeights
 from registerlens.analysis.top_outliers import PLACES
 from registerlens.evaluation.causal_order import CONDITIONS, CausalOrder
 from registerlens.stats.histograms import ASINH_LIMIT, N_BINS, signed_edges
-from registerlens.viz.theme import BLUE, GREY, RED, Mode, apply_theme, on_cells, paper
+from registerlens.viz.parts import bars, dots, finished, interval, legend, sentence
+from registerlens.viz.theme import BLUE, GREY, RED, Mode, on_cells, paper
 
 _ROW = 250
 """Height of a row of panels in pixels."""
@@ -25,6 +28,8 @@ _NARROW = 6.0
 """Width of an arsinh axis up to which it has ticks between the decades."""
 _POOLED = 4
 """Bins of the results drawn as one bar."""
+_OVER: Any = {"barmode": "overlay", "bargap": 0}
+"""Bars of two groups before each other."""
 
 
 def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -> go.Figure:
@@ -55,37 +60,23 @@ def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -
         mine = [j for j, (at, _) in enumerate(found.neurons.pairs) if at == layer]
         names = [str(found.neurons.pairs[j][1]) for j in mine]
         for place, colour in enumerate((RED, BLUE)):
-            shared = {"name": PLACES[place], "legendgroup": PLACES[place]}
-            bars = _bars(found.histogram[place, i], colour) | shared
-            figure.add_trace(go.Bar(**bars, showlegend=i == 0, opacity=0.6), row=i + 1, col=1)
+            name = PLACES[place]
+            shown = _bars(found.histogram[place, i], name, colour, showlegend=i == 0)
+            figure.add_trace(shown.update(legendgroup=name), i + 1, 1)
             middle = mean[place, mine]
             low, high = middle - std[place, mine], middle + std[place, mine]
-            dots = {
-                "x": names,
-                "y": np.arcsinh(middle),
-                "mode": "markers",
-                "marker": {"color": colour, "size": 7},
-                "error_y": {
-                    "type": "data",
-                    "array": np.arcsinh(high) - np.arcsinh(middle),
-                    "arrayminus": np.arcsinh(middle) - np.arcsinh(low),
-                    "thickness": 1,
-                },
-                "customdata": np.stack([middle, std[place, mine]], 1),
-                "hovertemplate": "%{x}: %{customdata[0]:.3g} ± %{customdata[1]:.2g}<extra></extra>",
-                **shared,
-            }
-            figure.add_trace(go.Scatter(**dots, showlegend=False), row=i + 1, col=2)
+            error = interval(*np.arcsinh([middle, low, high]), thickness=1)
+            hover = "%{x}: %{customdata[0]:.3g} ± %{customdata[1]:.2g}"
+            points = dots(names, np.arcsinh(middle), name, colour, 7, hover, error_y=error, showlegend=False)
+            points.update(legendgroup=name, customdata=np.stack([middle, std[place, mine]], 1))
+            figure.add_trace(points, i + 1, 2)
         _signed_axis(figure, "x", found.histogram[:, i], row=i + 1, col=1)
         _signed_axis(figure, "y", found.neuron_histogram[:, mine].reshape(-1, N_BINS), row=i + 1, col=2)
         figure.update_yaxes(title_text="neurons x images (log)", type="log", dtick=1, row=i + 1, col=1)
         figure.update_yaxes(title_text="activation", row=i + 1, col=2)
         figure.update_xaxes(title_text="activation", row=i + 1, col=1)
         figure.update_xaxes(title_text="neuron", type="category", row=i + 1, col=2)
-    figure.update_layout(
-        height=160 + _ROW * n, barmode="overlay", bargap=0, legend={"orientation": "h", "x": 0, "y": 1 + 0.22 / n}
-    )
-    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 100})
+    return finished(figure, mode, height=160 + _ROW * n, legend=legend(1 + 0.22 / n), margin={"t": 100}, **_OVER)
 
 
 def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
@@ -106,13 +97,9 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
     shown = min(len(found.neurons), 12)
     columns = min(shown, 4)
     rows = -(-shown // columns)
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        horizontal_spacing=0.06,
-        vertical_spacing=_gap(rows),
-        subplot_titles=[f"block {layer}, neuron {n}" for layer, n in found.neurons.pairs[:shown]],
-    )
+    titles = [f"block {layer}, neuron {n}" for layer, n in found.neurons.pairs[:shown]]
+    spacing: Any = {"horizontal_spacing": 0.06, "vertical_spacing": _gap(rows)}
+    figure = make_subplots(rows, columns, subplot_titles=titles, **spacing)
     relative = found.relative
     edges = signed_edges()
     for j, (layer, _) in enumerate(found.neurons.pairs[:shown]):
@@ -120,41 +107,22 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
         own = np.histogram(relative[j], edges)[0]
         others = found.others_histogram[found.layers.index(layer)]
         scaled = others * (own.sum() / max(others.sum(), 1))
-        for values, name, colour in (
-            (scaled, "other neurons of the layer", GREY),
-            (own, "register neuron", RED),
-        ):
-            bars = _bars(values, colour) | {"name": name, "legendgroup": name}
-            figure.add_trace(go.Bar(**bars, opacity=0.6, showlegend=j == 0), row=row, col=col)
+        for values, name, colour in ((scaled, "other neurons of the layer", GREY), (own, "register neuron", RED)):
+            drawn = _bars(values, name, colour, showlegend=j == 0)
+            figure.add_trace(drawn.update(legendgroup=name), row, col)
         for rank, dimension in enumerate(np.argsort(-np.abs(relative[j]), kind="stable")[:2]):
-            figure.add_annotation(
-                x=np.arcsinh(relative[j, dimension]),
-                y=0,
-                text=f"dim {dimension}",
-                ax=0,
-                ay=-28 - 22 * rank,
-                arrowcolor=GREY,
-                bgcolor=paper(mode),
-                opacity=0.85,
-                row=row,
-                col=col,
-            )
+            arrow = {"ax": 0, "ay": -28 - 22 * rank, "arrowcolor": GREY, "bgcolor": paper(mode), "opacity": 0.85}
+            place = {"x": np.arcsinh(relative[j, dimension]), "y": 0, "row": row, "col": col}
+            figure.add_annotation(text=f"dim {dimension}", **arrow, **place)
         _signed_axis(figure, "x", np.stack([own, others > 0]), row=row, col=col)
-        figure.update_yaxes(
-            type="log", dtick=1, range=[-0.5, np.log10(max(own.max(), scaled.max())) + 0.5], row=row, col=col
-        )
+        top = np.log10(max(own.max(), scaled.max())) + 0.5
+        figure.update_yaxes(type="log", dtick=1, range=[-0.5, top], row=row, col=col)
     figure.update_xaxes(title_text="relative weight", row=rows)
     figure.update_yaxes(title_text="dimensions (log)", col=1)
     left_out = f", the first {shown} of {len(found.neurons)} neurons" if shown < len(found.neurons) else ""
-    title = {"text": f"What register neurons write{left_out}", "font": {"size": 14}}
-    figure.update_layout(
-        title=title,
-        height=150 + _ROW * rows,
-        barmode="overlay",
-        bargap=0,
-        legend={"orientation": "h", "x": 0.4, "y": 1.0, "yref": "container", "yanchor": "top"},
-    )
-    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+    title = sentence(f"What register neurons write{left_out}")
+    above = legend(1.0, yref="container", yanchor="top") | {"x": 0.4}
+    return finished(figure, mode, height=150 + _ROW * rows, title=title, legend=above, margin={"t": 90}, **_OVER)
 
 
 def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
@@ -182,32 +150,19 @@ def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
     groups = (("register neurons", RED), (f"random sets ({found.norm.shape[1] - 1} draws)", BLUE))
     for i in range(n):
         for group, (name, colour) in enumerate(groups):
-            shared = {"name": name.partition(" (")[0], "legendgroup": name, "opacity": 0.6}
             norms, cosines = _share(found.norm_histogram[i, group]), _share(found.cosine_histogram[i, group])
-            bars = _bars(norms, colour) | shared
-            figure.add_trace(go.Bar(**bars, showlegend=i == 0), row=i + 1, col=1)
-            figure.add_trace(
-                go.Bar(
-                    x=middles,
-                    y=np.where(cosines > 0, cosines, np.nan),
-                    width=2 / COSINE_BINS,
-                    marker={"color": colour, "line": {"width": 0}},
-                    hovertemplate="cosine %{x:.2f}: %{y:.1%}<extra></extra>",
-                    showlegend=False,
-                    **shared,
-                ),
-                row=i + 1,
-                col=2,
-            )
+            short = name.partition(" (")[0]
+            shown = _bars(norms, short, colour, showlegend=i == 0)
+            figure.add_trace(shown.update(legendgroup=name), i + 1, 1)
+            some, hover = np.where(cosines > 0, cosines, np.nan), "cosine %{x:.2f}: %{y:.1%}<extra></extra>"
+            shown = bars(middles, some, short, colour, hover, width=2 / COSINE_BINS, opacity=0.6, showlegend=False)
+            figure.add_trace(shown.update(legendgroup=name), i + 1, 2)
         _signed_axis(figure, "x", found.norm_histogram[i], row=i + 1, col=1)
         figure.update_xaxes(title_text="norm", row=i + 1, col=1)
         figure.update_xaxes(title_text="cosine", range=[-1.05, 1.05], row=i + 1, col=2)
     figure.update_yaxes(title_text="share of images", tickformat=".0%", col=1)
     figure.update_yaxes(title_text="share of pairs", tickformat=".0%", range=[0, 1.05], col=2)
-    figure.update_layout(
-        height=160 + _ROW * n, barmode="overlay", bargap=0, legend={"orientation": "h", "x": 0, "y": 1 + 0.22 / n}
-    )
-    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 100})
+    return finished(figure, mode, height=160 + _ROW * n, legend=legend(1 + 0.22 / n), margin={"t": 100}, **_OVER)
 
 
 def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
@@ -236,48 +191,33 @@ def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
     change = found.change[:, : len(rows), order]
     for c in range(n):
         text = np.array([["" if np.isnan(v) else f"{v:+.0%}" for v in line] for line in change[c]])
-        figure.add_trace(
-            go.Heatmap(
-                z=change[c],
-                x=names,
-                y=rows,
-                zmin=-1,
-                zmax=1,
-                colorscale="RdBu",
-                showscale=c == 0,
-                colorbar={"tickformat": "+.0%", "title": "change"},
-                **(on_cells(text, change[c], -1.0, 1.0, "RdBu", mode, width=740) if len(names) <= 30 else {}),
-                customdata=text,
-                hovertemplate="edited %{y}, neuron %{x}: %{customdata}<extra></extra>",
-            ),
-            row=c + 1,
-            col=1,
-        )
+        cells = go.Heatmap(z=change[c], x=names, y=rows, zmin=-1, zmax=1, colorscale="RdBu", showscale=c == 0)
+        cells.update(colorbar={"tickformat": "+.0%", "title": "change"}, customdata=text)
+        cells.update(hovertemplate="edited %{y}, neuron %{x}: %{customdata}<extra></extra>")
+        if len(names) <= 30:
+            cells.update(on_cells(text, change[c], -1.0, 1.0, "RdBu", mode, width=740))
+        figure.add_trace(cells, c + 1, 1)
         figure.update_xaxes(type="category", row=c + 1, col=1)
         figure.update_yaxes(title_text="edited", autorange="reversed", row=c + 1, col=1)
     figure.update_xaxes(title_text="later register neuron (block: neuron)", row=n, col=1)
-    figure.update_layout(height=170 + n * (70 + 35 * len(rows)))
-    figure = apply_theme(figure, mode).update_layout(hovermode="closest")
-    return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+    return finished(figure, mode, height=170 + n * (70 + 35 * len(rows)), grid=False)
 
 
 def _gap(rows: int) -> float:
     return _GAP / (_ROW * rows)
 
 
-def _bars(counts: Float[np.ndarray, " bin"] | Int[np.ndarray, " bin"], colour: str) -> dict:
+def _bars(
+    counts: Float[np.ndarray, " bin"] | Int[np.ndarray, " bin"], name: str, colour: str, *, showlegend: bool
+) -> go.Bar:
     """Bars over the arsinh bins, several bins to a bar; empty ones left out, as a log axis has no zero."""
     pooled = counts.reshape(-1, _POOLED).sum(1)
+    width = 2 * ASINH_LIMIT / len(pooled)
     middles = np.linspace(-ASINH_LIMIT, ASINH_LIMIT, len(pooled) + 1)[:-1] + ASINH_LIMIT / len(pooled)
     some = pooled > 0
-    return {
-        "x": middles[some],
-        "y": pooled[some],
-        "width": 2 * ASINH_LIMIT / len(pooled),
-        "customdata": np.sinh(middles[some]),
-        "marker": {"color": colour, "line": {"width": 0}},
-        "hovertemplate": "%{customdata:.3g}: %{y:.4g}<extra></extra>",
-    }
+    hover = "%{customdata:.3g}: %{y:.4g}<extra></extra>"
+    shown = bars(middles[some], pooled[some], name, colour, hover, width=width, opacity=0.6, showlegend=showlegend)
+    return shown.update(customdata=np.sinh(middles[some]))
 
 
 def _share(counts: Int[np.ndarray, " bin"]) -> Float[np.ndarray, " bin"]:

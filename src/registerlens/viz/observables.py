@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 
 from registerlens.analysis.local_information import GROUPS, LocalInformation
 from registerlens.analysis.massive import MassiveActivations
 from registerlens.analysis.overlap import Overlap
 from registerlens.analysis.singular_defects import SingularDefects
-from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode, apply_theme, on_cells
+from registerlens.viz.parts import bars, beside, curve, finished, legend, mark, note, sentence, ticks_of_blocks
+from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode, on_cells
 
 _NAMED = 5
 """Neurons named in the figure of singular defects."""
-
-_MARK = {"color": GREY, "dash": "dot", "width": 1}
 
 
 def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure:
@@ -32,64 +30,24 @@ def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure
         ['largest magnitude', 'median magnitude']
     """
     at = int(found.ratio.argmax())
-    figure = make_subplots(
-        rows=1,
-        cols=3,
-        horizontal_spacing=0.08,
-        subplot_titles=(
-            "Magnitudes in the stream",
-            "Free of the stream's scale",
-            f"Channels at {found.places[at]}, by rank",
-        ),
-    )
-
-    def curve(column: int, y: np.ndarray, name: str, colour: str, dash: str = "solid") -> None:
-        figure.add_trace(
-            go.Scatter(
-                x=found.places,
-                y=y,
-                name=name,
-                mode="lines+markers",
-                line={"color": colour, "dash": dash},
-                hovertemplate="%{y:.3g}",
-            ),
-            row=1,
-            col=column,
-        )
-
-    curve(1, found.largest, "largest magnitude", RED)
-    curve(1, found.median, "median magnitude", GREY, "dot")
-    curve(2, found.ratio, "largest / median", ORANGE)
-    curve(2, found.kurtosis, "kurtosis, most peaked token", BLUE)
-    curve(2, found.typical_kurtosis, "kurtosis, average token", SKY, "dot")
+    channels = f"Channels at {found.places[at]}, by rank"
+    figure = beside("Magnitudes in the stream", "Free of the stream's scale", channels, gap=0.08)
+    for column, y, name, colour, dash in (
+        (1, found.largest, "largest magnitude", RED, "solid"),
+        (1, found.median, "median magnitude", GREY, "dot"),
+        (2, found.ratio, "largest / median", ORANGE, "solid"),
+        (2, found.kurtosis, "kurtosis, most peaked token", BLUE, "solid"),
+        (2, found.typical_kurtosis, "kurtosis, average token", SKY, "dot"),
+    ):
+        figure.add_trace(curve(found.places, y, name, colour, dash=dash), 1, column)
     order = np.argsort(-found.channel_largest[at], kind="stable")
+    ranks, sizes = np.arange(1, len(order) + 1), found.channel_largest[at][order]
     top = set(found.top_channels[at].tolist())
-    figure.add_trace(
-        go.Bar(
-            x=np.arange(1, len(order) + 1),
-            y=found.channel_largest[at][order],
-            marker={"color": [RED if channel in top else BLUE for channel in order.tolist()], "line": {"width": 0}},
-            text=[f"channel {channel}" for channel in order],
-            textposition="none",
-            showlegend=False,
-            hovertemplate="%{text}: %{y:.3g}<extra></extra>",
-        ),
-        row=1,
-        col=3,
-    )
-    figure.add_annotation(
-        x=1,
-        y=1,
-        xref="x3 domain",
-        yref="y3 domain",
-        xanchor="right",
-        yanchor="top",
-        align="right",
-        showarrow=False,
-        text="<br>".join(
-            f"channel {channel}: {found.channel_largest[at, channel]:.3g}" for channel in found.top_channels[at]
-        ),
-    )
+    colours = [RED if channel in top else BLUE for channel in order.tolist()]
+    shown = bars(ranks, sizes, None, colours, "%{text}: %{y:.3g}<extra></extra>", showlegend=False)
+    figure.add_trace(shown.update(text=[f"channel {channel}" for channel in order], textposition="none"), 1, 3)
+    listed = [f"channel {channel}: {found.channel_largest[at, channel]:.3g}" for channel in found.top_channels[at]]
+    note(figure, "<br>".join(listed), 1, 1, "right", align="right", xref="x3 domain", yref="y3 domain")
     step = -(-len(found.places) // 8)  # eight ticks at most, or they touch
     ticks = found.places[::step]
     short = [place.removesuffix(".mlp") for place in ticks]
@@ -100,12 +58,7 @@ def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure
     figure.update_yaxes(title_text="magnitude (log)", row=1, col=1)
     figure.update_yaxes(title_text="no unit (log)", row=1, col=2)
     figure.update_yaxes(title_text="largest magnitude (log)", type="log", dtick=1, row=1, col=3)
-    figure.update_layout(
-        height=430,
-        bargap=0,
-        legend={"orientation": "h", "x": 0, "y": -0.22},
-    )
-    return apply_theme(figure, mode)
+    return finished(figure, mode, height=430, legend=legend(-0.22), bargap=0, closest=False)
 
 
 def overlap_figure(overlap: Overlap, mode: Mode = "light") -> go.Figure:
@@ -124,40 +77,22 @@ def overlap_figure(overlap: Overlap, mode: Mode = "light") -> go.Figure:
         ("Both over either<br>(Jaccard index)", overlap.jaccard),
         (f"First k by both rankings, share<br>(unrelated: {overlap.chance:.2f})", overlap.matched_share),
     )
-    figure = make_subplots(
-        rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=[title for title, _ in panels]
-    )
+    figure = beside(*(title for title, _ in panels), gap=0.04, shared_yaxes=True)
     names = [name.replace(" ", "<br>", 1) for name in overlap.observables]
     counts = np.diag(overlap.counts)
     for column, (_, values) in enumerate(panels, start=1):
         figure.add_trace(_heat_map(values, names, column == len(panels), mode), row=1, col=column)
         figure.update_yaxes(autorange="reversed", row=1, col=column)
-    figure.update_layout(
-        height=430,
-        title={
-            "text": f"{overlap.model}: {overlap.n_patches} patches; "
-            + ", ".join(f"{name} {n}" for name, n in zip(overlap.observables, counts, strict=True)),
-            "font": {"size": 14},
-        },
-    )
-    figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 110, "l": 90})
-    return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+    sizes = ", ".join(f"{name} {n}" for name, n in zip(overlap.observables, counts, strict=True))
+    title = sentence(f"{overlap.model}: {overlap.n_patches} patches; {sizes}")
+    return finished(figure, mode, height=430, title=title, margin={"t": 110, "l": 90}, grid=False)
 
 
 def _heat_map(values: Float[np.ndarray, "row column"], names: list[str], scale: bool, mode: Mode) -> go.Heatmap:
     text = np.array([["none" if np.isnan(value) else f"{value:.2f}" for value in row] for row in values])
-    return go.Heatmap(
-        z=values,
-        x=names,
-        y=names,
-        zmin=0,
-        zmax=1,
-        colorscale="Viridis",
-        showscale=scale,
-        **on_cells(text, values, 0.0, 1.0, "Viridis", mode, width=220),
-        customdata=text,
-        hovertemplate="%{y}, %{x}: %{customdata}<extra></extra>",
-    )
+    cells = go.Heatmap(z=values, x=names, y=names, zmin=0, zmax=1, colorscale="Viridis", showscale=scale)
+    cells.update(customdata=text, hovertemplate="%{y}, %{x}: %{customdata}<extra></extra>")
+    return cells.update(on_cells(text, values, 0.0, 1.0, "Viridis", mode, width=220))
 
 
 def defects_figure(defects: SingularDefects, mode: Mode = "light") -> go.Figure:
@@ -178,34 +113,24 @@ def defects_figure(defects: SingularDefects, mode: Mode = "light") -> go.Figure:
     if measured:
         left = "Angle of patches to the singular direction<br>(dashed: one random direction in 20 is below)"
     right = "|cos| of what each neuron writes to the direction<br>(dashed: one random direction in 20 is above)"
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        horizontal_spacing=0.1,
-        subplot_titles=(left, right),
-    )
+    figure = beside(left, right)
     curves = (
-        (("outliers", defects.outlier_angle, RED, "solid"), ("other patches", defects.normal_angle, BLUE, "solid"))
+        (("outliers", defects.outlier_angle, RED), ("other patches", defects.normal_angle, BLUE))
         if measured
-        else (("first / second singular value", defects.dominance, BLUE, "solid"),)
+        else (("first / second singular value", defects.dominance, BLUE),)
     )
-    for name, y, colour, dash in curves:
-        line = {"color": colour, "dash": dash}
-        shown = {"name": name, "mode": "lines+markers", "line": line, "hovertemplate": "%{y:.3g}"}
-        figure.add_trace(go.Scatter(x=layers, y=y, showlegend=measured, **shown), row=1, col=1)
+    for name, y, colour in curves:
+        figure.add_trace(curve(layers, y, name, colour, dash="solid", showlegend=measured), 1, 1)
     if measured:
-        line = {"color": GREY, "dash": "dash", "width": 1}
-        figure.add_hline(y=defects.random_angle, line=line, row=1, col=1)  # type: ignore[arg-type]
+        mark(figure, 1, y=defects.random_angle)
     _alignments(figure, defects)
-    step = max(1, len(layers) // 12)
-    figure.update_xaxes(title_text="block", tick0=0, dtick=step)
+    figure.update_xaxes(title_text="block", **ticks_of_blocks(len(layers)))
     if measured:
         figure.update_yaxes(title_text="degrees", range=[0, 92], row=1, col=1)
     else:
         figure.update_yaxes(title_text="ratio (1: arbitrary)", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="|cos| (0 to 1)", range=[0, 1.05], row=1, col=2)
-    figure.update_layout(height=450, legend={"orientation": "h", "x": 0, "y": -0.2})
-    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 80})
+    return finished(figure, mode, height=450, legend=legend(-0.2), margin={"t": 80})
 
 
 def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
@@ -218,36 +143,27 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
         (f"best {len(best)} neurons", best["layer"].to_numpy(), best["neuron"].to_numpy(), RED, 8),
     ]
     for name, layer, neuron, colour, size in shown:
-        figure.add_trace(
-            go.Scattergl(
-                x=(layer + strip[neuron]).astype(np.float32),
-                y=defects.alignment[layer, neuron],
-                customdata=np.stack([layer, neuron], 1).astype(np.int32),  # half the page
-                name=name,
-                mode="markers",
-                marker={"color": colour, "size": size, "opacity": 0.5 if size < 5 else 1.0},
-                hovertemplate="block %{customdata[0]}, neuron %{customdata[1]}: %{y:.3f}<extra></extra>",
-            ),
-            row=1,
-            col=2,
-        )
+        place = np.stack([layer, neuron], 1).astype(np.int32)  # half the page
+        points = go.Scattergl(x=(layer + strip[neuron]).astype(np.float32), y=defects.alignment[layer, neuron])
+        points.update(name=name, customdata=place, mode="markers")
+        points.update(marker={"color": colour, "size": size, "opacity": 0.5 if size < 5 else 1.0})
+        points.update(hovertemplate="block %{customdata[0]}, neuron %{customdata[1]}: %{y:.3f}<extra></extra>")
+        figure.add_trace(points, 1, 2)
     limit = float(np.cos(np.radians(defects.random_angle)))
     figure.add_hline(y=limit, line={"color": GREEN, "dash": "dash", "width": 1}, row=1, col=2)  # type: ignore[arg-type]
 
 
 def local_information_figure(found: LocalInformation, mode: Mode = "light") -> go.Figure:
     """What can be read of its own patch from a token, and how alike tokens are, place by place; the onset is marked."""
-    titles = ("Pixels of its own patch, read linearly", "Likeness of two tokens")
-    figure = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.12)
+    figure = beside("Pixels of its own patch, read linearly", "Likeness of two tokens", gap=0.12)
     onset = found.sublayers.index(found.detection.onset or found.detection.sublayer)
     for column, values in enumerate((found.readable, found.likeness), start=1):
         for group, row, colour, dash in zip(GROUPS, values, (RED, BLUE), ("solid", "dash"), strict=True):
-            line = go.Scatter(x=found.sublayers, y=row, name=group, line={"color": colour, "dash": dash})
-            line.update(legendgroup=group, showlegend=column == 1, hovertemplate=f"{group}: %{{y:.3f}}<extra></extra>")
-            figure.add_trace(line, row=1, col=column)
-        figure.add_vline(x=onset, line=_MARK, row=1, col=column)  # type: ignore[arg-type]
+            hover = f"{group}: %{{y:.3f}}<extra></extra>"
+            line = curve(found.sublayers, row, group, colour, hover, dash=dash, mode=None)
+            figure.add_trace(line.update(legendgroup=group, showlegend=column == 1), 1, column)
+        mark(figure, column, x=onset, dash="dot")
     figure.update_yaxes(title_text="R squared", row=1, col=1)
     figure.update_yaxes(title_text="mean cosine", row=1, col=2)
     figure.update_xaxes(title_text="after", tickangle=-60)
-    figure.update_layout(height=380, legend={"orientation": "h", "x": 0, "y": 1.25})
-    return apply_theme(figure, mode)
+    return finished(figure, mode, height=380, legend=legend(1.25), closest=False)

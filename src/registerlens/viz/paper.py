@@ -20,10 +20,9 @@ from registerlens.evaluation.comparison import InterventionMaps, Measure
 from registerlens.evaluation.effects import Evaluation
 from registerlens.evaluation.shifts import OutlierShift
 from registerlens.viz.comparison import conditions_figure, layers_figure, neurons_figure
-from registerlens.viz.curves import trace_figure
-from registerlens.viz.evaluation import norms_figure
+from registerlens.viz.detection import trace_figure
+from registerlens.viz.evaluation import norms_figure, shift_figure
 from registerlens.viz.neuron_evidence import distributions_figure, updates_figure, weights_figure
-from registerlens.viz.shifts import shift_figure
 from registerlens.viz.sizes import sized
 from registerlens.viz.theme import Mode, Size
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from registerlens.analysis.faithfulness import Faithfulness
 from registerlens.analysis.mechanism import SinkEffects
 from registerlens.analysis.sink_counts import MECHANISMS
 from registerlens.analysis.sink_kinds import SinkKinds
 from registerlens.theory.value_update import ValueUpdate
-from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode, apply_theme
+from registerlens.viz.parts import beside, curve, finished, ticks_of_blocks
+from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, SKY, Mode
 
 _TITLES = {"nop": "NOP: switches the head off", "broadcast": "Broadcast: one message to all", "other": "Other sinks"}
 _MEASURES = {
@@ -40,44 +43,18 @@ def sink_map(sinks: SinkKinds, threshold: float, mode: Mode = "light") -> go.Fig
     """
     at = sinks.index(threshold)
     details = np.stack([sinks.output_ratio[at], sinks.value_ratio[at], sinks.stable_rank[at], sinks.received], -1)
-    figure = make_subplots(
-        rows=1,
-        cols=len(MECHANISMS),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        subplot_titles=[_TITLES[name] for name in MECHANISMS],
+    hover = (
+        "block %{y}, head %{x}: %{z:.0%} of images<br>the sink draws %{customdata[3]:.2f} on average<br>"
+        "it writes %{customdata[0]:.2f} x the others (values %{customdata[1]:.2f} x)<br>"
+        "stable rank %{customdata[2]:.2f}<extra></extra>"
     )
-    for column, (name, counts) in enumerate(zip(MECHANISMS, sinks.mechanisms[:, at], strict=True), start=1):
-        figure.add_trace(
-            go.Heatmap(
-                z=counts / sinks.n_images,
-                customdata=details,
-                name=name,
-                coloraxis="coloraxis",
-                hovertemplate=(
-                    "block %{y}, head %{x}: %{z:.0%} of images<br>the sink draws %{customdata[3]:.2f} on average<br>"
-                    "it writes %{customdata[0]:.2f} x the others (values %{customdata[1]:.2f} x)<br>"
-                    "stable rank %{customdata[2]:.2f}<extra></extra>"
-                ),
-            ),
-            row=1,
-            col=column,
-        )
-    layers, heads = sinks.received.shape
-    figure.update_xaxes(title_text="head", tick0=0, dtick=max(1, heads // 6))
-    figure.update_yaxes(tick0=0, dtick=max(1, layers // 12), autorange="reversed")
-    figure.update_yaxes(title_text="block", row=1, col=1)
-    figure.update_layout(
-        height=420,
-        title=f"{sinks.model}: sinks that {sinks.queries:.0%} of queries pay at least {threshold:g}",
-        coloraxis={
-            "cmin": 0,
-            "cmax": 1,
-            "colorscale": "Viridis",
-            "colorbar": {"title": "share of images", "tickformat": ".0%"},
-        },
-    )
-    return apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
+    titles = [_TITLES[name] for name in MECHANISMS]
+    shares = sinks.mechanisms[:, at] / sinks.n_images
+    figure = _maps(MECHANISMS, shares, details, hover, titles, gap=0.04, ticks=6)
+    title = f"{sinks.model}: sinks that {sinks.queries:.0%} of queries pay at least {threshold:g}"
+    bar = {"title": "share of images", "tickformat": ".0%"}
+    colours = {"cmin": 0, "cmax": 1, "colorscale": "Viridis", "colorbar": bar}
+    return finished(figure, mode, height=420, title=title, coloraxis=colours, margin={"t": 90})
 
 
 def effect_map(effects: SinkEffects, measure: str = "output", mode: Mode = "light") -> go.Figure:
@@ -98,36 +75,36 @@ def effect_map(effects: SinkEffects, measure: str = "output", mode: Mode = "ligh
         ['remove', 'zero']
     """
     values = [effects.of(measure, edit) for edit in effects.edits]
-    figure = make_subplots(
-        rows=1,
-        cols=len(values),
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-        subplot_titles=[edit.replace("_", " ") for edit in effects.edits],
-    )
-    for column, (edit, one) in enumerate(zip(effects.edits, values, strict=True), start=1):
-        figure.add_trace(
-            go.Heatmap(
-                z=one,
-                customdata=effects.events,
-                name=edit,
-                coloraxis="coloraxis",
-                hovertemplate="block %{y}, head %{x}: %{z:.3g}<br>%{customdata} images with a sink<extra></extra>",
-            ),
-            row=1,
-            col=column,
-        )
-    layers, heads = effects.events.shape
-    figure.update_xaxes(title_text="head", tick0=0, dtick=max(1, heads // 4))
-    figure.update_yaxes(tick0=0, dtick=max(1, layers // 12), autorange="reversed")
-    figure.update_yaxes(title_text="block", row=1, col=1)
-    figure.update_layout(
-        height=420,
-        title=f"{effects.model}: {_MEASURES[measure]} when a head's sink is edited",
-        coloraxis={"colorscale": "Viridis", "colorbar": {"title": "cosine" if "cosine" in measure else "change"}},
-    )
-    figure = apply_theme(figure, mode).update_layout(hovermode="closest", margin={"t": 90})
-    return figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+    hover = "block %{y}, head %{x}: %{z:.3g}<br>%{customdata} images with a sink<extra></extra>"
+    titles = [edit.replace("_", " ") for edit in effects.edits]
+    figure = _maps(effects.edits, values, effects.events, hover, titles, gap=0.03, ticks=4)
+    title = f"{effects.model}: {_MEASURES[measure]} when a head's sink is edited"
+    colours = {"colorscale": "Viridis", "colorbar": {"title": "cosine" if "cosine" in measure else "change"}}
+    return finished(figure, mode, height=420, title=title, coloraxis=colours, margin={"t": 90}, grid=False)
+
+
+def _maps(
+    names: Sequence[str], values: Any, details: np.ndarray, hover: str, titles: Sequence[str], gap: float, ticks: int
+) -> go.Figure:
+    """Maps with a row a block and a column a head, beside each other on one colour scale.
+
+    Args:
+        names: one a map.
+        values: what each shows.
+        details: of every head, for the hover.
+        hover: what it says.
+        titles: above the maps.
+        gap: between them.
+        ticks: at some so many heads.
+    """
+    figure = beside(*titles, gap=gap, shared_yaxes=True)
+    for column, (name, one) in enumerate(zip(names, values, strict=True), start=1):
+        cells = go.Heatmap(z=one, customdata=details, name=name, coloraxis="coloraxis", hovertemplate=hover)
+        figure.add_trace(cells, 1, column)
+    layers, heads = details.shape[:2]
+    figure.update_xaxes(title_text="head", **ticks_of_blocks(heads, ticks))
+    figure.update_yaxes(autorange="reversed", **ticks_of_blocks(layers))
+    return figure.update_yaxes(title_text="block", row=1, col=1)
 
 
 def faithfulness_figure(found: Faithfulness, mode: Mode = "light") -> go.Figure:
@@ -153,17 +130,12 @@ def faithfulness_figure(found: Faithfulness, mode: Mode = "light") -> go.Figure:
         ("update, cosine", found.update_cosine, RED),
         ("update, CKA", found.update_cka, ORANGE),
     )
-    figure = go.Figure(
-        [
-            go.Bar(x=labels, y=values, name=name, marker={"color": colour}, hovertemplate="%{y:.3f}")
-            for name, values, colour in bars
-        ]
-    )
+    figure = go.Figure()
+    for name, values, colour in bars:
+        figure.add_bar(x=labels, y=values, name=name, marker={"color": colour}, hovertemplate="%{y:.3f}")
     figure.update_yaxes(title_text="agreement with the unrestricted [CLS]")
-    figure.update_layout(
-        height=420, barmode="group", title=f"{found.model}: the last layer's [CLS] restricted to some tokens"
-    )
-    return apply_theme(figure, mode)
+    title = f"{found.model}: the last layer's [CLS] restricted to some tokens"
+    return finished(figure, mode, height=420, title=title, barmode="group", closest=False)
 
 
 def value_update_figure(found: ValueUpdate, mode: Mode = "light") -> go.Figure:
@@ -179,25 +151,14 @@ def value_update_figure(found: ValueUpdate, mode: Mode = "light") -> go.Figure:
         >>> [curve.name for curve in value_update_figure(found).data]
         ["registers' update, cosine", 'rest, cosine', 'attention output, cosine', 'attention to registers']
     """
-    curves = (
-        ("registers' update, cosine", found.cosine, RED),
-        ("rest, cosine", found.rest_cosine, GREY),
-        ("attention output, cosine", found.output_cosine, BLUE),
-        ("attention to registers", found.attention, GREEN),
-    )
-    figure = go.Figure(
-        [
-            go.Scatter(
-                x=list(found.conditions),
-                y=values,
-                name=name,
-                mode="lines+markers",
-                line={"color": colour, "dash": "dot" if name.startswith("attention to") else "solid"},
-                hovertemplate="%{y:.3f}",
-            )
-            for name, values, colour in curves
-        ]
-    )
+    figure = go.Figure()
+    for name, values, colour, dash in (
+        ("registers' update, cosine", found.cosine, RED, "solid"),
+        ("rest, cosine", found.rest_cosine, GREY, "solid"),
+        ("attention output, cosine", found.output_cosine, BLUE, "solid"),
+        ("attention to registers", found.attention, GREEN, "dot"),
+    ):
+        figure.add_trace(curve(list(found.conditions), values, name, colour, "%{y:.3f}", dash=dash))
     figure.update_yaxes(title_text="cosine; share of attention")
-    figure.update_layout(height=420, title=f"{found.model}: what registers write in block {found.layer}")
-    return apply_theme(figure, mode)
+    title = f"{found.model}: what registers write in block {found.layer}"
+    return finished(figure, mode, height=420, title=title, closest=False)

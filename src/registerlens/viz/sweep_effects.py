@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from registerlens.errors import ConfigError
 from registerlens.evaluation.verdict import ConditionKind
 from registerlens.sweep.aggregate import HEAD, NUMBERS
 from registerlens.sweep.result import SweepResult
-from registerlens.viz.theme import GREY, Mode, apply_theme
 
 
 @dataclass(frozen=True)
@@ -108,17 +106,3 @@ def effects_of(result: SweepResult, metric: str, by: By) -> Effects:
     factors = tuple(name for name in known if tested[name].notna().any())
     words = result.metrics[metric]
     return Effects(metric, words, by, tested, frame[frame["kind"] == ConditionKind.CONTROL], factors)
-
-
-def finished(figure: go.Figure, effects: Effects, mode: Mode) -> go.Figure:
-    """A figure with title, axis and zero line, in the common look."""
-    figure.update_yaxes(title_text=effects.title)
-    if effects.by.zero is not None:
-        figure.add_hline(y=effects.by.zero, line={"color": GREY, "width": 1})
-    n = effects.tested["n_images"]
-    images = f"{n.min()} images" if n.min() == n.max() else f"{n.min()} to {n.max()} images"
-    title = f"{effects.metric}{f' ({effects.words})' if effects.words else ''}, {images}"
-    figure.update_layout(
-        height=460, title={"text": title, "font": {"size": 14}}, legend={"orientation": "h", "x": 0, "y": -0.2}
-    )
-    return apply_theme(figure, mode).update_layout(hovermode="closest")
