@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -112,6 +112,27 @@ class Sums:
         }
 
 
+class MeansAt(Sums):
+    """The mean over images of what is read at some hook points; by their names, in float32."""
+
+    def __init__(self, points: Sequence[str], read: Callable[[Tensor, TokenLayout], Tensor]) -> None:
+        """Globs are allowed; `read` takes an activation and the layout; the first axis of what it gives is images."""
+        super().__init__()
+        self.points, self.read = points, read
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> Sequence[Hook]:
+        """The hook points, read and summed as they come by."""
+        return [(self.points, lambda x, hook: self.add(**{hook.name: self.read(x, layout).float().sum(0)}))]
+
+    def update(self, batch: Batch) -> None:
+        """Count the images."""
+        self.add(n_images=len(batch))
+
+    def result(self) -> dict[str, Tensor]:
+        """The means."""
+        return {name: (total / self.n_images).float().cpu() for name, total in self.totals.items() if total.ndim}
+
+
 def stream(
     vit: HookedViT,
     images: Images,
@@ -143,18 +164,11 @@ def stream(
 
     Example:
         >>> import registerlens as rl
-        >>> class Activity(Sums):
-        ...     def hooks(self, vit, layout):
-        ...         return [("blocks.1.mlp.hook_post", lambda post, hook: self.add(largest=post.amax(1).sum(0)))]
-        ...
-        ...     def update(self, batch):
-        ...         self.add(n_images=len(batch))
-        ...
-        ...     def result(self):
-        ...         return self.n_images, self.means()["largest"].shape
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> stream(vit, torch.rand(5, 3, 48, 48), [Activity()], batch_size=2, description="looking")
-        [(5, (256,))]
+        >>> activity = MeansAt(["blocks.1.mlp.hook_post"], lambda post, layout: post.amax(1))
+        >>> [means] = stream(vit, torch.rand(5, 3, 48, 48), [activity], batch_size=2, description="looking")
+        >>> means["blocks.1.mlp.hook_post"].shape
+        torch.Size([256])
     """
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, description, labels, allow_none):

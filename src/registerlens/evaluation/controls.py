@@ -12,16 +12,15 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
-from registerlens.engine.stream import Batch, Sums, stream
+from registerlens.engine.stream import MeansAt, stream
 from registerlens.errors import InterventionError
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Intervention
 from registerlens.interventions.interpolation import InterpolateOutliers
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
-from registerlens.model.vit import Hook, HookedViT
+from registerlens.model.vit import HookedViT
 
 DRAWS = 3
 """Draws of each kind of random neurons."""
@@ -125,27 +124,10 @@ def neuron_activity(vit: HookedViT, images: Images, layers: list[int], batch_siz
     """
     if not layers:
         return {}
-    sums = _ActivitySums([f"blocks.{layer}.mlp.hook_post" for layer in layers])
-    [found] = stream(vit, images, [sums], batch_size=batch_size, description="measuring activity")
-    return dict(zip(layers, found, strict=True))
-
-
-class _ActivitySums(Sums):
-    def __init__(self, points: list[str]) -> None:
-        super().__init__()
-        self.points = points
-
-    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
-        """The neurons of each layer."""
-        return [(self.points, lambda post, hook: self.add(**{hook.name: post.amax(1).float().sum(0)}))]
-
-    def update(self, batch: Batch) -> None:
-        """Count the images."""
-        self.add(n_images=len(batch))
-
-    def result(self) -> list[Float[Tensor, " neuron"]]:
-        """Layer by layer."""
-        return [(self.totals[point] / self.n_images).float().cpu() for point in self.points]
+    points = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers}
+    largest = MeansAt(list(points.values()), lambda post, layout: post.amax(1))
+    [means] = stream(vit, images, [largest], batch_size=batch_size, description="measuring activity")
+    return {layer: means[point] for layer, point in points.items()}
 
 
 def build_baselines(

@@ -23,7 +23,7 @@ from registerlens.analysis.detection import (
 from registerlens.analysis.predictions import classifies
 from registerlens.analysis.trace import trace
 from registerlens.data.batches import Images, count
-from registerlens.engine.stream import batches
+from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import build_baselines, build_controls
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
@@ -193,19 +193,20 @@ def evaluate_intervention(
     done: dict[str, Intervention | None] = {CLEAN: None, **tested, **against}
     kinds = {CLEAN: ConditionKind.CLEAN, **dict.fromkeys(tested, ConditionKind.TESTED)}
     kinds |= dict.fromkeys(baselines, ConditionKind.BASELINE) | dict.fromkeys(controlled, ConditionKind.CONTROL)
-    sums = _Sums(list(done), vit.cfg.n_layers)
+    sums = _EvaluationSums(list(done), vit.cfg.n_layers)
     place, layers = sums.sublayers.index(detection.sublayer), after_onset(detection, vit.cfg.n_layers)
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, "evaluating", labels):
+            sums.add(n_images=len(batch))
             clean = observe(vit, batch.images)
             ruler = Yardstick(clean, place, detection.cutoff, layers, batch.labels, classifies(vit.cfg))
             for name, one in done.items():
                 if one is None:
-                    sums.add(name, clean, ruler.measure(clean))
+                    sums.take(name, clean, ruler.measure(clean))
                     continue
                 with vit.edit(one):
                     seen = observe(vit, batch.images)
-                sums.add(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch.images))))
+                sums.take(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch.images))))
     measured = sums.result()
     verdicts = {
         name: judge_effect(measured["metrics"], measured["values"], kinds, name, isinstance(one, Ablate))
@@ -223,16 +224,15 @@ def evaluate_intervention(
     )
 
 
-class _Sums:
-    """Per-image metrics and running sums of the curves, condition by condition."""
+class _EvaluationSums(Sums):
+    """Per-image metrics, and sums of the curves by condition and curve."""
 
     def __init__(self, conditions: list[str], n_layers: int) -> None:
+        super().__init__()
         self.sublayers = sublayers(n_layers)
         self.rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in conditions}
-        self.curves: dict[str, dict[str, Tensor]] = {name: {} for name in conditions}
-        self.n = dict.fromkeys(conditions, 0)
 
-    def add(self, condition: str, seen: Observation, measured: dict[str, Float[Tensor, " batch"]]) -> None:
+    def take(self, condition: str, seen: Observation, measured: dict[str, Float[Tensor, " batch"]]) -> None:
         for metric, values in measured.items():
             self.rows[condition].setdefault(metric, []).append(values.float().cpu())
         patches, stop = seen.layout.patches, seen.layout.patches.stop
@@ -244,14 +244,10 @@ class _Sums:
             curves["register_curve"] = seen.norms[:, :, stop:].amax(-1)
         if seen.attention.shape[-1] > stop:
             curves["register_sink_curve"] = seen.attention[:, :, stop:].sum(-1)
-        for name, values in curves.items():
-            total = values.sum(1).double().cpu() if values.device.type != "mps" else values.sum(1).cpu().double()
-            mine = self.curves[condition]
-            mine[name] = mine.get(name, 0) + total
-        self.n[condition] += seen.norms.shape[1]
+        self.add(**{f"{condition} {name}": values.sum(1) for name, values in curves.items()})
 
     def result(self) -> dict[str, Any]:
-        n = max(self.n.values())
+        n, means = self.n_images, self.means()
         metrics = tuple(name for name in METRICS if any(name in rows for rows in self.rows.values()))
         nothing = np.full(n, np.nan)
         values = [
@@ -261,9 +257,7 @@ class _Sums:
         sizes = {name: len(self.sublayers) for name in ("norm_curve", "register_curve")}
         sizes |= {name: len(self.sublayers) // 2 for name in ("sink_curve", "register_sink_curve")}
         curves = {
-            name: np.stack(
-                [mine[name].numpy() / n if name in mine else np.full(size, np.nan) for mine in self.curves.values()]
-            )
+            name: np.stack([means.get(f"{condition} {name}", np.full(size, np.nan)) for condition in self.rows])
             for name, size in sizes.items()
         }
         return {"metrics": metrics, "values": np.array(values), **curves}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from einops import repeat
@@ -13,15 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
-from registerlens.engine.stream import Batch, Sums, stream
+from registerlens.engine.stream import MeansAt, stream
 from registerlens.errors import InterventionError
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.assumptions import require_softmax
 from registerlens.model.attention import final_point
-from registerlens.model.vit import Hook, HookedViT
+from registerlens.model.vit import HookedViT
 from registerlens.results import FINITE
 
 
@@ -84,11 +83,18 @@ class AttentionBias(Intervention):
             raise InterventionError(
                 "An attention bias stands for exactly one test-time register of the same neurons. Leave register= out."
             )
+        # The register is the last token; behind it stand the keys of attention biases that are in force already.
+        pairs = MeansAt(
+            [f"blocks.*.attn.{point}" for point in _points(vit.cfg).values()],
+            lambda x, layout: x[:, layout.test_time_registers.stop - 1],
+        )
         with vit.edit(register):
-            [(k, v, n)] = stream(
-                vit, images, [_PairSums()], batch_size=batch_size, description="fitting the attention bias"
-            )
-        return cls(neurons, k, v, n)
+            [means] = stream(vit, images, [pairs], batch_size=batch_size, description="fitting the attention bias")
+        k, v = (
+            torch.stack([means[f"blocks.{layer}.attn.{point}"] for layer in range(vit.cfg.n_layers)])
+            for point in _points(vit.cfg).values()
+        )
+        return cls(neurons, k, v, pairs.n_images)
 
     @property
     def n_keys(self) -> int:
@@ -116,33 +122,6 @@ class AttentionBias(Intervention):
             for kind, point in _points(cfg).items()
         ]
         return [*zeroing, *pairs]
-
-
-class _PairSums(Sums):
-    """Keys and values of the test-time register, which is in force."""
-
-    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
-        """Every layer's keys and values."""
-        # The last token; behind it stand the keys of attention biases that are in force already.
-        own = layout.test_time_registers.stop - 1
-        self.layers = range(vit.cfg.n_layers)
-
-        def hook_for(kind: str, point: str) -> Hook:
-            def take(x: Tensor, hook: Any) -> None:
-                self.add(**{f"{kind}{hook.layer()}": x[:, own].float().sum(0)})
-
-            return f"blocks.*.attn.{point}", take
-
-        return [hook_for(kind, point) for kind, point in _points(vit.cfg).items()]
-
-    def update(self, batch: Batch) -> None:
-        """Count the images."""
-        self.add(n_images=len(batch))
-
-    def result(self) -> tuple[Float[Tensor, "layer head d_head"], Float[Tensor, "layer head d_head"], int]:
-        """Mean keys, mean values, and of how many images."""
-        k, v = (torch.stack([self.totals[f"{kind}{layer}"] for layer in self.layers]) / self.n_images for kind in "kv")
-        return k.float().cpu(), v.float().cpu(), self.n_images
 
 
 def _points(cfg: ViTConfig) -> dict[str, str]:

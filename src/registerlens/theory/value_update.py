@@ -17,7 +17,7 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
-from registerlens.engine.stream import batches
+from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.assumptions import require_linear_output, require_softmax
@@ -206,11 +206,11 @@ def value_update(
         raise ConfigError(f"registers are numbers of tokens to append, each at least 1; got {list(registers)}.")
     layer %= vit.cfg.n_layers
     appended = [] if neurons is None else [TestTimeRegisters(neurons, n, assign=assign, seed=seed) for n in registers]
-    sums = _Sums()
+    sums = _UpdateSums()
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, "splitting updates"):
-            sums.add(_conditions(vit, batch.images, layer, appended))
-            sums.n_images += len(batch)
+            sums.take(_conditions(vit, batch.images, layer, appended))
+            sums.add(n_images=len(batch))
     return ValueUpdate(model=vit.source, config=vit.cfg, layer=layer, **sums.result())
 
 
@@ -247,15 +247,14 @@ def _common(update: Update, layout: TokenLayout) -> Update:
     return Update(kept(update.registers), kept(update.rest), kept(update.attention))
 
 
-class _Sums:
+class _UpdateSums(Sums):
     """Sums over images."""
 
     def __init__(self) -> None:
-        self.n_images = 0
+        super().__init__()
         self.references: dict[str, str] = {}
-        self.totals: dict[str, Tensor] = {}
 
-    def add(self, conditions: Iterable[Condition]) -> None:
+    def take(self, conditions: Iterable[Condition]) -> None:
         """Take in one batch, a condition at a time; only references are held."""
         held: dict[str, Update] = {}
         for name, reference, update in conditions:
@@ -271,12 +270,11 @@ class _Sums:
                 norms[0] / (norms[0] + norms[1]),
                 update.attention.float().mean(1),
             )
-            total = torch.stack([value.sum() for value in values]).double().cpu()
-            self.totals[name] = total + self.totals.get(name, 0)
+            self.add(**{name: torch.stack([value.sum() for value in values])})
 
     def result(self) -> dict[str, Any]:
         """Fields of `ValueUpdate`."""
-        means = torch.stack(list(self.totals.values()), 1).numpy() / self.n_images
+        means = np.stack(list(self.means().values()), 1)
         described = {"conditions": tuple(self.references), "references": tuple(self.references.values())}
         return {"n_images": self.n_images, **described, **dict(zip(_ARRAYS, means, strict=True))}
 
