@@ -25,6 +25,7 @@ import registerlens
 from registerlens import results
 from registerlens.encoding import ARRAYS, JSON, concrete
 from registerlens.errors import ConfigError
+from registerlens.files import reading, write_json
 from registerlens.results import ResultFile, Saved
 
 for _module in pkgutil.walk_packages(registerlens.__path__, "registerlens."):
@@ -320,3 +321,11 @@ def test_a_folder_that_holds_something_else_is_not_replaced(name, saved, tmp_pat
         example(name).save(file)
     (tmp_path / "private").mkdir(mode=0o700)
     assert example(name).save(tmp_path / "private").stat().st_mode & 0o777 == 0o700  # an empty folder's rights stay
+
+
+def test_errors_of_other_kinds_pass_through_the_reader_of_json(tmp_path):
+    write_json(tmp_path / "some.json", {})
+    with pytest.raises(ZeroDivisionError), reading(tmp_path / "some.json"):
+        1 / 0  # noqa: B018
+    with pytest.raises(ConfigError, match="cannot be read"), reading(tmp_path / "nowhere.json"):
+        pass
