@@ -21,9 +21,8 @@ from PIL import Image
 import registerlens as rl
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.sources import FolderSource, Shard, fingerprints
-from registerlens.engine.backends import pack
+from registerlens.engine.backends import Task, pack
 from registerlens.engine.store import to_bytes
-from registerlens.engine.tasks import Task
 from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.job import run_task

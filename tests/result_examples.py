@@ -15,9 +15,9 @@ from registerlens.emergence.run import TrainingRun, labels_of
 from registerlens.emergence.training import initial_vit
 from registerlens.evaluation.comparison import compare_maps
 from registerlens.evaluation.shifts import measure_shift
-from registerlens.interventions.scaling import Scale
+from registerlens.interventions.ablation import Scale
 from registerlens.loading.native import save
-from registerlens.sweep.planned import PlannedAblation, PlannedBias
+from registerlens.sweep.conditions import PlannedAblation, PlannedBias
 from registerlens.theory.generalisation import verify_generalisation
 
 PAIRS = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]

@@ -13,7 +13,7 @@ from helpers import randomise
 import registerlens as rl
 from registerlens.analysis.detection import Cutoff, detect
 from registerlens.analysis.scores import SCORES, NeuronScores, normal_patches, score_neurons
-from registerlens.analysis.sighting import Sighting
+from registerlens.analysis.top_outliers import NormsAndActivations
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from registerlens.model.sublayers import hook_of
@@ -177,10 +177,10 @@ def test_stopping_early_changes_nothing(sublayer, top, last):
 
 
 def test_a_batch_seen_before_counts_as_the_first():
-    """What the hooks of a `Sighting` keep of another pass gives the same bits as a pass of its own."""
+    """What the hooks of a `NormsAndActivations` keep of another pass gives the same bits as a pass of its own."""
     vit, images = model("registers, layer scale, ln_pre"), noise(7)
     detection = detection_at(vit, images, "1.attn", 1.1)
-    seen = Sighting(vit, vit.layout(images), range(3), ["embed", "1.attn", "2.mlp"])
+    seen = NormsAndActivations(vit, vit.layout(images), range(3), ["embed", "1.attn", "2.mlp"])
     with torch.inference_mode(), vit.hooks(seen.hooks):
         vit(images[:3])
         vit(images[:3] + 1)  # the first pass counts
@@ -245,7 +245,7 @@ def test_no_hidden_layer_is_ever_kept(monkeypatch):
             yield batch
             del batch
             assert sum(reference() is not None for reference in alive) <= 2
-            assert sum(type(thing) is Sighting for thing in gc.get_objects()) <= 1
+            assert sum(type(thing) is NormsAndActivations for thing in gc.get_objects()) <= 1
 
     detection = detection_at(vit, noise(2), "1.mlp", 1.1)
     listened.clear()
@@ -253,7 +253,7 @@ def test_no_hidden_layer_is_ever_kept(monkeypatch):
     gc.disable()
     try:
         score_neurons(vit, batches(), detection, top_layer=2)
-        assert not [thing for thing in gc.get_objects() if type(thing) is Sighting]
+        assert not [thing for thing in gc.get_objects() if type(thing) is NormsAndActivations]
     finally:
         gc.enable()
     assert listened == [False] * 10  # the third MLP's input ends the pass

@@ -5,8 +5,8 @@ from collections import deque
 import pyarrow as pa
 import pytest
 
+from registerlens.engine.backends import Task, TaskQueue
 from registerlens.engine.crew import Crew, Lost, Started
-from registerlens.engine.tasks import Task, TaskQueue
 from registerlens.errors import BackendError
 
 TABLE = pa.table({"x": [1.0]})

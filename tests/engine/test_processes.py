@@ -15,9 +15,8 @@ from store_cases import METRICS, DeadlyOnce, Noting, bits, driver, neurons, part
 import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.engine import processes
-from registerlens.engine.backends import LocalBackend, pack
+from registerlens.engine.backends import LocalBackend, Task, pack
 from registerlens.engine.processes import ProcessBackend, _context
-from registerlens.engine.tasks import Task
 from registerlens.errors import BackendError, ConfigError
 from registerlens.evaluation.metrics import Metric
 from registerlens.sweep.job import SweepJob

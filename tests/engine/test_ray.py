@@ -12,10 +12,9 @@ import pytest
 import registerlens as rl
 from registerlens.data.sources import TensorSource
 from registerlens.data.synthetic import synthetic_images
-from registerlens.engine.backends import LocalBackend
+from registerlens.engine.backends import LocalBackend, Task, tasks_of
 from registerlens.engine.crew import Worker
 from registerlens.engine.ray import RayBackend, _Launcher, _room
-from registerlens.engine.tasks import Task, tasks_of
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
 from registerlens.evaluation.metrics import Metric
 from registerlens.sweep.conditions import Condition, group_conditions

@@ -2,7 +2,7 @@
 
 import random
 
-from registerlens.engine.tasks import Task, TaskQueue
+from registerlens.engine.backends import Task, TaskQueue
 
 
 def tasks(groups, shards):

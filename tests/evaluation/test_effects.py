@@ -19,8 +19,8 @@ from registerlens.evaluation.controls import (
 from registerlens.evaluation.effects import Evaluation, evaluate_intervention
 from registerlens.evaluation.observe import METRICS
 from registerlens.evaluation.verdict import SPECIFIC, ConditionKind, judge_effect
+from registerlens.interventions.ablation import Scale
 from registerlens.interventions.base import Edit, Intervention
-from registerlens.interventions.scaling import Scale
 
 NEURONS = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
 NONE = rl.RegisterNeurons.from_pairs([])

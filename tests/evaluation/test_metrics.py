@@ -10,7 +10,6 @@ from runner_cases import edits_of, metrics_of, model, naive_view, neurons, shard
 
 import registerlens as rl
 from registerlens.analysis.detection import Cutoff, after_onset, detect
-from registerlens.analysis.predictions import accuracy, agreement, cross_entropy, divergence
 from registerlens.config import TokenLayout
 from registerlens.engine.views import View
 from registerlens.errors import ConfigError, ShapeError
@@ -25,7 +24,7 @@ from registerlens.evaluation.metrics import (
     sink_outliers,
     sink_patch,
 )
-from registerlens.evaluation.observe import Yardstick, observe
+from registerlens.evaluation.observe import Yardstick, accuracy, agreement, cross_entropy, divergence, observe
 
 LAYOUT = TokenLayout(grid=(1, 4), n_prefix=1)
 

@@ -8,7 +8,7 @@ from helpers import randomise
 
 import registerlens as rl
 from registerlens.analysis.detection import Cutoff
-from registerlens.interventions.scaling import Scale
+from registerlens.interventions.ablation import Scale
 
 SIZE = {"n_layers": 4, "d_model": 24, "n_heads": 3, "d_mlp": 20, "image_size": (24, 32), "patch_size": (8, 8)}
 CFGS = {

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 import registerlens as rl
 from registerlens.analysis.detection import Cutoff
 from registerlens.errors import ConfigError, InterventionError, UnsupportedArchitectureError
+from registerlens.interventions.ablation import Scale
 from registerlens.interventions.bake import bake, load_baked
 from registerlens.interventions.base import Intervention
-from registerlens.interventions.scaling import Scale
 
 NEURONS = rl.RegisterNeurons.from_pairs([(0, 3), (1, 5), (1, 60)])
 TOLERANCE = 1e-5

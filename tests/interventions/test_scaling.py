@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import registerlens as rl
 from registerlens.errors import ConfigError, InterventionError
 from registerlens.evaluation.controls import neurons_of, with_neurons
-from registerlens.interventions.scaling import Scale
+from registerlens.interventions.ablation import Scale
 
 VIT = build("clip")
 

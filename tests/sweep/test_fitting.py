@@ -13,10 +13,9 @@ from sweep_vits import build, neurons, pixels
 
 import registerlens as rl
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
-from registerlens.sweep.conditions import Condition
+from registerlens.sweep.conditions import Condition, PlannedAblation, PlannedBias, ablation, plannable
 from registerlens.sweep.fitting import fit_conditions, n_passes, unfitted
 from registerlens.sweep.grid import Conditions, grid
-from registerlens.sweep.planned import PlannedAblation, PlannedBias, ablation, plannable
 
 VIT = build()
 IMAGES = pixels(41, seed=3)  # more than the bank holds

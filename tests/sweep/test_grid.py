@@ -12,7 +12,7 @@ from sweep_vits import ablate_head, build, neurons
 
 import registerlens as rl
 from registerlens.errors import ConfigError, InterventionError
-from registerlens.interventions.scaling import Scale
+from registerlens.interventions.ablation import Scale
 from registerlens.sweep.axes import every_head, top_k
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.grid import Conditions, grid, product
@@ -249,7 +249,7 @@ def test_planned_edits_are_checked_before_they_are_fitted():
 
 
 def ablation_of_head(mode):
-    from registerlens.sweep.planned import ablation
+    from registerlens.sweep.conditions import ablation
 
     return ablation(rl.Heads([(1, 0)]), mode)
 

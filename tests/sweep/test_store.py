@@ -21,10 +21,10 @@ from store_cases import METRICS, Spotty, bits, neurons, part_bits, part_files, p
 
 import registerlens as rl
 from registerlens.engine import lock
+from registerlens.engine.backends import Task
 from registerlens.engine.folder import LocalFolder, RemoteFolder, folder_at
 from registerlens.engine.lock import holder_of, locked
 from registerlens.engine.store import CorruptPartWarning, from_bytes, name_of, to_bytes
-from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
 from registerlens.sweep.run import read_sweep
 from registerlens.sweep.store import SweepStore, sweep_status

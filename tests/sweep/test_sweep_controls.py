@@ -9,13 +9,12 @@ from sweep_vits import ablate_head, build, neurons, pixels
 import registerlens as rl
 from registerlens.errors import ConfigError, InterventionError
 from registerlens.evaluation.controls import neuron_activity, neurons_of
-from registerlens.interventions.scaling import Scale
+from registerlens.interventions.ablation import Scale
 from registerlens.sweep.axes import top_k
-from registerlens.sweep.conditions import Condition
+from registerlens.sweep.conditions import Condition, PlannedBias
 from registerlens.sweep.controls import with_controls
 from registerlens.sweep.fitting import fit_conditions
 from registerlens.sweep.grid import Conditions, grid
-from registerlens.sweep.planned import PlannedBias
 
 VIT = build()
 IMAGES = pixels(6)

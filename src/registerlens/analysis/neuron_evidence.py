@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located
+from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, located
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
@@ -142,8 +142,8 @@ def activation_distributions(
 
 
 class _ActivationSums(AtTopOutliers):
-    def take(self, sight: Sight) -> None:
-        x = torch.stack([sight.activations(layer).cpu() for layer in self.layers], 1)  # place layer row neuron
+    def take(self, tokens: TokenPairs) -> None:
+        x = torch.stack([tokens.activations(layer).cpu() for layer in self.layers], 1)  # place layer row neuron
         wide = x.double()
         centred = wide - wide.mean(-1, keepdim=True)
         spread = centred.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located, random_sets
+from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, located, random_sets
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
@@ -174,11 +174,11 @@ class _UpdateSums(AtTopOutliers):
             self.sets.append(torch.cat([torch.tensor(listed)[None], random]).to(W_out.device))
             self.writes.append(W_out[self.sets[-1]])
 
-    def take(self, sight: Sight) -> None:
+    def take(self, tokens: TokenPairs) -> None:
         """Take in the activations at the top outliers of a batch."""
         found = []
         for layer, chosen, writes in zip(self.layers, self.sets, self.writes, strict=True):
-            active = sight.activations(layer)[0][:, chosen]
+            active = tokens.activations(layer)[0][:, chosen]
             found.append(einsum(active, writes, "image set n, set n d_model -> image set d_model"))
         updates = torch.stack(found).cpu()  # layer image set d_model
         norms = updates.norm(dim=-1)

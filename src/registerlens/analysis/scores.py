@@ -13,7 +13,7 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.outliers import OutlierEvidence, count_ratios, judge_each
-from registerlens.analysis.sighting import Sighting
+from registerlens.analysis.top_outliers import NormsAndActivations
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.display import Shown
@@ -97,7 +97,7 @@ def score_neurons(
     top_layer: int,
     early_stop: bool = True,
     batch_size: int = 16,
-    seen: Sighting | None = None,
+    seen: NormsAndActivations | None = None,
 ) -> NeuronScores:
     """Algorithm 1 in batches: one streaming pass whose memory does not grow with the number of images.
 
@@ -149,14 +149,14 @@ class ScoreSums(Sums):
 
     def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
         """Norms where outliers are, and what enters the MLPs."""
-        self.seen = Sighting(vit, layout, self.layers, [self.detection.sublayer])
+        self.seen = NormsAndActivations(vit, layout, self.layers, [self.detection.sublayer])
         return [*self.seen.hooks, *([(self.last, lambda resid, hook: None)] if self.last else [])]
 
     def update(self, batch: Batch) -> None:
         """Take in one batch."""
         self.take(self.seen)
 
-    def take(self, seen: Sighting) -> None:
+    def take(self, seen: NormsAndActivations) -> None:
         """Take in what a pass over a batch has left behind."""
         norms = seen.norms(self.detection.sublayer)
         mask = self.detection.cutoff.above(norms)

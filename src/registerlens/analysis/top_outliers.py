@@ -1,11 +1,11 @@
-"""Neurons at two tokens of each image: its top outlier, and a random normal patch to compare it with."""
+"""What neurons do at an image's top outlier, and at a random normal patch to compare it with, in one pass."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,19 +13,83 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.sighting import Sighting
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums
-from registerlens.errors import ImageError, InterventionError
+from registerlens.errors import ImageError, InterventionError, NonFiniteError
+from registerlens.model.block import Block
+from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import hook_of
 from registerlens.model.vit import Hook, HookedViT
+
+
+class NormsAndActivations:
+    """Patch norms at some places and the inputs of some MLPs for one batch, filled by `hooks` in its first pass.
+
+    Hidden layers, four times as wide, are not kept: activations are computed again at the few patches that are asked
+    for. Where somebody edits a hidden layer it is kept itself, for computed again it would be unedited.
+
+    Args:
+        vit: the model, its edits in place.
+        layout: of the images to come.
+        layers: blocks whose neurons will be asked for.
+        places: sublayers after which patch norms will be.
+    """
+
+    def __init__(self, vit: HookedViT, layout: TokenLayout, layers: Sequence[int], places: Sequence[str]) -> None:
+        self._patches = patches = layout.patches
+        self._mlps = {layer: cast(Block, vit.blocks[layer]).mlp for layer in layers}
+        self._edited = {layer for layer, mlp in self._mlps.items() if mlp.watched}
+        self._inputs: dict[int, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
+        inputs, norms = self._inputs, self._norms  # hooks that hold `self` would keep the tensors alive in a cycle
+
+        def keep_input(x: Tensor, hook: Any) -> None:
+            inputs.setdefault(hook.layer(), x)
+
+        def keep_norms(resid: Tensor, hook: Any) -> None:
+            if hook.name not in norms:
+                norms[hook.name] = token_norms(resid[:, patches])
+
+        names = ["mlp.hook_post" if layer in self._edited else "ln2.hook_normalized" for layer in layers]
+        self.hooks: list[Any] = [
+            *((f"blocks.{layer}.{name}", keep_input) for layer, name in zip(layers, names, strict=True)),
+            *((hook_of(place), keep_norms) for place in places),
+        ]
+
+    def norms(self, place: str) -> Float[Tensor, "batch patch"]:
+        """Patch norms after a sublayer, float32.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite.
+        """
+        norms = self._norms[hook_of(place)]
+        if not norms.isfinite().all():
+            raise NonFiniteError(
+                f"Patch norms are NaN or infinite at {place}. Check the images; if the model is in float16, use "
+                f"bfloat16 or float32."
+            )
+        return norms
+
+    def activations(
+        self, layer: int, image: Int[Tensor, "..."], patch: Int[Tensor, "..."]
+    ) -> Float[Tensor, "... neuron"]:
+        """Activations of a layer's neurons at patches of images, float32."""
+        x = self._inputs[layer][image, patch + self._patches.start]
+        return (x if layer in self._edited else self._mlps[layer].neurons(x)).float()
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._inputs.clear()
+        self._norms.clear()
+
 
 PLACES = ("top outlier", "random normal patch")
 """The two tokens."""
 
 
 @dataclass(frozen=True)
-class Sight:
+class TokenPairs:
     """What one batch shows at the two tokens; only images with an outlier and a normal patch have a row."""
 
     images: Int[Tensor, " row"]
@@ -80,12 +144,12 @@ class AtTopOutliers(Sums, ABC):
         self.layers, self.detection, self.generator = tuple(neurons.by_layer()), detection, generator
 
     @abstractmethod
-    def take(self, sight: Sight) -> None:
+    def take(self, tokens: TokenPairs) -> None:
         """Take in the images of a batch that have an outlier and a normal patch; there is one at least."""
 
     def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
         """Norms where outliers are, and what enters the MLPs."""
-        self.seen = Sighting(vit, layout, self.layers, [self.detection.sublayer])
+        self.seen = NormsAndActivations(vit, layout, self.layers, [self.detection.sublayer])
         return self.seen.hooks
 
     def update(self, batch: Batch) -> None:
@@ -95,7 +159,7 @@ class AtTopOutliers(Sums, ABC):
         images, chosen = pick(norms, self.detection.cutoff.above(norms), draw)
         self.add(n_images=len(batch), n_with_outliers=len(images))
         if len(images):
-            self.take(Sight(images, chosen, self.seen.activations))
+            self.take(TokenPairs(images, chosen, self.seen.activations))
 
     def about(self) -> dict[str, Any]:
         """Fields that all results have.

@@ -13,9 +13,8 @@ from torch import Tensor
 from registerlens.circuits.attributions import Attributions
 from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import STATIONARY, frozen_weights
-from registerlens.circuits.pairs import PairBatch, first_image, paired
 from registerlens.circuits.paths import keep, labels_alone, patch
-from registerlens.circuits.sites import Site, TokenKind, block_of, firing_order
+from registerlens.circuits.sites import PairBatch, Site, TokenKind, block_of, firing_order, first_image, paired
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count
 from registerlens.engine.views import View, Watched, mapped, run_clean, run_from

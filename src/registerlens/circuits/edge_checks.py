@@ -21,10 +21,9 @@ from registerlens.circuits.contributions import Contributions, Received, mean_re
 from registerlens.circuits.readings import direction_of, project, run_head, scale_of
 from registerlens.circuits.sighting import VIA, Sight
 from registerlens.interventions.targets import Heads
-from registerlens.model.attention import final_point
+from registerlens.model.attention import Rotation, final_point
 from registerlens.model.block import Block
 from registerlens.model.norms import Norm
-from registerlens.model.rotary import Rotation
 from registerlens.model.vit import HookedViT
 
 NORMS = ("live", "held")

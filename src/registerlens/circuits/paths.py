@@ -13,8 +13,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.circuits.differentiable import Measure, metric_of
-from registerlens.circuits.pairs import PairBatch, first_image, paired
-from registerlens.circuits.sites import Place, Site, block_of, expand, firing_order, sublayer_output
+from registerlens.circuits.sites import (
+    PairBatch,
+    Place,
+    Site,
+    block_of,
+    expand,
+    firing_order,
+    first_image,
+    paired,
+    sublayer_output,
+)
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images, count
 from registerlens.engine.views import View, Watched, run_clean, run_from

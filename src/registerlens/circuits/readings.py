@@ -17,9 +17,9 @@ from torch import Tensor
 from registerlens.circuits.readout import pool_weights
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import ConfigError
+from registerlens.model.attention import Rotation
 from registerlens.model.block import Block
 from registerlens.model.norms import Norm
-from registerlens.model.rotary import Rotation
 from registerlens.model.vit import HookedViT
 
 

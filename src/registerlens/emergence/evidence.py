@@ -12,10 +12,9 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, after_onset, detection_in
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.predictions import classifies
 from registerlens.analysis.trace import Trace
 from registerlens.evaluation.controls import matched_neurons, neuron_activity
-from registerlens.evaluation.observe import Yardstick, observe
+from registerlens.evaluation.observe import Yardstick, classifies, observe
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from registerlens.engine.tasks import Task, TaskQueue
+from registerlens.engine.backends import Task, TaskQueue
 from registerlens.errors import BackendError
 
 

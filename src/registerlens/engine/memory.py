@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from registerlens.config import ViTConfig
-from registerlens.engine.tasks import GROUP
+from registerlens.engine.backends import GROUP
 from registerlens.errors import ConfigError
 from registerlens.model.vit import HookedViT
 

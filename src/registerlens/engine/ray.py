@@ -15,9 +15,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from registerlens.engine.backends import Job
+from registerlens.engine.backends import Job, Task, TaskQueue
 from registerlens.engine.crew import Answer, Crew, Lost, Started, Worker
-from registerlens.engine.tasks import Task, TaskQueue
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
 
 AHEAD = 2

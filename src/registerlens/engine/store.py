@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from registerlens.data.images import Skipped
+from registerlens.engine.backends import Task
 from registerlens.engine.folder import Entry, Folder
-from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
 
 MANIFEST = "manifest.json"

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.sighting import Sighting
-from registerlens.analysis.top_outliers import AtTopOutliers, Sight, located
+from registerlens.analysis.top_outliers import AtTopOutliers, NormsAndActivations, TokenPairs, located
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
@@ -186,27 +185,27 @@ class _OrderSums(AtTopOutliers):
         points = [f"blocks.{layer}.hook_resid_pre" for layer in self.layers[:-1]]
         return [(points, keep), *super().hooks(vit, layout)]
 
-    def take(self, sight: Sight) -> None:
+    def take(self, tokens: TokenPairs) -> None:
         """The clean activations, and those of later layers under each edit."""
-        clean = self._of({layer: sight.activations(layer)[0] for layer in self.layers})
+        clean = self._of({layer: tokens.activations(layer)[0] for layer in self.layers})
         edited = torch.full((len(CONDITIONS), len(self.layers), len(self.neurons)), torch.nan, dtype=torch.float64)
         for c, condition in enumerate(CONDITIONS):
             for i, layer in enumerate(self.layers[:-1]):
                 edits = self.edits[condition, layer]
-                found = [self._of(self._later(layer, self.layers[i + 1 :], sight, one)) / len(edits) for one in edits]
+                found = [self._of(self._later(layer, self.layers[i + 1 :], tokens, one)) / len(edits) for one in edits]
                 later = torch.tensor([at > layer for at, _ in self.neurons.pairs])
                 edited[c, i, later] = torch.stack(found).sum(0)[later]
         self.add(clean=clean, edited=edited)
 
     def _later(
-        self, first: int, later: Sequence[int], sight: Sight, ablation: Ablate
+        self, first: int, later: Sequence[int], tokens: TokenPairs, ablation: Ablate
     ) -> dict[int, Float[Tensor, "row neuron"]]:
         """Activations of later layers at the clean top outliers, under an edit of the layer `first`."""
         with self.vit.edit(ablation):
-            seen = Sighting(self.vit, self.layout, later, [])
+            seen = NormsAndActivations(self.vit, self.layout, later, [])
             with self.vit.hooks(seen.hooks):
                 self.vit(self.streams[first], start_at_layer=first, stop_at_layer=max(later) + 1, layout=self.layout)
-            return {layer: seen.activations(layer, sight.images, sight.patches[0]) for layer in later}
+            return {layer: seen.activations(layer, tokens.images, tokens.patches[0]) for layer in later}
 
     def _of(self, activations: dict[int, Float[Tensor, "row neuron"]]) -> Float[Tensor, " listed"]:
         """Sum over images for each listed neuron; 0 for those of a layer that was not watched."""

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Cutoff, Detection, after_onset
-from registerlens.analysis.predictions import accuracy, agreement, classifies, cross_entropy, divergence
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.engine.views import View
 from registerlens.errors import ConfigError, ShapeError, close_matches
+from registerlens.evaluation.observe import accuracy, agreement, classifies, cross_entropy, divergence
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.stats.histograms import medians

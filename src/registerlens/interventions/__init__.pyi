@@ -1,1 +1,1 @@
-from .scaling import Scale as Scale
+from .ablation import Scale as Scale

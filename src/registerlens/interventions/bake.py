@@ -87,7 +87,6 @@ def load_baked(folder: str | Path) -> nn.Module:
         ConfigError: the folder was not made by `bake`, or is damaged.
     """
     # What is derived from Intervention can be read once it is imported.
-    from registerlens.interventions import ablation, attention_bias, interpolation, registers, scaling  # noqa: F401, PLC0415
 
     folder = Path(folder)
     source = read_json(folder / "baked.json").get("source")

@@ -19,7 +19,7 @@ from registerlens.analysis.detection import (
 )
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
-from registerlens.analysis.sighting import Sighting
+from registerlens.analysis.top_outliers import NormsAndActivations
 from registerlens.data.batches import Counted, Images, count, first_and_all
 from registerlens.errors import ConfigError, NoOutliersError, check_choice
 from registerlens.interventions.choosing_k import MOST, find_elbow, sweep
@@ -280,11 +280,11 @@ def _without_first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
 
 def _detect_in_first(
     vit: HookedViT, parts: _Parts, layers: range, options: dict[str, Any]
-) -> tuple[Detection, Sighting | None]:
+) -> tuple[Detection, NormsAndActivations | None]:
     """Where outliers show in the first images, and what their first batch leaves behind if it is not held out."""
     if parts.held_out:
         return detect(vit, parts.first, **options), None
-    seen = Sighting(vit, vit.layout(parts.first[0]), layers, sublayers(vit.cfg.n_layers))
+    seen = NormsAndActivations(vit, vit.layout(parts.first[0]), layers, sublayers(vit.cfg.n_layers))
     with vit.hooks(seen.hooks):
         return detect(vit, parts.first, **options), seen
 

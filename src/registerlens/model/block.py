@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import ViTConfig
-from registerlens.model.attention import Attention
+from registerlens.model.attention import Attention, Rotation
 from registerlens.model.mlp import GatedMLP, PlainMLP
 from registerlens.model.norms import NORMS
-from registerlens.model.rotary import Rotation
 
 
 class Block(nn.Module):

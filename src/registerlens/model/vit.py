@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from registerlens.config import Preprocess, TokenLayout, ViTConfig
 from registerlens.errors import ConfigError, HookNameError, ShapeError
 from registerlens.model.assumptions import require_linear_output
+from registerlens.model.attention import Rotary, Rotation
 from registerlens.model.block import Block
 from registerlens.model.browsing import Browsable
 from registerlens.model.cache import Cache
@@ -22,7 +23,6 @@ from registerlens.model.ends import Embedding, Head
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.norms import NORMS, Norm
 from registerlens.model.parts import listening
-from registerlens.model.rotary import Rotary, Rotation
 
 if TYPE_CHECKING:
     from registerlens.interventions.base import Intervention

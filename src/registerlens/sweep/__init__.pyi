@@ -9,6 +9,7 @@ from .axes import register_counts as register_counts
 from .axes import scales as scales
 from .axes import top_k as top_k
 from .conditions import Condition as Condition
+from .conditions import ablation as ablation
 from .controls import with_controls as with_controls
 from .dry_run import SweepPlan as SweepPlan
 from .dry_run import plan_sweep as plan_sweep
@@ -16,7 +17,6 @@ from .fitting import fit_conditions as fit_conditions
 from .grid import Conditions as Conditions
 from .grid import grid as grid
 from .grid import product as product
-from .planned import ablation as ablation
 from .result import Comparison as Comparison
 from .result import SweepResult as SweepResult
 from .run import read_sweep as read_sweep

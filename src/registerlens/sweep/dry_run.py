@@ -15,8 +15,8 @@ from torch import Tensor
 
 from registerlens.data.sources import Shard, Source
 from registerlens.display import Shown, size_told
+from registerlens.engine.backends import GROUP, Task
 from registerlens.engine.store import to_bytes
-from registerlens.engine.tasks import GROUP, Task
 from registerlens.errors import ImageError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT

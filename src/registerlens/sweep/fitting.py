@@ -22,9 +22,8 @@ from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Intervention
 from registerlens.interventions.targets import Part, parts_of
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.conditions import Condition, content_hash
+from registerlens.sweep.conditions import Condition, Planned, PlannedAblation, PlannedBias, content_hash
 from registerlens.sweep.grid import Conditions, by_name, each_of
-from registerlens.sweep.planned import Planned, PlannedAblation, PlannedBias
 
 
 def unfitted(conditions: Iterable[Condition]) -> tuple[Planned, ...]:

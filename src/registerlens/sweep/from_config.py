@@ -14,10 +14,10 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.sources import Source
 from registerlens.errors import ConfigError, ImageError
 from registerlens.evaluation.metrics import Metric, default_metrics
+from registerlens.interventions.ablation import Scale
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.interpolation import InterpolateOutliers
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
-from registerlens.interventions.scaling import Scale
 from registerlens.interventions.search import find_register_neurons
 from registerlens.interventions.targets import Heads, Target
 from registerlens.model.vit import HookedViT
@@ -31,12 +31,11 @@ from registerlens.sweep.axes import (
     random_sets,
     top_k,
 )
-from registerlens.sweep.conditions import Condition
+from registerlens.sweep.conditions import Condition, ablation
 from registerlens.sweep.config_sources import source_of, sources_of
 from registerlens.sweep.controls import with_controls
 from registerlens.sweep.dry_run import SweepPlan, plan_sweep
 from registerlens.sweep.grid import Conditions, grid
-from registerlens.sweep.planned import ablation
 from registerlens.sweep.result import SweepResult
 from registerlens.sweep.run import run_sweep
 from registerlens.sweep.yaml_config import Grid, Layers, SweepConfig

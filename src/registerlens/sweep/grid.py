@@ -15,8 +15,7 @@ from registerlens.errors import ConfigError, InterventionError, RegisterLensErro
 from registerlens.evaluation.metrics import COLUMNS
 from registerlens.interventions.base import Host, Intervention, plan
 from registerlens.sweep.axes import Axis, levels
-from registerlens.sweep.conditions import CLEAN, EDIT, Condition, Factor
-from registerlens.sweep.planned import PlannedAblation, plannable
+from registerlens.sweep.conditions import CLEAN, EDIT, Condition, Factor, PlannedAblation, plannable
 
 RESERVED = (*COLUMNS, "label", "model", "images", "control_of")
 """Columns of the result that say which condition it is; no factor may have such a name."""

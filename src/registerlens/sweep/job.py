@@ -10,9 +10,8 @@ import torch
 
 from registerlens.data.images import Skipped
 from registerlens.data.sources import LastShard, Shard, Source
-from registerlens.engine.backends import PackedModel, pack
+from registerlens.engine.backends import PackedModel, Task, pack
 from registerlens.engine.store import with_skipped
-from registerlens.engine.tasks import Task
 from registerlens.errors import ImageError
 from registerlens.evaluation.edit_runs import measure_edits
 from registerlens.evaluation.metrics import Metric

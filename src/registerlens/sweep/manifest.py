@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from registerlens.data.sources import Source
-from registerlens.engine.tasks import Task, tasks_of
+from registerlens.engine.backends import Task, tasks_of
 from registerlens.errors import StoreError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from registerlens.data.sources import Source, TensorSource
-from registerlens.engine.backends import Backend, LocalBackend, check_untouched
+from registerlens.engine.backends import Backend, LocalBackend, Task, check_untouched
 from registerlens.engine.memory import find_stack
 from registerlens.engine.processes import ProcessBackend
 from registerlens.engine.store import skipped_of
-from registerlens.engine.tasks import Task
 from registerlens.errors import ConfigError, ShapeError, close_matches
 from registerlens.evaluation.metrics import Metric, check_metrics, default_metrics
 from registerlens.model.vit import HookedViT

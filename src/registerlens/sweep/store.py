@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from registerlens.data.images import Skipped
 from registerlens.display import Shown
+from registerlens.engine.backends import Task
 from registerlens.engine.folder import Folder, folder_at
 from registerlens.engine.lock import Holder, holder_of, locked
 from registerlens.engine.store import CORRUPT, MANIFEST, PARTS, SUFFIX, Store, skipped_of, task_of
-from registerlens.engine.tasks import Task
 from registerlens.errors import StoreError
 from registerlens.sweep.fitting import Fits, pack_fits, unpack_fits
 from registerlens.sweep.job import part_schema
