@@ -74,11 +74,11 @@ class Place:
         """Something else stands here."""
         return self.misfit(f"must be {expected}, got {got!r:.80}")
 
-    def object(self, told: Any) -> dict[str, Any]:
+    def object(self, stored: Any) -> dict[str, Any]:
         """What stands here, if it is a JSON object."""
-        if not isinstance(told, dict):
-            raise self.must_be("an object", told)
-        return told
+        if not isinstance(stored, dict):
+            raise self.must_be("an object", stored)
+        return stored
 
     def make(self, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """What a class makes of values that may be anything: whatever it raises, they are at fault."""
@@ -103,11 +103,11 @@ class Codec:
         """The JSON of a value that fits."""
         return value
 
-    def decode(self, told: Any, at: Place) -> Any:
+    def decode(self, stored: Any, at: Place) -> Any:
         """The value of some JSON."""
-        if not self.fits(told):
-            raise at.must_be(self.expected(), told)
-        return told
+        if not self.fits(stored):
+            raise at.must_be(self.expected(), stored)
+        return stored
 
 
 # Plain values --------------------------------------------------------------------------------------------------------
@@ -159,10 +159,10 @@ class _Number(Codec):
         value = self._checked(float(value), at)
         return value if math.isfinite(value) else {"float": str(value)}
 
-    def decode(self, told: Any, at: Place) -> Any:
-        if isinstance(told, dict) and told.get("float") in ("nan", "inf", "-inf"):
-            told = float(told["float"])
-        return self._checked(at.make(float, super().decode(told, at)), at)
+    def decode(self, stored: Any, at: Place) -> Any:
+        if isinstance(stored, dict) and stored.get("float") in ("nan", "inf", "-inf"):
+            stored = float(stored["float"])
+        return self._checked(at.make(float, super().decode(stored, at)), at)
 
     def _checked(self, value: float, at: Place) -> float:
         if self.finite and not math.isfinite(value):
@@ -195,8 +195,8 @@ class _Member(_Word):
     def encode(self, value: Any, at: Place) -> Any:
         return value.value
 
-    def decode(self, told: Any, at: Place) -> Any:
-        return self.kind(_Word(self.words).decode(told, at))
+    def decode(self, stored: Any, at: Place) -> Any:
+        return self.kind(_Word(self.words).decode(stored, at))
 
 
 # Values made of others -----------------------------------------------------------------------------------------------
@@ -217,10 +217,10 @@ class _Many(Codec):
     def encode(self, value: Any, at: Place) -> Any:
         return [_encode(codec, part, place) for codec, part, place in self._each(value, at)]
 
-    def decode(self, told: Any, at: Place) -> Any:
-        if not isinstance(told, list):
-            raise at.must_be("a list", told)
-        return self.make(codec.decode(part, place) for codec, part, place in self._each(told, at))
+    def decode(self, stored: Any, at: Place) -> Any:
+        if not isinstance(stored, list):
+            raise at.must_be("a list", stored)
+        return self.make(codec.decode(part, place) for codec, part, place in self._each(stored, at))
 
     def _each(self, values: Any, at: Place) -> Iterator[tuple[Codec, Any, Place]]:
         if not self.any_length and len(values) != len(self.entries):
@@ -241,8 +241,8 @@ class _Named(Codec):
     def encode(self, value: Any, at: Place) -> Any:
         return {name: _encode(self.entry, part, at.of_item(name)) for name, part in value.items()}
 
-    def decode(self, told: Any, at: Place) -> Any:
-        return {name: self.entry.decode(part, at.of_item(name)) for name, part in at.object(told).items()}
+    def decode(self, stored: Any, at: Place) -> Any:
+        return {name: self.entry.decode(part, at.of_item(name)) for name, part in at.object(stored).items()}
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,8 @@ class _Class(Codec):
     def encode(self, value: Any, at: Place) -> Any:
         return value.to_dict()
 
-    def decode(self, told: Any, at: Place) -> Any:
-        return at.make(self.kind.from_dict, at.object(told))
+    def decode(self, stored: Any, at: Place) -> Any:
+        return at.make(self.kind.from_dict, at.object(stored))
 
 
 class _Fields(_Class):
@@ -269,18 +269,18 @@ class _Fields(_Class):
         codecs = _codecs_of(self.kind)
         return {name: _encode(codec, getattr(value, name), at.of_field(name, axes)) for name, codec in codecs.items()}
 
-    def decode(self, told: Any, at: Place) -> Any:
+    def decode(self, stored: Any, at: Place) -> Any:
         axes: dict[str, int] = {}
         codecs = _codecs_of(self.kind)
-        for name in sorted(set(codecs) ^ set(at.object(told))):
+        for name in sorted(set(codecs) ^ set(at.object(stored))):
             what = "is missing" if name in codecs else f"is no field of {self.kind.__name__}"
             raise at.of_field(name, axes).misfit(what)
-        values = {name: codec.decode(told[name], at.of_field(name, axes)) for name, codec in codecs.items()}
+        values = {name: codec.decode(stored[name], at.of_field(name, axes)) for name, codec in codecs.items()}
         return at.make(self.kind, **values)
 
 
 class _Derived(_Class):
-    """Whatever is derived from an abstract class, told by its name."""
+    """Whatever is derived from an abstract class, identified by its name."""
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, self.kind) and is_dataclass(value)
@@ -288,13 +288,13 @@ class _Derived(_Class):
     def encode(self, value: Any, at: Place) -> Any:
         return _Either(tuple(map(_Fields, concrete(self.kind))), named=True).encode(value, at)
 
-    def decode(self, told: Any, at: Place) -> Any:
-        return _Either(tuple(map(_Fields, concrete(self.kind))), named=True).decode(told, at)
+    def decode(self, stored: Any, at: Place) -> Any:
+        return _Either(tuple(map(_Fields, concrete(self.kind))), named=True).decode(stored, at)
 
 
 @dataclass(frozen=True)
 class _Either(Codec):
-    """The first of several that fits; classes among each other are told by their names."""
+    """The first of several that fits; classes among each other are distinguished by their names."""
 
     codecs: tuple[Codec, ...]
     named: bool
@@ -304,23 +304,23 @@ class _Either(Codec):
 
     def encode(self, value: Any, at: Place) -> Any:
         codec = next(codec for codec in self.codecs if codec.fits(value))
-        told = codec.encode(value, at)
-        return {"class": codec.kind.__name__, **told} if self.named and isinstance(codec, _Class) else told
+        stored = codec.encode(value, at)
+        return {"class": codec.kind.__name__, **stored} if self.named and isinstance(codec, _Class) else stored
 
-    def decode(self, told: Any, at: Place) -> Any:
+    def decode(self, stored: Any, at: Place) -> Any:
         misfits = []
         for codec in self.codecs:
-            part = told
+            part = stored
             if self.named and isinstance(codec, _Class):
-                if not isinstance(told, dict) or told.get("class") != codec.kind.__name__:
+                if not isinstance(stored, dict) or stored.get("class") != codec.kind.__name__:
                     continue
-                part = {key: value for key, value in told.items() if key != "class"}
+                part = {key: value for key, value in stored.items() if key != "class"}
             try:
                 return codec.decode(part, at)
             except Misfit as misfit:
                 misfits.append(misfit)
         if not misfits:
-            raise at.must_be("of a known class", told)
+            raise at.must_be("of a known class", stored)
         raise max(misfits, key=lambda misfit: (len(misfit.place), misfit.file == ARRAYS))  # what came furthest
 
 
@@ -343,8 +343,8 @@ class _Array(Codec):
         at.parts.arrays[at.name] = tensor
         return at.name
 
-    def decode(self, told: Any, at: Place) -> Any:
-        tensor = _take(told, at)
+    def decode(self, stored: Any, at: Place) -> Any:
+        tensor = _take(stored, at)
         self._check(tensor, at)
         return tensor.numpy() if issubclass(self.hint.array_type, np.ndarray) else tensor
 
@@ -375,32 +375,34 @@ class _Table(Codec):
         return isinstance(value, pd.DataFrame) and set(value) == {*self.words, *self.numbers}
 
     def encode(self, value: Any, at: Place) -> Any:
-        told = {}
+        stored = {}
         for name in value:
             if name in self.words:
                 codes, words = pd.factorize(value[name])
-                told[name] = [str(word) for word in words]
+                stored[name] = [str(word) for word in words]
             else:
-                codes, told[name] = value[name].to_numpy(dtype=None if len(value) else float), at.of_item(name).name
+                codes, stored[name] = value[name].to_numpy(dtype=None if len(value) else float), at.of_item(name).name
             at.parts.arrays[at.of_item(name).name] = _tensor(codes)
-        return told
+        return stored
 
-    def decode(self, told: Any, at: Place) -> Any:
-        if wrong := sorted({*self.words, *self.numbers} ^ set(at.object(told))):
+    def decode(self, stored: Any, at: Place) -> Any:
+        if wrong := sorted({*self.words, *self.numbers} ^ set(at.object(stored))):
             raise at.of_item(wrong[0]).misfit("is no column, or a missing one")
-        return at.make(pd.DataFrame, {name: self._column(name, part, at.of_item(name)) for name, part in told.items()})
+        return at.make(
+            pd.DataFrame, {name: self._column(name, part, at.of_item(name)) for name, part in stored.items()}
+        )
 
-    def _column(self, name: str, told: Any, at: Place) -> Any:
-        values = _take(at.name if name in self.words else told, at).numpy()
+    def _column(self, name: str, stored: Any, at: Place) -> Any:
+        values = _take(at.name if name in self.words else stored, at).numpy()
         if values.ndim != 1 or values.dtype.kind not in "biuf":
             raise at.misfit(f"must be numbers along one axis, is {values.dtype} of shape {list(values.shape)}", ARRAYS)
         if name in self.numbers:
             return values
-        if not isinstance(told, list) or not all(isinstance(word, str) for word in told):
-            raise at.must_be("a list of words", told)
-        if values.dtype.kind not in "iu" or not ((values >= -1) & (values < len(told))).all():
-            raise at.misfit(f"must be indices of {len(told)} words", ARRAYS)
-        return np.array([*told, None], dtype=object)[values]
+        if not isinstance(stored, list) or not all(isinstance(word, str) for word in stored):
+            raise at.must_be("a list of words", stored)
+        if values.dtype.kind not in "iu" or not ((values >= -1) & (values < len(stored))).all():
+            raise at.misfit(f"must be indices of {len(stored)} words", ARRAYS)
+        return np.array([*stored, None], dtype=object)[values]
 
 
 @dataclass(frozen=True)
@@ -418,10 +420,10 @@ class _OwnFile(Codec):
         at.parts.files[at.name + self.suffix] = partial(self.write, value)
         return at.name + self.suffix
 
-    def decode(self, told: Any, at: Place) -> Any:
-        if told != at.name + self.suffix:
-            raise at.must_be(f"'{at.name}{self.suffix}'", told)
-        return at.make(self.read, at.parts.folder / told)
+    def decode(self, stored: Any, at: Place) -> Any:
+        if stored != at.name + self.suffix:
+            raise at.must_be(f"'{at.name}{self.suffix}'", stored)
+        return at.make(self.read, at.parts.folder / stored)
 
 
 def table_of(*, words: Iterable[str], numbers: Iterable[str]) -> dict[str, Any]:
@@ -434,9 +436,9 @@ def own_file(suffix: str, write: Callable[[Any, Path], Any], read: Callable[[Pat
     return {"codec": _OwnFile(suffix, write, read)}
 
 
-def _take(told: Any, at: Place) -> Tensor:
-    if told != at.name:
-        raise at.must_be(f"the array {at.name!r}", told)
+def _take(stored: Any, at: Place) -> Tensor:
+    if stored != at.name:
+        raise at.must_be(f"the array {at.name!r}", stored)
     if at.name not in at.parts.arrays:
         raise at.misfit("is missing", ARRAYS)
     return at.parts.arrays.pop(at.name)
@@ -524,13 +526,13 @@ def encode(value: Any, parts: Parts) -> Any:
     return _encode(_codec_of_class(type(value)), value, Place(parts))
 
 
-def decode(kind: type[Any], told: Any, parts: Parts) -> Any:
+def decode(kind: type[Any], stored: Any, parts: Parts) -> Any:
     """The dataclass that some JSON and the arrays in `parts`, which it takes out, describe.
 
     Raises:
         Misfit: they do not describe one.
     """
-    return _codec_of_class(kind).decode(told, Place(parts))
+    return _codec_of_class(kind).decode(stored, Place(parts))
 
 
 def concrete(kind: type[Any]) -> Iterator[type[Any]]:

@@ -74,11 +74,11 @@ class Saved:
             ConfigError: a file is missing, damaged, or of something else; it names the file and the field.
         """
         folder = Path(folder)
-        told = read_json(folder / JSON)
+        stored = read_json(folder / JSON)
         try:
-            kind = _kind(cls, told)
-            parts = Parts(arrays=_read_arrays(folder, told.get("files")), folder=folder)
-            found = decode(kind, told.get("values"), parts)
+            kind = _kind(cls, stored)
+            parts = Parts(arrays=_read_arrays(folder, stored.get("files")), folder=folder)
+            found = decode(kind, stored.get("values"), parts)
             for name in parts.arrays:
                 raise Misfit(name, f"is no array of a {kind.__name__}", ARRAYS)
         except Misfit as misfit:
@@ -162,11 +162,11 @@ class ResultFile(Result):
             ConfigError: the file is missing, damaged, or of something else; it names the file and the field.
         """
         path = cls._file(Path(folder))
-        told = read_json(path)
+        stored = read_json(path)
         try:
-            if "class" in told:
-                _kind(cls, told)
-            return Place(Parts()).make(cls.from_dict, told)
+            if "class" in stored:
+                _kind(cls, stored)
+            return Place(Parts()).make(cls.from_dict, stored)
         except Misfit as misfit:
             raise ConfigError(f"'{path}': '{misfit.place or cls.STEM}' {misfit.what}") from misfit.__cause__
 
@@ -178,17 +178,17 @@ def as_json(value: Any) -> dict[str, Any]:
 
 def _header(saved: Saved) -> dict[str, Any]:
     kind = type(saved)
-    told: dict[str, Any] = {"class": kind.__name__, "format": kind.FORMAT}
-    told["versions"] = {name: version(name) for name in ("registerlens", "torch", "numpy")}
-    return told | ({"in_words": saved.describe()} if isinstance(saved, Result) else {})
+    stored: dict[str, Any] = {"class": kind.__name__, "format": kind.FORMAT}
+    stored["versions"] = {name: version(name) for name in ("registerlens", "torch", "numpy")}
+    return stored | ({"in_words": saved.describe()} if isinstance(saved, Result) else {})
 
 
-def _kind(cls: type[Any], told: Mapping[str, Any]) -> type[Any]:
+def _kind(cls: type[Any], stored: Mapping[str, Any]) -> type[Any]:
     """The class that the header names: `cls`, or one derived from it."""
-    kinds, name = {kind.__name__: kind for kind in concrete(cls)}, told.get("class")
+    kinds, name = {kind.__name__: kind for kind in concrete(cls)}, stored.get("class")
     if not isinstance(name, str) or name not in kinds:
         raise Misfit("class", f"must be {' or '.join(sorted(kinds))}, got {name!r:.80}")
-    if (found := told.get("format")) != kinds[name].FORMAT:
+    if (found := stored.get("format")) != kinds[name].FORMAT:
         raise Misfit("format", f"must be {kinds[name].FORMAT}, which this version reads, got {found!r:.80}")
     return kinds[name]
 
@@ -200,9 +200,9 @@ def _digest(path: Path) -> str:
 
 def _refuse_to_replace(folder: Path, kind: type[Saved]) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
-    told = read_json(folder / JSON) if folder.is_dir() and JSON in names else {}
-    files = told.get("files")
-    is_older = told.get("class") == kind.__name__ and isinstance(files, dict) and names <= {JSON, *files}
+    stored = read_json(folder / JSON) if folder.is_dir() and JSON in names else {}
+    files = stored.get("files")
+    is_older = stored.get("class") == kind.__name__ and isinstance(files, dict) and names <= {JSON, *files}
     if names and not is_older:
         raise ConfigError(
             f"'{folder}' exists and holds something else than a {kind.__name__}: {sorted(names)[:5]}. A result is a "
