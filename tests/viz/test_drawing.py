@@ -16,7 +16,7 @@ from PIL import Image
 from registerlens.errors import ConfigError, DrawingError, MissingExtraError
 from registerlens.viz import drawing
 from registerlens.viz.drawing import save_figure
-from registerlens.viz.sizes import sized
+from registerlens.viz.theme import sized
 from tests.browser import chromium
 
 FIGURE = go.Figure(go.Scatter(y=[3, 1, 2]), layout={"width": 300, "height": 200})

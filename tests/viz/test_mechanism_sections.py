@@ -12,10 +12,9 @@ from markupsafe import escape
 import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, InterventionError, NoOutliersError, RegisterLensError
-from registerlens.viz import mechanism as study
-from registerlens.viz import report
-from registerlens.viz.mechanism import Mechanism, study_mechanism
+from registerlens.viz import report, study
 from registerlens.viz.sections import mechanism_answer, mechanism_sections
+from registerlens.viz.study import Mechanism, study_mechanism
 
 NEURONS = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
 RESULTS = [name for name in Mechanism.__dataclass_fields__ if not name.startswith("n_")]

@@ -10,8 +10,7 @@ from PIL import Image
 
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.evaluation.comparison import InterventionMaps
-from registerlens.viz.comparison import layers_figure
-from registerlens.viz.overlay import overlay
+from registerlens.viz.maps import layers_figure, overlay
 from registerlens.viz.panels import MOST_PANELS, Panel, Scale, panel_figure
 
 

@@ -16,7 +16,7 @@ from registerlens.evaluation.comparison import InterventionMaps, compare_maps
 from registerlens.evaluation.controls import random_neurons
 from registerlens.evaluation.shifts import OutlierShift, RandomPatches, measure_shift
 from registerlens.viz.paper import FIGURES, NOT_DRAWN, paper_figure, paper_figures
-from registerlens.viz.styled import styled
+from registerlens.viz.tables import styled
 
 NEURONS = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
 ASKED = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, *range(16, 30))

@@ -10,9 +10,8 @@ from browser import opened
 
 import registerlens as rl
 from registerlens.data.synthetic import synthetic_images
-from registerlens.viz.mechanism import study_mechanism
 from registerlens.viz.report import write_report
-from registerlens.viz.study import explore_few, study_registers
+from registerlens.viz.study import explore_few, study_mechanism, study_registers
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report")]  # what they share is made once
 

@@ -10,8 +10,7 @@ from plotly.subplots import make_subplots
 from registerlens.errors import ConfigError
 from registerlens.pictures import colour
 from registerlens.viz import theme
-from registerlens.viz.sizes import sized
-from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, look_of, on_cells, paper
+from registerlens.viz.theme import BLUE, GREY, PALETTE, apply_theme, ink, look_of, on_cells, paper, sized
 
 # Machado, Oliveira and Fernandes 2009: complete dichromacy, on linear RGB.
 VISION = {

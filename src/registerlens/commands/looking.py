@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from registerlens.data.images import ImageStream
     from registerlens.errors import NoOutliersError
     from registerlens.model.vit import HookedViT
-    from registerlens.viz.mechanism import Mechanism
-    from registerlens.viz.study import RegisterStudy
+    from registerlens.viz.study import Mechanism, RegisterStudy
 
 MAPS = 4
 """Images with activation maps."""
@@ -133,8 +132,7 @@ def _mechanism(
     vit: HookedViT, stream: ImageStream, study: RegisterStudy | NoOutliersError | None, explained: int, size: int | None
 ) -> Mechanism:
     """On the first images."""
-    from registerlens.viz.mechanism import study_mechanism  # noqa: PLC0415
-    from registerlens.viz.study import RegisterStudy  # noqa: PLC0415
+    from registerlens.viz.study import RegisterStudy, study_mechanism  # noqa: PLC0415
 
     neurons = study.neurons if isinstance(study, RegisterStudy) else study
     return study_mechanism(vit, _first(vit, stream, explained, size), neurons)

@@ -19,12 +19,11 @@ from registerlens.errors import ConfigError
 from registerlens.evaluation.comparison import InterventionMaps, Measure
 from registerlens.evaluation.effects import Evaluation
 from registerlens.evaluation.shifts import OutlierShift
-from registerlens.viz.comparison import conditions_figure, layers_figure, neurons_figure
 from registerlens.viz.detection import trace_figure
 from registerlens.viz.evaluation import norms_figure, shift_figure
+from registerlens.viz.maps import conditions_figure, layers_figure, neurons_figure
 from registerlens.viz.neuron_evidence import distributions_figure, updates_figure, weights_figure
-from registerlens.viz.sizes import sized
-from registerlens.viz.theme import Mode, Size
+from registerlens.viz.theme import Mode, Size, sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +274,8 @@ NOT_DRAWN: dict[int, str] = {
     6: "attention of LLaVA's language model to the visual tokens, which needs that language model.",
     10: "a drawing of algorithm 1; `rl.find_register_neurons` runs it, and its result has a plot of its own.",
     11: "a drawing of algorithm 2; `rl.TestTimeRegisters` carries it out.",
-    30: "intermediate steps of LOST; registerlens.viz.overlay draws any map over a photograph.",
-    31: "LOST scores by kind of feature; registerlens.viz.overlay draws any map over a photograph.",
+    30: "intermediate steps of LOST; rl.viz.overlay draws any map over a photograph.",
+    31: "LOST scores by kind of feature; rl.viz.overlay draws any map over a photograph.",
     32: "more of figure 6, which needs LLaVA's language model.",
 }
 """What cannot, and why."""

@@ -17,10 +17,9 @@ from registerlens.errors import NoOutliersError, RegisterLensError
 from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.viz import sections
-from registerlens.viz.mechanism import Mechanism
 from registerlens.viz.page import Section, write_page
 from registerlens.viz.sections import Told
-from registerlens.viz.study import RegisterStudy
+from registerlens.viz.study import Mechanism, RegisterStudy
 
 FEW = 4
 """So many neurons, and so many images, have maps in the sections on neurons and on the register."""

@@ -23,9 +23,8 @@ from registerlens.pictures import colour_bar, data_uri
 from registerlens.theory.kernels import KernelReport
 from registerlens.viz.detection import search_figure, trace_figure
 from registerlens.viz.evaluation import evaluation_figure
-from registerlens.viz.mechanism import HALF, HEADS, THRESHOLD, Mechanism
 from registerlens.viz.page import Section, map_picture, photograph, plotted
-from registerlens.viz.study import RegisterStudy
+from registerlens.viz.study import HALF, HEADS, THRESHOLD, Mechanism, RegisterStudy
 from registerlens.viz.tables import (
     COLUMN_NOTE,
     COLUMNS,
