@@ -43,7 +43,7 @@ def test_only_the_task_in_work_is_blamed_and_each_is_retried_so_often():
     lines = [(0, Started()), (0, gone), (0, Started()), (0, gone), (0, Started()), (0, gone)]
     script = Script(*lines)
     crew = crew_of(script, [Task(0, 0), Task(1, 0)], size=1, retries=2)
-    with pytest.raises(BackendError, match=r"died 3 times on the task g00000-s000000 .*gone.*intact. Buy memory"):
+    with pytest.raises(BackendError, match=r"died 3 times in 0 s on .* g00000-s000000 .*gone.*intact. Buy memory"):
         list(crew.work())
     assert crew.losses == {Task(0, 0): 3}
     assert script.given == [(0, Task(0, 0)), (0, Task(1, 0))] * 3

@@ -67,10 +67,23 @@ def test_a_task_that_always_ends_its_worker_is_named_and_the_rest_is_kept(tmp_pa
     deaths.mkdir()
     monkeypatch.setattr(processes, "RETRIES", 1)
     deadly = DeadlyOnce(deaths, times=99, shard=4, how=how)
-    with pytest.raises(BackendError, match=fate.replace(".*", ".* 2 times on the task g00000-s000004 .*", 1)):
+    with pytest.raises(BackendError, match=fate.replace(".*", r".* 2 times in \d+ s on the task g00000-s000004 .*", 1)):
         sweep(tmp_path / "store", images=deadly, backend=ProcessBackend(workers=1, patience=patience), threads=1)
     assert sorted(part_bits(tmp_path / "store")) == [f"g00000-s00000{shard}" for shard in range(4)]
     assert not any(psutil.pid_exists(int(path.name.split("-")[0])) for path in deaths.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="runs on Linux: workers are forked from a server there")
+def test_a_fork_server_that_is_stopped_is_not_waited_for():
+    _context()
+    forkserver.ensure_running()
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGSTOP)
+    try:
+        with pytest.raises(BackendError, match=r"within 0\.3 s: the server that they are forked from gives no answer"):
+            list(ProcessBackend(workers=1, patience=0.3).run(a_job(), [Task(0, 0)]))
+    finally:
+        os.kill(server, signal.SIGCONT)
 
 
 def test_no_more_is_done_than_the_driver_takes(tmp_path):

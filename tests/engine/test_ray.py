@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -233,9 +234,51 @@ def test_a_task_that_kills_its_worker_is_named(connected, vit, tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     job, tasks = job_of(vit, [Metric(name="deadly", measure=measure)])
-    with pytest.raises(BackendError, match=r"(?s)died 1 times on the task g00000-s000000 .*intact"):
+    with pytest.raises(BackendError, match=r"(?s)died 1 times in \d+ s on the task g00000-s000000 .*intact"):
         list(RayBackend(retries=0, workers=1).run(job, tasks))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Workers have as long to start as ever, and 10 s for a sign of life."""
+    made = _Launcher.__init__
+
+    def make(launcher, *args):
+        made(launcher, *args)
+        launcher.hung_after, launcher.beat = 10, 2.5
+
+    monkeypatch.setattr(_Launcher, "__init__", make)
+
+
+def test_a_worker_that_is_stopped_is_killed_and_its_task_done_by_another(connected, impatient, vit, tmp_path):
+    (tmp_path / "there").mkdir()
+    calm = diary(tmp_path / "there")
+
+    def measure(edited, clean):
+        if not (tmp_path / "once").exists():
+            (tmp_path / "once").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return calm.measure(edited, clean)
+
+    job, tasks = job_of(vit, [drift(), Metric(name="largest", measure=measure)])
+    results = by_task(RayBackend(workers=1).run(job, tasks))
+    stopped = int((tmp_path / "once").read_text())
+    workers = {pid for _, pid in written(tmp_path / "there")}
+    assert len(workers) == 1 and stopped not in workers
+    assert psutil.wait_procs([psutil.Process(stopped)] if psutil.pid_exists(stopped) else [], timeout=10)[1] == []
+    assert_equal_bits(results, by_task(LocalBackend().run(job, tasks)))
+
+
+def test_a_task_that_waits_for_ever_is_named(connected, impatient, vit):
+    """It sleeps, as when a server gives no answer: Ray's own threads go on working."""
+
+    def measure(edited, clean):
+        threading.Event().wait()
+
+    job, tasks = job_of(vit, [Metric(name="waits", measure=measure)])
+    with pytest.raises(BackendError, match=r"hung 1 times in \d+ s on the task g00000-s000000 .* work for 10 s"):
+        list(RayBackend(retries=0, workers=1).run(job, tasks))
 
 
 class NoRay:

@@ -2,10 +2,11 @@
 
 import builtins
 import json
+import socket
 import sys
 import time
+from itertools import product
 
-import httpx
 import huggingface_hub
 import open_clip
 import pytest
@@ -305,20 +306,37 @@ def test_the_list_of_families_has_a_line_for_each():
 
 @pytest.fixture
 def no_network(request, monkeypatch):
-    """No network, once because Hugging Face was told so, once because every connection fails."""
-    if request.param == "connection error":
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False, raising=False)
+    """No network: because Hugging Face was told so, because every connection fails, or because no answer comes."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        if request.param != "offline mode":
+            monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False, raising=False)
+            url = f"http://127.0.0.1:{hub.getsockname()[1]}"
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+            template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            for module, name in product((huggingface_hub.constants, huggingface_hub.file_download), LIMITS):
+                monkeypatch.setattr(module, name, 0.1, raising=False)
+            monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between attempts
+            monkeypatch.setenv("REGISTERLENS_PATIENCE", "1")
+            huggingface_hub.close_session()
+        if request.param == "connection error":
+            hub.close()
+        yield
+        if request.param == "silence":
+            hub.settimeout(0)
+            hub.accept()[0].close()  # raises if it was never asked
 
-        def send(self, request, **options):
-            raise httpx.ConnectError("Temporary failure in name resolution", request=request)
 
-        monkeypatch.setattr(httpx.Client, "send", send)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between attempts
-        huggingface_hub.close_session()
+LIMITS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "DEFAULT_ETAG_TIMEOUT", "_ETAG_RETRY_TIMEOUT")
+"""Seconds for which huggingface_hub waits for an answer."""
 
 
-@pytest.mark.parametrize("no_network", ["offline mode", "connection error"], indirect=True)
+@pytest.mark.parametrize(
+    "no_network",
+    ["offline mode", "connection error", pytest.param("silence", marks=pytest.mark.slow)],
+    indirect=True,
+)
 @pytest.mark.parametrize(
     "name",
     [

