@@ -1,6 +1,7 @@
 """A room knows only the rooms below it: no module imports upward, and next to no function does."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,10 @@ def test_an_import_upward_is_found_and_told_where(tmp_path, code, wrong):
     found = climbs(tmp_path)
     assert len(found) == wrong
     assert all(f"{tmp_path / 'circuits/lens.py'}:" in one and "'circuits' imports" in one for one in found)
+
+
+def test_a_class_name_stands_for_one_class():
+    """Two rooms may both have a private `_Sums`; a name that others import means one thing."""
+    trees = (ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py"))
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, n in names.items() if n > 1 and not name.startswith("_")] == []

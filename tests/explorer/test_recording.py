@@ -10,7 +10,7 @@ from helpers import randomise
 import registerlens as rl
 from registerlens.config import ViTConfig
 from registerlens.config_parts import QKNormConfig, RopeConfig
-from registerlens.explorer.attention import Attention
+from registerlens.explorer.attention import RecordedAttention
 from registerlens.explorer.recording import STRONGEST, record
 from registerlens.explorer.widget import token_view
 from registerlens.interventions.base import Edit, Intervention
@@ -118,7 +118,7 @@ def test_rollout_is_the_product_of_mixed_patterns(explorer, vit, images, conditi
 
 def test_rows_columns_means_and_the_cls_map(other):
     image = torch.randn(1, 3, 12, 16, generator=torch.Generator().manual_seed(2))
-    attention, cache = Attention(record(other, image)), cached(other, image)
+    attention, cache = RecordedAttention(record(other, image)), cached(other, image)
     pattern = cache["blocks.1.attn.hook_pattern"][0]
     assert torch.allclose(attention.of(5, "query", 1, 2), pattern[2, 5], atol=1e-6)
     assert torch.allclose(attention.of(5, "key", 1, 2), pattern[2, :, 5], atol=1e-6)

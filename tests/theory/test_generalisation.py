@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from two_blocks import GRID, by_hand, sized
 
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
-from registerlens.theory.general import GeneralModel, LayerNorm
+from registerlens.theory.general import ExactLayerNorm, GeneralModel
 from registerlens.theory.generalisation import GeneralReport, verify_generalisation
 from registerlens.theory.proposition import verify_proposition
 from registerlens.theory.two_block import CLS, TwoBlockModel
@@ -18,7 +18,7 @@ from registerlens.theory.two_block import CLS, TwoBlockModel
 def layer_norm(d, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     w = 0.5 + torch.rand(d, generator=generator, dtype=torch.float64)
-    return LayerNorm(w=w, b=torch.randn(d, generator=generator, dtype=torch.float64), **options)
+    return ExactLayerNorm(w=w, b=torch.randn(d, generator=generator, dtype=torch.float64), **options)
 
 
 def general(base, seed=0, norm=True, **options):
@@ -175,13 +175,13 @@ def test_bad_input_is_named():
             model, W_Q=model.W_Q[:, :5], W_K=model.W_K[:, :5], W_V=model.W_V[:, :5], W_O=model.W_O[..., :5]
         )
     with pytest.raises(ConfigError, match="zero throughout"):
-        LayerNorm(w=0 * ones, b=ones)
+        ExactLayerNorm(w=0 * ones, b=ones)
     with pytest.raises(ConfigError, match=r"torch\.float32"):
-        LayerNorm(w=ones.float(), b=ones.float())
+        ExactLayerNorm(w=ones.float(), b=ones.float())
     with pytest.raises(ConfigError, match="eps must be positive"):
-        LayerNorm(w=ones, b=ones, eps=0.0)
+        ExactLayerNorm(w=ones, b=ones, eps=0.0)
     with pytest.raises(ShapeError, match="LayerNorm must have 16"):
-        dataclasses.replace(model, norm=LayerNorm(w=ones[:5], b=ones[:5]))
+        dataclasses.replace(model, norm=ExactLayerNorm(w=ones[:5], b=ones[:5]))
     flat = dataclasses.replace(base, W_out1=torch.ones_like(base.W_out1))
     with pytest.raises(ConfigError, match="all-ones"):
-        verify_generalisation(dataclasses.replace(model, base=flat, norm=LayerNorm(w=ones, b=ones)))
+        verify_generalisation(dataclasses.replace(model, base=flat, norm=ExactLayerNorm(w=ones, b=ones)))

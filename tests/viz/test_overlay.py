@@ -11,7 +11,7 @@ from PIL import Image
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.evaluation.comparison import InterventionMaps
 from registerlens.viz.maps import layers_figure, overlay
-from registerlens.viz.panels import MOST_PANELS, Panel, Scale, panel_figure
+from registerlens.viz.panels import MOST_PANELS, ColourScale, Panel, panel_figure
 
 
 def decoded(source):
@@ -98,7 +98,7 @@ def test_nothing_lies_over_anything_else():
     rng = np.random.default_rng(0)
     shapes = [(30, 60, 3), (60, 30, 3), (40, 40, 3)]
     row = [Panel(photograph=rng.integers(0, 255, s, np.uint8), values=rng.random((3, 3)), title="t") for s in shapes]
-    figure = panel_figure([row, [None, row[1]]], [Scale.over("a", [np.ones(1)])], row_titles=["one", "two"])
+    figure = panel_figure([row, [None, row[1]]], [ColourScale.over("a", [np.ones(1)])], row_titles=["one", "two"])
     boxes = [(figure.layout[f"xaxis{i}"].domain, figure.layout[f"yaxis{i}"].domain) for i in ("", 2, 3, 4)]
     for i, (x, y) in enumerate(boxes):
         for other_x, other_y in boxes[:i]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from registerlens.theory.general import GeneralModel, LayerNorm
+from registerlens.theory.general import ExactLayerNorm, GeneralModel
 from registerlens.theory.generalisation import verify_generalisation
 from registerlens.theory.proposition import verify_corollary, verify_proposition
 from registerlens.theory.two_block import CLS, TwoBlockModel
@@ -46,7 +46,7 @@ def test_the_corollary_is_drawn_for_the_tokens_that_attend():
 @pytest.mark.parametrize("with_norm", [True, False])
 def test_every_head_is_drawn_with_its_limit_if_there_is_one(with_norm):
     ones = torch.ones(16, dtype=torch.float64)
-    norm = LayerNorm(w=ones, b=ones) if with_norm else None
+    norm = ExactLayerNorm(w=ones, b=ones) if with_norm else None
     report = verify_generalisation(GeneralModel.build(TwoBlockModel.build(), seeks=(5.0, -5.0, 1.0), norm=norm))
     left, right = curves(report.plot())
     assert len(left) == (6 if with_norm else 3)

@@ -172,10 +172,11 @@ def sink_no_op(
     chosen = _checked(vit.cfg, edits, heads, threshold, queries)
     reference, measured = _held_out(images, reference)
     probe = Probe(vit, chosen, threshold, queries)
-    at: dict[str, int] = {"batch_size": batch_size}
-    [bank] = stream(vit, reference, [Bank(vit.cfg, probe)], description="looking at the reference", **at)
+    [bank] = stream(
+        vit, reference, [Bank(vit.cfg, probe)], description="looking at the reference", batch_size=batch_size
+    )
     sums = _EffectSums(vit, bank, edits)
-    [effects] = stream(vit, measured, [sums], description="editing sinks", **at)
+    [effects] = stream(vit, measured, [sums], description="editing sinks", batch_size=batch_size)
     return SinkEffects(
         model=vit.source,
         config=vit.cfg,

@@ -15,16 +15,16 @@ from registerlens.circuits.contributions import contributions
 from registerlens.circuits.edge_checks import Collected, check_edges
 from registerlens.circuits.graph import (
     Measured,
-    Shown,
+    ShownNodes,
     edges_table,
     nodes_table,
     parts_table,
     paths_table,
     select,
 )
+from registerlens.circuits.outlier_tokens import OutlierRun, locate, look, reads_by_cls
 from registerlens.circuits.readings import check_target, output_words, why_no_output
 from registerlens.circuits.records import AttentionCircuit
-from registerlens.circuits.sighting import Sight, locate, look, reads_by_cls
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, InterventionError
@@ -114,7 +114,7 @@ def attention_circuit(
     options: dict[str, Any] = {"with_output": no_output is None}
     found, n = Collected(), 0
     with torch.inference_mode():
-        for n_here, _, seen in _sights(vit, images, detection, block, batch_size, "measuring contributions"):
+        for n_here, _, seen in _runs(vit, images, detection, block, batch_size, "measuring contributions"):
             n += n_here
             if seen is not None:
                 found.add(contributions(vit, seen, neurons, target, **options))
@@ -128,7 +128,7 @@ def attention_circuit(
         effects = None
         if check:
             effects, some = Collected(), _some(neurons, shown)
-            for _, batch, seen in _sights(vit, images, detection, block, batch_size, "cutting edges"):
+            for _, batch, seen in _runs(vit, images, detection, block, batch_size, "cutting edges"):
                 if seen is not None:
                     effects.add(check_edges(vit, batch, seen, some, Heads(shown.heads), target, **options))
     parts = parts_table(measured, shown)
@@ -188,9 +188,9 @@ def _block(vit: HookedViT, neurons: RegisterNeurons, detection: Detection, block
     return block
 
 
-def _sights(
+def _runs(
     vit: HookedViT, images: Images, detection: Detection, block: int, batch_size: int, doing: str
-) -> Iterator[tuple[int, Tensor, Sight | None]]:
+) -> Iterator[tuple[int, Tensor, OutlierRun | None]]:
     """Of each batch: how many images, those with an outlier and an ordinary patch, and what their run left, if any."""
     for batch in batches(vit, images, batch_size, doing):
         used, tokens = locate(vit, batch.images, detection)
@@ -215,7 +215,7 @@ def _check_sums(vit: HookedViT, error: float) -> None:
         )
 
 
-def _some(neurons: RegisterNeurons, shown: Shown) -> RegisterNeurons:
+def _some(neurons: RegisterNeurons, shown: ShownNodes) -> RegisterNeurons:
     return RegisterNeurons.from_pairs([neurons.pairs[i] for i in shown.neurons])
 
 

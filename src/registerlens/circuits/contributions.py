@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.circuits.outlier_tokens import OutlierRun
 from registerlens.circuits.readings import read_keys, read_output, read_writes
-from registerlens.circuits.sighting import Sight
 from registerlens.config import ViTConfig
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
@@ -76,7 +76,7 @@ class Contributions:
 
 
 def contributions(
-    vit: HookedViT, seen: Sight, neurons: RegisterNeurons, target: int | None, *, with_output: bool
+    vit: HookedViT, seen: OutlierRun, neurons: RegisterNeurons, target: int | None, *, with_output: bool
 ) -> Contributions:
     """All contributions of one batch.
 
@@ -113,12 +113,12 @@ def contributions(
     )
 
 
-def mean_reader(seen: Sight) -> Float[Tensor, "batch d_model"]:
+def mean_reader(seen: OutlierRun) -> Float[Tensor, "batch d_model"]:
     """The readers' mean stream after the last block: of [CLS] itself."""
     return einsum(seen.final[:, seen.tokens.places], seen.tokens.readers, "b q d, b q -> b d")
 
 
-def written(vit: HookedViT, seen: Sight, neurons: RegisterNeurons) -> Float[Tensor, "part token d_model"]:
+def written(vit: HookedViT, seen: OutlierRun, neurons: RegisterNeurons) -> Float[Tensor, "part token d_model"]:
     """What each of `stream_parts` wrote into the stream of the outliers."""
     own: dict[tuple[int, int], Tensor] = {}
     rest, biases = [seen.embedded[0]], torch.zeros_like(seen.embedded[0])
@@ -134,7 +134,7 @@ def written(vit: HookedViT, seen: Sight, neurons: RegisterNeurons) -> Float[Tens
     return torch.stack([*(own[pair] for pair in neurons.pairs), *rest, biases])
 
 
-def _scores(vit: HookedViT, seen: Sight, writers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _scores(vit: HookedViT, seen: OutlierRun, writers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each later block: contributions [batch, part, head] to the scores, and the scores [batch, head]."""
     tokens = seen.tokens
     later = torch.zeros(len(LATER), *seen.stream.shape, dtype=seen.stream.dtype, device=seen.stream.device)
@@ -150,7 +150,7 @@ def _scores(vit: HookedViT, seen: Sight, writers: Tensor) -> Iterator[tuple[Tens
 
 
 def _to_reader(
-    vit: HookedViT, seen: Sight, reading: Float[Tensor, "batch reader d_model"]
+    vit: HookedViT, seen: OutlierRun, reading: Float[Tensor, "batch reader d_model"]
 ) -> tuple[Float[Tensor, "batch layer head via"], Float[Tensor, "batch part"]]:
     """Contributions to a functional of the readers' final stream: of later heads, and of `reader_parts`."""
 
@@ -173,7 +173,7 @@ def _to_reader(
     return torch.stack(heads, 1), torch.stack([*rest, *neurons, biases], 1)
 
 
-def _to_output(vit: HookedViT, seen: Sight, target: int | None) -> Received:
+def _to_output(vit: HookedViT, seen: OutlierRun, target: int | None) -> Received:
     tokens = seen.tokens
     readers = tokens.everywhere
     output = read_output(vit, seen.final, tokens.layout, readers, target)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.circuits.contributions import Contributions, Received, mean_reader, written
+from registerlens.circuits.outlier_tokens import VIA, OutlierRun
 from registerlens.circuits.readings import direction_of, project, run_head, scale_of
-from registerlens.circuits.sighting import VIA, Sight
 from registerlens.interventions.targets import Heads
 from registerlens.model.attention import Rotation, final_point
 from registerlens.model.block import Block
@@ -52,7 +52,7 @@ class EdgeEffects:
 def check_edges(
     vit: HookedViT,
     batch: Float[Tensor, "batch channel height width"],
-    seen: Sight,
+    seen: OutlierRun,
     neurons: RegisterNeurons,
     heads: Heads,
     target: int | None,
@@ -87,7 +87,11 @@ def _shortened(
 
 
 def _without_in_keys(
-    vit: HookedViT, batch: Tensor, seen: Sight, senders: Float[Tensor, "sender token d_model"], heads: Heads
+    vit: HookedViT,
+    batch: Tensor,
+    seen: OutlierRun,
+    senders: Float[Tensor, "sender token d_model"],
+    heads: Heads,
 ) -> tuple[Float[Tensor, "batch norm sender head"], Float[Tensor, "batch norm sender head"]]:
     """By how much score and attention fall when the keys of the outliers are made without each sender's write."""
     shape = (len(seen.tokens.readers), len(NORMS), len(senders), len(heads.pairs))
@@ -110,7 +114,7 @@ def _without_in_keys(
 class _Keys:
     """The readers' attention in one block, with other keys of the outlier tokens and all else as in the clean run."""
 
-    def __init__(self, vit: HookedViT, layer: int, resid: Float[Tensor, "batch pos d_model"], seen: Sight) -> None:
+    def __init__(self, vit: HookedViT, layer: int, resid: Float[Tensor, "batch pos d_model"], seen: OutlierRun) -> None:
         self.block, self.tokens, self.stream = cast(Block, vit.blocks[layer]), seen.tokens, seen.before[layer]
         places, dtype, met = seen.tokens.places, seen.stream.dtype, dict[str, Tensor]()
         self.rotation = turn = None
@@ -170,7 +174,7 @@ def _normed(
 
 
 def _without_writes(
-    vit: HookedViT, seen: Sight, heads: Heads, target: int | None, *, with_output: bool
+    vit: HookedViT, seen: OutlierRun, heads: Heads, target: int | None, *, with_output: bool
 ) -> tuple[Float[Tensor, "batch norm head via"], Float[Tensor, "batch norm head via"] | None]:
     """By how much the reader's stream and the output fall when what a head wrote from a group of keys is taken out."""
     tokens, mean = seen.tokens, mean_reader(seen)
@@ -191,7 +195,7 @@ def _without_writes(
 class _Outputs:
     """The model's last norm and head, which can be run without a write into the readers' streams."""
 
-    def __init__(self, vit: HookedViT, seen: Sight, target: int | None) -> None:
+    def __init__(self, vit: HookedViT, seen: OutlierRun, target: int | None) -> None:
         self.vit, self.seen = vit, seen
         pooled, clean = run_head(vit, seen.final, seen.tokens.layout)
         self.pooled, self.direction = pooled, direction_of(clean, target)
@@ -216,7 +220,7 @@ class _Outputs:
         return pooled if head.linear is None else head.linear(pooled.to(self.vit.dtype)).to(final.dtype)
 
 
-def _wrote(vit: HookedViT, seen: Sight, layer: int, head: int, via: int) -> Float[Tensor, "batch reader d_model"]:
+def _wrote(vit: HookedViT, seen: OutlierRun, layer: int, head: int, via: int) -> Float[Tensor, "batch reader d_model"]:
     """What a head wrote into the readers' streams from one group of keys."""
     attn, every = cast(Block, vit.blocks[layer]).attn, seen.z[layer]
     z = torch.zeros_like(every[:, :, via])

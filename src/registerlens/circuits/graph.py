@@ -13,7 +13,7 @@ from jaxtyping import Float
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.circuits.contributions import LATER, reader_parts, stream_parts
 from registerlens.circuits.edge_checks import NORMS, Collected
-from registerlens.circuits.sighting import VIA
+from registerlens.circuits.outlier_tokens import VIA
 from registerlens.config import ViTConfig
 from registerlens.stats.intervals import mean_intervals
 
@@ -25,7 +25,7 @@ Row = tuple[dict[str, Any], Float[np.ndarray, " image"]]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownNodes:
     """Which neurons and heads are nodes."""
 
     neurons: tuple[int, ...]
@@ -79,7 +79,7 @@ def head_name(layer: int, head: int) -> str:
     return f"head {layer}.{head}"
 
 
-def select(measured: Measured, min_share: float) -> Shown:
+def select(measured: Measured, min_share: float) -> ShownNodes:
     """Neurons with this share of the outlier stream; heads with this share of all attention to outliers, or whose
     write from outliers has this share of the reader's stream."""
     stream, attention, heads = (measured.mean(name) for name in ("stream", "attention", "reader_heads"))
@@ -87,7 +87,7 @@ def select(measured: Measured, min_share: float) -> Shown:
     neurons = abs(stream[: len(measured.neurons)]) >= min_share * abs(stream).sum()
     sinks = attention[..., 0] >= min_share * attention[..., 0].sum()
     kept = sinks | (abs(heads[..., 0]) >= min_share * gross)
-    return Shown(
+    return ShownNodes(
         tuple(np.flatnonzero(neurons).tolist()),
         tuple((measured.block + 1 + layer, head) for layer, head in np.argwhere(kept).tolist()),
     )
@@ -107,7 +107,7 @@ def tabulate(rows: Sequence[Row], times: np.ndarray, columns: Sequence[str], val
     return frame
 
 
-def parts_table(measured: Measured, shown: Shown) -> pd.DataFrame:
+def parts_table(measured: Measured, shown: ShownNodes) -> pd.DataFrame:
     """What the inflow of each shown node is made of, with the share of all magnitudes there."""
     found, rows = measured.found, list[Row]()
 
@@ -136,7 +136,7 @@ def _gross(parts: pd.DataFrame) -> Any:
 
 
 def edges_table(
-    measured: Measured, shown: Shown, parts: pd.DataFrame, effects: Collected | None, min_share: float
+    measured: Measured, shown: ShownNodes, parts: pd.DataFrame, effects: Collected | None, min_share: float
 ) -> pd.DataFrame:
     """Every shown edge, and for each node one from the rest, so that the inflow adds up to the node's quantity."""
     rows, cut = list[Row](), list[Float[np.ndarray, "image norm"]]()
@@ -181,7 +181,7 @@ _NOTHING = 1e-12
 """Below this a group of keys has no tokens."""
 
 
-def nodes_table(measured: Measured, shown: Shown, edges: pd.DataFrame, effects: Collected | None) -> pd.DataFrame:
+def nodes_table(measured: Measured, shown: ShownNodes, edges: pd.DataFrame, effects: Collected | None) -> pd.DataFrame:
     """Every node with its quantity, in the order of the path."""
     found, unknown = measured.found, np.full(len(measured.times), np.nan)
     rows: list[Row] = []
@@ -219,7 +219,7 @@ def nodes_table(measured: Measured, shown: Shown, edges: pd.DataFrame, effects: 
 _CUT = ("effect", "effect_attention", "effect_held")
 
 
-def paths_table(measured: Measured, shown: Shown, effects: Collected | None) -> pd.DataFrame:
+def paths_table(measured: Measured, shown: ShownNodes, effects: Collected | None) -> pd.DataFrame:
     """Every shown neuron's path through every shown head, strongest first."""
     scores, attention = measured.mean("scores"), measured.mean("attention")[..., 0]
     rows: list[Row] = []

@@ -19,7 +19,7 @@ Role = Literal["query", "key"]
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
+class RecordedAttention:
     """The attention of one image under one condition, computed when asked for; means over heads are kept.
 
     Blocks, heads and tokens that are not there are a `ShapeError`.
@@ -33,7 +33,8 @@ class Attention:
     Example:
         >>> import registerlens as rl
         >>> from registerlens.explorer.recording import record
-        >>> attention = Attention(record(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(1, 3, 48, 48)))
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> attention = RecordedAttention(record(vit, torch.rand(1, 3, 48, 48)))
         >>> round(float(attention.of(7, "query", 3, "rollout").sum()), 4)
         1.0
     """

@@ -16,7 +16,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace, trace
 from registerlens.data.images import to_display
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
-from registerlens.explorer.attention import Attention
+from registerlens.explorer.attention import RecordedAttention
 from registerlens.explorer.recording import record
 from registerlens.explorer.tokens import token_names
 from registerlens.interventions.ablation import Ablate
@@ -57,7 +57,7 @@ class Explorer:
     """Whose activations are always shown."""
     trace: Trace = field(repr=False)
     """What says whether a token is an outlier, and where the norms are taken for that."""
-    _recorded: OrderedDict[tuple[int, str], Attention] = field(default_factory=OrderedDict, repr=False)
+    _recorded: OrderedDict[tuple[int, str], RecordedAttention] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def place(self) -> int:
@@ -70,7 +70,7 @@ class Explorer:
         evidence = self.trace.evidence[self.place]
         return evidence.threshold if evidence.present else None
 
-    def attention(self, image: int, condition: str) -> Attention:
+    def attention(self, image: int, condition: str) -> RecordedAttention:
         """One image under one condition: recorded when it is first asked for.
 
         Raises:
@@ -85,7 +85,7 @@ class Explorer:
         if key not in self._recorded:
             chosen = () if self.neurons is None else self.neurons.pairs
             found = record(self.vit, self.images[image : image + 1], self.conditions[condition], chosen)
-            self._recorded[key] = Attention(found)
+            self._recorded[key] = RecordedAttention(found)
             if len(self._recorded) > max(KEPT, len(self.conditions)):
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(key)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError
-from registerlens.explorer.attention import Attention, Head
+from registerlens.explorer.attention import Head, RecordedAttention
 from registerlens.explorer.codes import encode
 from registerlens.explorer.explorer import CLEAN, Explorer
 from registerlens.explorer.manifest import manifest
@@ -168,7 +168,7 @@ def _in_cells(told: dict[str, Any], explorer: Explorer, cells: Cells) -> dict[st
     }
 
 
-Scenes = dict[str, Attention]
+Scenes = dict[str, RecordedAttention]
 """By "image/condition", both as numbers."""
 
 

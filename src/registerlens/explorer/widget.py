@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.errors import MissingExtraError, RegisterLensError, ShapeError
-from registerlens.explorer.attention import Attention, Head, Role
+from registerlens.explorer.attention import Head, RecordedAttention, Role
 from registerlens.explorer.codes import encode
 from registerlens.explorer.explorer import CLEAN, Explorer
 from registerlens.explorer.manifest import manifest
@@ -151,7 +151,7 @@ class TokenView:
     """Activations of the neurons asked for."""
 
 
-def token_view(attention: Attention, index: int, role: Role, layer: int, head: Head) -> TokenView:
+def token_view(attention: RecordedAttention, index: int, role: Role, layer: int, head: Head) -> TokenView:
     """Everything about one token.
 
     Args:
@@ -164,7 +164,7 @@ def token_view(attention: Attention, index: int, role: Role, layer: int, head: H
         >>> import torch, registerlens as rl
         >>> from registerlens.explorer.recording import record
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
-        >>> attention = Attention(record(vit, torch.rand(1, 3, 48, 48)))
+        >>> attention = RecordedAttention(record(vit, torch.rand(1, 3, 48, 48)))
         >>> about = token_view(attention, 7, "query", 2, "mean")
         >>> about.attention.shape, about.norms.shape, len(about.strongest)
         (torch.Size([36]), torch.Size([13]), 8)

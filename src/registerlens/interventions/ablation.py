@@ -20,7 +20,7 @@ from registerlens.engine.stream import Batch, stream
 from registerlens.errors import ConfigError, InterventionError, ShapeError, check_choice
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.choices import Mode
-from registerlens.interventions.targets import Heads, Part, Target, Tokens, parts_of
+from registerlens.interventions.targets import Heads, Target, TargetPart, Tokens, parts_of
 from registerlens.model.vit import Hook, HookedViT
 
 BANK = 32
@@ -52,7 +52,7 @@ class Fitter:
         seed: of that sample.
     """
 
-    def __init__(self, parts: list[Part], keep_bank: bool, seed: int) -> None:
+    def __init__(self, parts: list[TargetPart], keep_bank: bool, seed: int) -> None:
         self.parts, self.keep_bank = parts, keep_bank
         self.sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.bank: dict[str, list[Tensor]] = {part.point: [] for part in parts}
@@ -63,7 +63,7 @@ class Fitter:
         """The target's hook points."""
         self.slots: list[int | None] | None = None
 
-        def hook_for(part: Part) -> Hook:
+        def hook_for(part: TargetPart) -> Hook:
             return part.point, lambda x, hook: self._take(part, part.read(x).detach(), layout)
 
         return [hook_for(part) for part in self.parts]
@@ -80,7 +80,7 @@ class Fitter:
             chosen.append(slot if slot < BANK and self.keep_bank else None)
         return chosen
 
-    def _take(self, part: Part, x: Float[Tensor, "batch pos feature"], layout: TokenLayout) -> None:
+    def _take(self, part: TargetPart, x: Float[Tensor, "batch pos feature"], layout: TokenLayout) -> None:
         self.slots = self._draw_slots(len(x)) if self.slots is None else self.slots
         wide = x.double() if x.device.type != "mps" else x.float()
         kinds = _kinds(layout).to(x.device)
@@ -210,7 +210,7 @@ class Ablate(Intervention):
                 raise InterventionError(f"The reference has nothing for {part.point}; fit it on this model.")
         return [Edit(part.point, partial(self._change, part)) for part in parts]
 
-    def _change(self, part: Part, x: Tensor, scene: Scene) -> Tensor:
+    def _change(self, part: TargetPart, x: Tensor, scene: Scene) -> Tensor:
         chosen = part.read(x)
         return part.write(x, self._replacement(part.point, chosen, scene), scene.layout)
 
@@ -302,5 +302,7 @@ class Scale(Intervention):
         """One edit for each hook point of the target."""
         return [Edit(part.point, partial(self._change, part)) for part in parts_of(self.target, host.cfg)]
 
-    def _change(self, part: Part, x: Float[Tensor, "batch pos ..."], scene: Scene) -> Float[Tensor, "batch pos ..."]:
+    def _change(
+        self, part: TargetPart, x: Float[Tensor, "batch pos ..."], scene: Scene
+    ) -> Float[Tensor, "batch pos ..."]:
         return part.write(x, part.read(x) * self.factor, scene.layout)

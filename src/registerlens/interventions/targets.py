@@ -80,7 +80,7 @@ Target = RegisterNeurons | Heads | Tokens
 
 
 @dataclass(frozen=True)
-class Part:
+class TargetPart:
     """One hook point, the features of it that are edited, and whose tokens."""
 
     point: str
@@ -105,7 +105,7 @@ class Part:
         return x.index_copy(2, index, new.to(x.dtype).expand(*shape[:2], -1).reshape(shape))
 
 
-def parts_of(target: Target, cfg: ViTConfig) -> list[Part]:
+def parts_of(target: Target, cfg: ViTConfig) -> list[TargetPart]:
     """The hook points a target stands for.
 
     Raises:
@@ -113,15 +113,15 @@ def parts_of(target: Target, cfg: ViTConfig) -> list[Part]:
     """
     if isinstance(target, RegisterNeurons):
         listed = target.check(cfg).by_layer()
-        return [Part(f"blocks.{layer}.mlp.hook_post", index) for layer, index in listed.items()]
+        return [TargetPart(f"blocks.{layer}.mlp.hook_post", index) for layer, index in listed.items()]
     if isinstance(target, Heads):
         require_heads(target.pairs, cfg.n_layers, cfg.n_heads)
         layers = sorted({layer for layer, _ in target.pairs})
         return [
-            Part(f"blocks.{layer}.attn.hook_z", tuple(sorted({h for at, h in target.pairs if at == layer})))
+            TargetPart(f"blocks.{layer}.attn.hook_z", tuple(sorted({h for at, h in target.pairs if at == layer})))
             for layer in layers
         ]
     require_blocks([target.layer], cfg.n_layers)
     if isinstance(target.which, str):
         target.positions(cfg.layout())
-    return [Part(f"blocks.{target.layer}.hook_resid_post", tokens=target)]
+    return [TargetPart(f"blocks.{target.layer}.hook_resid_post", tokens=target)]

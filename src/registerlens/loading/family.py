@@ -20,7 +20,7 @@ _ABSENT = object()
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceModel:
     """What a source library says of a model: a config object or the module itself, and named weights."""
 
     described: Any
@@ -65,7 +65,7 @@ class Source:
 
 # Reading the architecture --------------------------------------------------------------------------------------------
 
-Reader = Callable[[Source], Any]
+Reader = Callable[[SourceModel], Any]
 
 
 def read(path: str, default: Any = _ABSENT) -> Reader:
@@ -81,7 +81,7 @@ def fixed(value: Any) -> Reader:
 def pair(path: str) -> Reader:
     """A height and width, given as one number or as two."""
 
-    def reader(source: Source) -> tuple[int, int]:
+    def reader(source: SourceModel) -> tuple[int, int]:
         value = source.get(path)
         return (value, value) if isinstance(value, int) else (value[0], value[1])
 
@@ -106,7 +106,7 @@ def columns_of(key: str) -> Reader:
 def activation(path: str, names: Mapping[str, Activation], name_of: Callable[[Any], str] = str) -> Reader:
     """The nonlinearity, by the source library's name for it."""
 
-    def reader(source: Source) -> Activation:
+    def reader(source: SourceModel) -> Activation:
         name = name_of(source.get(path))
         if name not in names:
             raise UnsupportedArchitectureError(f"The nonlinearity {name!r} is not supported; known: {sorted(names)}.")

@@ -11,7 +11,18 @@ from einops import rearrange
 from registerlens.config import ViTConfig
 from registerlens.config_parts import AttentionPoolConfig
 from registerlens.errors import InterventionError
-from registerlens.loading.family import CLIP, HALF, Family, Refusal, Sites, Source, activation, fixed, read, rows_of
+from registerlens.loading.family import (
+    CLIP,
+    HALF,
+    Family,
+    Refusal,
+    Sites,
+    SourceModel,
+    activation,
+    fixed,
+    read,
+    rows_of,
+)
 from registerlens.loading.hf_rules import ACTIVATION_NAMES, CLASSIFIER, CLASSIFIER_CONFIG, COMMON, FC, block, square
 from registerlens.loading.weights import bias, concat, linear, norm, part, patch_rows, positions, rows, take, tokens
 
@@ -106,7 +117,7 @@ _CLIPSEG = (
 # SigLIP: no [CLS], a learned query that pools -------------------------------------------------------------------------
 
 
-def _siglip_pool(source: Source) -> AttentionPoolConfig | None:
+def _siglip_pool(source: SourceModel) -> AttentionPoolConfig | None:
     if not source.get("vision_use_head", True):
         return None
     return AttentionPoolConfig(
@@ -177,7 +188,7 @@ _SIGLIP_CLASSIFIER = replace(
 # SigLIP 2 (naflex): the images come as patches -----------------------------------------------------------------------
 
 
-def _native(source: Source) -> tuple[int, int]:
+def _native(source: SourceModel) -> tuple[int, int]:
     side = isqrt(source.get("num_patches")) * source.get("patch_size")
     return side, side
 
@@ -222,7 +233,7 @@ _SIGLIP2 = (
 # AIMv2 ---------------------------------------------------------------------------------------------------------------
 
 
-def _aimv2_pool(source: Source) -> AttentionPoolConfig | None:
+def _aimv2_pool(source: SourceModel) -> AttentionPoolConfig | None:
     if not source.get("use_head"):
         return None
     return AttentionPoolConfig(

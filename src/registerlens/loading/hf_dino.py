@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from registerlens.config import Preprocess
 from registerlens.config_parts import RopeConfig
-from registerlens.loading.family import IMAGENET, Family, Reader, Sites, Source, fixed, read
+from registerlens.loading.family import IMAGENET, Family, Reader, Sites, SourceModel, fixed, read
 from registerlens.loading.hf_rules import (
     ATTENTION,
     CLASSIFIER,
@@ -29,11 +29,11 @@ def _chosen(flag: str, yes: Reader, no: Reader) -> Reader:
     return lambda source: (yes if source.get(flag, False) else no)(source)
 
 
-def _hidden(source: Source) -> int:
+def _hidden(source: SourceModel) -> int:
     return int(source.get("hidden_size") * source.get("mlp_ratio"))
 
 
-def _gated_hidden(source: Source) -> int:
+def _gated_hidden(source: SourceModel) -> int:
     """Two thirds as many, rounded up to a multiple of 8."""
     return (int(_hidden(source) * 2 / 3) + 7) // 8 * 8
 

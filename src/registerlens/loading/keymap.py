@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import UnsupportedArchitectureError, WeightsError, close_matches
-from registerlens.loading.family import Family, Source
+from registerlens.loading.family import Family, SourceModel
 from registerlens.loading.weights import Piece, join
 from registerlens.model.assumptions import require_softmax
 from registerlens.model.vit import HookedViT
 
 
-def build(family: Family, source: Source, name: str, preprocess: Preprocess | None = None) -> HookedViT:
+def build(family: Family, source: SourceModel, name: str, preprocess: Preprocess | None = None) -> HookedViT:
     """A HookedViT with the source's weights; nothing is returned unless every weight found its place.
 
     Args:
@@ -44,14 +44,14 @@ def build(family: Family, source: Source, name: str, preprocess: Preprocess | No
     return vit.to(vit.embed.patch.weight).eval()
 
 
-def describe(family: Family, source: Source, name: str) -> tuple[ViTConfig, Mapping[str, Tensor]]:
+def describe(family: Family, source: SourceModel, name: str) -> tuple[ViTConfig, Mapping[str, Tensor]]:
     """The architecture, and the weights under the family's present names.
 
     Raises:
         UnsupportedArchitectureError: the model has a part we cannot represent.
     """
     described = source.get(family.described_at) if family.described_at else source.described
-    source = Source(described, canonical(family, source.state))
+    source = SourceModel(described, canonical(family, source.state))
     for refusal in family.refuse:
         if refusal.present(source):
             raise UnsupportedArchitectureError(

@@ -11,7 +11,7 @@ from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import UnsupportedArchitectureError
 from registerlens.loading import open_clip, timm, torch_hub
 from registerlens.loading.checkpoints import WRAPPERS, without_wrappers
-from registerlens.loading.family import Family, Source
+from registerlens.loading.family import Family, SourceModel
 from registerlens.loading.keymap import build, describe, export
 from registerlens.loading.registry import FAMILIES, listing_families, named_family, parts_of_module, unsupported
 from registerlens.model.vit import HookedViT
@@ -101,8 +101,8 @@ def _family(module: nn.Module) -> Family | None:
     return FAMILIES.get((library, _CLASS_NAMES.get((library, name), lambda _: name)(module)))
 
 
-def _source(module: nn.Module, state: Mapping[str, Tensor]) -> Source:
-    return Source(module.config if library_of(module) == "transformers" else module, state)
+def _source(module: nn.Module, state: Mapping[str, Tensor]) -> SourceModel:
+    return SourceModel(module.config if library_of(module) == "transformers" else module, state)
 
 
 @listing_families()

@@ -13,7 +13,7 @@ from registerlens.loading.family import (
     Family,
     Refusal,
     Sites,
-    Source,
+    SourceModel,
     activation,
     fixed,
     has_weight,
@@ -29,22 +29,22 @@ ACTIVATION_NAMES: dict[str, Activation] = {"GELU": "gelu", "GELU tanh": "gelu_ta
 _POOLING = {"tok": ("cls",), "avg": ("mean",)}
 
 
-def _width_out(source: Source) -> int | None:
+def _width_out(source: SourceModel) -> int | None:
     return source.state["proj"].shape[1] if "proj" in source.state else None
 
 
 _attends = present("attn_pool")
 
 
-def _norm_after_pooling(source: Source) -> bool:
+def _norm_after_pooling(source: SourceModel) -> bool:
     return _attends(source) or bool(source.get("final_ln_after_pool", False))
 
 
-def _pooling(source: Source) -> tuple[str, ...]:
+def _pooling(source: SourceModel) -> tuple[str, ...]:
     return ("attention",) if _attends(source) else _POOLING[source.get("pool_type")]
 
 
-def _attn_pool(source: Source) -> AttentionPoolConfig | None:
+def _attn_pool(source: SourceModel) -> AttentionPoolConfig | None:
     """CoCa's pooler, of whose queries the first gives the image feature."""
     if not _attends(source):
         return None

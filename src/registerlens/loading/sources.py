@@ -15,7 +15,7 @@ from pathlib import Path
 from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError, close_matches
 from registerlens.files import read_json
 from registerlens.loading import torch_hub
-from registerlens.loading.family import Family, Source
+from registerlens.loading.family import Family, SourceModel
 from registerlens.loading.registry import FAMILIES
 from registerlens.waiting import answer, patience
 
@@ -127,8 +127,8 @@ def _transformers(target: str) -> Size | None:
     if family is None:
         return None
     try:
-        described = Source(config, {}).get(family.described_at) if family.described_at else config
-        return Size(*(family.config[name](Source(described, {})) for name in ("n_layers", "n_heads")))
+        described = SourceModel(config, {}).get(family.described_at) if family.described_at else config
+        return Size(*(family.config[name](SourceModel(described, {})) for name in ("n_layers", "n_heads")))
     except ConfigError:  # the rest are the defaults of transformers' class
         return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.config_parts import RopeConfig
 from registerlens.errors import UnsupportedArchitectureError
-from registerlens.loading.family import HALF, Family, Refusal, Source, fixed, has_weight
+from registerlens.loading.family import HALF, Family, Refusal, SourceModel, fixed, has_weight
 from registerlens.loading.timm_parts import CONFIG, SITES, WEIGHTS, attn_pool, kind_of, refusals
 from registerlens.loading.weights import Piece, Weight, alternatives, averaged, concat, ones, qkv_biases, take
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COORDINATES = {"RotaryEmbeddingCat": "index", "RotaryEmbeddingMixed": "index", "RotaryEmbeddingDinoV3": "centred"}
 
 
-def _rope(source: Source) -> RopeConfig | None:
+def _rope(source: SourceModel) -> RopeConfig | None:
     rope: Any = source.get("rope")
     if rope is None:
         return None
@@ -36,7 +36,7 @@ def _rope(source: Source) -> RopeConfig | None:
     )
 
 
-def _odd_rope(source: Source) -> bool:
+def _odd_rope(source: SourceModel) -> bool:
     rope: Any = source.get("rope", None)
     return rope is not None and (
         kind_of("rope")(source) not in _COORDINATES

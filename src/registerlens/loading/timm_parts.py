@@ -12,7 +12,7 @@ from registerlens.loading.family import (
     Reader,
     Refusal,
     Sites,
-    Source,
+    SourceModel,
     activation,
     columns_of,
     has_weight,
@@ -82,7 +82,7 @@ def kind_of(path: str) -> Reader:
     return lambda source: type(source.get(path, None)).__name__
 
 
-def pooling(source: Source) -> tuple[str, ...]:
+def pooling(source: SourceModel) -> tuple[str, ...]:
     """What the head reads.
 
     Raises:
@@ -96,7 +96,7 @@ def pooling(source: Source) -> tuple[str, ...]:
     return ("mean_all",) if pool == "avg" and source.get("pool_include_prefix", False) else _POOLING[pool]
 
 
-def qk_norm(source: Source) -> QKNormConfig | None:
+def qk_norm(source: SourceModel) -> QKNormConfig | None:
     """The norm on queries and keys of each head."""
     norm = source.get("blocks.0.attn.q_norm", None)
     if _nothing(norm):
@@ -104,10 +104,10 @@ def qk_norm(source: Source) -> QKNormConfig | None:
     return QKNormConfig(kind=NORM_NAMES[type(norm).__name__], eps=norm.eps)
 
 
-def attn_pool(over: Callable[[Source], str]) -> Reader:
+def attn_pool(over: Callable[[SourceModel], str]) -> Reader:
     """The attention pooling, if there is one; `over` says which tokens it looks at."""
 
-    def reader(source: Source) -> AttentionPoolConfig | None:
+    def reader(source: SourceModel) -> AttentionPoolConfig | None:
         pool = source.get("attn_pool", None)
         if pool is None:
             return None
@@ -124,7 +124,7 @@ def attn_pool(over: Callable[[Source], str]) -> Reader:
     return reader
 
 
-def _n_registers(source: Source) -> int:
+def _n_registers(source: SourceModel) -> int:
     registers: Any = source.get("reg_token")
     return 0 if registers is None else registers.shape[1]
 
@@ -222,7 +222,7 @@ SITES = Sites(
 # Refusing ------------------------------------------------------------------------------------------------------------
 
 
-def _norms(source: Source) -> Iterator[nn.Module]:
+def _norms(source: SourceModel) -> Iterator[nn.Module]:
     """Every norm of the model but those on queries and keys, which have a setting of their own."""
     blocks = [f"blocks.{i}.{name}" for i in range(len(source.get("blocks"))) for name in ("norm1", "norm2")]
     blocks += ["blocks.0.attn.norm", "blocks.0.mlp.norm"]
@@ -231,7 +231,7 @@ def _norms(source: Source) -> Iterator[nn.Module]:
             yield source.get(path)
 
 
-def _odd_norm(source: Source) -> bool:
+def _odd_norm(source: SourceModel) -> bool:
     own = [source.get(f"blocks.0.attn.{kind}_norm", None) for kind in "qk"]
     every = [*_norms(source), *(norm for norm in own if not _nothing(norm))]
     return any(
@@ -240,14 +240,14 @@ def _odd_norm(source: Source) -> bool:
     )
 
 
-def _mixed_norms(source: Source) -> bool:
+def _mixed_norms(source: SourceModel) -> bool:
     return len({(NORM_NAMES[type(norm).__name__], norm.eps) for norm in _norms(source)}) > 1
 
 
 def _is(path: str, *names: str) -> Reader:
     """Whether what stands at this path, in any block, is of one of these classes."""
 
-    def reader(source: Source) -> bool:
+    def reader(source: SourceModel) -> bool:
         paths = (path.replace("{i}", str(i)) for i in range(len(source.get("blocks"))))
         return any(kind_of(each)(source) in names for each in paths)
 
@@ -294,7 +294,7 @@ def refusals(block: str, attention: Sequence[str]) -> tuple[Refusal, ...]:
     )
 
 
-def _grouped(source: Source) -> bool:
+def _grouped(source: SourceModel) -> bool:
     attentions = (source.get(f"blocks.{i}.attn") for i in range(len(source.get("blocks"))))
     return any(
         getattr(attention, "num_kv_heads", attention.num_heads) != attention.num_heads for attention in attentions

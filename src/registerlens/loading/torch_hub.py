@@ -7,25 +7,25 @@ from typing import Any
 
 from registerlens.config import Preprocess
 from registerlens.errors import ConfigError, WeightsError
-from registerlens.loading.family import IMAGENET, Family, Sites, Source, fixed, has_weight, read
+from registerlens.loading.family import IMAGENET, Family, Sites, SourceModel, fixed, has_weight, read
 from registerlens.loading.weights import block, linear, norm, part, positions, tokens
 
 
-def _layers(source: Source) -> int:
+def _layers(source: SourceModel) -> int:
     return 1 + max((int(key.split(".")[1]) for key in source.state if key.startswith("blocks.")), default=-1)
 
 
-def _width(source: Source) -> int:
+def _width(source: SourceModel) -> int:
     return source.weight("cls_token").shape[-1]
 
 
-def _heads(source: Source) -> int:
+def _heads(source: SourceModel) -> int:
     """The only number that no weight tells."""
     given = source.get("num_heads", None)
     return source.get("blocks.0.attn.num_heads") if given is None else given
 
 
-def _patch(source: Source) -> tuple[int, int]:
+def _patch(source: SourceModel) -> tuple[int, int]:
     shape = source.weight("patch_embed.proj.weight").shape
     if len(shape) != 4:
         raise WeightsError(
@@ -35,18 +35,18 @@ def _patch(source: Source) -> tuple[int, int]:
     return shape[2], shape[3]
 
 
-def _image_size(source: Source) -> tuple[int, int]:
+def _image_size(source: SourceModel) -> tuple[int, int]:
     """Positions are those of a square image."""
     side = round((source.weight("pos_embed").shape[-2] - 1) ** 0.5)
     height, width = _patch(source)
     return side * height, side * width
 
 
-def _gated(source: Source) -> bool:
+def _gated(source: SourceModel) -> bool:
     return "blocks.0.mlp.w12.weight" in source.state
 
 
-def _hidden(source: Source) -> int:
+def _hidden(source: SourceModel) -> int:
     key = "blocks.0.mlp.w3.weight" if _gated(source) else "blocks.0.mlp.fc2.weight"
     return source.weight(key).shape[-1]
 
@@ -91,7 +91,7 @@ DINO = Family(
 )
 
 
-def _registers(source: Source) -> int:
+def _registers(source: SourceModel) -> int:
     found = source.state.get("register_tokens")
     return 0 if found is None else found.shape[1]
 

@@ -42,7 +42,7 @@ class HookShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ModelPart:
     """A part of the model."""
 
     name: str
@@ -66,7 +66,7 @@ class ModelSummary:
     """Height and width of the image in pixels."""
     points: tuple[HookShape, ...]
     """Every hook point that is reached, in the order of the forward pass."""
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     """The parts, in the same order."""
     weight_bytes: int
     """Memory of the weights."""
@@ -188,7 +188,7 @@ def times(n: int) -> str:
     return f"{n} x " if n > 1 else ""
 
 
-def _parts(vit: HookedViT, flops_of: Callable[[str], int], total: int) -> tuple[Part, ...]:
+def _parts(vit: HookedViT, flops_of: Callable[[str], int], total: int) -> tuple[ModelPart, ...]:
     """Every parameter belongs to one part, and so does every operation: what is nowhere else, to the embedding."""
     homes = {}
     for layer in range(vit.cfg.n_layers):
@@ -201,7 +201,7 @@ def _parts(vit: HookedViT, flops_of: Callable[[str], int], total: int) -> tuple[
         counts[owner] += parameter.numel()
     flops = {part: flops_of(part) for part in homes}
     flops["embedding"] = total - sum(flops.values())
-    return tuple(Part(name=name, parameters=counts[name], flops=flops[name]) for name in counts)
+    return tuple(ModelPart(name=name, parameters=counts[name], flops=flops[name]) for name in counts)
 
 
 def _count(n: int) -> str:

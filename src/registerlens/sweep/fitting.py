@@ -20,7 +20,7 @@ from registerlens.errors import ConfigError, ImageError
 from registerlens.interventions.ablation import NEEDS_BANK, Ablate, Fitter, Reference
 from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Intervention
-from registerlens.interventions.targets import Part, parts_of
+from registerlens.interventions.targets import TargetPart, parts_of
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.conditions import Condition, Planned, PlannedAblation, PlannedBias, content_hash
 from registerlens.sweep.grid import Conditions, by_name, each_of
@@ -165,25 +165,25 @@ def _fit_together(
     return [_cut_out(whole[sample], places[sample], own) for own, sample in zip(parts, samples, strict=True)]
 
 
-def _union(parts: Iterable[Part]) -> list[Part]:
+def _union(parts: Iterable[TargetPart]) -> list[TargetPart]:
     """Every hook point once, with all neurons or heads that any part reads there."""
     chosen: dict[str, set[int] | None] = {}
     for part in parts:
         known = chosen.setdefault(part.point, None if part.index is None else set())
         if known is not None and part.index is not None:
             known.update(part.index)
-    return [Part(point, None if known is None else tuple(sorted(known))) for point, known in chosen.items()]
+    return [TargetPart(point, None if known is None else tuple(sorted(known))) for point, known in chosen.items()]
 
 
-def _places(parts: Iterable[Part]) -> dict[str, dict[int, int]]:
+def _places(parts: Iterable[TargetPart]) -> dict[str, dict[int, int]]:
     """Where each neuron or head stands among those of its hook point; nothing for points that are read whole."""
     return {part.point: {feature: i for i, feature in enumerate(part.index or ())} for part in parts}
 
 
-def _cut_out(whole: Reference, places: Mapping[str, Mapping[int, int]], own: Sequence[Part]) -> Reference:
+def _cut_out(whole: Reference, places: Mapping[str, Mapping[int, int]], own: Sequence[TargetPart]) -> Reference:
     """The features of some parts, in their order, out of a reference for a union of parts."""
 
-    def cut(part: Part, tensor: Tensor) -> Tensor:
+    def cut(part: TargetPart, tensor: Tensor) -> Tensor:
         place = places[part.point]
         if part.index is None:
             return tensor

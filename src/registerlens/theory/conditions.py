@@ -123,7 +123,7 @@ CONSEQUENCES: dict[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Condition:
+class ConditionCheck:
     """One condition, and whether it holds."""
 
     name: str
@@ -150,7 +150,7 @@ def relative_residual(W: Float[Tensor, "d_model width"], u: Float[Tensor, " d_mo
     return float((W.T @ u).norm() / (largest * u.norm())) if largest else 0.0
 
 
-def check_conditions(model: TwoBlockModel, activation: float) -> tuple[Condition, ...]:
+def check_conditions(model: TwoBlockModel, activation: float) -> tuple[ConditionCheck, ...]:
     """Every condition of CONDITIONS, in their order, each measured so that it does not depend on the others.
 
     What concerns the token that fires (dominance, silence, alone) is measured at a token of x_s's length along u1, so
@@ -181,7 +181,7 @@ def check_conditions(model: TwoBlockModel, activation: float) -> tuple[Condition
     }
     at_most = {"alone": 1 - TOLERANCE}
     return tuple(
-        Condition(
+        ConditionCheck(
             name=name,
             statement=CONDITIONS[name],
             measured=value,
@@ -191,7 +191,7 @@ def check_conditions(model: TwoBlockModel, activation: float) -> tuple[Condition
     )
 
 
-def in_words(conditions: Iterable[Condition]) -> str:
+def in_words(conditions: Iterable[ConditionCheck]) -> str:
     """Which conditions hold, and what follows where one does not.
 
     Example:

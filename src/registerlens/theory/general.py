@@ -53,11 +53,11 @@ from registerlens.theory.two_block import TwoBlockModel, check_exact
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LayerNorm:
+class ExactLayerNorm:
     """LayerNorm as a function of float64 vectors, with its limit and its moduli of continuity.
 
     Example:
-        >>> norm = LayerNorm(w=torch.ones(4).double(), b=torch.zeros(4).double())
+        >>> norm = ExactLayerNorm(w=torch.ones(4).double(), b=torch.zeros(4).double())
         >>> norm.limit(torch.tensor([1.0, -1.0, 1.0, -1.0]).double()).tolist()
         [1.0, -1.0, 1.0, -1.0]
     """
@@ -145,7 +145,7 @@ class GeneralModel(Shown):
     """Values."""
     W_O: Float[Tensor, "head d_head d_model"]
     """What heads write."""
-    norm: LayerNorm | None = None
+    norm: ExactLayerNorm | None = None
     """Before attention, MLP and head; None: there is none."""
 
     def __post_init__(self) -> None:
@@ -210,7 +210,7 @@ class GeneralModel(Shown):
         *,
         seeks: Sequence[float] = (1.0, 1.0),
         d_head: int = 8,
-        norm: LayerNorm | None = None,
+        norm: ExactLayerNorm | None = None,
         value_kernel: bool = True,
         seed: int = 0,
     ) -> GeneralModel:

@@ -21,7 +21,7 @@ from registerlens.theory.conditions import (
     rounding,
     spectral,
 )
-from registerlens.theory.general import GeneralModel, LayerNorm
+from registerlens.theory.general import ExactLayerNorm, GeneralModel
 from registerlens.theory.proposition import SinkReport, setup_of
 from registerlens.theory.two_block import CLS
 
@@ -134,7 +134,7 @@ def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVA
         >>> report = verify_generalisation(GeneralModel.build(base))  # values that do not see u1 and u2
         >>> report.no_op, report.within_bounds
         (True, True)
-        >>> norm = LayerNorm(w=torch.ones(16).double(), b=torch.ones(16).double())
+        >>> norm = ExactLayerNorm(w=torch.ones(16).double(), b=torch.ones(16).double())
         >>> report = verify_generalisation(GeneralModel.build(base, seeks=[30.0, -30.0], norm=norm))
         >>> (report.limit_gap[:, 0] > 0).tolist(), report.within_bounds
         ([True, False], True)
@@ -190,7 +190,7 @@ def _heads_bring(
 
 def _limits(
     model: GeneralModel,
-    norm: LayerNorm,
+    norm: ExactLayerNorm,
     a: Float[Tensor, " activation"],
     z: Float[Tensor, "activation token d_model"],
     share: Float[Tensor, "activation head query"],

@@ -54,7 +54,7 @@ from registerlens.results import FINITE, Result
 from registerlens.theory.conditions import (
     ACTIVATION_GRID,
     Activations,
-    Condition,
+    ConditionCheck,
     attention_beside,
     check_conditions,
     checked_activations,
@@ -81,7 +81,7 @@ class SinkReport(Result):
 
     setup: dict[str, Any]
     """Sizes, nonlinearity and seed of the model."""
-    conditions: tuple[Condition, ...]
+    conditions: tuple[ConditionCheck, ...]
     """Every condition of Proposition 1."""
     activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
     """What the register neuron writes at an aligned x_s: phi(|x_s| |u1|) |u2|, a length in the residual stream."""
@@ -284,7 +284,7 @@ class CorollaryReport(Result):
 
     setup: dict[str, Any]
     """Sizes, nonlinearity and seed of the model, and which token is the sink."""
-    conditions: tuple[Condition, ...]
+    conditions: tuple[ConditionCheck, ...]
     """The conditions of Proposition 1."""
     activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
     """What the register neuron writes at an aligned x_s."""

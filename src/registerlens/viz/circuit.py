@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from registerlens.circuits.graph import REST, STREAM
+from registerlens.circuits.outlier_tokens import VIA
 from registerlens.circuits.records import AttentionCircuit
-from registerlens.circuits.sighting import VIA
 from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink, paper
 
 Point = tuple[float, float]

@@ -13,7 +13,7 @@ from torch import Tensor
 from registerlens.analysis.maps import NeuronMaps
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.evaluation.comparison import InterventionMaps, Measure
-from registerlens.viz.panels import OPACITY, Panel, Scale, panel_figure
+from registerlens.viz.panels import OPACITY, ColourScale, Panel, panel_figure
 from registerlens.viz.theme import Mode, Size, width_of
 
 _NAMES: dict[Measure, str] = {"norms": "residual norm", "attention": "attention"}
@@ -176,8 +176,8 @@ def neurons_figure(
     chosen, condition = _images(maps, images), maps.conditions[0]
     norms = maps.at("norms", condition, layer)
     scales = [
-        Scale.over(f"residual norm after block {layer}", [norms[chosen]], colours=_COLOURS["norms"]),
-        Scale.over("activation", [neurons.activations[:, chosen]], colours="Cividis"),
+        ColourScale.over(f"residual norm after block {layer}", [norms[chosen]], colours=_COLOURS["norms"]),
+        ColourScale.over("activation", [neurons.activations[:, chosen]], colours="Cividis"),
     ]
     rows = []
     for i in chosen:
@@ -217,9 +217,9 @@ def _panel(
     )
 
 
-def _scale(maps: InterventionMaps, measure: Measure, values: Sequence[np.ndarray]) -> Scale:
+def _scale(maps: InterventionMaps, measure: Measure, values: Sequence[np.ndarray]) -> ColourScale:
     """Norms from zero; attention by its logarithm, for a sink draws a hundred times as much as other patches."""
-    return Scale.over(_words(maps, measure), values, log=measure == "attention", colours=_COLOURS[measure])
+    return ColourScale.over(_words(maps, measure), values, log=measure == "attention", colours=_COLOURS[measure])
 
 
 def _words(maps: InterventionMaps, measure: Measure) -> str:
@@ -301,7 +301,7 @@ def overlay(
     if columns is not None and columns < 1:
         raise ConfigError(f"columns={columns} has no place for a panel. Give at least 1, or None.")
     pictures = whole_patches(pictures, values.shape[1:], patch_size)
-    scale = Scale.over(name, [values], log=log, colours=colours)
+    scale = ColourScale.over(name, [values], log=log, colours=colours)
     scale = replace(scale, low=scale.low if low is None else low, high=scale.high if high is None else high)
     if scale.low >= scale.high or (scale.log and scale.low <= 0):
         raise ConfigError(

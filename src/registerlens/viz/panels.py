@@ -45,7 +45,7 @@ _DECADES = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class ColourScale:
     """What colours mean; shared by all panels that refer to it."""
 
     name: str
@@ -60,14 +60,16 @@ class Scale:
     """Whether colours go by the logarithm."""
 
     @classmethod
-    def over(cls, name: str, values: Sequence[np.ndarray], *, log: bool = False, colours: str = "Viridis") -> Scale:
+    def over(
+        cls, name: str, values: Sequence[np.ndarray], *, log: bool = False, colours: str = "Viridis"
+    ) -> ColourScale:
         """From zero (or the lowest value, if negative) to the highest value; with `log`, over three decades at most.
 
         Raises:
             NonFiniteError: none of them is finite.
 
         Example:
-            >>> Scale.over("norm", [np.array([[0.5, 2.0]])]).high
+            >>> ColourScale.over("norm", [np.array([[0.5, 2.0]])]).high
             2.0
         """
         every = np.concatenate([np.ravel(one) for one in values])
@@ -107,7 +109,7 @@ class Panel:
 
 def panel_figure(
     rows: Sequence[Sequence[Panel | None]],
-    scales: Sequence[Scale],
+    scales: Sequence[ColourScale],
     *,
     row_titles: Sequence[str] = (),
     title: str | None = None,
@@ -266,7 +268,7 @@ def _lay_out(
         layout["annotations"].append({"text": panel.note, **inside, **look, **small})
 
 
-def _heat_map(panel: Panel, values: Grid, axis: str, scale: Scale, opacity: float | int) -> go.Heatmap:
+def _heat_map(panel: Panel, values: Grid, axis: str, scale: ColourScale, opacity: float | int) -> go.Heatmap:
     """Colours and, in single precision, the exact values for the hover."""
     told = f"patch in row %{{y}}, column %{{x}}<br>{panel.hover}: %{{customdata[0]:.4g}}"
     exact = [values]
@@ -285,7 +287,7 @@ def _heat_map(panel: Panel, values: Grid, axis: str, scale: Scale, opacity: floa
     )
 
 
-def _colour_axis(scale: Scale, place: dict[str, Any]) -> dict[str, Any]:
+def _colour_axis(scale: ColourScale, place: dict[str, Any]) -> dict[str, Any]:
     """Colours with their bar."""
     level = place.get("orientation") == "h"
     name = scale.name if level else "<br>".join(textwrap.wrap(scale.name, 14))

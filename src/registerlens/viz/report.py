@@ -33,7 +33,7 @@ their own, separated by a gap. Method: Jiang et al. 2025, "Vision Transformers D
 
 
 @runtime_checkable
-class Explorer(Protocol):
+class PageSection(Protocol):
     """What is to be looked at by hand, such as `rl.explore` makes."""
 
     def section(self, *, max_bytes: int) -> str:
@@ -65,7 +65,7 @@ def write_report(
     study: RegisterStudy | NoOutliersError | None = None,
     mechanism: Mechanism | None = None,
     circuit: Told | RegisterLensError | None = None,
-    explorer: Explorer | None = None,
+    explorer: PageSection | None = None,
 ) -> Path:
     """Write the page, whole or not at all; it opens from disk without a network.
 

@@ -88,7 +88,7 @@ def locate(vit: HookedViT, batch: Tensor, detection: Detection) -> tuple[Bool[Te
 
 
 @dataclass
-class Sight:
+class OutlierRun:
     """What a run of a batch leaves behind, in float32 at least. Dictionaries are by block."""
 
     tokens: Located
@@ -118,13 +118,13 @@ class Sight:
     """The stream after the last block, all tokens."""
 
 
-def look(vit: HookedViT, batch: Tensor, tokens: Located, block: int) -> Sight:
+def look(vit: HookedViT, batch: Tensor, tokens: Located, block: int) -> OutlierRun:
     """Run the model and keep what a circuit needs.
 
     Raises:
         InterventionError: an edit in force adds keys that are no tokens.
     """
-    seen, dtype, n_layers = Sight(tokens, block), at_least_float32(vit.dtype), vit.cfg.n_layers
+    seen, dtype, n_layers = OutlierRun(tokens, block), at_least_float32(vit.dtype), vit.cfg.n_layers
     rows, later, up_to = (tokens.image, tokens.position), range(block + 1, n_layers), range(block + 1)
     values: dict[int, Tensor] = {}
 
