@@ -32,14 +32,11 @@ def emerge(
     """
     if config is not None and recipe is not None:
         raise typer.BadParameter("give --config or --recipe, not both", param_hint="--recipe")
-    if config is not None:
-        from registerlens.emergence.config import TrainingConfig  # noqa: PLC0415
+    # Before torch is imported, for which wrong keys and names need not wait.
+    from registerlens.emergence.config import TrainingConfig  # noqa: PLC0415
+    from registerlens.emergence.config import recipe as recipe_called  # noqa: PLC0415
 
-        asked = TrainingConfig.from_file(config)  # before torch is imported, for which wrong keys need not wait
-    else:
-        from registerlens.emergence import config  # noqa: PLC0415
-
-        asked = recipes.recipe(recipe or "default").config
+    asked = recipe_called(recipe or "default").config if config is None else TrainingConfig.from_file(config)
     from registerlens.emergence.dynamics import training_dynamics  # noqa: PLC0415
     from registerlens.emergence.research import judge_run  # noqa: PLC0415
     from registerlens.emergence.training import train  # noqa: PLC0415

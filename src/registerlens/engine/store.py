@@ -48,6 +48,7 @@ class Contents(Protocol):
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Contents)
+AnyStore = TypeVar("AnyStore", bound="Store")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Store(Generic[AnyManifest]):
         """
         return ((task, self.read(task)) for task in self.entries())
 
-    def with_manifest(self, manifest: AnyManifest) -> Store[AnyManifest]:
+    def with_manifest(self: AnyStore, manifest: Contents) -> AnyStore:
         """The store under another manifest, which is written."""
         self.check_held()
         self.folder.write(MANIFEST, manifest.to_json().encode())
