@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,25 @@ class BackendError(RegisterLensError, RuntimeError):
 
 class DrawingError(RegisterLensError, RuntimeError):
     """A still picture of a figure could not be drawn: no browser is there, or it failed or gave no answer."""
+
+
+@contextmanager
+def needing(package: str, extra: str, purpose: str) -> Iterator[None]:
+    """Where an optional dependency is imported.
+
+    Raises:
+        MissingExtraError: it is not installed; the message says what `purpose` needs, and how to install it.
+
+    Example:
+        >>> with needing("no-such-package", "demo", "This example"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+        registerlens.errors.MissingExtraError: This example needs the package 'no-such-package', which is not ...
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(package, extra, purpose) from error
 
 
 class MissingExtraError(RegisterLensError, ImportError):

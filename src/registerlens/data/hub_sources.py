@@ -11,10 +11,8 @@ from pathlib import Path
 from posixpath import basename
 from typing import Any
 
-import torch
-
 from registerlens.config import Preprocess
-from registerlens.data.images import IMAGE_SUFFIXES, HasPreprocess, Skipped, preprocess_of, read_images
+from registerlens.data.images import IMAGE_SUFFIXES, HasPreprocess, Skipped, preprocess_of
 from registerlens.data.sources import (
     NO_LABEL,
     Check,
@@ -24,9 +22,10 @@ from registerlens.data.sources import (
     fingerprints,
     hash_of,
     preprocess_text,
+    read_shard,
     size_of,
 )
-from registerlens.errors import ImageError, MissingExtraError, SourceError, close_matches
+from registerlens.errors import ImageError, SourceError, close_matches, needing
 from registerlens.waiting import answer, each
 
 
@@ -128,15 +127,14 @@ class HuggingFaceSource:
         skipped: list[Skipped] = []
         labels: dict[str, int] = {}
         try:
-            names, images, bad = read_images(each(self._named(index, labels, skipped)), self.preprocess)
+            named = each(self._named(index, labels, skipped))
+            return read_shard(named, self.preprocess, labels if self.label_column else None, skipped)
         except (SourceError, ImageError):
             raise
         except Exception as error:  # what a network, a file system or a reader raises is theirs to choose
             damaged = type(error).__name__ == "ArrowInvalid"
             kind, what = (ImageError, "is damaged") if damaged else (SourceError, "cannot be read")
             raise kind(f"Shard {index} of {self!r} {what}: {type(error).__name__}: {error}") from error
-        told = None if self.label_column is None else torch.tensor([labels[name] for name in names], dtype=torch.long)
-        return Shard(names=tuple(names), images=images, labels=told, skipped=(*skipped, *bad))
 
     def _named(self, index: int, labels: dict[str, int], skipped: list[Skipped]) -> Iterator[tuple[str, Any]]:
         """Name and undecoded image of each row; labels and rows without an image are noted on the way."""
@@ -269,8 +267,6 @@ def _read(path: str) -> bytes | str:
 
 
 def _datasets() -> Any:
-    try:
+    with needing("datasets", "streams", "Reading a Hugging Face dataset"):
         import datasets  # noqa: PLC0415  (an extra)
-    except ImportError as error:
-        raise MissingExtraError("datasets", "streams", "Reading a Hugging Face dataset") from error
     return datasets

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -109,6 +109,25 @@ class Shard:
     """One label an image, where the source has labels; `NO_LABEL` where one is missing."""
     skipped: tuple[Skipped, ...] = ()
     """Images of this shard that could not be used."""
+
+
+def read_shard(
+    named: Iterable[tuple[str, Any]],
+    preprocess: Preprocess,
+    labels: Mapping[str, int] | None,
+    skipped: Sequence[Skipped] = (),
+) -> Shard:
+    """Decode and preprocess the images of a shard.
+
+    Args:
+        named: a name and something that `decode` takes, for each image.
+        preprocess: how a decoded image becomes the model's pixels.
+        labels: by name; like `skipped` it may be filled while `named` is read.
+        skipped: what has been left out before.
+    """
+    names, images, unusable = read_images(named, preprocess)
+    found = None if labels is None else torch.tensor([labels[name] for name in names], dtype=torch.long)
+    return Shard(names=tuple(names), images=images, labels=found, skipped=(*skipped, *unusable))
 
 
 @runtime_checkable
@@ -272,8 +291,8 @@ class FolderSource:
     @cached_property
     def identity(self) -> str:
         """SHA-256 of relative names, contents (or times), labels, preprocessing and the size of the shards."""
-        told = fingerprints([self.root / name for name in self.names], self.check)
-        files = [f"{name} {mark}" for name, mark in zip(self.names, told, strict=True)]
+        marks = fingerprints([self.root / name for name in self.names], self.check)
+        files = [f"{name} {mark}" for name, mark in zip(self.names, marks, strict=True)]
         return hash_of([*files, *map(str, self._labels or ()), preprocess_text(self.preprocess)], self.shard_size)
 
     def shard(self, index: int) -> Shard:
@@ -286,12 +305,8 @@ class FolderSource:
         listed, sizes = self.names[where], self._sizes[where]
         for name, size in zip(listed, sizes, strict=True):
             check_unchanged(self.root / name, size)
-        names, images, skipped = read_images([(name, self.root / name) for name in listed], self.preprocess)
-        labels = None
-        if self._labels is not None:
-            by_name = dict(zip(listed, self._labels[where], strict=True))
-            labels = torch.tensor([by_name[name] for name in names], dtype=torch.long)
-        return Shard(names=tuple(names), images=images, labels=labels, skipped=tuple(skipped))
+        labels = None if self._labels is None else dict(zip(listed, self._labels[where], strict=True))
+        return read_shard([(name, self.root / name) for name in listed], self.preprocess, labels)
 
 
 def _labels_of(names: Sequence[str], given: Sequence[str], labels: Mapping[str, int]) -> tuple[int, ...]:

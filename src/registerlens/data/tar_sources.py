@@ -13,10 +13,8 @@ from pathlib import Path
 from posixpath import basename
 from typing import Any
 
-import torch
-
 from registerlens.config import Preprocess
-from registerlens.data.images import HasPreprocess, Skipped, preprocess_of, read_images
+from registerlens.data.images import HasPreprocess, Skipped, preprocess_of
 from registerlens.data.sources import (
     MISSING,
     NO_LABEL,
@@ -26,9 +24,10 @@ from registerlens.data.sources import (
     fingerprints,
     hash_of,
     preprocess_text,
+    read_shard,
     size_of,
 )
-from registerlens.errors import ConfigError, ImageError, MissingExtraError, SourceError
+from registerlens.errors import ConfigError, ImageError, SourceError, needing
 from registerlens.waiting import answer
 
 
@@ -122,9 +121,7 @@ class WebDatasetSource:
         skipped: list[Skipped] = []
         labels: dict[str, int] = {}
         named = self._named(tar, part, labels, skipped)
-        names, images, bad = read_images(named, self.preprocess)
-        told = None if self.label_key is None else torch.tensor([labels[name] for name in names], dtype=torch.long)
-        return Shard(names=tuple(names), images=images, labels=told, skipped=(*skipped, *bad))
+        return read_shard(named, self.preprocess, labels if self.label_key else None, skipped)
 
     def _named(
         self, tar: int, part: int, labels: dict[str, int], skipped: list[Skipped]
@@ -296,8 +293,6 @@ def _local(url: str) -> Path | None:
 
 
 def _webdataset() -> Any:
-    try:
+    with needing("webdataset", "streams", "Reading webdataset shards"):
         import webdataset  # noqa: PLC0415  (an extra)
-    except ImportError as error:
-        raise MissingExtraError("webdataset", "streams", "Reading webdataset shards") from error
     return webdataset

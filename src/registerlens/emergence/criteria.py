@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Criterion:
     """One sign of the phenomenon."""
 
     name: str
     """As in the tables."""
-    words: str
-    """What is measured."""
     side: Literal[">=", "<="]
     """On which side of the threshold it holds."""
     threshold: float
     """From where on."""
+    words: str
+    """What is measured."""
 
     def holds(self, value: float) -> bool:
         """Whether it does; a NaN never does."""
@@ -57,8 +57,8 @@ class Criterion:
 
 
 CRITERIA: tuple[Criterion, ...] = tuple(
-    Criterion(name=name, words=words, side=side, threshold=threshold)  # type: ignore[arg-type]
-    for name, side, threshold, words in (
+    Criterion(*values)  # type: ignore[arg-type]
+    for values in (
         ("largest/median", ">=", 5.0, "largest patch norm over the median after the onset block's MLP"),
         ("bimodality", ">=", 2.0, "there, 1st percentile of outliers over 99.9th percentile of normal patches"),
         (
@@ -182,10 +182,10 @@ class EmergenceCriteria(Result):
         if not self.detection.evidence.present:
             return f"{self.model}: nothing has emerged. {self.detection.evidence.reason}."
         failed = [one.name for one in CRITERIA if not self.holds(one.name)]
-        told = f"all but {', '.join(failed)}" if failed else "every one"
+        held = f"all but {', '.join(failed)}" if failed else "every one"
         listed = "; ".join(f"block {layer}: {' '.join(map(str, ns))}" for layer, ns in self.neurons.by_layer().items())
         return (
-            f"{self.model}: {self.n_met} of {len(CRITERIA)} criteria hold ({told}). Onset {self.onset}; {listed}; "
+            f"{self.model}: {self.n_met} of {len(CRITERIA)} criteria hold ({held}). Onset {self.onset}; {listed}; "
             f"{self.outliers[0]:.2f} outliers per image. Chosen on {self.n_selected_on} images, evaluated on "
             f"{self.n_evaluated_on} others."
         )
@@ -246,8 +246,8 @@ def emergence_criteria(
         measured = Evidence(vit, detection, list(edits))
         for start in range(0, len(others), batch_size):
             stop = start + batch_size
-            told = None if labels is None else labels[half:][start:stop]
-            measured.add(others[start:stop], told, edits, seed)
+            batch_labels = None if labels is None else labels[half:][start:stop]
+            measured.add(others[start:stop], batch_labels, edits, seed)
         result = measured.result() | {"neurons": neurons}
         values |= _judged(seen, detection, result, vit.cfg) | measured.of_chosen_patch()
     return EmergenceCriteria(
@@ -269,19 +269,19 @@ def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTCo
     at = seen.sublayers.index(detection.sublayer)
     curve = np.log(seen.largest_over_median)
     after = list(after_onset(detection, cfg.n_layers))
-    norm, drawn = float(seen.largest_over_median[at]), float(found["sink"][after].mean())
+    norm, attention = float(seen.largest_over_median[at]), float(found["sink"][after].mean())
     change = {name: found["accuracy"][i] - found["accuracy"][0] for i, name in enumerate(CONDITIONS)}
     left = {name: share(found["outliers"][i], found["outliers"][0]) for i, name in enumerate(CONDITIONS)}
     register, unedited = CONDITIONS.index("register"), CONDITIONS.index("unedited")
     return {
         "bimodality": found["quantiles"][1] / found["quantiles"][0],
         "one MLP": (curve[at] - curve[at - 1]) / (curve.max() - curve[0]),
-        "sink": drawn,
+        "sink": attention,
         "value drain": found["value_ratio"][after].mean(),
         "few neurons": len(found["neurons"]) / (cfg.n_layers * cfg.d_mlp),
         "register: outliers": left["register"],
         "register: norm": found["register_norm"][register] / norm,
-        "register: attention": share(found["register_attention"][register], drawn),
+        "register: attention": share(found["register_attention"][register], attention),
         "register: accuracy": change["register"],
         "zeroing: outliers": left["zeroing"],
         "zeroing: accuracy": change["zeroing"],

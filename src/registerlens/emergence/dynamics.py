@@ -121,11 +121,11 @@ class Dynamics(Result):
 
     def describe(self) -> str:
         """The order in words."""
-        told = self.onsets().sort_values("step")
+        onsets = self.onsets().sort_values("step")
         columns = ["sign", "step", "low", "high", "lasting"]
         order = "; ".join(
             f"{sign} at {step:.0f} ({low:.0f} to {high:.0f}), for good from {lasting:.0f}"
-            for sign, step, low, high, lasting in told[columns].itertuples(index=False)
+            for sign, step, low, high, lasting in onsets[columns].itertuples(index=False)
         )
         return f"{self.run}, step at which each sign was halfway, with its 95% interval: {order}."
 

@@ -22,7 +22,7 @@ JUDGED = 512
 """Held-out images for the criteria, of each half: for the selection and for the evaluation."""
 
 
-_TOLD = (
+_COLUMNS = (
     *("minutes", "cpu_minutes", "outliers", "onset", "neurons", "criteria", "of", "failing"),
     *("largest", "prefix_norm", "prefix_sink", *(one.name for one in CRITERIA)),
 )
@@ -110,7 +110,7 @@ def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
     changed = [f"{name}={ours[name]}" for name in ours if ours[name] != default[name] and name not in NO_SETTING]
     recipe = recipe_of(run.config)
     row: dict[str, Any] = {"run": run.folder.name, "recipe": recipe.name if recipe else "-"}
-    row |= {"settings": ", ".join(changed), "seed": run.config.seed, **dict.fromkeys(_TOLD, np.nan)}
+    row |= {"settings": ", ".join(changed), "seed": run.config.seed, **dict.fromkeys(_COLUMNS, np.nan)}
     if not run.begun:
         return row | {"ended": "not begun"}
     step = run.checkpoints[-1] if run.checkpoints else 0

@@ -78,8 +78,8 @@ class TrainingRun:
             ConfigError: the folder holds none.
         """
         folder = Path(folder)
-        with reading(folder / "config.json") as told:
-            return cls(folder, TrainingConfig(**told["training"]))
+        with reading(folder / "config.json") as described:
+            return cls(folder, TrainingConfig(**described["training"]))
 
     @classmethod
     def make(cls, folder: str | Path, config: TrainingConfig) -> TrainingRun:
@@ -92,7 +92,9 @@ class TrainingRun:
         if (folder / "config.json").exists():
             there = cls.open(folder)
             if there.config != config:
-                differences = "; ".join(_differences(there.config, config))
+                ours, theirs = flat_settings(there.config), flat_settings(config)
+                changed = [name for name in ours if ours[name] != theirs[name]]
+                differences = "; ".join(f"{name} is {ours[name]!r} there, {theirs[name]!r} here" for name in changed)
                 raise ConfigError(
                     f"'{folder}' holds a run of another configuration: {differences}. Give another folder, or that "
                     f"configuration."
@@ -203,9 +205,3 @@ def flat_settings(config: TrainingConfig) -> dict[str, Any]:
         return found
 
     return flat(config.model_dump(mode="json"))
-
-
-def _differences(there: TrainingConfig, given: TrainingConfig) -> list[str]:
-    """The settings in which two configurations differ, in words."""
-    ours, theirs = flat_settings(there), flat_settings(given)
-    return [f"{key} is {ours[key]!r} there, {theirs[key]!r} here" for key in ours if ours[key] != theirs[key]]

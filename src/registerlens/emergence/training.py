@@ -128,8 +128,8 @@ class _Since:
         """Times and means; what follows is counted anew."""
         now = {name: clock() for name, clock in _CLOCKS.items()}
         self.clocks = {name: self.clocks[name] + now[name] - self.started[name] for name in now}
-        told = {"loss": self.losses, "gradient_norm": self.gradients}
-        mean = {name: sum(given) / len(given) if given else math.nan for name, given in told.items()}
+        values = {"loss": self.losses, "gradient_norm": self.gradients}
+        mean = {name: sum(given) / len(given) if given else math.nan for name, given in values.items()}
         self.losses, self.gradients, self.started = [], [], now
         return self.clocks | mean
 
@@ -216,14 +216,14 @@ def _measure(vit: HookedViT, config: TrainingConfig) -> dict[str, float]:
         loss = float(task_loss(output, batch, layout, 0.0, config.image_weight))
     right = output.unflatten(-1, (config.task.n_attributes, -1)).argmax(-1)
     there = range(len(ROLES) - 1)  # all but flat patches, which have nothing to report
-    told = {ROLES[role]: (right[:, layout.patches] == batch.labels)[batch.roles == role] for role in there}
+    correct = {ROLES[role]: (right[:, layout.patches] == batch.labels)[batch.roles == role] for role in there}
     if layout.cls is not None:
-        told["image"] = right[:, layout.cls] == batch.image_labels
+        correct["image"] = right[:, layout.cls] == batch.image_labels
     found = trace(vit, batch.images, batch_size=WATCHED)
     norms = zip(found.sublayers, found.largest_over_median.tolist(), strict=True)
     return (
         {"loss_held_out": loss}
-        | {f"accuracy_{name}": float(ones.float().mean()) for name, ones in told.items()}
+        | {f"accuracy_{name}": float(ones.float().mean()) for name, ones in correct.items()}
         | {f"largest_over_median_{sublayer}": ratio for sublayer, ratio in norms}
         | {f"sink_{layer}": sink for layer, sink in enumerate(found.mean_sink.tolist())}
     )
@@ -236,8 +236,8 @@ def _save_state(
     tensors = {f"model.{name}": tensor for name, tensor in vit.state_dict().items()}
     for index, values in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": value for name, value in values.items() if value is not None}
-    told = {"step": step, "clocks": clocks, "config": run.config.model_dump(mode="json")}
-    metadata = {name: json.dumps(value) for name, value in told.items()}
+    described = {"step": step, "clocks": clocks, "config": run.config.model_dump(mode="json")}
+    metadata = {name: json.dumps(value) for name, value in described.items()}
     with whole_file(run.state_file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
 
@@ -249,9 +249,9 @@ def _restore(run: TrainingRun, vit: HookedViT, optimiser: torch.optim.Optimizer)
         return 0, dict.fromkeys(_CLOCKS, 0.0)
     try:
         with safe_open(run.state_file, "pt") as file:
-            told = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            described = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterable)
-        step, clocks, config = told["step"], told["clocks"], TrainingConfig(**told["config"])
+        step, clocks, config = described["step"], described["clocks"], TrainingConfig(**described["config"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise WeightsError(f"'{run.state_file}' is damaged: {error}. Remove the folder to start anew.") from error
     if config != run.config:

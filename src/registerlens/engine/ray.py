@@ -19,7 +19,7 @@ import torch
 
 from registerlens.engine.backends import Job, Task, TaskQueue
 from registerlens.engine.crew import WORKED, Answer, Crew, Lost, Started, Worker, beat_of, hung
-from registerlens.errors import BackendError, ConfigError, MissingExtraError
+from registerlens.errors import BackendError, ConfigError, needing
 
 AHEAD = 2
 """Tasks a worker has at most: one it works on, and one that waits so that it need not."""
@@ -268,9 +268,7 @@ def _check_reachable(address: str | None) -> None:
 
 
 def _ray() -> Any:
-    try:
+    with needing("ray", "ray", "run_sweep(backend='ray')"):
         import ray  # noqa: PLC0415  (an extra)
         import ray.exceptions  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("ray", "ray", "run_sweep(backend='ray')") from error
     return ray

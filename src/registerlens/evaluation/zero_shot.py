@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from registerlens.errors import ConfigError, MissingExtraError, UnsupportedArchitectureError
+from registerlens.errors import ConfigError, UnsupportedArchitectureError, needing
 from registerlens.files import read_tensors, whole_file
 from registerlens.loading.sources import network, source_of
 from registerlens.progress import track
@@ -145,10 +145,8 @@ def _transformers_encoder(target: str, device: torch.device) -> Encode:
 
 
 def _open_clip_encoder(target: str, device: torch.device) -> Encode:
-    try:
+    with needing("open_clip_torch", "open-clip", f"The text side of {target!r}"):
         import open_clip  # noqa: PLC0415  (optional dependency)
-    except ImportError as error:
-        raise MissingExtraError("open_clip_torch", "open-clip", f"The text side of {target!r}") from error
     folder = Path(target).is_dir()
     name, _, tag = (f"local-dir:{target}", "", None) if folder else target.partition("/")
     with network(f"open_clip:{target}"):

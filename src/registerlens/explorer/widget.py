@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.errors import MissingExtraError, RegisterLensError, ShapeError
+from registerlens.errors import RegisterLensError, ShapeError, needing
 from registerlens.explorer.attention import Head, RecordedAttention, Role
 from registerlens.explorer.codes import encode
 from registerlens.explorer.explorer import CLEAN, Explorer
@@ -36,11 +36,9 @@ def make_widget(explorer: Explorer) -> AnyWidget:
         >>> make_widget(explore(vit, torch.rand(1, 3, 48, 48))).manifest["layers"]
         6
     """
-    try:
+    with needing("anywidget", "notebooks", "The live explorer"):
         import anywidget  # noqa: PLC0415
         import traitlets  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("anywidget", "notebooks", "The live explorer") from error
 
     class ExplorerWidget(anywidget.AnyWidget):
         _esm = script()

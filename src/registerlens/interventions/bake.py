@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from registerlens.errors import ConfigError, MissingExtraError, UnsupportedArchitectureError
+from registerlens.errors import ConfigError, UnsupportedArchitectureError, needing
 from registerlens.files import read_json, write_json
 from registerlens.interventions.attach import attach
 from registerlens.interventions.base import Intervention
@@ -143,10 +143,8 @@ def _save_transformers(module: Any, target: str, folder: Path) -> None:
 
 
 def _load_timm(target: str) -> Any:
-    try:
+    with needing("timm", "timm", f"Loading {target!r}"):
         import timm  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("timm", "timm", f"Loading {target!r}") from error
     with network(f"timm:{target}"):
         return timm.create_model(f"local-dir:{target}" if Path(target).is_dir() else target, pretrained=True)
 
@@ -158,10 +156,8 @@ def _save_timm(module: Any, target: str, folder: Path) -> None:
 
 
 def _load_open_clip(target: str) -> Any:
-    try:
+    with needing("open_clip_torch", "open-clip", f"Loading {target!r}"):
         import open_clip  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("open_clip_torch", "open-clip", f"Loading {target!r}") from error
     if Path(target).is_dir():
         return open_clip.create_model(f"local-dir:{target}", pretrained_text=False)
     name, _, tag = target.partition("/")

@@ -143,7 +143,11 @@ def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         WeightsError: low-rank adapters are not merged into them, or two keys become one.
     """
-    _refuse_adapters(tensors)
+    if adapted := [key for key in tensors if _ADAPTER.search(key)]:
+        raise WeightsError(
+            f"{len(adapted)} weights belong to adapters that are not merged (PEFT, LoRA; {adapted[0]!r} for one). "
+            f"Merge them first: model = model.merge_and_unload(), then load or save that model."
+        )
     plain: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = ".".join(step for step in key.split(".") if step not in WRAPPERS)
@@ -151,19 +155,6 @@ def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise WeightsError(f"The checkpoint has {name!r} twice, once as {key!r}. Keep one of the two models in it.")
         plain[name] = tensor
     return plain
-
-
-def _refuse_adapters(keys: Mapping[str, Tensor]) -> None:
-    """Raise unless the weights are free of low-rank adapters.
-
-    Raises:
-        WeightsError: they have some (PEFT, LoRA).
-    """
-    if found := [key for key in keys if _ADAPTER.search(key)]:
-        raise WeightsError(
-            f"{len(found)} weights belong to adapters that are not merged (PEFT, LoRA; {found[0]!r} for one). Merge "
-            f"them first: model = model.merge_and_unload(), then load or save that model."
-        )
 
 
 def select(

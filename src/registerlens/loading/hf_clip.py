@@ -23,7 +23,7 @@ from registerlens.loading.family import (
     read,
     rows_of,
 )
-from registerlens.loading.hf_rules import ACTIVATION_NAMES, CLASSIFIER, CLASSIFIER_CONFIG, COMMON, FC, block, square
+from registerlens.loading.hf_rules import ACTIVATION_NAMES, COMMON, FC, block, square, with_classifier
 from registerlens.loading.weights import bias, concat, linear, norm, part, patch_rows, positions, rows, take, tokens
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _CLIP = Family(
     source_class="CLIPVisionModel",
     example="openai/clip-vit-large-patch14",
     prefixes=("vision_model.",),
-    config=COMMON | {"d_mlp": read("intermediate_size"), "patch_bias": fixed(False), "ln_pre": fixed(True)},
+    config=COMMON | {"patch_bias": fixed(False), "ln_pre": fixed(True)},
     weights={
         "embed.patch.weight": take("embeddings.patch_embedding.weight"),
         "embed.prefix": tokens("embeddings.class_embedding", flat=True),
@@ -78,16 +78,13 @@ _CLIP_WHOLE = replace(
     ignore=(*_CLIP.ignore, *_TEXT_SIDE),
     note="the vision tower with its projection",
 )
-_CLIP_CLASSIFIER = replace(
+_CLIP_CLASSIFIER = with_classifier(
     _CLIP,
-    source_class="CLIPForImageClassification",
+    "CLIPForImageClassification",
+    {"final_norm": fixed(False), "pooling": fixed(("mean",))},
     example="openai/clip-vit-base-patch32",
     described_at="vision_config",
-    config=_CLIP.config | CLASSIFIER_CONFIG | {"final_norm": fixed(False), "pooling": fixed(("mean",))},
-    weights=_CLIP.weights | CLASSIFIER,
-    ignore=(*_CLIP.ignore, "post_layernorm.*"),
-    written_prefix="vision_model.",
-    unprefixed=("classifier.*",),
+    ignore=("post_layernorm.*",),
     note="logits from the mean over patches, which no norm precedes",
 )
 
@@ -145,7 +142,6 @@ _SIGLIP = Family(
     prefixes=("vision_model.",),
     config=COMMON
     | {
-        "d_mlp": read("intermediate_size"),
         "class_token": fixed(False),
         "attn_pool": _siglip_pool,
         "pooling": lambda source: ("attention",) if source.get("vision_use_head", True) else ("mean",),
@@ -158,9 +154,7 @@ _SIGLIP = Family(
     | norm("ln_final", "post_layernorm")
     | _POOL_WEIGHTS
     | block("encoder.layers.{i}", _NORMS, _ATTENTION, FC),
-    sites=Sites(
-        images="embeddings", blocks="encoder.layers", norm="layer_norm1", attention="self_attn", mlp_out="mlp.fc2"
-    ),
+    sites=replace(_CLIP.sites, ln_pre=None),
     ignore=("embeddings.position_ids",),
     preprocess=square(224, fit="exact", interpolation="bicubic", **HALF),
     note=_POOLED,
@@ -173,15 +167,12 @@ _SIGLIP_WHOLE = replace(
     written_prefix="vision_model.",
     note="the vision tower with its pooling head",
 )
-_SIGLIP_CLASSIFIER = replace(
+_SIGLIP_CLASSIFIER = with_classifier(
     _SIGLIP,
-    source_class="SiglipForImageClassification",
+    "SiglipForImageClassification",
+    {"attn_pool": fixed(None), "pooling": fixed(("mean",))},
     described_at="vision_config",
-    config=_SIGLIP.config | CLASSIFIER_CONFIG | {"attn_pool": fixed(None), "pooling": fixed(("mean",))},
-    weights=_SIGLIP.weights | CLASSIFIER,
-    ignore=(*_SIGLIP.ignore, "head.*"),
-    written_prefix="vision_model.",
-    unprefixed=("classifier.*",),
+    ignore=("head.*",),
     note="logits from the mean over patches",
 )
 
@@ -252,7 +243,6 @@ _AIMV2 = Family(
     prefixes=("vision_model.",),
     config=COMMON
     | {
-        "d_mlp": read("intermediate_size"),
         "norm": fixed("rms"),
         "norm_eps": read("rms_norm_eps"),
         "patch_norm": fixed(True),

@@ -7,17 +7,7 @@ from dataclasses import replace
 from registerlens.config import Preprocess
 from registerlens.config_parts import RopeConfig
 from registerlens.loading.family import IMAGENET, Family, Reader, Sites, SourceModel, fixed, read
-from registerlens.loading.hf_rules import (
-    ATTENTION,
-    CLASSIFIER,
-    CLASSIFIER_CONFIG,
-    COMMON,
-    FC,
-    OLD_ATTENTION,
-    PATCH,
-    block,
-    square,
-)
+from registerlens.loading.hf_rules import ATTENTION, COMMON, FC, OLD_ATTENTION, PATCH, block, square, with_classifier
 from registerlens.loading.weights import bias, linear, norm, qkv_biases, take, tokens
 
 _NORMS = ("norm1", "norm2")
@@ -79,14 +69,12 @@ DINOV2 = Family(
     preprocess=Preprocess(resize=(256, 256), crop=(224, 224), arithmetic="transformers", **IMAGENET),
     at_native_size=False,
 )
-_DINOV2_CLASSIFIER = replace(
+_CLASSIFIER_POOLING = {"pooling": fixed(("cls", "mean"))}
+_DINOV2_CLASSIFIER = with_classifier(
     DINOV2,
-    source_class="Dinov2ForImageClassification",
+    "Dinov2ForImageClassification",
+    _CLASSIFIER_POOLING,
     example="facebook/dinov2-base-imagenet1k-1-layer",
-    config=DINOV2.config | CLASSIFIER_CONFIG | {"pooling": fixed(("cls", "mean"))},
-    weights=DINOV2.weights | CLASSIFIER,
-    written_prefix="dinov2.",
-    unprefixed=("classifier.*",),
 )
 _REGISTERS: dict[str, Reader] = {
     "n_trained_registers": read("num_register_tokens"),
@@ -100,14 +88,11 @@ _DINOV2_REGISTERS = replace(
     config=DINOV2.config | _REGISTERS,
     weights=DINOV2.weights | _EMPTY_REGISTERS,
 )
-_DINOV2_REGISTERS_CLASSIFIER = replace(
-    _DINOV2_CLASSIFIER,
-    source_class="Dinov2WithRegistersForImageClassification",
+_DINOV2_REGISTERS_CLASSIFIER = with_classifier(
+    _DINOV2_REGISTERS,
+    "Dinov2WithRegistersForImageClassification",
+    _CLASSIFIER_POOLING,
     example="facebook/dinov2-with-registers-base-imagenet1k-1-layer",
-    prefixes=("dinov2_with_registers.",),
-    config=_DINOV2_CLASSIFIER.config | _REGISTERS,
-    weights=_DINOV2_CLASSIFIER.weights | _EMPTY_REGISTERS,
-    written_prefix="dinov2_with_registers.",
 )
 
 # DINOv3 --------------------------------------------------------------------------------------------------------------
@@ -119,7 +104,6 @@ _DINOV3 = Family(
     example="facebook/dinov3-vitb16-pretrain-lvd1689m",
     config=COMMON
     | {
-        "d_mlp": read("intermediate_size"),
         "gated_mlp": read("use_gated_mlp"),
         "qkv_bias": lambda source: any(source.get(f"{name}_bias") for name in ("query", "key", "value")),
         "layer_scale": fixed(True),

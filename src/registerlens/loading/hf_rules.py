@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from registerlens.config import Activation, Preprocess
 from registerlens.loading import weights
-from registerlens.loading.family import Reader, activation, pair, read, rows_of
+from registerlens.loading.family import Family, Reader, activation, pair, read, rows_of
 from registerlens.loading.weights import Weight, concat, linear, norm, positions, tokens
 
 ACTIVATION_NAMES: dict[str, Activation] = {
@@ -32,6 +33,7 @@ COMMON: dict[str, Reader] = {
     "n_layers": read("num_hidden_layers"),
     "d_model": read("hidden_size"),
     "n_heads": read("num_attention_heads"),
+    "d_mlp": read("intermediate_size"),
     "image_size": pair("image_size"),
     "patch_size": pair("patch_size"),
     "n_channels": read("num_channels"),
@@ -47,9 +49,6 @@ PATCH: dict[str, Weight] = {
     **norm("ln_final", "layernorm"),
 }
 """Embeddings and final norm of the families around ViT and DINOv2."""
-
-CLASSIFIER = linear("head.linear", "classifier")
-CLASSIFIER_CONFIG: dict[str, Reader] = {"d_out": rows_of("classifier.weight")}
 
 ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
 """The usual names of query, key, value and output maps in a block."""
@@ -90,3 +89,34 @@ def block(
         f"blocks.{{i}}.attn.qkv.{kind}": concat(*(f"{at}.{name}.{kind}" for name in qkv)) for kind in ("weight", "bias")
     }
     return joined | weights.block(at, norms, out, mlp, taken or {})
+
+
+def with_classifier(
+    body: Family,
+    source_class: str,
+    config: dict[str, Reader] | None = None,
+    *,
+    ignore: tuple[str, ...] = (),
+    note: str = "",
+    **changes: Any,
+) -> Family:
+    """The same body under a linear classifier, whose weights stand beside the body's.
+
+    Args:
+        body: the family without it; its first prefix is what its keys begin with then.
+        source_class: transformers' name of the class.
+        config: what else is read in another way.
+        ignore: globs of keys that are ignored besides the body's.
+        note, changes: of the family.
+    """
+    return replace(
+        body,
+        source_class=source_class,
+        config=body.config | {"d_out": rows_of("classifier.weight")} | (config or {}),
+        weights=body.weights | linear("head.linear", "classifier"),
+        ignore=(*body.ignore, *ignore),
+        written_prefix=body.prefixes[0],
+        unprefixed=("classifier.*",),
+        note=note,
+        **changes,
+    )

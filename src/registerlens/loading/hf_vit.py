@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any
 from registerlens.config import ViTConfig
 from registerlens.config_parts import QKNormConfig
 from registerlens.errors import InterventionError
-from registerlens.loading.family import HALF, IMAGENET, Family, Refusal, Sites, fixed, read, rows_of
-from registerlens.loading.hf_rules import (
-    ATTENTION,
-    CLASSIFIER,
-    CLASSIFIER_CONFIG,
-    COMMON,
-    FC,
-    OLD_VIT,
-    PATCH,
-    block,
-    square,
-)
+from registerlens.loading.family import HALF, IMAGENET, Family, Refusal, Sites, fixed, has_weight, read, rows_of
+from registerlens.loading.hf_rules import ATTENTION, COMMON, FC, OLD_VIT, PATCH, block, square, with_classifier
 from registerlens.loading.weights import averaged, linear
 
 if TYPE_CHECKING:
@@ -27,9 +17,8 @@ if TYPE_CHECKING:
 
 _NORMS = ("layernorm_before", "layernorm_after")
 _SITES = Sites(images="embeddings", blocks="layers", norm="layernorm_before", attention="attention", mlp_out="mlp.fc2")
-_CONFIG = COMMON | {"d_mlp": read("intermediate_size"), "qkv_bias": read("qkv_bias")}
+_CONFIG = COMMON | {"qkv_bias": read("qkv_bias")}
 _WEIGHTS = PATCH | block("layers.{i}", _NORMS, ATTENTION, FC)
-_AS_CLASSIFIER: dict[str, Any] = {"written_prefix": "vit.", "unprefixed": ("classifier.*",), "note": ""}
 
 _VIT = Family(
     library="transformers",
@@ -54,15 +43,13 @@ _VIT = Family(
     preprocess=square(224, fit="exact", interpolation="bilinear", **HALF),
     note="the pooler's output if the checkpoint has one, else the normalised [CLS]",
 )
-_VIT_CLASSIFIER = replace(
+_VIT_CLASSIFIER = with_classifier(
     _VIT,
-    source_class="ViTForImageClassification",
+    "ViTForImageClassification",
+    {"head_act": fixed(None)},
     example="google/vit-base-patch16-224",
-    config=_CONFIG | CLASSIFIER_CONFIG,
-    weights=_WEIGHTS | CLASSIFIER,
-    ignore=(*_VIT.ignore, "pooler.*"),
+    ignore=("pooler.*",),
     refuse=(),
-    **_AS_CLASSIFIER,
 )
 
 # DeiT ----------------------------------------------------------------------------------------------------------------
@@ -109,13 +96,7 @@ _MSN = replace(
     preprocess=square(224, fit="exact", interpolation="bicubic", **IMAGENET),
     note="the normalised [CLS]",
 )
-_MSN_CLASSIFIER = replace(
-    _MSN,
-    source_class="ViTMSNForImageClassification",
-    config=_CONFIG | CLASSIFIER_CONFIG,
-    weights=_WEIGHTS | CLASSIFIER,
-    **_AS_CLASSIFIER,
-)
+_MSN_CLASSIFIER = with_classifier(_MSN, "ViTMSNForImageClassification")
 _NO_CLS = {"class_token": fixed(False), "pooling": fixed(("mean",))}
 _IJEPA = replace(
     _MSN,
@@ -123,17 +104,11 @@ _IJEPA = replace(
     example="facebook/ijepa_vith14_1k",
     prefixes=("ijepa.",),
     config=_CONFIG | _NO_CLS,
-    refuse=(Refusal("a pooler over its first patch", lambda source: "pooler.dense.weight" in source.state),),
+    refuse=(Refusal("a pooler over its first patch", has_weight("pooler.dense.weight")),),
     preprocess=square(224, fit="exact", interpolation="bilinear", **HALF),
     note="the mean over normalised patches; the library returns the tokens only",
 )
-_IJEPA_CLASSIFIER = replace(
-    _IJEPA,
-    source_class="IJepaForImageClassification",
-    config=_CONFIG | _NO_CLS | CLASSIFIER_CONFIG,
-    weights=_WEIGHTS | CLASSIFIER,
-    **_AS_CLASSIFIER | {"written_prefix": "ijepa."},
-)
+_IJEPA_CLASSIFIER = with_classifier(_IJEPA, "IJepaForImageClassification")
 
 # MAE -----------------------------------------------------------------------------------------------------------------
 
@@ -172,7 +147,6 @@ _INTERNVL = Family(
     example="OpenGVLab/InternVL3-1B-hf",
     config=COMMON
     | {
-        "d_mlp": read("intermediate_size"),
         "norm": lambda source: {"layer_norm": "layer", "rms_norm": "rms"}[source.get("norm_type")],
         "final_norm_kind": fixed("layer"),
         "final_norm": lambda source: not source.get("use_mean_pooling"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,21 +15,12 @@ from registerlens.loading.family import Family
 FAMILIES = (*hf_vit.FAMILIES, *hf_clip.FAMILIES, *hf_dino.FAMILIES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TowerPlace:
-    """Where a model of images and texts keeps its vision tower."""
-
-    config: str = "vision_config"
-    """The part of its configuration that describes the tower."""
-    prefixes: tuple[str, ...] = ("model.vision_tower.", "vision_tower.")
-    """How the tower's keys begin, by the version of transformers that wrote them."""
-
-
-TOWERS = dict.fromkeys(
-    ("llava", "llava_next", "llava_onevision", "vipllava", "paligemma", "internvl", "gemma3", "aya_vision"),
-    TowerPlace(),
+TOWERS = frozenset(
+    {"llava", "llava_next", "llava_onevision", "vipllava", "paligemma", "internvl", "gemma3", "aya_vision"}
 )
-"""model_type -> where its tower is; which family that is, the tower's own configuration says."""
+"""model_type of models of images and texts; which family their tower is of, its own configuration says."""
+_TOWER_PREFIXES = ("model.vision_tower.", "vision_tower.")
+"""How the tower's keys begin, by the version of transformers that wrote them."""
 
 
 Interpolation = Literal["nearest", "lanczos", "bilinear", "bicubic"]
@@ -69,11 +59,9 @@ def read_config(fetch: Callable[[str], Path | None]) -> tuple[str, Any]:
 
 def find_tower(config: Any) -> tuple[str, Any, tuple[str, ...]] | None:
     """The class, the configuration and the beginnings of keys of the vision tower inside a larger model, or None."""
-    place = TOWERS.get(config.model_type)
-    if place is None:
+    if config.model_type not in TOWERS:
         return None
-    tower = getattr(config, place.config)
-    return _base_class(tower), tower, place.prefixes
+    return _base_class(config.vision_config), config.vision_config, _TOWER_PREFIXES
 
 
 def _base_class(config: Any) -> str:

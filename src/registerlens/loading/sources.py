@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -205,62 +206,54 @@ def torch_hub_family(library: str, target: str, weights: Path | None) -> tuple[F
     return family, weights
 
 
+def _torch_hub(library: str, target: str) -> None:
+    torch_hub_family(library, target, None)
+
+
 _LOOK_UP: dict[str, Callable[[str], Size | None]] = {
     "transformers": _transformers,
     "registerlens": _native,
     "timm": _timm,
     "open_clip": _open_clip,
-    "dino": lambda target: _refuse_torch_hub("dino", target),
-    "dinov2": lambda target: _refuse_torch_hub("dinov2", target),
+    "dino": partial(_torch_hub, "dino"),
+    "dinov2": partial(_torch_hub, "dinov2"),
 }
-
-
-def _refuse_torch_hub(library: str, target: str) -> None:
-    torch_hub_family(library, target, None)
 
 
 # Files of folders and hubs -------------------------------------------------------------------------------------------
 
 
 def fetch_of(target: str, revision: str | None = None) -> Fetch:
-    """File name -> path, in a folder or in a hub repository."""
-    folder = Path(target)
-    return folder_fetch(folder) if folder.is_dir() else hub_fetch(target, revision)
-
-
-def folder_fetch(folder: Path) -> Fetch:
-    """File name -> path in a folder, or None."""
-    return lambda name: path if (path := folder / name).is_file() else None
-
-
-def hub_fetch(repo: str, revision: str | None = None) -> Fetch:
-    """File name -> local copy of a hub repository's file, or None where the repository has no such file.
+    """File name -> path in a folder, or of a local copy of a hub repository's file; None where there is no such file.
 
     Raises:
         ModelNotFoundError: (when called) no such repository, or no network and no cached copy.
     """
+    folder = Path(target)
+    if folder.is_dir():
+        return lambda name: path if (path := folder / name).is_file() else None
+    return partial(_download, target, revision)
 
-    def fetch(name: str) -> Path | None:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415  (only where a hub is asked)
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
 
-        with network(repo):
-            try:
-                if not name.endswith(".json"):
-                    return Path(hf_hub_download(repo, name, revision=revision))
-                # The configuration comes first: for a hub that is silent the client would wait seven minutes.
-                return Path(answer(hf_hub_download, repo, name, revision=revision))
-            except LocalEntryNotFoundError:
-                # Offline. Where the repository was downloaded before, this is a file it lacks or nobody needed.
-                if name != "config.json" and isinstance(
-                    try_to_load_from_cache(repo, "config.json", revision=revision), str
-                ):
-                    return None
-                raise
-            except EntryNotFoundError:
+def _download(repo: str, revision: str | None, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415  (only where a hub is asked)
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    with network(repo):
+        try:
+            if not name.endswith(".json"):
+                return Path(hf_hub_download(repo, name, revision=revision))
+            # The configuration comes first: for a hub that is silent the client would wait seven minutes.
+            return Path(answer(hf_hub_download, repo, name, revision=revision))
+        except LocalEntryNotFoundError:
+            # Offline. Where the repository was downloaded before, this is a file it lacks or nobody needed.
+            if name != "config.json" and isinstance(
+                try_to_load_from_cache(repo, "config.json", revision=revision), str
+            ):
                 return None
-
-    return fetch
+            raise
+        except EntryNotFoundError:
+            return None
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from registerlens.config_parts import RopeConfig
 from registerlens.errors import UnsupportedArchitectureError
 from registerlens.loading.family import HALF, Family, Refusal, SourceModel, fixed, has_weight
 from registerlens.loading.timm_parts import CONFIG, SITES, WEIGHTS, attn_pool, kind_of, refusals
-from registerlens.loading.weights import Piece, Weight, alternatives, averaged, concat, ones, qkv_biases, take
+from registerlens.loading.weights import Weight, alternatives, averaged, concat, made_of, ones, qkv_biases, take
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,16 +49,14 @@ def _frequencies(key: str) -> Weight:
     """Learned frequencies [layer, head, 2, d_head / 2], row then column. In timm the axis of the two comes first, and
     the column before the row where its grid has it so."""
 
-    def turned(tensor: Any, cfg: ViTConfig) -> Tensor:
+    def turned(tensor: Tensor, cfg: ViTConfig) -> Tensor:
         return tensor.flip(0) if cfg.rope is not None and cfg.rope.x_first else tensor
 
-    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
-        return turned(tensors[0], cfg).movedim(0, 2).contiguous()
-
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
-        return [Piece(keys[0], turned(tensor.movedim(2, 0), cfg).contiguous())]
-
-    return Weight((key,), build, undo)
+    return made_of(
+        key,
+        lambda tensor, cfg: turned(tensor, cfg).movedim(0, 2).contiguous(),
+        lambda tensor, cfg: turned(tensor.movedim(2, 0), cfg).contiguous(),
+    )
 
 
 def _attention(kind: str) -> tuple[str, str, str]:

@@ -20,14 +20,15 @@ from registerlens.loading.family import (
     rows_of,
 )
 from registerlens.loading.weights import (
-    Piece,
     Weight,
     absent,
     alternatives,
     linear,
+    made_of,
     norm,
     part,
     positions,
+    rows,
     take,
     tokens,
 )
@@ -167,11 +168,10 @@ CONFIG: dict[str, Reader] = {
 def _up(key: str) -> Weight:
     """The MLP's first map, or the second half of it where the first half is the gate."""
 
-    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
-        tensor: Any = tensors[0]
+    def build(tensor: Tensor, cfg: ViTConfig) -> Tensor:
         return tensor.chunk(2)[1].contiguous() if cfg.gated_mlp else tensor
 
-    return Weight((key,), build, lambda keys, tensor, cfg: [Piece(keys[0], tensor, 1)])
+    return made_of(key, build, lambda tensor, cfg: tensor, 1)
 
 
 _BLOCK = "blocks.{i}"
@@ -202,7 +202,7 @@ WEIGHTS: dict[str, Weight] = {
     f"{_BLOCK}.mlp.out.weight": take(f"{_BLOCK}.mlp.fc2.weight"),
     f"{_BLOCK}.mlp.out.bias": alternatives(take(f"{_BLOCK}.mlp.fc2.bias"), absent("d_model")),
     **norm("ln_final", "norm"),
-    "head.attn.queries": take("attn_pool.latent", (1, 1, -1)),
+    "head.attn.queries": rows("attn_pool.latent"),
     **linear("head.attn.q", "attn_pool.q"),
     **linear("head.attn.kv", "attn_pool.kv"),
     **linear("head.attn.out", "attn_pool.proj"),

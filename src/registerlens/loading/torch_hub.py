@@ -42,8 +42,7 @@ def _image_size(source: SourceModel) -> tuple[int, int]:
     return side * height, side * width
 
 
-def _gated(source: SourceModel) -> bool:
-    return "blocks.0.mlp.w12.weight" in source.state
+_gated = has_weight("blocks.0.mlp.w12.weight")
 
 
 def _hidden(source: SourceModel) -> int:

@@ -37,8 +37,8 @@ class Weight:
     keys: tuple[str, ...]
     build: Callable[[Sequence[Tensor | None], ViTConfig], Tensor]
     """From the source's tensors, None where an optional one is missing."""
-    undo: Callable[[Sequence[str], Tensor, ViTConfig], Sequence[Piece]]
-    """From the keys and our tensor to the source's."""
+    undo: Callable[[Tensor, ViTConfig], Sequence[Piece]]
+    """From our tensor to the source's."""
     optional: frozenset[str] = frozenset()
     """Keys that a model may lack."""
     others: tuple[Weight, ...] = ()
@@ -69,7 +69,7 @@ def ones() -> Weight:
 
 
 def _implied(value: Callable[[ViTConfig], Tensor]) -> Weight:
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+    def undo(tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         if not tensor.equal(value(cfg).to(tensor)):
             raise WeightsError(
                 "A weight that the source model does not have has been changed; there is no key for it."
@@ -106,13 +106,30 @@ def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def take(key: str, shape: tuple[int, ...] | None = None) -> Weight:
-    """The same tensor; with `shape`, ours is the source's without axes of one, and the source's has this shape."""
+def made_of(
+    key: str,
+    build: Callable[[Tensor, ViTConfig], Tensor],
+    undo: Callable[[Tensor, ViTConfig], Tensor],
+    index: int = 0,
+) -> Weight:
+    """A weight made of one of the source's.
+
+    Args:
+        key: the source's.
+        build: from the source's tensor to ours.
+        undo: from ours to the source's, or to one of the equal parts stacked along its first axis.
+        index: which part.
+    """
     return Weight(
         (key,),
-        lambda tensors, cfg: _given(tensors)[0] if shape is None else _given(tensors)[0].flatten(0, len(shape) - 2),
-        lambda keys, tensor, cfg: [Piece(keys[0], tensor if shape is None else tensor.reshape(shape))],
+        lambda tensors, cfg: build(_given(tensors)[0], cfg),
+        lambda tensor, cfg: [Piece(key, undo(tensor, cfg), index)],
     )
+
+
+def take(key: str) -> Weight:
+    """The same tensor."""
+    return made_of(key, lambda tensor, cfg: tensor, lambda tensor, cfg: tensor)
 
 
 def linear(ours: str, theirs: str) -> dict[str, Weight]:
@@ -150,21 +167,17 @@ def block(
 
 def transpose(key: str) -> Weight:
     """A matrix that the source stores the other way round."""
-    return Weight(
-        (key,),
-        lambda tensors, cfg: _given(tensors)[0].T.contiguous(),
-        lambda keys, tensor, cfg: [Piece(keys[0], tensor.T.contiguous())],
-    )
+    return made_of(key, lambda tensor, cfg: tensor.T.contiguous(), lambda tensor, cfg: tensor.T.contiguous())
 
 
 def part(key: str, index: int, of: int = 2, count: int = 1) -> Weight:
     """`count` of the `of` equal parts stacked along the source tensor's first axis, as the two halves of a gated MLP's
     map, or keys and values of a joint projection."""
-    return Weight(
-        (key,),
-        lambda tensors, cfg: _cat(_given(tensors)[0].chunk(of)[index : index + count]),
-        lambda keys, tensor, cfg: [Piece(keys[0], tensor, index)],
-    )
+
+    def build(tensor: Tensor, cfg: ViTConfig) -> Tensor:
+        return _cat(tensor.chunk(of)[index : index + count])
+
+    return made_of(key, build, lambda tensor, cfg: tensor, index)
 
 
 def either(when: Callable[[ViTConfig], bool], first: Weight, second: Weight) -> Weight:
@@ -178,34 +191,26 @@ def either(when: Callable[[ViTConfig], bool], first: Weight, second: Weight) -> 
                 raise WeightsError(f"missing: {key!r}.")
         return rule.build(own, cfg)
 
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> Sequence[Piece]:
-        n = len(first.keys)
-        return first.undo(keys[:n], tensor, cfg) if when(cfg) else second.undo(keys[n:], tensor, cfg)
+    def undo(tensor: Tensor, cfg: ViTConfig) -> Sequence[Piece]:
+        return (first if when(cfg) else second).undo(tensor, cfg)
 
     return Weight(first.keys + second.keys, build, undo, frozenset(first.keys + second.keys))
 
 
 def rows(key: str) -> Weight:
     """Vectors [row, d] that the source keeps as [1, row, d]."""
-    return Weight(
-        (key,),
-        lambda tensors, cfg: _given(tensors)[0].flatten(0, -2),
-        lambda keys, tensor, cfg: [Piece(keys[0], tensor[None])],
-    )
+    return made_of(key, lambda tensor, cfg: tensor.flatten(0, -2), lambda tensor, cfg: tensor[None])
 
 
 def patch_rows(key: str) -> Weight:
     """A patch embedding [d_model, channel, row, column] that the source has as a linear map of patches laid out as
     [row, column, channel]."""
 
-    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
+    def build(tensor: Tensor, cfg: ViTConfig) -> Tensor:
         height, width = cfg.patch_size
-        return rearrange(_given(tensors)[0], "d (h w c) -> d c h w", h=height, w=width).contiguous()
+        return rearrange(tensor, "d (h w c) -> d c h w", h=height, w=width).contiguous()
 
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
-        return [Piece(keys[0], rearrange(tensor, "d c h w -> d (h w c)").contiguous())]
-
-    return Weight((key,), build, undo)
+    return made_of(key, build, lambda tensor, cfg: rearrange(tensor, "d c h w -> d (h w c)").contiguous())
 
 
 def concat(*keys: str) -> Weight:
@@ -213,7 +218,7 @@ def concat(*keys: str) -> Weight:
     return Weight(
         keys,
         lambda tensors, cfg: _cat(_given(tensors)),
-        lambda keys, tensor, cfg: [Piece(*pair) for pair in zip(keys, tensor.chunk(len(keys)), strict=True)],
+        lambda tensor, cfg: [Piece(*pair) for pair in zip(keys, tensor.chunk(len(keys)), strict=True)],
     )
 
 
@@ -232,7 +237,7 @@ def qkv_biases(q: str | None, k: str | None, v: str | None) -> Weight:
         parts = [given.get(key) if key else None for key in (q, k, v)]
         return _cat([none if tensor is None else tensor for tensor in parts])
 
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+    def undo(tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         pairs = zip((q, k, v), tensor.chunk(3), strict=True)
         return [Piece(key, chunk, may_lack=True) for key, chunk in pairs if key is not None]
 
@@ -245,8 +250,8 @@ def bias(key: str, width: Width) -> Weight:
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         return _zeros(_width(width, cfg)) if tensors[0] is None else tensors[0]
 
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
-        return [Piece(keys[0], tensor, may_lack=True)]
+    def undo(tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+        return [Piece(key, tensor, may_lack=True)]
 
     return Weight((key,), build, undo, frozenset((key,)))
 
@@ -269,7 +274,7 @@ def tokens(
         rows = [tensor.reshape(-1, cfg.d_model) for tensor in _given(tensors)]
         return _cat(rows) if rows else _zeros(0, cfg.d_model)
 
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+    def undo(tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         counts = [int(cfg.class_token), int(cfg.distillation_token), cfg.n_trained_registers]
         named_rows = zip((cls, distillation, registers), tensor.split(counts), strict=True)
         written = [(key, part) for key, part in named_rows if key is not None and (len(part) or empty)]
@@ -284,17 +289,17 @@ def positions(key: str, flat: bool = False) -> Weight:
     In the source they are [1, token, d_model], or [token, d_model] if `flat`.
     """
 
-    def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
-        rows = _given(tensors)[0].reshape(-1, cfg.d_model)
+    def build(tensor: Tensor, cfg: ViTConfig) -> Tensor:
+        rows = tensor.reshape(-1, cfg.d_model)
         placed = cfg.layout().patches.start - cfg.n_unplaced
         return _cat([rows[:placed], rows.new_zeros(cfg.n_unplaced, cfg.d_model), rows[placed:]])
 
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+    def undo(tensor: Tensor, cfg: ViTConfig) -> Tensor:
         start = cfg.layout().patches.start
         rows = _cat([tensor[: start - cfg.n_unplaced], tensor[start:]])
-        return [Piece(keys[0], rows if flat else rows[None])]
+        return rows if flat else rows[None]
 
-    return Weight((key,), build, undo)
+    return made_of(key, build, undo)
 
 
 def averaged(*keys: str) -> Weight:
@@ -305,7 +310,7 @@ def averaged(*keys: str) -> Weight:
         joined = _cat(given, -1) if given[0].ndim == 2 else _cat([one[None] for one in given]).sum(0)
         return joined / len(given)
 
-    def undo(keys: Sequence[str], tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
+    def undo(tensor: Tensor, cfg: ViTConfig) -> list[Piece]:
         raise WeightsError(
             f"{list(keys)} were averaged when they were read, and cannot be told apart again."
             " Keep the model with vit.save_pretrained instead."

@@ -1,4 +1,4 @@
-"""Models with known answers, and the propositions."""
+"""Models whose truth is known, and the propositions."""
 
 import lazy_loader
 

@@ -138,13 +138,13 @@ class KernelReport(Result):
         best = self._value_side
         if best is None:
             return "As far as the weights can tell: nothing, for no later block's attention reads what they write."
-        told = {
+        sentence = {
             "holds": "Yes: attention to such a token writes next to nothing but constants",
             "holds approximately": "In part: such a token writes less than half of what a random direction would",
             "fails": "No: attention to such a token writes something, unless what it writes is ignored downstream",
         }[best.verdict]
         return (
-            f"Are sinks on these tokens no-ops, as far as weights can tell? {told} "
+            f"Are sinks on these tokens no-ops, as far as weights can tell? {sentence} "
             f"({_SUBJECTS[best.vector]} is read at "
             f"{best.effect:.2g} of a random direction's strength by {_SIDES[best.condition]})."
         )

@@ -133,6 +133,8 @@ def other_neurons(
 TOP = 3
 """Concentration is the share of the squared norm in this many dimensions, as field practice counts massive channels."""
 
+STANDINGS = {"": "typical", "_sd": "spread", "_percentile": "percentile", "_p": "p"}
+"""What follows a null's name in the names of columns -> the field of a `Standing` that stands there."""
 COLUMNS = {
     "condition": "",
     "quantity": "",
@@ -143,14 +145,7 @@ COLUMNS = {
     "layer": -1,
     "head": -1,
     "value": math.nan,
-    "random": math.nan,
-    "random_sd": math.nan,
-    "random_percentile": math.nan,
-    "random_p": math.nan,
-    "neurons": math.nan,
-    "neurons_sd": math.nan,
-    "neurons_percentile": math.nan,
-    "neurons_p": math.nan,
+    **{f"{null}{suffix}": math.nan for null in ("random", "neurons") for suffix in STANDINGS},
 }
 """Columns of the table, and what stands where a column means nothing."""
 
@@ -196,9 +191,7 @@ def against(random: Standing | None, neurons: Standing | None, which: Any = ...)
     columns: dict[str, Tensor] = {}
     for name, found in (("random", random), ("neurons", neurons)):
         if found is not None:
-            columns[name] = found.typical[which]
-            columns[f"{name}_sd"] = found.spread[which]
-            columns[f"{name}_percentile"], columns[f"{name}_p"] = found.percentile[which], found.p[which]
+            columns |= {f"{name}{suffix}": getattr(found, part)[which] for suffix, part in STANDINGS.items()}
     return columns
 
 

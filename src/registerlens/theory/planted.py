@@ -1,4 +1,4 @@
-"""Models with known answers: plant register neurons in any HookedViT, and say exactly what was planted.
+"""Models whose truth is known: plant register neurons in any HookedViT, and say exactly what was planted.
 
 The recipe follows the mechanism of Jiang et al. 2025: neurons that fire on low-information patches write one direction
 of large norm into the residual stream; later blocks and the head do not read that direction (their kernels contain it),

@@ -110,6 +110,9 @@ class SinkReport(Result):
         return bool(attention and (self.deviation <= self.deviation_bound + self.rounding).all())
 
 
+_BY_ACTIVATION = ("deviation", "deviation_bound", "rounding", "output_norm", "direction", "row_ratio")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PropositionReport(SinkReport):
     """Sink and no-op against the register activation, each beside its bound, and which conditions hold."""
@@ -154,12 +157,7 @@ class PropositionReport(SinkReport):
                 "beside_cls_bound": self.beside_bound[:, CLS],
                 "beside_worst": self.beside.max(1),
                 "beside_worst_bound": self.beside_bound.max(1),
-                "deviation": self.deviation,
-                "deviation_bound": self.deviation_bound,
-                "rounding": self.rounding,
-                "output_norm": self.output_norm,
-                "direction": self.direction,
-                "row_ratio": self.row_ratio,
+                **{name: getattr(self, name) for name in _BY_ACTIVATION},
             }
         )
 

@@ -228,8 +228,8 @@ class TwoBlockModel(Shown):
         broken = dict(broken or {})
         rank = max(1, d_model // 2) if rank is None else rank
         _check_options(n, d_model, d_mlp, d_out, rank, others_fire, broken)
-        act, drawn = ACTIVATIONS[phi], {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
-        normal, uniform = partial(torch.randn, **drawn), partial(torch.rand, **drawn)
+        act, options = ACTIVATIONS[phi], {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
+        normal, uniform = partial(torch.randn, **options), partial(torch.rand, **options)
         basis = torch.linalg.qr(normal(d_model, d_model)).Q
         visible = basis[:, 2:]
         angle = math.radians(60) + math.radians(60) * uniform(())

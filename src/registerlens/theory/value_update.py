@@ -206,12 +206,18 @@ def value_update(
         raise ConfigError(f"registers are numbers of tokens to append, each at least 1; got {list(registers)}.")
     layer %= vit.cfg.n_layers
     appended = [] if neurons is None else [TestTimeRegisters(neurons, n, assign=assign, seed=seed) for n in registers]
-    sums = _UpdateSums()
+    sums, references = Sums(), dict[str, str]()
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, "splitting updates"):
-            sums.take(_conditions(vit, batch.images, layer, appended))
             sums.add(n_images=len(batch))
-    return ValueUpdate(model=vit.source, config=vit.cfg, layer=layer, **sums.result())
+            held: dict[str, Update] = {}  # references alone, which come before what is compared with them
+            for name, reference, update in _conditions(vit, batch.images, layer, appended):
+                references[name] = reference
+                sums.add(**{name: _compared(update, held.setdefault(reference, update))})
+    means = sums.means()
+    arrays = dict(zip(_ARRAYS, np.stack([means[name] for name in references], 1), strict=True))
+    described = {"conditions": tuple(references), "references": tuple(references.values())}
+    return ValueUpdate(model=vit.source, config=vit.cfg, layer=layer, n_images=sums.n_images, **described, **arrays)
 
 
 Condition = tuple[str, str, Update]
@@ -247,36 +253,17 @@ def _common(update: Update, layout: TokenLayout) -> Update:
     return Update(kept(update.registers), kept(update.rest), kept(update.attention))
 
 
-class _UpdateSums(Sums):
-    """Sums over images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.references: dict[str, str] = {}
-
-    def take(self, conditions: Iterable[Condition]) -> None:
-        """Take in one batch, a condition at a time; only references are held."""
-        held: dict[str, Update] = {}
-        for name, reference, update in conditions:
-            self.references[name] = reference
-            if name == reference:
-                held[name] = update
-            base = held[reference]
-            norms = [x.float().flatten(1).norm(dim=1) for x in (update.registers, update.rest)]
-            values = (
-                _cosine(update.registers, base.registers),
-                _cosine(update.rest, base.rest),
-                _cosine(update.registers + update.rest, base.registers + base.rest),
-                norms[0] / (norms[0] + norms[1]),
-                update.attention.float().mean(1),
-            )
-            self.add(**{name: torch.stack([value.sum() for value in values])})
-
-    def result(self) -> dict[str, Any]:
-        """Fields of `ValueUpdate`."""
-        means = np.stack(list(self.means().values()), 1)
-        described = {"conditions": tuple(self.references), "references": tuple(self.references.values())}
-        return {"n_images": self.n_images, **described, **dict(zip(_ARRAYS, means, strict=True))}
+def _compared(update: Update, reference: Update) -> Float[Tensor, " quantity"]:
+    """Sums over a batch of what `ValueUpdate` has means of, in the order of its arrays."""
+    norms = [x.float().flatten(1).norm(dim=1) for x in (update.registers, update.rest)]
+    values = (
+        _cosine(update.registers, reference.registers),
+        _cosine(update.rest, reference.rest),
+        _cosine(update.registers + update.rest, reference.registers + reference.rest),
+        norms[0] / (norms[0] + norms[1]),
+        update.attention.float().mean(1),
+    )
+    return torch.stack([value.sum() for value in values])
 
 
 def _cosine(x: Float[Tensor, "batch pos d_model"], y: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch"]:

@@ -238,42 +238,49 @@ def with_verdicts(table: pd.DataFrame, n_tokens: int) -> pd.DataFrame:
     return table.assign(verdict=verdicts.reindex(table.index, fill_value="").tolist())
 
 
+_MEDIANS = ["value", "random_p", "neurons_p", "random_percentile", "neurons_percentile"]
+
+
 def find(table: pd.DataFrame, n_tokens: int) -> Iterator[Finding]:
     """One finding for each condition and vector that the table has."""
     main = main_rows(table)
     for condition in MAIN:
         for vector in VECTORS:
             rows = select(main, condition=condition, vector=vector)
-            if len(rows):
-                yield (_find_key if condition == "key" else _find)(condition, vector, rows, table, n_tokens)
+            if not len(rows):
+                continue
+            if condition == "key":
+                rows, verdict, value, text = _judged_keys(rows, n_tokens)
+            else:
+                verdict, value, text = _judged(rows, select(table, condition=condition, vector=vector), n_tokens)
+            medians = _medians(rows)
+            yield Finding(
+                condition=condition,
+                vector=vector,
+                verdict=verdict,
+                value=value if condition == "key" else medians["value"],
+                effect=value,
+                random_p=medians["random_p"],
+                neurons_p=medians["neurons_p"],
+                words=f"{title(condition, vector, rows)}: {verdict}. {text}"
+                f"{null_words(medians, low=condition in KERNELS)}",
+            )
 
 
-_MEDIANS = ["value", "random_p", "neurons_p", "random_percentile", "neurons_percentile"]
-
-
-def _find(condition: str, vector: str, rows: pd.DataFrame, table: pd.DataFrame, n_tokens: int) -> Finding:
-    medians, kernel = _medians(rows), condition in KERNELS
-    effect = float(np.sqrt(np.mean(rows["effect"].to_numpy() ** 2))) if kernel else medians["value"]
-    verdict = judge(condition, effect, medians["random_p"], medians["neurons_p"], n_tokens)
-    mine = select(table, condition=condition, vector=vector)
-    if kernel:
-        text = kernel_words(rows, mine, effect, reading(effect, HIDDEN, FAINT))
+def _judged(rows: pd.DataFrame, of_condition: pd.DataFrame, n_tokens: int) -> tuple[Verdict, float, str]:
+    """Verdict, effect and words on one condition; `rows` are those of its main quantity."""
+    condition, medians = rows["condition"].iloc[0], _medians(rows)
+    if condition in KERNELS:
+        effect = float(np.sqrt(np.mean(rows["effect"].to_numpy() ** 2)))
+        text = kernel_words(rows, of_condition, effect, reading(effect, HIDDEN, FAINT))
     else:
-        text = own_words(condition, rows, select(mine, quantity="over_median"))
-    return Finding(
-        condition=condition,
-        vector=vector,
-        verdict=verdict,
-        value=medians["value"],
-        effect=effect,
-        random_p=medians["random_p"],
-        neurons_p=medians["neurons_p"],
-        words=f"{title(condition, vector, rows)}: {verdict}. {text}{null_words(medians, low=kernel)}",
-    )
+        effect = medians["value"]
+        text = own_words(condition, rows, select(of_condition, quantity="over_median"))
+    return judge(condition, effect, medians["random_p"], medians["neurons_p"], n_tokens), effect, text
 
 
-def _find_key(condition: str, vector: str, rows: pd.DataFrame, table: pd.DataFrame, n_tokens: int) -> Finding:
-    """A sink needs one head a block: the best one counts, by the median over neurons."""
+def _judged_keys(rows: pd.DataFrame, n_tokens: int) -> tuple[pd.DataFrame, Verdict, float, str]:
+    """A sink needs one head a block: the best one counts, by the median over neurons. Its rows come first."""
     medians = rows.groupby(["layer", "head"])[_MEDIANS].median().reset_index()
     best = medians.loc[medians.groupby("layer")["value"].idxmax()]
     judged = zip(best["value"], best["random_p"], best["neurons_p"], strict=True)
@@ -281,18 +288,7 @@ def _find_key(condition: str, vector: str, rows: pd.DataFrame, table: pd.DataFra
     n_seeking = sum(verdict != "fails" for verdict in verdicts)
     # Everywhere is "holds", somewhere is "approximately".
     overall: Verdict = "holds" if set(verdicts) == {"holds"} else "holds approximately" if n_seeking else "fails"
-    typical, weakest = _medians(best), float(np.min(best["value"].to_numpy()))
-    text = key_words(best, n_seeking, n_tokens)
-    return Finding(
-        condition=condition,
-        vector=vector,
-        verdict=overall,
-        value=weakest,
-        effect=weakest,
-        random_p=typical["random_p"],
-        neurons_p=typical["neurons_p"],
-        words=f"{title(condition, vector, rows)}: {overall}. {text}{null_words(typical, low=False)}",
-    )
+    return best, overall, float(np.min(best["value"].to_numpy())), key_words(best, n_seeking, n_tokens)
 
 
 def _medians(rows: pd.DataFrame) -> dict[str, float]:
