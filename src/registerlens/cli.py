@@ -1,4 +1,4 @@
-"""The command line: every command by its name; what they do is in `registerlens.commands`."""
+"""The command line: the list of commands; what they do is in `registerlens.commands`."""
 
 from __future__ import annotations
 

@@ -37,11 +37,11 @@ class DemoPage:
     """One page of the demonstration."""
 
     label: str
-    """What kind of model it is, in a sentence."""
+    """The kind of model, in a sentence."""
     path: Path
     """The HTML file."""
     trace: Trace
-    """What was found."""
+    """Norms and sinks of the model, layer by layer."""
     study: RegisterStudy | NoOutliersError | None
     """Register neurons and what a test-time register does; None where there was nothing to look for."""
 
@@ -73,38 +73,38 @@ def run_demo(folder: Path) -> Iterator[DemoPage]:
         f"The neurons were found on {len(searched)} crops of the photographs, some of those that the planted neurons "
         f"were calibrated on; the register was evaluated on the {len(images)} whole photographs."
     )
-    found = trace(planted, images)
+    clean_trace = trace(planted, images)
     study = study_registers(planted, searched, images, samples)
-    yield _photographs(folder / "dinov2-small-planted.html", planted, images, names, label, found, study)
+    yield _photographs(folder / "dinov2-small-planted.html", planted, images, names, label, clean_trace, study)
 
 
 def _tiny(folder: Path) -> DemoPage:
     vit = from_pretrained("registerlens:tiny")
     images = synthetic_images(SEARCHED, 0).images
-    found = trace(vit, images)
+    clean_trace = trace(vit, images)
     others = synthetic_images(EVALUATED, 1)
     labels = torch.where(others.roles[..., None] == FLAT, -1, others.labels)  # flat patches have nothing to report
     samples = f"The neurons were found on {SEARCHED} images, the register was evaluated on {EVALUATED} others."
     study = study_registers(vit, images, others.images, samples, labels=labels, batch_size=EVALUATED)
     mechanism = study_mechanism(vit, others.images, _neurons(study), batch_size=EVALUATED)
-    shown = images[:4]
-    display, names = example_pictures(vit, shown), [f"synthetic image {i}" for i in range(len(shown))]
+    few = images[:4]
+    display, names = example_pictures(vit, few), [f"synthetic image {i}" for i in range(len(few))]
     label = "tiny ViT in which register neurons emerged by training; its outliers are the flat patches"
     path = write_report(
         folder / "tiny.html",
         vit,
-        shown,
+        few,
         display,
-        found,
+        clean_trace,
         names=names,
         title="registerlens:tiny",
         note=label,
         study=study,
         mechanism=mechanism,
         circuit=study_circuit(vit, others.images, study, batch_size=EVALUATED),
-        explorer=explore_few(vit, shown, display, found, study, names=names),
+        explorer=explore_few(vit, few, display, clean_trace, study, names=names),
     )
-    return DemoPage(label=label, path=path, trace=found, study=study)
+    return DemoPage(label=label, path=path, trace=clean_trace, study=study)
 
 
 def _photographs(
@@ -113,7 +113,7 @@ def _photographs(
     images: Float[Tensor, "image channel height width"],
     names: list[str],
     label: str,
-    found: Trace,
+    clean_trace: Trace,
     study: RegisterStudy | NoOutliersError | None = None,
 ) -> DemoPage:
     display = to_display(images, vit.preprocess)
@@ -123,16 +123,16 @@ def _photographs(
         vit,
         images,
         display,
-        found,
+        clean_trace,
         names=names,
         title=vit.source,
         note=label,
         study=study,
         mechanism=mechanism,
         circuit=study_circuit(vit, images[:EXPLAINED], study),
-        explorer=explore_few(vit, images, display, found, study, names=names),
+        explorer=explore_few(vit, images, display, clean_trace, study, names=names),
     )
-    return DemoPage(label=label, path=path, trace=found, study=study)
+    return DemoPage(label=label, path=path, trace=clean_trace, study=study)
 
 
 def _neurons(study: RegisterStudy | NoOutliersError | None) -> RegisterNeurons | NoOutliersError | None:

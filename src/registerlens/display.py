@@ -50,16 +50,16 @@ def line(value: Any) -> str:
         held = getattr(value, item.name)
         if _is_array(held):
             arrays.append(held)
-        elif item.repr and not _is_default(item, held) and (told := _told(item.name, held)):
-            words.append(told)
-    told = ", ".join(words)
+        elif item.repr and not _is_default(item, held) and (text := _entry_text(item.name, held)):
+            words.append(text)
+    text = ", ".join(words)
     if arrays:
         largest = max(arrays, key=lambda array: math.prod(array.shape))
         number = f"{len(arrays)} arrays up to" if len(arrays) > 1 else "1 array"
-        told += f"; {number} {list(largest.shape)}"
+        text += f"; {number} {list(largest.shape)}"
     if n_bytes := memory(value):
-        told += f"{', ' if arrays else '; '}{size_told(n_bytes)}"
-    return f"{type(value).__name__}({told})"
+        text += f"{', ' if arrays else '; '}{size_text(n_bytes)}"
+    return f"{type(value).__name__}({text})"
 
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -68,12 +68,12 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 def card(value: Any, *more: Table) -> Markup:
     """A dataclass as HTML: what `describe` says where there is one, its fields, and more tables between."""
-    told = getattr(value, "describe", None)
+    describe = getattr(value, "describe", None)
     rows = [[item.name, *_held(getattr(value, item.name))] for item in fields(value)]
     return html_card(
         type(value).__name__,
-        size=size_told(n_bytes) if (n_bytes := memory(value)) else "",
-        words="" if told is None else told(),
+        size=size_text(n_bytes) if (n_bytes := memory(value)) else "",
+        words="" if describe is None else describe(),
         tables=more,
         folded=(f"{len(rows)} fields", (("field", "what", "size"), rows)),
     )
@@ -120,11 +120,11 @@ def memory(value: Any) -> int:
     return sum(memory(held) for held in value) if isinstance(value, (tuple, list)) else 0
 
 
-def size_told(n_bytes: float | int) -> str:
+def size_text(n_bytes: float | int) -> str:
     """Bytes in words, in powers of 1000.
 
     Example:
-        >>> size_told(812), size_told(12_345_678), size_told(3.2e12)
+        >>> size_text(812), size_text(12_345_678), size_text(3.2e12)
         ('812 bytes', '12.3 MB', '3.2 TB')
     """
     if n_bytes < 1000:
@@ -157,8 +157,8 @@ def _is_default(item: Field[Any], value: Any) -> bool:
     return item.default is not MISSING and isinstance(value, _PLAIN) and value == item.default
 
 
-def _told(name: str, value: Any) -> str:
-    """`name=value` of a plain value or a few of them, the number of others; nothing for what has no short form."""
+def _entry_text(name: str, value: Any) -> str:
+    """`name=value` of a plain value or a few of them, the number of others; empty if there is no short form."""
     if isinstance(value, _PLAIN) or (isinstance(value, tuple) and 0 < len(value) <= _FEW and _all_plain(value)):
         return f"{name}={_cut(repr(value))}"
     if isinstance(value, Sized):
@@ -170,7 +170,7 @@ def _told(name: str, value: Any) -> str:
 def _held(value: Any) -> tuple[str, str]:
     """A field's cells: what it is, and its bytes."""
     n_bytes = memory(value)
-    size = size_told(n_bytes) if n_bytes else ""
+    size = size_text(n_bytes) if n_bytes else ""
     if _is_array(value):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}", size
     if len(shape := getattr(value, "shape", ())) == 2:  # a frame or a table

@@ -58,7 +58,7 @@ class ImageError(RegisterLensError, ValueError):
 
 
 class SourceError(RegisterLensError, OSError):
-    """Images cannot be reached, or are no longer those that were listed: unlike a bad image, that may pass."""
+    """Images cannot be reached, or are no longer those that were listed: unlike a bad image, this may be temporary."""
 
 
 class NonFiniteError(RegisterLensError, ArithmeticError):
@@ -86,7 +86,7 @@ class InterventionError(RegisterLensError, ValueError):
 
 
 class StoreError(RegisterLensError, OSError):
-    """A sweep's store is damaged, full, held by another run, or of another sweep; what was stored before is intact."""
+    """A sweep's store is damaged, full, another run's or another sweep's; what was stored before is intact."""
 
 
 class BackendError(RegisterLensError, RuntimeError):
@@ -157,8 +157,10 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
 
 def kinds() -> list[type[RegisterLensError]]:
     """Every class of error, the base class first."""
-    found = [value for value in globals().values() if isinstance(value, type) and issubclass(value, RegisterLensError)]
-    return sorted(found, key=lambda kind: kind is not RegisterLensError)
+    classes = [
+        value for value in globals().values() if isinstance(value, type) and issubclass(value, RegisterLensError)
+    ]
+    return sorted(classes, key=lambda kind: kind is not RegisterLensError)
 
 
 def page_of(kind: type[RegisterLensError]) -> Path:

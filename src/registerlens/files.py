@@ -111,9 +111,9 @@ def reading(path: Path) -> Iterator[dict[str, Any]]:
         registerlens.errors.ConfigError: '.../answer.json' lacks 'answer'; was it written by another version, or edited?
         ...
     """
-    told = read_json(path)
+    stored = read_json(path)
     try:
-        yield told
+        yield stored
     except KeyError as error:
         raise ConfigError(f"'{path}' lacks {error}; was it written by another version, or edited?") from error
     except (AttributeError, TypeError, ValueError) as error:

@@ -17,17 +17,17 @@ from registerlens.files import whole_file
 
 def environment(**filters: Callable[..., Any]) -> Environment:
     """The package's templates, with filters of a room's own: what is no `Markup` is escaped, what is missing raises."""
-    made = Environment(
+    templates = Environment(
         loader=PackageLoader("registerlens", "assets/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    made.tests["error"] = lambda value: isinstance(value, Exception)
-    made.filters |= filters
-    return made
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    templates.tests["error"] = lambda value: isinstance(value, Exception)
+    templates.filters |= filters
+    return templates
 
 
 _PLAIN = environment()

@@ -54,16 +54,16 @@ class Saved:
         except Misfit as misfit:
             name = type(self).__name__
             raise ConfigError(f"This {name} cannot be saved: '{misfit.place or name}' {misfit.what}.") from None
-        with whole_folder(folder) as made:
+        with whole_folder(folder) as whole:
             if parts.arrays:
                 from safetensors.torch import save_file  # noqa: PLC0415  (it brings torch along)
 
                 parts.files[ARRAYS] = partial(save_file, parts.arrays)
             for name, write in parts.files.items():
-                with whole_file(made / name) as path:
+                with whole_file(whole / name) as path:
                     write(path)
-            files = {path.name: _digest(path) for path in sorted(made.iterdir())}
-            write_json(made / JSON, _header(self) | {"files": files, "values": values})
+            files = {path.name: _digest(path) for path in sorted(whole.iterdir())}
+            write_json(whole / JSON, _header(self) | {"files": files, "values": values})
         return folder
 
     @classmethod
@@ -71,14 +71,14 @@ class Saved:
         """Read what `save` wrote.
 
         Raises:
-            ConfigError: a file is missing, damaged, or of something else; it names the file and the field.
+            ConfigError: a file is missing, damaged, or another class's; it names the file and the field.
         """
         folder = Path(folder)
         stored = read_json(folder / JSON)
         try:
             kind = _kind(cls, stored)
             parts = Parts(arrays=_read_arrays(folder, stored.get("files")), folder=folder)
-            found = decode(kind, stored.get("values"), parts)
+            result = decode(kind, stored.get("values"), parts)
             for name in parts.arrays:
                 raise Misfit(name, f"is no array of a {kind.__name__}", ARRAYS)
         except Misfit as misfit:
@@ -86,7 +86,7 @@ class Saved:
                 f"'{folder / misfit.file}': '{misfit.place or 'values'}' {misfit.what}."
                 " Give a folder that save(folder) wrote, write it anew, or restore it from a copy."
             ) from misfit.__cause__
-        return found
+        return result
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,7 +159,7 @@ class ResultFile(Result):
         """Read what `save` wrote, or what was written by hand without class, format and versions.
 
         Raises:
-            ConfigError: the file is missing, damaged, or of something else; it names the file and the field.
+            ConfigError: the file is missing, damaged, or another class's; it names the file and the field.
         """
         path = cls._file(Path(folder))
         stored = read_json(path)
@@ -172,7 +172,7 @@ class ResultFile(Result):
 
 
 def as_json(value: Any) -> dict[str, Any]:
-    """A dataclass without arrays as JSON: what a saved result would say of it."""
+    """A dataclass without arrays as JSON: as in a saved result."""
     return encode(value, Parts())
 
 
@@ -188,8 +188,8 @@ def _kind(cls: type[Any], stored: Mapping[str, Any]) -> type[Any]:
     kinds, name = {kind.__name__: kind for kind in concrete(cls)}, stored.get("class")
     if not isinstance(name, str) or name not in kinds:
         raise Misfit("class", f"must be {' or '.join(sorted(kinds))}, got {name!r:.80}")
-    if (found := stored.get("format")) != kinds[name].FORMAT:
-        raise Misfit("format", f"must be {kinds[name].FORMAT}, which this version reads, got {found!r:.80}")
+    if (version := stored.get("format")) != kinds[name].FORMAT:
+        raise Misfit("format", f"must be {kinds[name].FORMAT}, which this version reads, got {version!r:.80}")
     return kinds[name]
 
 

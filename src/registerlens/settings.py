@@ -80,7 +80,7 @@ class Settings(BaseModel):
         try:
             loader = _Loader(text)
             data, problems = loader.get_single_data(), loader.problems
-            made = cls.model_validate(_Mapping() if data is None else data, context=(name, data))
+            settings = cls.model_validate(_Mapping() if data is None else data, context=(name, data))
         except yaml.MarkedYAMLError as error:
             problems.append((*_at(error.problem_mark or error.context_mark), f"No valid YAML: {error.problem}."))
         except (yaml.YAMLError, RecursionError) as error:  # a character that no YAML may have; too many brackets
@@ -89,8 +89,8 @@ class Settings(BaseModel):
             problems += _problems(error, data)
         else:
             if not problems:
-                return made
-        lines = [f"line {line}, column {column}: {said}" for line, column, said in sorted(set(problems))]
+                return settings
+        lines = [f"line {line}, column {column}: {problem}" for line, column, problem in sorted(set(problems))]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError("\n  ".join([f"'{name}' is no valid configuration ({count}):", *lines])) from None
 
@@ -111,23 +111,23 @@ class Settings(BaseModel):
             match for key in values if key not in known for match in get_close_matches(str(key), known, cutoff=0.5)
         }
         problems = [_exactly_one(group, values) for group in cls.exactly_one if not meant & set(group)]
-        found = [_detail(problem, values) for problem in problems if problem]
-        made = None
+        details = [_detail(problem, values) for problem in problems if problem]
+        settings = None
         try:
-            made = handler(values)
+            settings = handler(values)
         except ValidationError as error:
             for one in _errors(error):
                 key = one["loc"][0] if len(one["loc"]) == 1 else None
                 if one["type"] == "extra_forbidden" and key is not None:
                     hint = f"{close_matches(str(key), known)} Keys here: {', '.join(known)}."
-                    found.append(_detail(f"Unknown key '{{path}}'.{hint}", values, key))
+                    details.append(_detail(f"Unknown key '{{path}}'.{hint}", values, key))
                 elif one["type"] != "missing" or key is None:
-                    found.append(_detail(_text(one), one["input"], *one["loc"]))
+                    details.append(_detail(_text(one), one["input"], *one["loc"]))
                 elif key not in meant:
-                    found.append(_detail(f"'{{inside}}{key}' is missing: {_words(known[str(key)])}.", values))
-        if found:
-            raise ValidationError.from_exception_data(cls.__name__, found)
-        return made
+                    details.append(_detail(f"'{{inside}}{key}' is missing: {_words(known[str(key)])}.", values))
+        if details:
+            raise ValidationError.from_exception_data(cls.__name__, details)
+        return settings
 
 
 @dataclass(frozen=True)
@@ -198,15 +198,15 @@ BY_FORM = Discriminator(_form)
 
 # Problems -------------------------------------------------------------------------------------------------------------
 
-_SAID, _OF_FORM = "said", "of_form"
+_COMPLETE, _OF_FORM = "said", "of_form"
 """Types of errors whose text is complete but for the names that `_problems` fills in; the second kind is `Expected`'s,
-of which the outermost is told."""
+of which only the outermost is reported."""
 
 
 def _errors(error: ValidationError) -> list[Any]:
     """Without those that say of a list whose items are wrong that it is too short of right ones."""
-    found: list[Any] = [*error.errors(include_url=False)]
-    return [one for one in found if one["type"] != "too_short" or len(one["input"]) < one["ctx"]["min_length"]]
+    errors: list[Any] = [*error.errors(include_url=False)]
+    return [one for one in errors if one["type"] != "too_short" or len(one["input"]) < one["ctx"]["min_length"]]
 
 
 def _error(kind: str, text: str) -> PydanticCustomError:
@@ -214,7 +214,7 @@ def _error(kind: str, text: str) -> PydanticCustomError:
 
 
 def _detail(text: str, value: Any, *loc: int | str) -> InitErrorDetails:
-    return InitErrorDetails(type=_error(_SAID, text), loc=loc, input=value)
+    return InitErrorDetails(type=_error(_COMPLETE, text), loc=loc, input=value)
 
 
 def _is_of_form(error: Any) -> bool:
@@ -222,15 +222,15 @@ def _is_of_form(error: Any) -> bool:
     inside = [part for part in error["loc"] if part not in _FORMS]
     if error["type"] == "missing":  # of a pair
         return len(inside) == 1
-    return not inside and error["type"] not in (_SAID, "value_error")
+    return not inside and error["type"] not in (_COMPLETE, "value_error")
 
 
 def _exactly_one(group: Sequence[str], values: Mapping[str, Any]) -> str:
     there = [key for key in group if key in values]
     if len(there) == 1:
         return ""
-    given = f"{' and '.join(map(repr, there))} are given" if there else "none of them is given"
-    return f"{{what}} takes exactly one of {', '.join(map(repr, group))}; {given}."
+    complaint = f"{' and '.join(map(repr, there))} are given" if there else "none of them is given"
+    return f"{{what}} takes exactly one of {', '.join(map(repr, group))}; {complaint}."
 
 
 def _words(field: Any) -> str:
@@ -240,7 +240,7 @@ def _words(field: Any) -> str:
 
 def _text(error: Any) -> str:
     """One of pydantic's errors in our words, with room for names."""
-    if error["type"] in (_SAID, _OF_FORM):
+    if error["type"] in (_COMPLETE, _OF_FORM):
         return error["msg"]
     if error["type"] == "value_error":
         return f"{{at}}{error['ctx']['error']}"
@@ -317,20 +317,20 @@ def _construct(loader: _Loader, node: yaml.Node) -> Any:
             items.marks[i] = item.start_mark
             items.append(loader.construct_object(item))
         return items
-    found = _Mapping()
+    mapping = _Mapping()
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             problem = "A key must be text."
         elif key.tag.endswith(":merge"):
             problem = "'<<' is not understood; write the keys out."
-        elif key.value in found:
-            problem = f"'{key.value}' stands twice, first in line {_at(found.marks[key.value])[0]}."
+        elif key.value in mapping:
+            problem = f"'{key.value}' stands twice, first in line {_at(mapping.marks[key.value])[0]}."
         else:
-            found.marks[key.value] = key.start_mark
-            found[key.value] = loader.construct_object(value)
+            mapping.marks[key.value] = key.start_mark
+            mapping[key.value] = loader.construct_object(value)
             continue
         loader.problems.append((*_at(key.start_mark), problem))
-    return found
+    return mapping
 
 
 class _Loader(yaml.SafeLoader):

@@ -81,8 +81,8 @@ def attention_hooks(vit: HookedViT, layout: TokenLayout, layers: Iterable[int], 
         receive(layer, received_attention(q, k, layout))
 
     def from_pattern(layer: int, pattern: Tensor) -> None:
-        drawn = pattern.mean(2) if layout.cls is None else pattern[:, :, layout.cls]
-        receive(layer, drawn.float())
+        received = pattern.mean(2) if layout.cls is None else pattern[:, :, layout.cls]
+        receive(layer, received.float())
 
     return pattern_hooks(vit, layers, from_pair, from_pattern)
 

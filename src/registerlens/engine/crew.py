@@ -67,7 +67,7 @@ def beat_of(patience: float | int) -> float:
 
 
 Answer = pa.Table | Exception | Started | Lost
-"""Of a worker: a task's table, what the task raised, or what became of the worker."""
+"""A worker's answer: a task's table, what the task raised, or what became of the worker."""
 
 
 @runtime_checkable
@@ -79,7 +79,7 @@ class Launcher(Protocol):
         ...
 
     def give(self, worker: Worker, task: Task) -> None:
-        """Send a task; that the worker is dead is told by `wait`."""
+        """Send a task; a dead worker is reported by `wait`."""
         ...
 
     def wait(self, workers: Sequence[Worker]) -> tuple[Worker, Task | None, Answer]:

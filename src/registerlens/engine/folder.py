@@ -130,12 +130,12 @@ class LocalFolder:
         """See `Folder`."""
         with explained(f"'{self.root / under}' cannot be listed"):
             try:
-                found = [(path.name, path.stat()) for path in sorted((self.root / under).iterdir()) if path.is_file()]
+                files = [(path.name, path.stat()) for path in sorted((self.root / under).iterdir()) if path.is_file()]
             except (FileNotFoundError, NotADirectoryError):
                 return []
         return [
-            Entry(name=name, n_bytes=told.st_size, modified=datetime.fromtimestamp(told.st_mtime, UTC))
-            for name, told in found
+            Entry(name=name, n_bytes=status.st_size, modified=datetime.fromtimestamp(status.st_mtime, UTC))
+            for name, status in files
             if not name.startswith(".")
         ]
 
@@ -184,13 +184,13 @@ class RemoteFolder:
         with explained(f"'{self.where}/{under}' cannot be listed"):
             self.system.invalidate_cache()  # other machines write too
             try:
-                found = answer(self.system.ls, f"{self.root}/{under}", detail=True)
+                listed = answer(self.system.ls, f"{self.root}/{under}", detail=True)
             except FileNotFoundError:
                 return []
-        files = [told for told in found if told["type"] == "file"]
+        files = [file for file in listed if file["type"] == "file"]
         named = [
-            Entry(name=told["name"].rpartition("/")[2], n_bytes=told["size"] or 0, modified=_modified(told))
-            for told in files
+            Entry(name=file["name"].rpartition("/")[2], n_bytes=file["size"] or 0, modified=_modified(file))
+            for file in files
         ]
         return sorted(named, key=lambda entry: entry.name)
 
@@ -198,10 +198,10 @@ class RemoteFolder:
         """See `Folder`; an upload that was cut off leaves nothing."""
 
 
-def _modified(told: dict[str, Any]) -> datetime | None:
+def _modified(entry: dict[str, Any]) -> datetime | None:
     """When a file was written, under the names that fsspec's file systems have for it."""
     names = ("LastModified", "last_modified", "mtime", "updated", "created")
-    when = next((told[name] for name in names if name in told), None)
+    when = next((entry[name] for name in names if name in entry), None)
     if isinstance(when, int | float):
         return datetime.fromtimestamp(when, UTC)
     return when if isinstance(when, datetime) else None

@@ -21,7 +21,7 @@ from registerlens.errors import StoreError
 NAME = "run.lock"
 """The lock's file in a store; it says who holds it."""
 BEAT = 15.0
-"""Seconds between two signs of life of a run on a store that is not local."""
+"""Seconds between two signs of life (heartbeats) of a run on a store that is not local."""
 DEAD = 90.0
 """Seconds without one after which such a run counts as dead."""
 
@@ -62,8 +62,8 @@ def locked(folder: Folder) -> Iterator[Callable[[], None]]:
 def holder_of(folder: Folder) -> Holder | None:
     """Who holds a store; None if nobody does."""
     if not (isinstance(folder, LocalFolder) and fcntl):
-        told = _read_beat(folder)
-        return None if told is None or told[1] > DEAD else told[0]
+        beat = _read_beat(folder)
+        return None if beat is None or beat[1] > DEAD else beat[0]
     path = folder.root / NAME
     if not path.exists():
         return None
@@ -71,7 +71,7 @@ def holder_of(folder: Folder) -> Holder | None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _told(file.read())
+            return _holder_in(file.read())
     return None
 
 
@@ -80,7 +80,7 @@ def _me() -> Holder:
     return Holder(host=socket.gethostname(), pid=os.getpid(), since=since, token=uuid.uuid4().hex)
 
 
-def _told(text: str) -> Holder:
+def _holder_in(text: str) -> Holder:
     try:
         return Holder(**{key: value for key, value in json.loads(text).items() if key != "beat"})
     except (ValueError, TypeError, AttributeError):  # taken a moment ago: not written yet
@@ -116,7 +116,7 @@ def _flock(root: Path) -> Iterator[Callable[[], None]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise _refusal(str(root), _told(file.read())) from error
+            raise _refusal(str(root), _holder_in(file.read())) from error
         with explained(f"'{path}' cannot be written"):
             file.truncate(0)
             file.write(json.dumps(asdict(_me())))
@@ -132,13 +132,14 @@ def _flock(root: Path) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _beating(folder: Folder) -> Iterator[Callable[[], None]]:
-    if (told := _read_beat(folder)) is not None and told[1] <= DEAD:
-        raise _refusal(folder.where, told[0])
+    if (beat := _read_beat(folder)) is not None and beat[1] <= DEAD:
+        raise _refusal(folder.where, beat[0])
     mine = _me()
     _beat(folder, mine)
-    _check_mine(folder, mine)
+    _check_mine(folder, mine)  # another run may have written at the same moment; the last to write has it
     stop, lost = threading.Event(), []
 
+    # Without a lock that dies with its process, only a heartbeat tells a running process from one that was killed.
     def live() -> None:
         while not stop.wait(BEAT):
             try:
@@ -162,7 +163,7 @@ def _beating(folder: Folder) -> Iterator[Callable[[], None]]:
     finally:
         stop.set()
         thread.join(BEAT)
-        if not lost and not thread.is_alive():  # storage that gives no answer to it would give none here
+        if not lost and not thread.is_alive():  # storage that hangs in the thread would hang here too
             folder.write(NAME, b"")
 
 
@@ -176,13 +177,13 @@ def _read_beat(folder: Folder) -> tuple[Holder, float] | None:
     if not text:
         return None
     try:
-        told: dict[str, Any] = json.loads(text)
-        return _told(text.decode()), time.time() - float(told["beat"])
+        stored: dict[str, Any] = json.loads(text)
+        return _holder_in(text.decode()), time.time() - float(stored["beat"])
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"'{folder.where}/{NAME}' cannot be understood; if no run works there, delete it.") from error
 
 
 def _check_mine(folder: Folder, mine: Holder) -> None:
-    told = _read_beat(folder)
-    if told is None or told[0].token != mine.token:
-        raise _refusal(folder.where, told[0] if told else _told(""))
+    beat = _read_beat(folder)
+    if beat is None or beat[0].token != mine.token:
+        raise _refusal(folder.where, beat[0] if beat else _holder_in(""))

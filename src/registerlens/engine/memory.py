@@ -48,6 +48,7 @@ def find_stack(vit: HookedViT, batch_size: int, size: int | tuple[int, int] | No
     tokens = vit.cfg.layout(height, width).n_tokens + 1
     item = vit.embed.patch.weight.element_size()
     kept = batch_size * tokens * vit.cfg.d_model * (vit.cfg.n_layers + 2) * item  # clean stream before every block
+    # Counting tokens is cheap and errs on the safe side; what still does not fit is halved by `measure_edits`.
     room = SHARE * free_memory(vit.device) - kept
     most = (CPU_TOKENS if vit.device.type == "cpu" else GPU_TOKENS) // tokens
     fitting = min(most, int(room // (tokens * floats_a_token(vit.cfg) * item)), GROUP * batch_size)
@@ -83,7 +84,7 @@ def _number(file: Path, after: str = "") -> float:
 
 
 def out_of_memory_in(work: Callable[[], None]) -> str | None:
-    """Do the work. None, or what the allocator said where memory did not suffice; what the work held is free again.
+    """None once the work is done; the allocator's message if memory ran out, with what the work held freed again.
 
     Example:
         >>> out_of_memory_in(lambda: None)
@@ -95,12 +96,12 @@ def out_of_memory_in(work: Callable[[], None]) -> str | None:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        said = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0] or type(error).__name__
     else:
         return None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return said
+    return reason
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

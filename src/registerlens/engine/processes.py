@@ -32,7 +32,7 @@ GRACE = 10.0
 GONE = (EOFError, ConnectionError, BrokenPipeError)
 """How a pipe says that there is nobody at its other end."""
 AT_WORK, DEAD = None, "dead"
-"""What is heard of a worker besides what came of its task."""
+"""What a worker sends besides the outcome of its task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +113,14 @@ class _Process:
     tasks: SimpleQueue[Task | None] = field(default_factory=SimpleQueue)
 
     def talk(self, job: bytes, heard: SimpleQueue[tuple[_Process, Any]]) -> None:
-        """All that is said to it and by it, in a thread: the pipe to a process that is stopped may block for ever."""
+        """All traffic with it, in a thread: the pipe to a process that is stopped may block for ever."""
         with self.pipe, suppress(*GONE, OSError):
             self.pipe.send_bytes(job)
             while (task := self.tasks.get()) is not None:
                 self.pipe.send(task)
-                while (said := self.pipe.recv()) is AT_WORK:
+                while (message := self.pipe.recv()) is AT_WORK:
                     heard.put((self, AT_WORK))
-                heard.put((self, said))
+                heard.put((self, message))
         heard.put((self, DEAD))
 
 
@@ -167,16 +167,16 @@ class _Launcher:
             with suppress(Empty):
                 heard = self.heard.get(timeout=beat)
             self.clock += min(time.monotonic() - began, beat)
-            if heard is None or heard[0] not in by_handle:  # one that was stopped may have said something before
+            if heard is None or heard[0] not in by_handle:  # one that was stopped may have sent something before
                 continue
-            handle, said = heard
+            handle, message = heard
             worker = by_handle[handle]
             worker.last = self.clock
-            if said is DEAD:
+            if message is DEAD:
                 handle.process.join(GRACE)
-                said = Lost(f"with {_fate(handle.process.exitcode)}", _WHY_DEAD)
-            if said is not AT_WORK:
-                return worker, worker.tasks[0] if worker.tasks else None, said
+                message = Lost(f"with {_fate(handle.process.exitcode)}", _WHY_DEAD)
+            if message is not AT_WORK:
+                return worker, worker.tasks[0] if worker.tasks else None, message
 
     def stop(self, worker: Worker) -> None:
         worker.handle.process.kill()

@@ -194,7 +194,7 @@ class _Launcher:
         return Started() if task is None else table
 
     def stop(self, worker: Worker) -> None:
-        self.awaited = {ref: told for ref, told in self.awaited.items() if told[0] is not worker}
+        self.awaited = {ref: work for ref, work in self.awaited.items() if work[0] is not worker}
         self.pulses = {ref: whose for ref, whose in self.pulses.items() if whose is not worker}
         self.ray.kill(worker.handle)
 

@@ -1,4 +1,4 @@
-"""Results in a folder or object store: a Parquet file for each task, and a manifest of what they are of."""
+"""Results in a folder or object store: a Parquet file for each task, and a manifest that says what they hold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from registerlens.engine.folder import Entry, Folder
 from registerlens.errors import StoreError
 
 MANIFEST = "manifest.json"
-"""The file that says what the parts are of."""
+"""The file that says what the parts hold."""
 PARTS = "parts"
 """The folder of the parts."""
 CORRUPT = ".corrupt"
@@ -62,15 +62,15 @@ class Store(Generic[AnyManifest]):
     folder: Folder
     """Where it is."""
     manifest: AnyManifest
-    """What it is of."""
+    """What the store holds: its tasks, and all that decides their numbers."""
     check_held: Callable[[], None] = field(default=lambda: None, repr=False)
     """Raises where this run no longer holds the store."""
 
     def entries(self) -> dict[Task, Entry]:
         """The parts that are there, in order."""
         known = set(self.manifest.tasks())
-        found = {task: entry for entry in self.folder.entries(PARTS) if (task := task_of(entry.name)) in known}
-        return dict(sorted(found.items()))
+        parts = {task: entry for entry in self.folder.entries(PARTS) if (task := task_of(entry.name)) in known}
+        return dict(sorted(parts.items()))
 
     def write(self, task: Task, table: pa.Table) -> None:
         """Store a task's table, whole or not at all.
@@ -154,8 +154,8 @@ SHA256 = b"registerlens.sha256"
 
 def with_skipped(table: pa.Table, skipped: Iterable[Skipped]) -> pa.Table:
     """The same table, with the images that could not be used in its metadata."""
-    told = json.dumps([[one.name, one.reason] for one in skipped])
-    return table.replace_schema_metadata({**(table.schema.metadata or {}), SKIPPED: told.encode()})
+    reasons = json.dumps([[image.name, image.reason] for image in skipped])
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), SKIPPED: reasons.encode()})
 
 
 def skipped_of(table: pa.Table) -> tuple[Skipped, ...]:
@@ -165,8 +165,8 @@ def skipped_of(table: pa.Table) -> tuple[Skipped, ...]:
         >>> skipped_of(with_skipped(pa.table({"norm": [0.5]}), [Skipped("a.png", "truncated")]))
         (Skipped(name='a.png', reason='truncated'),)
     """
-    told = (table.schema.metadata or {}).get(SKIPPED, b"[]")
-    return tuple(Skipped(name, reason) for name, reason in json.loads(told))
+    reasons = (table.schema.metadata or {}).get(SKIPPED, b"[]")
+    return tuple(Skipped(name, reason) for name, reason in json.loads(reasons))
 
 
 def name_of(task: Task) -> str:
@@ -182,9 +182,9 @@ def name_of(task: Task) -> str:
 def to_bytes(table: pa.Table, task: Task) -> bytes:
     """A task's table as a Parquet file."""
     table = table.combine_chunks()
-    told = {**(table.schema.metadata or {}), TASK: task.name.encode(), SHA256: _hash(table).encode()}
+    metadata = {**(table.schema.metadata or {}), TASK: task.name.encode(), SHA256: _hash(table).encode()}
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(told), sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 
@@ -203,11 +203,13 @@ def from_bytes(content: bytes, task: Task) -> pa.Table:
         actual = _hash(table)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise StoreError(f"is truncated or damaged ({str(error).splitlines()[0]})") from error
-    told = table.schema.metadata or {}
-    if told.get(SHA256) != actual.encode():
+    metadata = table.schema.metadata or {}
+    if metadata.get(SHA256) != actual.encode():
         raise StoreError("is damaged: its rows do not have the hash that was stored with them")
-    if told.get(TASK) != task.name.encode():
-        raise StoreError(f"is no part of this store: it says that it is {told.get(TASK, b'').decode(errors='replace')}")
+    if metadata.get(TASK) != task.name.encode():
+        raise StoreError(
+            f"is no part of this store: it says that it is {metadata.get(TASK, b'').decode(errors='replace')}"
+        )
     return table
 
 

@@ -172,7 +172,9 @@ def stream(
     """
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, description, labels, allow_none):
-            run_until_seen(vit, batch.images, [hook for one in reducers for hook in one.hooks(vit, batch.layout)])
+            run_until_seen(
+                vit, batch.images, [hook for reducer in reducers for hook in reducer.hooks(vit, batch.layout)]
+            )
             for reducer in reducers:
                 reducer.update(batch)
     return [reducer.result() for reducer in reducers]

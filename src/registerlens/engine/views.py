@@ -20,7 +20,7 @@ from registerlens.model.vit import HookedViT
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a run has come by of what was asked for."""
+    """What a run has recorded so far of what was asked for."""
 
     norms: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
     """Residual norms at the sublayers asked for, such as "3.mlp"; float32."""
@@ -78,11 +78,11 @@ class Watched:
     def by(cls, asking: Iterable[Asking]) -> Watched:
         """Everything that one of them asks for."""
         every = list(asking)
-        norms = dict.fromkeys(place for one in every for place in one.norms)
-        return cls(tuple(norms), tuple(sorted({layer for one in every for layer in one.attention})))
+        norms = dict.fromkeys(place for ask in every for place in ask.norms)
+        return cls(tuple(norms), tuple(sorted({layer for ask in every for layer in ask.attention})))
 
     def since(self, layer: int) -> Watched:
-        """What a run that starts before a block comes by."""
+        """What a run that starts before a block still reaches."""
         norms = (place for place in self.norms if layer_of(place) >= layer or (place == "embed" and layer == 0))
         return Watched(tuple(norms), tuple(at for at in self.attention if at >= layer))
 

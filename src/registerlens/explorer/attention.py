@@ -84,8 +84,8 @@ class RecordedAttention:
         n_tokens, n_keys = self.recording.layout.n_tokens, self.recording.n_keys
         tokens, beyond = start, start.new_zeros(len(start), n_keys - n_tokens)
         for below in range(layer, -1, -1):
-            drawn = tokens @ self.mean(below) / 2
-            tokens, beyond = tokens / 2 + drawn[:, :n_tokens], beyond + drawn[:, n_tokens:]
+            flow = tokens @ self.mean(below) / 2
+            tokens, beyond = tokens / 2 + flow[:, :n_tokens], beyond + flow[:, n_tokens:]
         return torch.cat([tokens, beyond], 1)
 
     def _rollout_to(self, layer: int, key: int) -> Float[Tensor, " pos"]:

@@ -84,8 +84,8 @@ class Explorer:
         key = (image, condition)
         if key not in self._recorded:
             chosen = () if self.neurons is None else self.neurons.pairs
-            found = record(self.vit, self.images[image : image + 1], self.conditions[condition], chosen)
-            self._recorded[key] = RecordedAttention(found)
+            recording = record(self.vit, self.images[image : image + 1], self.conditions[condition], chosen)
+            self._recorded[key] = RecordedAttention(recording)
             if len(self._recorded) > max(KEPT, len(self.conditions)):
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(key)
@@ -198,10 +198,10 @@ def explore(
     display = to_display(images, vit.preprocess) if display is None else display
     if len(names) != len(images) or len(display) != len(images):
         raise ImageError(f"{len(images)} images came with {len(names)} names and {len(display)} pictures.")
-    given = _usual(vit, images, neurons) if interventions is None else interventions
-    if CLEAN in given:
+    edits_by_name = _usual(vit, images, neurons) if interventions is None else interventions
+    if CLEAN in edits_by_name:
         raise InterventionError(f"{CLEAN!r} is the model without interventions; give yours another name.")
-    conditions = {CLEAN: ()} | {str(name): several(edits) for name, edits in given.items()}
+    conditions = {CLEAN: ()} | {str(name): several(edits) for name, edits in edits_by_name.items()}
     for edits in conditions.values():
         plan(vit, edits, vit.n_test_time_registers)  # complains of what does not fit
     if trace is not None and trace.sublayers != sublayers(vit.cfg.n_layers):

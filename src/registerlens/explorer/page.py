@@ -89,10 +89,10 @@ def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
         >>> data["manifest"]["kept"][:2], data["manifest"]["left_out"]
         ([(5, 'mean'), (2, 'mean')], '')
     """
-    told, kinds, cells = manifest(explorer), order(explorer), _cells(explorer)
-    told |= _in_cells(told, explorer, cells)
-    told["images"], images = [], told["images"]
-    left = max_bytes - _size(told) - _REMARKS
+    data, kinds, cells = manifest(explorer), order(explorer), _cells(explorer)
+    data |= _in_cells(data, explorer, cells)
+    data["images"], images = [], data["images"]
+    left = max_bytes - _size(data) - _REMARKS
     one = _scenes(explorer, range(1))
     core = min(_CORE, explorer.vit.cfg.n_layers) + 1 + explorer.vit.cfg.n_heads
     per_kind, per_image = _size(_maps(one, kinds[0], cells)), _size(_facts(explorer, one, cells))
@@ -115,7 +115,7 @@ def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
         )
     left_out = " ".join(filter(None, [cells.words, _left_out(explorer, kinds, kept, n_images)]))
     about = {"images": images[:n_images], "kept": kept, "left_out": left_out}
-    return {"manifest": told | about | {"start": _reachable(told["start"], kept)}, "facts": facts, "maps": maps}
+    return {"manifest": data | about | {"start": _reachable(data["start"], kept)}, "facts": facts, "maps": maps}
 
 
 def order(explorer: Explorer) -> list[Kind]:
@@ -144,27 +144,27 @@ def _cells(explorer: Explorer) -> Cells:
     return Cells.few_enough(explorer.vit.cfg.layout(*explorer.images.shape[2:]))
 
 
-def _in_cells(told: dict[str, Any], explorer: Explorer, cells: Cells) -> dict[str, Any]:
+def _in_cells(data: dict[str, Any], explorer: Explorer, cells: Cells) -> dict[str, Any]:
     """What changes in the manifest where cells take the place of patches."""
     if cells.side == 1:
         return {}
     rows, columns = cells.layout.grid
     covered = [
         share * cells.side * now / before
-        for share, now, before in zip(told["grid"]["covered"], (columns, rows), cells.patches.grid[::-1], strict=True)
+        for share, now, before in zip(data["grid"]["covered"], (columns, rows), cells.patches.grid[::-1], strict=True)
     ]
     conditions = []
-    for condition in told["conditions"]:
+    for condition in data["conditions"]:
         layout = replace(cells.layout, n_test_time_registers=condition["n_tokens"] - cells.patches.n_tokens)
         n_extra = len(condition["tokens"]) - condition["n_tokens"]
         tokens = token_names(layout, layout.n_tokens + n_extra)
         conditions.append(condition | {"tokens": tokens, "n_tokens": layout.n_tokens})
-    patch = explorer.tokens(CLEAN).index(told["start"]["token"]) - cells.patches.patches.start
+    patch = explorer.tokens(CLEAN).index(data["start"]["token"]) - cells.patches.patches.start
     row, column = (at // cells.side for at in divmod(patch, cells.patches.grid_width))
     return {
-        "grid": told["grid"] | {"rows": rows, "columns": columns, "covered": covered},
+        "grid": data["grid"] | {"rows": rows, "columns": columns, "covered": covered},
         "conditions": conditions,
-        "start": told["start"] | {"token": f"({row},{column})"},
+        "start": data["start"] | {"token": f"({row},{column})"},
     }
 
 
@@ -187,11 +187,11 @@ def _facts(explorer: Explorer, scenes: Scenes, cells: Cells) -> dict[str, str]:
         recording = attention.recording
         clean = scenes[f"{scene.partition('/')[0]}/0"].recording  # the first condition
         n_more = recording.norms.shape[1] - clean.norms.shape[1]
-        shown = cells.largest(torch.cat([clean.norms[explorer.place], torch.zeros(n_more)]))
+        kept = cells.largest(torch.cat([clean.norms[explorer.place], torch.zeros(n_more)]))
         neurons = [recording.strongest[..., 0], recording.strongest[..., 1]]
         neurons += [recording.strongest_activation, recording.strongest_written]
-        table = torch.stack([part.float() for part in neurons], -1)[shown]
-        parts = (recording.norms[:, shown], recording.patch_medians, table, recording.chosen_activation[shown])
+        table = torch.stack([part.float() for part in neurons], -1)[kept]
+        parts = (recording.norms[:, kept], recording.patch_medians, table, recording.chosen_activation[kept])
         packed[scene] = _compressed(*(part.numpy().astype("<f4") for part in parts))
     return packed
 

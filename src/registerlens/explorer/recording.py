@@ -138,7 +138,7 @@ class _Watch:
         self.keys: dict[int, Tensor] = {}
         self.patterns: dict[int, Tensor] = {}
         self.best: list[tuple[Tensor, Tensor, Tensor]] = []  # written, activation, (layer, neuron) of each layer
-        self.given: dict[tuple[int, int], Tensor] = {}
+        self.activations: dict[tuple[int, int], Tensor] = {}
 
     def hooks(self) -> list[Any]:
         inside = pattern_hooks(self.vit, range(self.vit.cfg.n_layers), self._pair, self._pattern)
@@ -167,12 +167,12 @@ class _Watch:
         self.best.append((values.cpu(), post[0].float().gather(-1, index).cpu(), pairs.cpu()))
         for at, neuron in self.chosen:
             if at == layer:
-                self.given[at, neuron] = post[0, :, neuron].float().cpu().clone()
+                self.activations[at, neuron] = post[0, :, neuron].float().cpu().clone()
 
     def result(self, layout: TokenLayout) -> Recording:
         values, activation, pairs = (torch.cat(parts, 1) for parts in zip(*self.best, strict=True))
         top = values.topk(min(STRONGEST, values.shape[1]), dim=1)
-        given = [self.given[pair] for pair in self.chosen]
+        activations = [self.activations[pair] for pair in self.chosen]
         return Recording(
             layout=layout,
             sublayers=sublayers(self.vit.cfg.n_layers),
@@ -183,5 +183,5 @@ class _Watch:
             strongest=torch.stack([pairs[..., i].gather(1, top.indices) for i in range(2)], -1),
             strongest_activation=activation.gather(1, top.indices),
             strongest_written=top.values,
-            chosen_activation=torch.stack(given, 1) if given else torch.zeros(len(values), 0),
+            chosen_activation=torch.stack(activations, 1) if activations else torch.zeros(len(values), 0),
         )

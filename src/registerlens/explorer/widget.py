@@ -48,8 +48,8 @@ def make_widget(explorer: Explorer) -> AnyWidget:
     widget = ExplorerWidget(manifest=manifest(explorer))
 
     def asked(_: Any, question: dict[str, Any], __: Any) -> None:
-        told, buffers = answer(explorer, question)
-        widget.send(told, buffers)
+        reply, buffers = answer(explorer, question)
+        widget.send(reply, buffers)
 
     widget.on_msg(asked)
     return widget
@@ -96,7 +96,7 @@ def _panel(explorer: Explorer, question: dict[str, Any], condition: str) -> tupl
         return None, []  # the key of an attention bias is looked at and looks at nothing
     about = token_view(attention, index, role, question["layer"], question["head"])
     maps = [encode(values[None].numpy()) for values in (about.attention, about.reference)]
-    told = {
+    reply = {
         "largest": [float(largest[0]) for _, largest in maps],
         "norms": about.norms.tolist(),
         "medians": about.medians.tolist(),
@@ -104,7 +104,7 @@ def _panel(explorer: Explorer, question: dict[str, Any], condition: str) -> tupl
         "neurons": [asdict(neuron) for neuron in about.strongest],
         "chosen": about.chosen.tolist(),
     }
-    return told, [np.ascontiguousarray(codes).tobytes() for codes, _ in maps]
+    return reply, [np.ascontiguousarray(codes).tobytes() for codes, _ in maps]
 
 
 def cutoff(explorer: Explorer, image: int) -> float | None:

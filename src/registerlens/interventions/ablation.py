@@ -194,7 +194,7 @@ class Ablate(Intervention):
 
         Raises:
             ImageError: there are no images.
-            InterventionError: the model has not what is to be ablated.
+            InterventionError: the model lacks what is to be ablated.
             ShapeError: the images differ in size where the mode needs one.
         """
         zeroing = cls(target)

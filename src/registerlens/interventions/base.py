@@ -111,7 +111,7 @@ class Intervention(Saved, ABC):
             first_register: which of the sequence's test-time registers is this intervention's first one.
 
         Raises:
-            InterventionError: the model has not what is to be edited.
+            InterventionError: the model lacks what is to be edited.
         """
 
 

@@ -15,7 +15,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, ViTConfig
-from registerlens.display import html_card, line, size_told, text_table
+from registerlens.display import html_card, line, size_text, text_table
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.cache import bytes_held, dtype_told, shape_rows
 from registerlens.model.names import NamesFilter, match_names, pooled
@@ -89,8 +89,8 @@ class ModelSummary:
         height, width = self.image_size
         return (
             f"{self.model} on an image of {height} x {width} pixels ({self.config.layout(height, width).n_tokens} "
-            f"tokens): {self.parameters:,} parameters ({size_told(self.weight_bytes)}), {_count(self.flops)}FLOPs a "
-            f"forward pass, {size_told(self.cache_bytes)} a full cache ({kept} of {len(self.points)} hook points; "
+            f"tokens): {self.parameters:,} parameters ({size_text(self.weight_bytes)}), {_count(self.flops)}FLOPs a "
+            f"forward pass, {size_text(self.cache_bytes)} a full cache ({kept} of {len(self.points)} hook points; "
             f"the rest, attn.hook_result, is computed when needed)."
         )
 
@@ -282,13 +282,13 @@ class Browsable(HookedRootModule):
 
     def __repr__(self) -> str:
         """What the model is, in a few lines; PyTorch's tree of modules is `torch.nn.Module.__repr__(vit)`."""
-        return "\n".join([f"HookedViT: {self.source}", *(f"  {name}: {words}" for name, words in self._told())])
+        return "\n".join([f"HookedViT: {self.source}", *(f"  {name}: {words}" for name, words in self._summary())])
 
     def _repr_html_(self) -> str:
         folded = "PyTorch's tree of modules", nn.Module.__repr__(self)
-        return html_card(f"HookedViT: {self.source}", tables=[(("part", "what"), self._told())], folded=folded)
+        return html_card(f"HookedViT: {self.source}", tables=[(("part", "what"), self._summary())], folded=folded)
 
-    def _told(self) -> list[tuple[str, str]]:
+    def _summary(self) -> list[tuple[str, str]]:
         cfg, layout = self.cfg, self.cfg.layout()
         weights = next(self.parameters())
         n_parameters = sum(parameter.numel() for parameter in self.parameters())
@@ -313,7 +313,7 @@ class Browsable(HookedRootModule):
             ),
             (
                 "weights",
-                f"{n_parameters:,} parameters, {size_told(weight_bytes(self))}, "
+                f"{n_parameters:,} parameters, {size_text(weight_bytes(self))}, "
                 f"{str(weights.dtype).removeprefix('torch.')} on {weights.device}",
             ),
             ("edits in force", "; ".join(line(edit) for edit in self.edits) or "none"),

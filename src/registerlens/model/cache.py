@@ -9,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from registerlens.display import html_card, size_told, text_table
+from registerlens.display import html_card, size_text, text_table
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.names import pooled
@@ -99,7 +99,7 @@ class Cache(ActivationCache):
     def _head(self) -> str:
         n = len(self.cache_dict)
         source = getattr(self.model, "source", type(self.model).__name__)
-        return f"ActivationCache of {source}: {n} {'entry' if n == 1 else 'entries'}, {size_told(self.nbytes)}"
+        return f"ActivationCache of {source}: {n} {'entry' if n == 1 else 'entries'}, {size_text(self.nbytes)}"
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         return ("name", "shape", "dtype", "size"), shape_rows(
@@ -110,7 +110,7 @@ class Cache(ActivationCache):
 def shape_rows(points: dict[str, tuple[tuple[int, ...], str, int]]) -> list[tuple[str, ...]]:
     """Rows of a table: name, shape, dtype and bytes, blocks that agree in these pooled."""
     rows = [
-        (name, str(list(shape)), dtype, f"{n} x {size_told(n_bytes)}" if n > 1 else size_told(n_bytes))
+        (name, str(list(shape)), dtype, f"{n} x {size_text(n_bytes)}" if n > 1 else size_text(n_bytes))
         for name, n, (shape, dtype, n_bytes) in pooled(points)
     ]
     more = len(rows) - _ROWS

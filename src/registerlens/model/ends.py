@@ -112,12 +112,12 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "batch pos d_model"], layout: TokenLayout) -> Float[Tensor, "batch d_attn"]:
         """The pooled feature; test-time registers are not looked at."""
-        seen = tokens[:, layout.patches if self.over == "patches" else slice(layout.patches.stop)]
+        attended = tokens[:, layout.patches if self.over == "patches" else slice(layout.patches.stop)]
         query = self.queries[:1] if self.ln_q is None else self.ln_q(self.queries[:1])
-        seen = seen if self.ln_k is None else self.ln_k(seen)
+        attended = attended if self.ln_k is None else self.ln_k(attended)
         query = (query if self.q is None else self.q(query)).expand(len(tokens), 1, -1)
         q = self.hook_q(rearrange(query, "batch pos (head d) -> batch pos head d", head=self.n_heads).clone())
-        kv = rearrange(self.kv(seen), "batch pos (two head d) -> two batch pos head d", two=2, head=self.n_heads)
+        kv = rearrange(self.kv(attended), "batch pos (two head d) -> two batch pos head d", two=2, head=self.n_heads)
         k, v = self.hook_k(kv[0]), self.hook_v(kv[1])
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if listening(self.hook_attn_scores, self.hook_pattern):

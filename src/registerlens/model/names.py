@@ -46,8 +46,8 @@ def match_names(names_filter: NamesFilter, known: Iterable[str]) -> list[str]:
                 " List them with: list(vit.hook_dict)"
             )
         return accepted
-    given = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-    patterns = [str(one.name) if isinstance(one, HookPoint) else one for one in given]
+    filters = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    patterns = [str(one.name) if isinstance(one, HookPoint) else one for one in filters]
     if not patterns:
         raise HookNameError("An empty list of hook names was given. Pass None for all names.")
     chosen: set[str] = set()
@@ -104,8 +104,8 @@ def _brace(numbers: list[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    told = ",".join(f"{first}" if first == last else f"{first}..{last}" for first, last in runs)
-    return told if len(numbers) == 1 else f"{{{told}}}"
+    ranges = ",".join(f"{first}" if first == last else f"{first}..{last}" for first, last in runs)
+    return ranges if len(numbers) == 1 else f"{{{ranges}}}"
 
 
 TOKENS = "hook_tokens"

@@ -22,10 +22,10 @@ def resample(n_images: int, n_boot: int, seed: int) -> Float[np.ndarray, "image 
         >>> resample(5, 3, 0).sum(0)
         array([5., 5., 5.])
     """
-    drawn = np.random.default_rng(seed).integers(0, n_images, (n_boot, n_images))
+    indices = np.random.default_rng(seed).integers(0, n_images, (n_boot, n_images))
     times = np.zeros((n_boot, n_images))
     for start in range(0, n_boot, 64):  # bounded memory: a sample at a time would be slow, all at once would be large
-        part = drawn[start : start + 64]
+        part = indices[start : start + 64]
         flat = part + np.arange(len(part))[:, None] * n_images
         counts = np.bincount(flat.ravel(), minlength=len(part) * n_images)
         times[start : start + 64] = counts.reshape(len(part), n_images)

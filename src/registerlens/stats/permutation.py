@@ -100,9 +100,9 @@ def _random(
     p = np.full(len(filled), np.nan)
     hits = np.zeros(len(filled), dtype=np.int64)
     left = np.arange(len(filled))
-    drawn = 0
-    while len(left) and drawn < flips:
-        n = min(_ROUND, flips - drawn)
+    tried = 0
+    while len(left) and tried < flips:
+        n = min(_ROUND, flips - tried)
         signs = 1.0 - 2.0 * rng.integers(0, 2, (n, filled.shape[1]), dtype=np.int8)
         step = max(1, CHUNK // max(n, filled.shape[1]))
         for start in range(0, len(left), step):
@@ -110,8 +110,8 @@ def _random(
             running = hits[rows, None] + _as_extreme(filled[rows], signs, least[rows]).cumsum(1, dtype=np.int32)
             hits[rows] = running[:, -1]
             done = running[:, -1] >= ENOUGH
-            p[rows[done]] = ENOUGH / (drawn + 1 + (running[done] >= ENOUGH).argmax(1))
-        drawn += n
+            p[rows[done]] = ENOUGH / (tried + 1 + (running[done] >= ENOUGH).argmax(1))
+        tried += n
         left = left[hits[left] < ENOUGH]
     p[left] = (hits[left] + 1) / (flips + 1)
     return p

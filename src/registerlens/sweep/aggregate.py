@@ -35,22 +35,22 @@ NUMBERS = (
 
 def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) -> pd.DataFrame:
     """The table of `SweepResult.to_dataframe`, which explains it."""
-    tested = np.array([one.kind is ConditionKind.TESTED for one in result.conditions])
+    tested = np.array([condition.kind is ConditionKind.TESTED for condition in result.conditions])
     flips = n_flips(int(tested.sum())) if flips is None else flips
     times = {name: resample(len(places.names), n_boot, seed) for name, places in result.places.items() if places.names}
     blocks = []
     for metric in result.metrics:
         columns = {name: np.full(len(result.conditions), np.nan) for name in NUMBERS if name != "metric"}
-        for name, drawn in times.items():
+        for name, samples in times.items():
             places = result.places[name]
-            part = _measure(result, places, result.values(metric, name), drawn, flips, seed)
+            part = _measure(result, places, result.values(metric, name), samples, flips, seed)
             for column, values in part.items():
                 columns[column][places.conditions] = values
         for column in ("p", "p_controls"):
             columns[f"{column}_holm"] = holm(np.where(tested, columns[column], np.nan))
         blocks.append(pd.DataFrame({"metric": metric, **columns}))
-    told = describe_conditions(result.conditions)
-    frame = pd.concat([pd.concat([told, block], axis=1) for block in blocks]) if blocks else told.assign(metric="")
+    about = describe_conditions(result.conditions)
+    frame = pd.concat([pd.concat([about, block], axis=1) for block in blocks]) if blocks else about.assign(metric="")
     frame = frame.sort_index(kind="stable").reset_index(drop=True)
     counts = {name: frame[name].fillna(0).astype(int) for name in ("n_images", "n_controls") if name in frame}
     return frame.assign(**counts)
@@ -58,13 +58,15 @@ def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) ->
 
 def describe_conditions(conditions: tuple[Swept, ...]) -> pd.DataFrame:
     """One row a condition: what it is, and its factors; a factor called like another column is `factor_NAME`."""
-    head = {name: [getattr(one, "key" if name == "condition" else name) for one in conditions] for name in HEAD}
-    names = dict.fromkeys(name for one in conditions for name in one.factors)
+    head = {
+        name: [getattr(condition, "key" if name == "condition" else name) for condition in conditions] for name in HEAD
+    }
+    names = dict.fromkeys(name for condition in conditions for name in condition.factors)
     factors = {}
     for name in names:
-        values = [one.factors.get(name) for one in conditions]
+        values = [condition.factors.get(name) for condition in conditions]
         if name in head and all(value in (None, own) for value, own in zip(values, head[name], strict=True)):
-            continue  # the model, told as a factor too
+            continue  # the model, named as a factor too
         taken = name in head or name in NUMBERS
         factors[f"factor_{name}" if taken else name] = _column(values)
     return pd.DataFrame({**head, **factors})
@@ -87,44 +89,46 @@ def _measure(
     """Every number of one metric on one set of images, but for Holm's corrections."""
     swept = [result.conditions[i] for i in places.conditions]
     clean = _clean_rows(swept)
-    found: dict[str, np.ndarray] = {"n_images": np.isfinite(values).sum(1)}
-    found |= dict(zip(_MEAN, mean_intervals(values, times), strict=True))
-    found |= {name: np.full(len(swept), np.nan) for name in (*_DIFFERENCE, "p", "p_least", *_CONTROLS, "p_controls")}
+    columns: dict[str, np.ndarray] = {"n_images": np.isfinite(values).sum(1)}
+    columns |= dict(zip(_MEAN, mean_intervals(values, times), strict=True))
+    columns |= {name: np.full(len(swept), np.nan) for name in (*_DIFFERENCE, "p", "p_least", *_CONTROLS, "p_controls")}
 
     def compare(
         rows: Int[np.ndarray, " row"], differences: Float[np.ndarray, "row image"], into: tuple, p: str
     ) -> None:
         for name, numbers in zip(into, mean_intervals(differences, times), strict=True):
-            found[name][rows] = numbers
-        found[p][rows] = sign_flip_p(differences, flips, seed)
+            columns[name][rows] = numbers
+        columns[p][rows] = sign_flip_p(differences, flips, seed)
 
     for rows in _chunks(np.flatnonzero(clean >= 0), values.shape[1]):
         differences = values[rows] - values[clean[rows]]
         compare(rows, differences, _DIFFERENCE, "p")
-        found["p_least"][rows] = least_p(np.isfinite(differences).sum(1))
+        columns["p_least"][rows] = least_p(np.isfinite(differences).sum(1))
     runs = clean == np.arange(len(swept))
-    found["p"][runs] = found["p_least"][runs] = np.nan  # the clean run is not tested against itself
+    columns["p"][runs] = columns["p_least"][runs] = np.nan  # the clean run is not tested against itself
     controls = _controls(swept)
-    found["n_controls"] = np.array([len(controls.get(one.key, ())) for one in swept])
-    for rows in _chunks(np.flatnonzero(found["n_controls"]), values.shape[1] * int(found["n_controls"].max(initial=1))):
+    columns["n_controls"] = np.array([len(controls.get(condition.key, ())) for condition in swept])
+    for rows in _chunks(
+        np.flatnonzero(columns["n_controls"]), values.shape[1] * int(columns["n_controls"].max(initial=1))
+    ):
         others = np.stack([values[controls[swept[row].key]].mean(0) for row in rows])
         compare(rows, values[rows] - others, _CONTROLS, "p_controls")
-    return found
+    return columns
 
 
 def _clean_rows(swept: list[Swept]) -> Int[np.ndarray, " condition"]:
     """For each condition the clean run of its model; -1 where there is none."""
-    clean = {one.model: row for row, one in enumerate(swept) if one.kind is ConditionKind.CLEAN}
-    return np.array([clean.get(one.model, -1) for one in swept], dtype=np.int64)
+    clean = {condition.model: row for row, condition in enumerate(swept) if condition.kind is ConditionKind.CLEAN}
+    return np.array([clean.get(condition.model, -1) for condition in swept], dtype=np.int64)
 
 
 def _controls(swept: list[Swept]) -> dict[str, list[int]]:
     """From a condition's key to its controls."""
-    found: dict[str, list[int]] = {}
-    for row, one in enumerate(swept):
-        if one.kind is ConditionKind.CONTROL:
-            found.setdefault(one.control_of, []).append(row)
-    return found
+    rows_of: dict[str, list[int]] = {}
+    for row, condition in enumerate(swept):
+        if condition.kind is ConditionKind.CONTROL:
+            rows_of.setdefault(condition.control_of, []).append(row)
+    return rows_of
 
 
 def _chunks(rows: Int[np.ndarray, " row"], width: int) -> Iterator[Int[np.ndarray, " part"]]:
@@ -137,9 +141,9 @@ class Comparison(Shown):
     """Two conditions beside each other, image by image."""
 
     a: str
-    """Label of the one."""
+    """Label of the first condition."""
     b: str
-    """Label of the other."""
+    """Label of the second condition."""
     metric: str
     """What was measured."""
     names: tuple[str, ...]

@@ -66,15 +66,15 @@ def levels(name: str, axis: Axis) -> list[Level]:
         raise ConfigError(f"The axis {name!r} has no values.")
     if isinstance(axis, Mapping):
         return [_level(value, name, label) for label, value in axis.items()]
-    made = [_level(value, name, None if isinstance(value, Level) else label_of(name, value)) for value in axis]
+    values = [_level(value, name, None if isinstance(value, Level) else label_of(name, value)) for value in axis]
     first: dict[tuple, Any] = {}
-    for level in made:
+    for level in values:
         if level.value != first.setdefault(tuple(level.factors.items()), level.value):
             raise ConfigError(
                 f"Two different values of the axis {name!r} are both called {dict(level.factors)}. "
                 f"Tell them apart with a mapping {{label: value}}."
             )
-    return made
+    return values
 
 
 def _level(value: Any, name: str, label: Any) -> Level:
@@ -307,11 +307,11 @@ def _drawn(
     for _ in range(n):
         chosen = draw(generator)
         for _ in range(REDRAWS):
-            if set(chosen.pairs) not in [set(one.pairs) for one in sets]:
+            if set(chosen.pairs) not in [set(other.pairs) for other in sets]:
                 break
             chosen = draw(generator)
         sets.append(chosen)
-    return {f"{kind} {i}": one for i, one in enumerate(sets, 1)}
+    return {f"{kind} {i}": chosen for i, chosen in enumerate(sets, 1)}
 
 
 # Doses --------------------------------------------------------------------------------------------------------------

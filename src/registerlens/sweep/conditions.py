@@ -43,7 +43,7 @@ def content(value: Any) -> Any:
     leaves out of comparisons (compare=False) do not count: an edit has the same hash before and after it is fitted.
 
     Raises:
-        ConfigError: it holds a function or an object whose content cannot be told.
+        ConfigError: it holds a function or an object whose content cannot be hashed.
 
     Example:
         >>> import registerlens as rl
@@ -83,7 +83,7 @@ def tensor_hash(tensor: Tensor) -> str:
 CLEAN = "clean"
 """Label of the unedited model."""
 EDIT = "edit"
-"""The factor that names a condition of an explicit list; its label is told without the factor's name."""
+"""The factor that names a condition of an explicit list; its label leaves out the factor's name."""
 Factor = str | int | float | bool | None
 """One setting of a condition, as it stands in a column of the result."""
 
@@ -111,7 +111,7 @@ class Condition:
     """Key of the condition for which it is a matched control; empty for others."""
 
     def __post_init__(self) -> None:
-        wrong = [one for one in self.interventions if not isinstance(one, Intervention)]
+        wrong = [edit for edit in self.interventions if not isinstance(edit, Intervention)]
         if wrong:
             raise ConfigError(
                 f"A condition takes interventions such as rl.Ablate(neurons), got {type(wrong[0]).__name__}."
@@ -128,13 +128,13 @@ class Condition:
         """The factors in words; "clean" for the unedited model."""
         if not self.interventions:
             return CLEAN
-        told = [str(value) if name == EDIT else f"{name}={value}" for name, value in self.factors.items()]
-        return " ".join(told) or " + ".join(type(one).__name__ for one in self.interventions)
+        factors = [str(value) if name == EDIT else f"{name}={value}" for name, value in self.factors.items()]
+        return " ".join(factors) or " + ".join(type(edit).__name__ for edit in self.interventions)
 
     @property
     def n_registers(self) -> int:
         """Test-time registers it appends."""
-        return sum(one.n_registers for one in self.interventions)
+        return sum(edit.n_registers for edit in self.interventions)
 
     def first_layer(self, host: Host) -> int:
         """The first block whose output it can change: a run may start from the clean residual stream before it.

@@ -63,21 +63,23 @@ def with_controls(
     if wrong := [kind for kind in kinds if kind not in get_args(Kind)]:
         raise ConfigError(f"There are {list(get_args(Kind))} controls, not {wrong[0]!r}.")
     models = by_name(vit)
-    wanting = [one for one in conditions if not one.control_of and any(map(_about, one.interventions))]
+    wanting = [
+        condition for condition in conditions if not condition.control_of and any(map(_about, condition.interventions))
+    ]
     if not wanting:
         raise InterventionError(
             "No condition is about neurons, so that none has random neurons for a control."
             " Run them without with_controls."
         )
-    if unknown := [one.model for one in wanting if one.model not in models]:
+    if unknown := [condition.model for condition in wanting if condition.model not in models]:
         raise ConfigError(f"A condition is about the model {unknown[0]!r}; there are {list(models)}.")
     activities = _activities(models, images, wanting, batch_size) if "matched" in kinds else {}
     listed: list[Condition] = []
-    for one in conditions:
-        listed.append(one)
-        if any(one is other for other in wanting):
-            activity = activities.get(one.model, {})
-            listed += _controls(one, models[one.model], activity, n, kinds, seed)
+    for condition in conditions:
+        listed.append(condition)
+        if any(condition is other for other in wanting):
+            activity = activities.get(condition.model, {})
+            listed += _controls(condition, models[condition.model], activity, n, kinds, seed)
     return Conditions(tuple(listed))
 
 
@@ -88,16 +90,16 @@ def _controls(
     try:
         for neurons in filter(None, map(_about, condition.interventions)):
             own = int(content_hash([neurons, seed]), 16) % 2**63
-            drawn = sets.setdefault(neurons.pairs, {})
+            alternatives = sets.setdefault(neurons.pairs, {})
             if "random" in kinds:
-                drawn |= random_sets(neurons, n, vit.cfg.d_mlp, own)
+                alternatives |= random_sets(neurons, n, vit.cfg.d_mlp, own)
             if "matched" in kinds:
-                drawn |= matched_sets(neurons, n, activity, own)
+                alternatives |= matched_sets(neurons, n, activity, own)
         names = next(iter(sets.values()))
         return [
             replace(
                 condition,
-                interventions=tuple(_elsewhere(one, sets, name) for one in condition.interventions),
+                interventions=tuple(_elsewhere(edit, sets, name) for edit in condition.interventions),
                 factors={**condition.factors, CONTROL: name},
                 control_of=condition.key,
             )
@@ -132,12 +134,13 @@ def _activities(
     if images is None:
         raise ConfigError('Matched controls need images on which activity is measured; or take kinds=("random",).')
     layers: dict[str, set[int]] = {}
-    for one in wanting:
-        for neurons in filter(None, map(_about, one.interventions)):
-            layers.setdefault(one.model, set()).update(neurons.check(models[one.model].cfg).by_layer())
-    seen = each_of(layers, images)
-    if len(seen) > 1 and isinstance(images, Iterator):
+    for condition in wanting:
+        for neurons in filter(None, map(_about, condition.interventions)):
+            layers.setdefault(condition.model, set()).update(neurons.check(models[condition.model].cfg).by_layer())
+    measured_on = each_of(layers, images)
+    if len(measured_on) > 1 and isinstance(images, Iterator):
         raise ImageError("An iterator of images lasts for one model; give a tensor or a list of batches.")
     return {
-        name: neuron_activity(models[name], seen[name], sorted(listed), batch_size) for name, listed in layers.items()
+        name: neuron_activity(models[name], measured_on[name], sorted(listed), batch_size)
+        for name, listed in layers.items()
     }

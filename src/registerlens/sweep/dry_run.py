@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.data.sources import Shard, Source
-from registerlens.display import Shown, size_told
+from registerlens.display import Shown, size_text
 from registerlens.engine.backends import GROUP, Task
 from registerlens.engine.store import to_bytes
 from registerlens.errors import ImageError
@@ -52,7 +52,7 @@ class PlannedRun:
     clean_seconds: float
     """A clean forward pass of the whole model, per image, in a batch; measured."""
     device: str
-    """Where that was measured."""
+    """The device on which that was measured."""
 
     @property
     def n_conditions(self) -> int:
@@ -67,7 +67,7 @@ class PlannedRun:
 
     @property
     def seconds(self) -> float:
-        """What it is expected to take."""
+        """Expected seconds."""
         return self.forwards * self.n_images * self.clean_seconds
 
 
@@ -141,13 +141,13 @@ class SweepPlan(Shown):
         """The plan in words, with a histogram of first edited layers."""
         parts = [
             f"Conditions: {self.n_conditions:,}. Tasks: {self.n_tasks:,}. Rows: {self.n_rows:,}.",
-            *(_told(run) for run in self.runs),
+            *(_summary(run) for run in self.runs),
             f"Expected: {time_told(self.seconds)}, {self.share:.2f} of running the whole model for every condition. "
             f"Timed: clean forward passes of {self.batch_size} images. A condition is taken to cost its blocks from "
             f"the first edited one on; the edits themselves, extra tokens, metrics, fitting, reading of images, and "
             f"what stacking conditions saves are not in it.",
-            f"Result: {size_told(self.raw_bytes)} with {self.n_metrics} metrics "
-            f"({self.raw_row_bytes:.0f} bytes a row), about {size_told(self.stored_bytes)} as Parquet "
+            f"Result: {size_text(self.raw_bytes)} with {self.n_metrics} metrics "
+            f"({self.raw_row_bytes:.0f} bytes a row), about {size_text(self.stored_bytes)} as Parquet "
             f"({self.stored_row_bytes:.1f} bytes a row in a part of random numbers).",
         ]
         return "\n".join(parts)
@@ -181,7 +181,7 @@ def plan_sweep(
     Raises:
         ConfigError: what `run_sweep` refuses, such as a condition about images that are not given.
         ImageError: there are no images.
-        InterventionError: conditions do not fit their models; all are counted, the first few told.
+        InterventionError: conditions do not fit their models; all are counted, the first few listed.
 
     Example:
         >>> import registerlens as rl
@@ -290,7 +290,7 @@ def _row_bytes(group: Sequence[Condition], names: Sequence[str], metrics: Sequen
 # Words --------------------------------------------------------------------------------------------------------------
 
 
-def _told(run: PlannedRun) -> str:
+def _summary(run: PlannedRun) -> str:
     """A run in words, with the histogram of its first edited layers."""
     where = f"{run.model} on {run.n_images:,} {run.images}" if run.images != "images" else f"{run.n_images:,} images"
     head = (

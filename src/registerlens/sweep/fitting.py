@@ -35,7 +35,7 @@ def unfitted(conditions: Iterable[Condition]) -> tuple[Planned, ...]:
         (PlannedAblation(target=Heads(pairs=((2, 0),)), mode='mean', seed=0),)
     """
     every = chain.from_iterable(condition.interventions for condition in conditions)
-    return tuple(dict.fromkeys(one for one in every if isinstance(one, Planned) and one.fitted is None))
+    return tuple(dict.fromkeys(edit for edit in every if isinstance(edit, Planned) and edit.fitted is None))
 
 
 def n_passes(conditions: Iterable[Condition]) -> int:
@@ -46,8 +46,8 @@ def n_passes(conditions: Iterable[Condition]) -> int:
         0
     """
     waiting = unfitted(conditions)
-    n_biases = sum(isinstance(one, PlannedBias) for one in waiting)
-    return n_biases + any(isinstance(one, PlannedAblation) for one in waiting)
+    n_biases = sum(isinstance(edit, PlannedBias) for edit in waiting)
+    return n_biases + any(isinstance(edit, PlannedAblation) for edit in waiting)
 
 
 def fit_planned(
@@ -66,11 +66,11 @@ def fit_planned(
 
     Raises:
         ImageError: there are no images, or an iterator does not last for all passes.
-        InterventionError: the model has not what is to be edited.
+        InterventionError: the model lacks what is to be edited.
         ShapeError: the images differ in size where a mode needs one.
     """
-    ablations = [one for one in planned if isinstance(one, PlannedAblation)]
-    biases = [one for one in planned if isinstance(one, PlannedBias)]
+    ablations = [edit for edit in planned if isinstance(edit, PlannedAblation)]
+    biases = [edit for edit in planned if isinstance(edit, PlannedBias)]
     if len(biases) + bool(ablations) > 1 and isinstance(images, Iterator):
         raise ImageError(
             f"{len(biases) + bool(ablations)} passes over the reference images are needed, but an iterator lasts for "
@@ -79,10 +79,10 @@ def fit_planned(
     fitted: dict[Planned, Planned] = {}
     if ablations:
         references = _fit_together(vit, ablations, images, batch_size)
-        for one, reference in zip(ablations, references, strict=True):
-            fitted[one] = replace(one, fitted=Ablate(one.target, one.mode, reference=reference, seed=one.seed))
-    for one in biases:
-        fitted[one] = replace(one, fitted=AttentionBias.fit(vit, images, one.neurons, batch_size=batch_size))
+        for edit, reference in zip(ablations, references, strict=True):
+            fitted[edit] = replace(edit, fitted=Ablate(edit.target, edit.mode, reference=reference, seed=edit.seed))
+    for edit in biases:
+        fitted[edit] = replace(edit, fitted=AttentionBias.fit(vit, images, edit.neurons, batch_size=batch_size))
     return fitted
 
 
@@ -106,7 +106,7 @@ def fit_conditions(
     Raises:
         ConfigError: a condition names another model.
         ImageError: there are no images, or an iterator does not last for all passes.
-        InterventionError: a model has not what is to be edited.
+        InterventionError: a model lacks what is to be edited.
         ShapeError: the images differ in size where a mode needs one.
 
     Example:
@@ -126,10 +126,10 @@ def fit_conditions(
     }
     if unknown := [name for name in waiting if name not in models]:
         raise ConfigError(f"A condition is about the model {unknown[0]!r}; there are {list(models)}.")
-    seen = each_of((name for name, planned in waiting.items() if planned), images)
-    if len(seen) > 1 and isinstance(images, Iterator):
+    fitted_on = each_of((name for name, planned in waiting.items() if planned), images)
+    if len(fitted_on) > 1 and isinstance(images, Iterator):
         raise ImageError("An iterator of reference images lasts for one model; give a tensor or a list of batches.")
-    fitted = {name: fit_planned(models[name], waiting[name], mine, batch_size) for name, mine in seen.items()}
+    fitted = {name: fit_planned(models[name], waiting[name], mine, batch_size) for name, mine in fitted_on.items()}
     return Conditions(tuple(bind(condition, fitted.get(condition.model, {})) for condition in conditions))
 
 
@@ -140,9 +140,9 @@ def bind(condition: Condition, fitted: Mapping[Planned, Planned]) -> Condition:
         >>> bind(Condition(factors={"layer": 1}), {}).factors
         {'layer': 1}
     """
-    if not any(isinstance(one, Planned) and one.fitted is None for one in condition.interventions):
+    if not any(isinstance(edit, Planned) and edit.fitted is None for edit in condition.interventions):
         return condition
-    edits = tuple(fitted.get(one, one) if isinstance(one, Planned) else one for one in condition.interventions)
+    edits = tuple(fitted.get(edit, edit) if isinstance(edit, Planned) else edit for edit in condition.interventions)
     return replace(condition, interventions=edits)
 
 

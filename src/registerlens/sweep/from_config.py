@@ -63,12 +63,12 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Maker:
-    """What grids of one model are made with."""
+    """What the grids of one model are made from."""
 
     config: SweepConfig
     vit: HookedViT
     images: Batches
-    """On which neurons are found, and activity and outliers measured."""
+    """The images on which neurons are searched for, and activity and outliers measured."""
     found: dict[str, RegisterNeurons] = field(default_factory=dict)
     """Lists by the name of their source, so that each is read or found once."""
 
@@ -133,9 +133,9 @@ def prepare(config: SweepConfig, models: Mapping[str, HookedViT]) -> Prepared:
     """
     with config.at("image_sets" if config.image_sets else "images"):
         sources, names = sources_of(config, models)
-    told = config.reference_images
+    references = config.reference_images
     reference = {
-        name: sources[next(iter(names[name].values()))] if told is None else source_of(config, told, vit)
+        name: sources[next(iter(names[name].values()))] if references is None else source_of(config, references, vit)
         for name, vit in models.items()
     }
     listed: list[Condition] = []
@@ -160,13 +160,13 @@ _LACKING = {
     **dict.fromkeys(("kl", "agreement"), "the model predicts no classes"),
     **dict.fromkeys(("cross_entropy", "accuracy"), "the images have no labels"),
 }
-"""Why a model may lack a metric; what is not here none lacks."""
+"""Why a model may lack a metric; no model lacks those not listed here."""
 
 
 def _metrics_of(
     config: SweepConfig, models: Mapping[str, HookedViT], sources: Mapping[str, Source]
 ) -> tuple[Metric, ...]:
-    """The metrics that were asked for, or all that the models have alike.
+    """The metrics that were asked for, or all that the models have in common.
 
     Args:
         config: the configuration.
@@ -222,11 +222,11 @@ def _conditions(
 
 
 def _grid(maker: _Maker, spec: Grid) -> Conditions:
-    made = KINDS[spec.kind](maker, spec.axes)
+    conditions = KINDS[spec.kind](maker, spec.axes)
     if not spec.controls.n:
-        return made
+        return conditions
     how = {"n": spec.controls.n, "kinds": spec.controls.kinds, "seed": maker.config.seed}
-    return with_controls(maker.vit, made, images=maker.images, batch_size=maker.config.batch_size, **how)
+    return with_controls(maker.vit, conditions, images=maker.images, batch_size=maker.config.batch_size, **how)
 
 
 # Neurons, heads, tokens -----------------------------------------------------------------------------------------------
@@ -291,13 +291,13 @@ def _heads(maker: _Maker, axes: Mapping[str, Any]) -> Sets:
 
 
 def _tokens(maker: _Maker, axes: Mapping[str, Any]) -> Sets:
-    told = axes["tokens"]
-    patches = told if isinstance(told, Mapping) else None
+    wanted = axes["tokens"]
+    patches = wanted if isinstance(wanted, Mapping) else None
     every = every_token(maker.vit, axes.get("layers"), patches)
-    kinds = list(told) if patches is not None or "all" not in told else None
+    kinds = list(wanted) if patches is not None or "all" not in wanted else None
     kept = {name: level for name, level in every.items() if kinds is None or level.factors["tokens"] in kinds}
     if not kept:
-        raise ConfigError(f"The model has no tokens {list(told)}. Leave them out.")
+        raise ConfigError(f"The model has no tokens {list(wanted)}. Leave them out.")
     return kept
 
 

@@ -19,7 +19,7 @@ from registerlens.sweep.conditions import CLEAN, EDIT, Condition, Factor, Planne
 
 RESERVED = (*COLUMNS, "label", "model", "images", "control_of")
 """Columns of the result that say which condition it is; no factor may have such a name."""
-TOLD = 5
+MOST_NAMED = 5
 """Problems that a message names."""
 Thing = TypeVar("Thing")
 
@@ -48,14 +48,14 @@ class Conditions:
         if not self.listed:
             raise ConfigError("There is no condition: the collection is empty, or a filter has left nothing.")
         first: dict[str, Condition] = {}
-        for one in self.listed:
-            if one.key in first:
+        for condition in self.listed:
+            if condition.key in first:
                 raise ConfigError(
-                    f"The same condition twice: {_told(first[one.key])} and {_told(one)} make the same edit with the "
-                    f"same factors on the same model and images. Leave one out."
+                    f"The same condition twice: {_quoted(first[condition.key])} and {_quoted(condition)} "
+                    f"make the same edit with the same factors on the same model and images. Leave one out."
                 )
-            first[one.key] = one
-            if wrong := [name for name in one.factors if name in RESERVED]:
+            first[condition.key] = condition
+            if wrong := [name for name in condition.factors if name in RESERVED]:
                 raise ConfigError(
                     f"{wrong[0]!r} cannot be a factor: the result has a column of that name for every condition. "
                     f"Models and image sets are chosen by .over(models=[...], images=[...])."
@@ -86,7 +86,10 @@ class Conditions:
         return len(self.listed)
 
     def __contains__(self, item: object) -> bool:
-        return any(item in (one.key, one.label) if isinstance(item, str) else item is one for one in self)
+        return any(
+            item in (condition.key, condition.label) if isinstance(item, str) else item is condition
+            for condition in self
+        )
 
     @overload
     def __getitem__(self, which: int | str) -> Condition: ...
@@ -97,30 +100,30 @@ class Conditions:
             return Conditions(self.listed[which])
         if isinstance(which, int):
             return self.listed[which]
-        found = [one for one in self if which in (one.key, one.label)]
-        if len(found) != 1:
+        matches = [condition for condition in self if which in (condition.key, condition.label)]
+        if len(matches) != 1:
             raise ConfigError(
-                f"{len(found)} conditions are called {which!r}."
-                + (close_matches(which, self.labels) if not found else " Use the position or the key.")
+                f"{len(matches)} conditions are called {which!r}."
+                + (close_matches(which, self.labels) if not matches else " Use the position or the key.")
             )
-        return found[0]
+        return matches[0]
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The label of each."""
-        return tuple(one.label for one in self)
+        return tuple(condition.label for condition in self)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The content hash of each."""
-        return tuple(one.key for one in self)
+        return tuple(condition.key for condition in self)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a condition: condition (its key), label, model, images, control_of, and a column a factor."""
         rows = [
-            {"condition": one.key, "label": one.label, "model": one.model, "images": one.images}
-            | {"control_of": one.control_of, **one.factors}
-            for one in self
+            {"condition": condition.key, "label": condition.label, "model": condition.model, "images": condition.images}
+            | {"control_of": condition.control_of, **condition.factors}
+            for condition in self
         ]
         return pd.DataFrame(rows)
 
@@ -180,9 +183,9 @@ class Conditions:
             >>> heads.filter(lambda one: one.factors["layer"] > 1).labels
             ('layer=2', 'layer=3')
         """
-        kept = [one for one in self if keep(one)]
-        dropped = set(self.keys) - {one.key for one in kept}
-        return Conditions(tuple(one for one in kept if one.control_of not in dropped))
+        kept = [condition for condition in self if keep(condition)]
+        dropped = set(self.keys) - {condition.key for condition in kept}
+        return Conditions(tuple(condition for condition in kept if condition.control_of not in dropped))
 
     # Checking --------------------------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class Conditions:
 
         Raises:
             InterventionError: a layer, neuron, head or kind of token does not exist, a model has not been named, or a
-                control is left without its condition. All are counted, the first few told.
+                control is left without its condition. All are counted, the first few listed.
 
         Example:
             >>> import registerlens as rl
@@ -205,11 +208,13 @@ class Conditions:
             ('layer=4', 'layer=5')
         """
         models, keys = by_name(hosts), set(self.keys)
-        problems = [(_told(one), said) for one in self if (said := _problem(one, models, keys))]
+        problems = [
+            (_quoted(condition), problem) for condition in self if (problem := _problem(condition, models, keys))
+        ]
         if not problems:
             return self
-        named = "".join(f"\n  {label}: {said}" for label, said in problems[:TOLD])
-        rest = f"\n  and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
+        named = "".join(f"\n  {label}: {problem}" for label, problem in problems[:MOST_NAMED])
+        rest = f"\n  and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
         raise InterventionError(f"{len(problems)} of {len(self)} conditions cannot be run:{named}{rest}")
 
 
@@ -243,10 +248,10 @@ def grid(make: Callable[..., Any], /, **axes: Axis) -> Conditions:
     for chosen in combinations(*every):
         factors = reduce(_merged, [dict(level.factors) for level in chosen])
         try:
-            made = make(**{name: level.value for name, level in zip(axes, chosen, strict=True)})
+            edits = make(**{name: level.value for name, level in zip(axes, chosen, strict=True)})
         except RegisterLensError as error:
             raise ConfigError(f"No condition can be made for {_words(factors)}: {error}") from error
-        listed.append(Condition(interventions=_as_tuple(made, factors), factors=factors))
+        listed.append(Condition(interventions=_as_tuple(edits, factors), factors=factors))
     return Conditions(tuple(listed))
 
 
@@ -278,7 +283,7 @@ def by_name(models: Thing | Mapping[str, Thing]) -> Mapping[str, Thing]:
     return models if isinstance(models, Mapping) else {"model": models}
 
 
-def each_of(names: Iterable[str], given: Any) -> dict[str, Any]:
+def each_of(names: Iterable[str], shared: Any) -> dict[str, Any]:
     """What belongs to each model: its own where a mapping is given, the same thing for all otherwise.
 
     Raises:
@@ -289,22 +294,22 @@ def each_of(names: Iterable[str], given: Any) -> dict[str, Any]:
         ({'S': 3, 'B': 3}, {'S': 4})
     """
     names = list(names)
-    if isinstance(given, Mapping) and (missing := [name for name in names if name not in given]):
-        raise ConfigError(f"There are images for {list(given)}, but none for the model {missing[0]!r}.")
-    return {name: given[name] if isinstance(given, Mapping) else given for name in names}
+    if isinstance(shared, Mapping) and (missing := [name for name in names if name not in shared]):
+        raise ConfigError(f"There are images for {list(shared)}, but none for the model {missing[0]!r}.")
+    return {name: shared[name] if isinstance(shared, Mapping) else shared for name in names}
 
 
 def _condition(item: Any) -> Condition:
     if isinstance(item, Condition):
         return item
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-        label, made = item
-        return Condition(interventions=_as_tuple(made, {EDIT: label}), factors={EDIT: label})
+        label, edits = item
+        return Condition(interventions=_as_tuple(edits, {EDIT: label}), factors={EDIT: label})
     raise ConfigError(f"Expected conditions or (label, intervention), got {type(item).__name__}.")
 
 
-def _as_tuple(made: Any, factors: Mapping[str, Factor]) -> tuple[Intervention, ...]:
-    edits = tuple(made) if isinstance(made, tuple | list) else (made,)
+def _as_tuple(value: Any, factors: Mapping[str, Factor]) -> tuple[Intervention, ...]:
+    edits = tuple(value) if isinstance(value, tuple | list) else (value,)
     if wrong := [edit for edit in edits if not isinstance(edit, Intervention)]:
         raise ConfigError(
             f"For {_words(factors)} an intervention such as rl.Ablate(neurons), or a tuple of some, was expected, got "
@@ -318,7 +323,7 @@ def _check_names(make: Callable[..., Any], axes: Mapping[str, Axis]) -> None:
     try:
         signature = inspect.signature(make)
     except (TypeError, ValueError):
-        return  # a callable that does not tell
+        return  # a callable without a readable signature
     try:
         signature.bind(**axes)
     except TypeError as error:
@@ -330,17 +335,17 @@ def _check_names(make: Callable[..., Any], axes: Mapping[str, Axis]) -> None:
         ) from error
 
 
-def _both(one: Condition, two: Condition) -> Condition:
+def _both(first: Condition, second: Condition) -> Condition:
     """Both edits together."""
-    if one.control_of or two.control_of:
+    if first.control_of or second.control_of:
         raise ConfigError("Controls cannot be combined; add them last, with with_controls(vit, conditions, ...).")
-    if (one.model, one.images) != (two.model, two.images):
+    if (first.model, first.images) != (second.model, second.images):
         raise ConfigError(
-            f"{_told(one)} and {_told(two)} are for different models or images. Combine first, then "
+            f"{_quoted(first)} and {_quoted(second)} are for different models or images. Combine first, then "
             f".over(models=[...], images=[...])."
         )
-    factors = _merged(one.factors, two.factors)
-    return replace(one, interventions=one.interventions + two.interventions, factors=factors)
+    factors = _merged(first.factors, second.factors)
+    return replace(first, interventions=first.interventions + second.interventions, factors=factors)
 
 
 def _merged(one: dict[str, Factor], two: dict[str, Factor]) -> dict[str, Factor]:
@@ -365,37 +370,37 @@ def _names(what: str, names: Iterable[str] | None) -> list[str | None]:
 def _moved(conditions: Iterable[Condition], changes: dict[str, str]) -> list[Condition]:
     """The same conditions elsewhere; controls point to the moved conditions."""
     conditions = list(conditions)
-    moved = {one.key: replace(one, **changes) for one in conditions if not one.control_of}
+    moved = {condition.key: replace(condition, **changes) for condition in conditions if not condition.control_of}
 
-    def move(one: Condition) -> Condition:
-        if not one.control_of:
-            return moved[one.key]
-        whose = moved.get(one.control_of)
-        return replace(one, control_of=whose.key if whose else one.control_of, **changes)
+    def move(condition: Condition) -> Condition:
+        if not condition.control_of:
+            return moved[condition.key]
+        whose = moved.get(condition.control_of)
+        return replace(condition, control_of=whose.key if whose else condition.control_of, **changes)
 
-    return [move(one) for one in conditions]
+    return [move(condition) for condition in conditions]
 
 
-def _problem(one: Condition, models: Mapping[str, Host], keys: set[str]) -> str:
+def _problem(condition: Condition, models: Mapping[str, Host], keys: set[str]) -> str:
     """What keeps a condition from being run; empty if nothing does."""
-    if one.model not in models:
-        return f"there is no model {one.model!r}, only {list(models)}"
-    if one.control_of and one.control_of not in keys:
+    if condition.model not in models:
+        return f"there is no model {condition.model!r}, only {list(models)}"
+    if condition.control_of and condition.control_of not in keys:
         return "the condition whose control it is has been left out"
-    shuffled = any(isinstance(edit, PlannedAblation) and edit.mode == "shuffle" for edit in one.interventions)
-    if one.n_registers and shuffled:
+    shuffled = any(isinstance(edit, PlannedAblation) and edit.mode == "shuffle" for edit in condition.interventions)
+    if condition.n_registers and shuffled:
         return "other images' activations as a whole (shuffle) have none for a test-time register; take another mode"
     try:
-        plan(models[one.model], one.interventions)
+        plan(models[condition.model], condition.interventions)
     except RegisterLensError as error:
         return str(error)
     return ""
 
 
-def _told(one: Condition) -> str:
+def _quoted(condition: Condition) -> str:
     """A label between quotes, with the model and the images where they have names of their own."""
-    where = [place for place, usual in ((one.model, "model"), (one.images, "images")) if place != usual]
-    return f"'{one.label}'" + (f" ({', '.join(where)})" if where else "")
+    where = [place for place, usual in ((condition.model, "model"), (condition.images, "images")) if place != usual]
+    return f"'{condition.label}'" + (f" ({', '.join(where)})" if where else "")
 
 
 def _words(factors: Mapping[str, Factor]) -> str:

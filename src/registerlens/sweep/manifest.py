@@ -1,4 +1,4 @@
-"""What a store says of itself: everything that decides its numbers, and how a later call compares with it."""
+"""What a store says about itself: everything that decides its numbers, and how a later call compares with it."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Manifest:
     format: int = FORMAT
     """Version of the store's format."""
     versions: dict[str, str]
-    """Of registerlens and torch, when the store was begun."""
+    """Versions of registerlens and torch when the store was begun."""
     models: dict[str, str]
     """Hash of each model's architecture and weights, by name."""
     images: dict[str, dict[str, Any]]
-    """Of each image set: identity, n_shards, n_images."""
+    """For each image set: identity, n_shards, n_images."""
     reference: str
     """Identity of the images on which means and the like were fitted, or OWN; empty if none were."""
     metrics: dict[str, dict[str, Any]]
-    """What each metric looks at and what it is in words, in the order of the columns; code is not seen."""
+    """What each metric reads, and its description, in the order of the columns; a change of its code goes unnoticed."""
     batch_size: int
     """Images whose clean run is made at once."""
     stack: int
@@ -50,7 +50,7 @@ class Manifest:
     threads: int
     """Torch threads of a worker."""
     seed: int
-    """Of the sweep."""
+    """The seed of the sweep."""
     conditions: dict[str, dict[str, Any]]
     """By key: label, factors, model, images, control_of, and content (what it is, in JSON)."""
     groups: tuple[tuple[str, ...], ...]
@@ -88,20 +88,20 @@ class Manifest:
             StoreError: it is damaged, or of a newer version; the message names `where` it is.
         """
         try:
-            told = json.loads(text)
-            version = int(told["format"])
+            stored = json.loads(text)
+            version = int(stored["format"])
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(
                 f"'{where}' is damaged: {error!r}. The parts beside it are not touched; restore the file from a copy."
             ) from error
         if version > FORMAT:
-            writer = told.get("versions", {}).get("registerlens")
+            writer = stored.get("versions", {}).get("registerlens")
             raise StoreError(
                 f"'{where}' has format {version}, written by registerlens {writer}; this version reads formats up to "
                 f"{FORMAT}. Update registerlens, or choose another store."
             )
         try:
-            values: dict[str, Any] = {item.name: told[item.name] for item in fields(cls)}
+            values: dict[str, Any] = {item.name: stored[item.name] for item in fields(cls)}
             values["groups"] = tuple(map(tuple, values["groups"]))
             return cls(**values)
         except (TypeError, KeyError) as error:
@@ -186,9 +186,11 @@ def _changes(stored: Manifest, asked: Manifest) -> Iterable[str]:
     yield from _of_names("model", stored.models, asked.models, "other weights or another architecture")
     for name, new in asked.images.items():
         if (old := stored.images.get(name)) and old != new:
-            told = [f"{key} {old[key]} -> {new[key]}" for key in ("n_images", "n_shards") if old[key] != new[key]]
-            told = told or ["as many, but other files, pixels, labels or another order"]
-            yield f"the images '{name}' changed: {', '.join(told)}"
+            differences = [
+                f"{key} {old[key]} -> {new[key]}" for key in ("n_images", "n_shards") if old[key] != new[key]
+            ]
+            differences = differences or ["as many, but other files, pixels, labels or another order"]
+            yield f"the images '{name}' changed: {', '.join(differences)}"
     yield from _of_names("images", stored.images, asked.images, "")
     if stored.reference and asked.reference not in ("", OWN, stored.reference):
         yield f"the reference images changed: {stored.reference} -> {asked.reference}"
@@ -197,8 +199,8 @@ def _changes(stored: Manifest, asked: Manifest) -> Iterable[str]:
     else:
         other = [name for name in stored.metrics if stored.metrics[name] != asked.metrics[name]]
         for name in other:
-            told = _difference(stored.metrics[name], asked.metrics[name])
-            yield f"the metric '{name}' is another one of the same name ({told})"
+            differences = _difference(stored.metrics[name], asked.metrics[name])
+            yield f"the metric '{name}' is another one of the same name ({differences})"
     for name in ("batch_size", "seed"):
         old, new = getattr(stored, name), getattr(asked, name)
         if old != new:
@@ -219,7 +221,7 @@ def _removed(stored: Manifest, asked: Manifest) -> Iterable[str]:
     gone = [key for key in stored.conditions if key not in asked.conditions]
     if not gone:
         return
-    new = {told["label"]: told for key, told in asked.conditions.items() if key not in stored.conditions}
+    new = {entry["label"]: entry for key, entry in asked.conditions.items() if key not in stored.conditions}
     for key in gone[:5]:
         old = stored.conditions[key]
         now = new.get(old["label"])
@@ -250,12 +252,12 @@ def _short(value: Any) -> str:
 
 
 def _described(condition: Condition) -> dict[str, Any]:
-    told = content(list(condition.interventions))
+    description = content(list(condition.interventions))
     return {
         "label": condition.label,
         "factors": dict(condition.factors),
         "model": condition.model,
         "images": condition.images,
         "control_of": condition.control_of,
-        "content": told if len(json.dumps(told)) <= LONG else content_hash(told),
+        "content": description if len(json.dumps(description)) <= LONG else content_hash(description),
     }

@@ -28,7 +28,7 @@ class Swept:
     key: str
     """Content hash of the condition."""
     label: str
-    """What it is, in words."""
+    """The condition's label."""
     factors: dict[str, Factor]
     """What distinguishes it from its neighbours."""
     model: str
@@ -42,7 +42,7 @@ class Swept:
 
     @classmethod
     def of(cls, condition: Condition) -> Swept:
-        """What is kept of a condition."""
+        """What a result keeps of a condition."""
         same = {name: getattr(condition, name) for name in ("key", "label", "model", "images", "control_of")}
         return cls(factors=dict(condition.factors), edited=bool(condition.interventions), **same)
 
@@ -85,7 +85,7 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
     Raises:
         ConfigError: a row is of no condition of the list, or stands there twice.
     """
-    keys = pa.array([one.key for one in conditions], pa.string())
+    keys = pa.array([condition.key for condition in conditions], pa.string())
     codes = pc.index_in(table["condition"], keys)  # type: ignore[attr-defined]
     if codes.null_count:
         unknown = pc.is_null(codes)  # type: ignore[attr-defined]
@@ -95,9 +95,9 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
             " Read table and conditions of one sweep."
         )
     which = codes.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
-    sets = list(dict.fromkeys(one.images for one in conditions))
-    set_of = np.array([sets.index(one.images) for one in conditions], dtype=np.int64)
-    found = {}
+    sets = list(dict.fromkeys(condition.images for condition in conditions))
+    set_of = np.array([sets.index(condition.images) for condition in conditions], dtype=np.int64)
+    places = {}
     for number, name in enumerate(sets):
         chosen = np.flatnonzero(set_of == number)
         rows = slice(None) if len(sets) == 1 else np.flatnonzero(set_of[which] == number)
@@ -106,11 +106,11 @@ def places_of(table: pa.Table, conditions: Sequence[Swept]) -> dict[str, Places]
         image = pc.index_in(images, names)  # type: ignore[attr-defined]
         image = image.combine_chunks().to_numpy(zero_copy_only=False)
         cells = np.searchsorted(chosen, which[rows]) * len(names) + image
-        seen = np.zeros(len(chosen) * len(names), dtype=bool)
-        seen[cells] = True
-        if seen.sum() < len(cells):
+        filled = np.zeros(len(chosen) * len(names), dtype=bool)
+        filled[cells] = True
+        if filled.sum() < len(cells):
             raise ConfigError(
                 "The table has two rows of one condition and image; were two parts of one task read? Read each once."
             )
-        found[name] = Places(conditions=chosen, names=tuple(names.to_pylist()), rows=rows, cells=cells)
-    return found
+        places[name] = Places(conditions=chosen, names=tuple(names.to_pylist()), rows=rows, cells=cells)
+    return places

@@ -147,17 +147,15 @@ class SweepResult(Result):
             ConfigError: none, or several.
         """
         name = condition if isinstance(condition, str) else condition.key
-        found = [i for i, one in enumerate(self.conditions) if one.key == name]
-        found = found or [i for i, one in enumerate(self.conditions) if one.label == name]
-        if not found:
-            labels = dict.fromkeys(one.label for one in self.conditions)
+        rows = [i for i, swept in enumerate(self.conditions) if swept.key == name]
+        rows = rows or [i for i, swept in enumerate(self.conditions) if swept.label == name]
+        if not rows:
+            labels = dict.fromkeys(swept.label for swept in self.conditions)
             raise ConfigError(f"No condition {name!r}.{close_matches(name, labels)} `conditions` lists all.")
-        if len(found) > 1:
-            told = [
-                f"{self.conditions[i].key} ({self.conditions[i].model}, {self.conditions[i].images})" for i in found
-            ]
-            raise ConfigError(f"{len(found)} conditions are called {name!r}; give a key: {', '.join(told[:8])}.")
-        return found[0]
+        if len(rows) > 1:
+            keys = [f"{self.conditions[i].key} ({self.conditions[i].model}, {self.conditions[i].images})" for i in rows]
+            raise ConfigError(f"{len(rows)} conditions are called {name!r}; give a key: {', '.join(keys[:8])}.")
+        return rows[0]
 
     def images(self) -> pd.DataFrame:
         """The raw numbers: one row a condition and image, with label, model and image set beside the metrics."""
@@ -165,16 +163,20 @@ class SweepResult(Result):
         for places in self.places.values():
             codes[places.rows] = places.conditions[places.cells // len(places.names)]
         frame = self.table.to_pandas()
-        told = {name: [getattr(one, name) for one in self.conditions] for name in ("label", "model", "images")}
-        for place, (name, values) in enumerate(told.items(), start=1):
+        columns = {
+            name: [getattr(condition, name) for condition in self.conditions] for name in ("label", "model", "images")
+        }
+        for place, (name, values) in enumerate(columns.items(), start=1):
             frame.insert(place, name, pd.Categorical(values, categories=list(dict.fromkeys(values))).take(codes))
         return frame
 
     def describe(self) -> str:
         """What was run, and on how much."""
-        told = ", ".join(f"{n} {kind.value}" for kind, n in Counter(one.kind for one in self.conditions).items())
+        counts = ", ".join(
+            f"{n} {kind.value}" for kind, n in Counter(condition.kind for condition in self.conditions).items()
+        )
         left_out = f" {len(self.skipped)} images could not be used." if self.skipped else ""
-        return f"{', '.join(self.metrics)} under {told} conditions on {self.n_images} images.{left_out}"
+        return f"{', '.join(self.metrics)} under {counts} conditions on {self.n_images} images.{left_out}"
 
     def to_dataframe(self, n_boot: int = 1000, seed: int = 0, flips: int | None = None) -> pd.DataFrame:
         """One row a condition and metric.
@@ -255,18 +257,20 @@ class SweepResult(Result):
         """
         wanted = {name: [value] if _single(value) else list(value) for name, value in factors.items()}  # type: ignore[arg-type]
         fits = [
-            one for one in self.conditions if all(one.factors.get(name) in values for name, values in wanted.items())
+            condition
+            for condition in self.conditions
+            if all(condition.factors.get(name) in values for name, values in wanted.items())
         ]
-        tested = {one.key for one in fits if one.kind is ConditionKind.TESTED}
+        tested = {condition.key for condition in fits if condition.kind is ConditionKind.TESTED}
         if not tested:
-            known = dict.fromkeys(name for one in self.conditions for name in one.factors)
+            known = dict.fromkeys(name for condition in self.conditions for name in condition.factors)
             raise ConfigError(f"No tested condition has {factors}. Factors: {list(known)}.")
         kept = [
-            one
-            for one in self.conditions
-            if one.kind is ConditionKind.CLEAN or one.key in tested or one.control_of in tested
+            condition
+            for condition in self.conditions
+            if condition.kind is ConditionKind.CLEAN or condition.key in tested or condition.control_of in tested
         ]
-        rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([one.key for one in kept]))  # type: ignore[attr-defined]
+        rows = pc.is_in(self.table["condition"].cast(pa.string()), pa.array([condition.key for condition in kept]))  # type: ignore[attr-defined]
         return self.from_table(self.table.filter(rows), kept, self.metrics, self.skipped)
 
     def plot(self, kind: str | None = None, metric: str | None = None, *, by: str = "difference") -> go.Figure:
@@ -294,7 +298,7 @@ class SweepResult(Result):
 
 
 def _words(metrics: Mapping[str, str] | Sequence[Metric | str]) -> dict[str, str]:
-    """Names of metrics with what they are, as far as that is told."""
+    """Names of metrics with their descriptions, as far as there are any."""
     if isinstance(metrics, Mapping):
         return dict(metrics)
     return dict((one, "") if isinstance(one, str) else (one.name, one.words) for one in metrics)

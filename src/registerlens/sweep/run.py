@@ -150,8 +150,8 @@ def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
     opened = SweepStore.open(store)
     names = ("label", "factors", "model", "images", "control_of")
     conditions = [
-        Swept(key=key, edited=bool(told["content"]), **{name: told[name] for name in names})
-        for key, told in opened.manifest.conditions.items()
+        Swept(key=key, edited=bool(entry["content"]), **{name: entry[name] for name in names})
+        for key, entry in opened.manifest.conditions.items()
     ]
     return _result(opened, conditions)
 
@@ -159,7 +159,7 @@ def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
 def _result(store: SweepStore | MemoryStore, conditions: Iterable[Condition | Swept]) -> SweepResult:
     tables = [table for _, table in store.tables()]
     skipped = tuple(dict.fromkeys(one for table in tables for one in skipped_of(table)))
-    metrics = {name: told["words"] for name, told in store.manifest.metrics.items()}
+    metrics = {name: entry["words"] for name, entry in store.manifest.metrics.items()}
     return SweepResult.from_table(joined(tables, list(metrics)), list(conditions), metrics, skipped)
 
 
@@ -195,7 +195,7 @@ def _work(backend: Backend, job: SweepJob, store: SweepStore | MemoryStore) -> N
     done = total - sum(map(share, missing))
     results: Any = backend.run(job, missing)
     with closing(results):
-        for task, table in track(results, "sweep", total, lambda made: share(made[0]), done=done, unit="conditions"):
+        for task, table in track(results, "sweep", total, lambda pair: share(pair[0]), done=done, unit="conditions"):
             store.write(task, table)
 
 
@@ -300,14 +300,14 @@ def as_conditions(
 
     Raises:
         ConfigError: something else is in the list, the same condition stands there twice, or images were not given.
-        InterventionError: a condition does not fit its model; all are counted, the first few told.
+        InterventionError: a condition does not fit its model; all are counted, the first few listed.
         ShapeError: a model cannot take its images.
     """
-    given = Conditions.of(conditions).check(models) if (conditions := list(conditions)) else ()
-    places = dict.fromkeys((one.model, one.images) for one in given) or {
+    listed = Conditions.of(conditions).check(models) if (conditions := list(conditions)) else ()
+    places = dict.fromkeys((condition.model, condition.images) for condition in listed) or {
         (next(iter(models)), next(iter(sources))): None
     }
-    has_clean = {(one.model, one.images) for one in given if not one.interventions}
+    has_clean = {(condition.model, condition.images) for condition in listed if not condition.interventions}
     clean = [Condition(model=model, images=images) for model, images in places if (model, images) not in has_clean]
     for model, images in places:
         if images not in sources:
@@ -318,7 +318,7 @@ def as_conditions(
         source = sources[images]
         if isinstance(source, TensorSource):  # others are read later
             models[model].layout(source.images[:1])
-    return Conditions((*clean, *given))
+    return Conditions((*clean, *listed))
 
 
 def as_metrics(
@@ -332,7 +332,7 @@ def as_metrics(
     if metrics is None:
         labels = all(getattr(source, "labels", None) is not None for source in sources.values())
         built_in = [default_metrics(vit, labels=labels) for vit in models.values()]
-        if any([one.words for one in own] != [one.words for one in built_in[0]] for own in built_in):
+        if any([metric.words for metric in own] != [metric.words for metric in built_in[0]] for own in built_in):
             raise ConfigError("The models' built-in metrics differ (depth, or what comes out): give metrics=[...].")
         metrics = built_in[0]
     if not metrics:

@@ -43,13 +43,13 @@ class SweepStore(Store[Manifest]):
             StoreError: there is none, it is damaged, or of a newer version.
         """
         folder = folder_at(where)
-        found = _stored(folder)
-        if found is None:
+        manifest = _stored(folder)
+        if manifest is None:
             raise StoreError(
                 f"There is no sweep in '{folder.where}': it has no {MANIFEST}."
                 " Check the path; run_sweep(..., store=...) makes one."
             )
-        return cls(folder, found)
+        return cls(folder, manifest)
 
     def fits(self) -> Fits:
         """The fitted edits of its conditions.
@@ -57,7 +57,7 @@ class SweepStore(Store[Manifest]):
         Raises:
             StoreError: a file of them is missing or damaged.
         """
-        found: Fits = {}
+        fits: Fits = {}
         for name, sha256 in self.manifest.fitted.items():
             content = self.folder.read(name)
             if content is None or hashlib.sha256(content).hexdigest() != sha256:
@@ -66,8 +66,8 @@ class SweepStore(Store[Manifest]):
                     f"edits were fitted to, which later parts need as earlier ones had it: restore it from a copy, or "
                     f"choose another store."
                 )
-            found |= unpack_fits(content)
-        return found
+            fits |= unpack_fits(content)
+        return fits
 
     def with_fits(self, fits: Fits) -> SweepStore:
         """The store with more fitted edits in it."""
@@ -89,7 +89,7 @@ class MemoryStore:
     """The same in memory, for as long as the call lasts."""
 
     manifest: Manifest
-    """What it is of."""
+    """What the sweep consists of."""
     held: dict[Task, pa.Table] = field(default_factory=dict, repr=False)
 
     def missing(self) -> list[Task]:
@@ -121,7 +121,7 @@ def writing(
 
     Args:
         where: a folder or an fsspec URL.
-        asked: what the call is of, its conditions not grouped.
+        asked: the manifest of this call, its conditions not grouped.
         grouping: makes groups of new conditions, given their keys.
         resume: go on with a sweep that is there.
 
@@ -139,25 +139,25 @@ def writing(
             )
         if stored is None and any(task_of(entry.name) for entry in folder.entries(PARTS)):
             raise StoreError(
-                f"'{folder.where}' has parts but no {MANIFEST}, so that it cannot be told what they are of. "
+                f"'{folder.where}' has parts but no {MANIFEST}, so that nothing says which sweep they belong to. "
                 f"Restore the file from a copy, or choose another store."
             )
-        made = grown(stored, asked, grouping, folder.where)
-        if made != stored:
-            folder.write(MANIFEST, made.to_json().encode())
-        yield SweepStore(folder, made, check_held)
+        manifest = grown(stored, asked, grouping, folder.where)
+        if manifest != stored:
+            folder.write(MANIFEST, manifest.to_json().encode())
+        yield SweepStore(folder, manifest, check_held)
 
 
 def grown(stored: Manifest | None, asked: Manifest, grouping: Grouping, where: str) -> Manifest:
     """The manifest to work by: conditions that are new stand in new groups behind the old ones.
 
     Raises:
-        StoreError: `stored` is of another sweep.
+        StoreError: `stored` belongs to another sweep.
     """
-    made = asked if stored is None else extended(stored, asked, where)
-    grouped = {key for keys in made.groups for key in keys}
-    new = [key for key in made.conditions if key not in grouped]
-    return replace(made, groups=(*made.groups, *map(tuple, grouping(new))))
+    manifest = asked if stored is None else extended(stored, asked, where)
+    grouped = {key for keys in manifest.groups for key in keys}
+    new = [key for key in manifest.conditions if key not in grouped]
+    return replace(manifest, groups=(*manifest.groups, *map(tuple, grouping(new))))
 
 
 def joined(tables: Sequence[pa.Table], metrics: Sequence[str]) -> pa.Table:
@@ -212,7 +212,7 @@ class SweepStatus(Shown):
             f"  in use by {self.holder}" if self.holder else "  no run is at work",
         ]
         lines += [f"  damaged: {problem}" for problem in self.corrupt]
-        lines += [f"  skipped: {one}" for one in self.skipped]
+        lines += [f"  skipped: {image}" for image in self.skipped]
         return "\n".join(lines)
 
 

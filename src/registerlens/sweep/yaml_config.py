@@ -100,7 +100,7 @@ class NeuronsSpec(Settings):
     sets: Named[Many[Pair]] | None = None
     """Sets by name."""
     of: Source = "auto"
-    """The list that is meant by top_k, random and matched."""
+    """The list that top_k, random and matched refer to."""
 
     exactly_one: ClassVar = (("set", "each", "cumulative", "top_k", "random", "matched", "sets"),)
 
@@ -150,8 +150,8 @@ class ControlsSpec(Settings):
 def _doses(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    told = _Range.model_validate(value)
-    return tuple(told.low + (told.high - told.low) * i / (told.n - 1) for i in range(told.n))
+    span = _Range.model_validate(value)
+    return tuple(span.low + (span.high - span.low) * i / (span.n - 1) for i in range(span.n))
 
 
 def _doubled(value: Any) -> Any:
@@ -179,7 +179,7 @@ Controls = Annotated[
 
 
 class GridSpec(Settings):
-    """One entry under `conditions`: a grid of one kind of edit. What is not said is left to the intervention, and is no
+    """One entry under `conditions`: a grid of one kind of edit. What is left out is left to the intervention, and is no
     factor of the result."""
 
     controls: Controls = ControlsSpec(n=0)
@@ -187,7 +187,7 @@ class GridSpec(Settings):
 
     @property
     def axes(self) -> dict[str, Any]:
-        """What it varies, and between what: all that was said but kind and controls."""
+        """What it varies, and between what: every key but kind and controls."""
         return {name: value for name, value in self if name not in ("kind", "controls") and value is not None}
 
 
@@ -256,7 +256,7 @@ class _Kind(Settings):
 
 
 def _with_kind(value: Any) -> Any:
-    """What has no kind, or a wrong one, is told so before its other keys are looked at."""
+    """Refuse an entry with no kind, or a wrong one, before its other keys are looked at."""
     if isinstance(value, Mapping):
         _Kind.model_validate({key: value[key] for key in get_close_matches("kind", value, n=1, cutoff=0.5)})
     return value
@@ -309,7 +309,7 @@ class ImagesSpec(Settings):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What else was said, such as the split of a dataset."""
+        """Further keys, such as the split of a dataset."""
         return {name: value for name, value in self if name != self.kind and value is not None}
 
     @model_validator(mode="after")
@@ -397,7 +397,7 @@ class SweepConfig(Settings):
 
     @contextmanager
     def at(self, *keys: str | int) -> Iterator[None]:
-        """Say of what goes wrong inside in which line of the file it stands.
+        """Add to an error raised inside which line of the file it comes from.
 
         Raises:
             ConfigError: something went wrong.
