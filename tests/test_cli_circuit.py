@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import registerlens as rl
 from registerlens.circuits.records import AttentionCircuit
-from registerlens.commands.circuits import circuit
+from registerlens.commands.explaining import circuit
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import InterventionError
 

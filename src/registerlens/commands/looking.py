@@ -46,8 +46,7 @@ def trace_command(
 ) -> None:
     """Follow patch norms and sinks through MODEL on IMAGES: which norm, which layer?"""
     look_ahead(model)
-    if out is not None:
-        make_folder(out)
+    make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
     from registerlens.analysis.trace import trace  # noqa: PLC0415
 
@@ -177,8 +176,7 @@ def neurons(
     }
     last = options["top_layer"]
     look_ahead(model, options["layer"], blocks=[lowest_layer, *([] if last == "auto" else [last])])
-    if out is not None:
-        make_folder(out)
+    make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
     from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
 

@@ -153,12 +153,14 @@ def read_tokens(text: str) -> tuple[int, Any]:
     return int(layer), name or [int(patch) for patch in patches.split(",")]
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for results before the work, not after it.
+def make_folder(folder: Path | None) -> None:
+    """Make a folder for results, where there shall be one, before the work, not after it.
 
     Raises:
         BadParameter: nothing can be written there.
     """
+    if folder is None:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,10 +21,7 @@ LISTED = 50
 
 def print_trace(found: Trace, layers: bool) -> None:
     """The verdict in words, and a table of the telling sublayers or of all."""
-    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
 
     console = Console()
     colour = "red" if found.verdict == "present" else "blue"
@@ -33,13 +30,8 @@ def print_trace(found: Trace, layers: bool) -> None:
     if not layers:
         frame = frame.iloc[_telling(found)]
     query = "[CLS]" if found.sink_query == "cls" else "the average query"
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        title=Text(f"{found.model}, {found.n_images} images"),
-        caption=f"Norms are of patches in the residual stream. Sink: attention that {query} pays its favourite patch.",
-    )
+    caption = f"Norms are of patches in the residual stream. Sink: attention that {query} pays its favourite patch."
+    table = _table(f"{found.model}, {found.n_images} images", caption)
     headers = (
         "after",
         "largest\nnorm",

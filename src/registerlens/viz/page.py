@@ -180,7 +180,8 @@ def in_words(figure: go.Figure) -> str:
 
 
 def _axis_titles(layout: Any, axis: str) -> list[str]:
-    titles = (layout[key].title.text for key in layout if re.fullmatch(f"{axis}axis\\d*", key))
+    keys = [key for key in layout if re.fullmatch(f"{axis}axis\\d*", key)]
+    titles = (layout[key].title.text for key in sorted(keys, key=lambda key: (len(key), key)))  # plotly's are a set
     return list(dict.fromkeys(_plain(title) for title in titles if title))
 
 

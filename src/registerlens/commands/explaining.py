@@ -1,9 +1,9 @@
-"""The command that takes an attention sink apart: circuit."""
+"""Commands that say why outliers act as they do: kernels holds a model against the theory, circuit follows a sink."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -22,10 +22,11 @@ from registerlens.commands.options import (
     read_neurons,
     read_threshold,
 )
-from registerlens.commands.printing import print_words
+from registerlens.commands.printing import print_kernels, print_words
 from registerlens.commands.shared import (
     chosen_neurons,
     load,
+    load_model,
     look_ahead,
     on_which_images,
     skips_named,
@@ -34,7 +35,65 @@ from registerlens.commands.shared import (
 )
 
 if TYPE_CHECKING:
+    from registerlens.analysis.neurons import RegisterNeurons
     from registerlens.circuits.records import AttentionCircuit
+    from registerlens.theory.kernels import KernelReport
+
+
+def kernels(
+    model: Model,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(help="Image files, folders or globs; without any, the weights alone are checked"),
+    ] = None,
+    neurons: NeuronsText = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="Write every number, the neurons and figures here")] = None,
+    threshold: ThresholdText = "auto",
+    layer: LayerText = "auto",
+    size: Size = None,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Check on MODEL the conditions under which the theory makes a sink on register neurons' tokens a no-op.
+
+    With IMAGES the neurons are found where none are given, and the outlier tokens themselves are measured. Without
+    any, the weights alone are checked, and --neurons says which neurons.
+    """
+    where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
+    look_ahead(model, where["layer"])
+    known = read_neurons(neurons)
+    if known is None and not images:
+        raise typer.BadParameter(
+            "weights alone do not say which neurons make outliers. Give IMAGES, on which they are found, or a FILE or "
+            "published:NAME.",
+            param_hint="--neurons",
+        )
+    make_folder(out)
+    from registerlens.theory.kernels import check_kernels  # noqa: PLC0415
+
+    if images:
+        vit, stream = load(model, images, size, batch_size, device)
+        with skips_named(stream):
+            report = check_kernels(vit, chosen_neurons(vit, stream, known, where), images=stream)
+    else:
+        report = check_kernels(load_model(model, device), cast("RegisterNeurons", known))  # given, or it ended above
+    print_words(str(report.neurons))
+    print_kernels(report)
+    if out is not None:
+        _write_kernels(report, out)
+
+
+def _write_kernels(report: KernelReport, out: Path) -> None:
+    report.save(out / "kernels")
+    report.neurons.save(out)
+    write_parquet(report.to_dataframe(), out / "kernels.parquet")
+    write_figure(report.plot(), out / "figure.html")
+    write_figure(report.plot_weights(), out / "weights.html")
+    typer.echo(
+        f"Wrote kernels (a folder) and kernels.parquet (every number), register_neurons.json, figure.html and "
+        f"weights.html to {out}"
+    )
 
 
 def circuit(
@@ -72,8 +131,7 @@ def circuit(
     where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
     look_ahead(model, where["layer"], blocks=[] if block is None else [block])
     known = read_neurons(neurons)
-    if out is not None:
-        make_folder(out)
+    make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
     from registerlens.analysis.detection import detect  # noqa: PLC0415
     from registerlens.circuits.attention_circuit import attention_circuit  # noqa: PLC0415
@@ -96,10 +154,10 @@ def circuit(
     print_words(found.describe())
     print_words(on_which_images(chosen, found.n_images, known is None))
     if out is not None:
-        _write(found, out)
+        _write_circuit(found, out)
 
 
-def _write(found: AttentionCircuit, out: Path) -> None:
+def _write_circuit(found: AttentionCircuit, out: Path) -> None:
     found.save(out / "attention_circuit")
     found.neurons.save(out)
     for table in ("edges", "nodes", "paths", "parts"):
