@@ -143,6 +143,13 @@ class _Plain(Codec):
         return self.make(value)
 
 
+class _Text(_Plain):
+    """Text of a class of its own, which may refuse it."""
+
+    def decode(self, stored: Any, at: Place) -> Any:
+        return at.make(self.make, super().decode(stored, at))
+
+
 @dataclass(frozen=True)
 class _Number(Codec):
     """A float; JSON has no NaN and no infinity."""
@@ -495,6 +502,8 @@ def _codec_of_class(kind: type[Any]) -> Codec:
         return _Class(kind)
     if is_dataclass(kind):
         return _Fields(kind)
+    if issubclass(kind, str) and not issubclass(kind, Enum):
+        return _Text(kind.__name__, (str,), kind)
     if issubclass(kind, Enum):
         return _Member(tuple(member.value for member in kind), kind)
     return _Derived(kind) if isabstract(kind) else _Unknown()

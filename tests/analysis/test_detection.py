@@ -23,7 +23,7 @@ from registerlens.analysis.outliers import count_ratios
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, NoOutliersError, ShapeError
-from registerlens.model.sublayers import hook_of, sublayer_of
+from registerlens.model.sublayers import Sublayer, sublayer_of
 from registerlens.stats.histograms import medians
 
 CFG = rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=64, image_size=(32, 48), patch_size=(8, 8))
@@ -105,7 +105,7 @@ def test_before_the_onset_there_are_none(tiny, batch, layer, index):
 @pytest.mark.parametrize("place", [2, "auto"])
 def test_rules_equal_their_closed_forms(tiny, batch, place):
     gap = rl.find_outliers(tiny, batch.images, layer=place)
-    norms = naive_norms(tiny, batch.images, hook_of(gap.sublayer))
+    norms = naive_norms(tiny, batch.images, gap.sublayer.hook_name)
     median = np.median(norms)
     expected = {
         "sigma": norms.mean() + 3 * norms.std(ddof=1),
@@ -164,6 +164,14 @@ def test_every_name_has_its_place():
     names = ["embed", "0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp"]
     assert [sublayer_of(name, CFG.n_layers) for name in names] == names
     assert [sublayer_of(i, CFG.n_layers) for i in (0, 1, 2, -1, -2, -3)] == [f"{i}.mlp" for i in (0, 1, 2, 2, 1, 0)]
+    assert [(Sublayer(name).layer, Sublayer(name).kind) for name in names[:3]] == [
+        (-1, "embed"),
+        (0, "attn"),
+        (0, "mlp"),
+    ]
+    for wrong in ("mlp", "5", "5.mpl", "-1.mlp", "5.mlp.attn", "embed.mlp"):
+        with pytest.raises(ValueError, match="is no sublayer"):
+            Sublayer(wrong)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import registerlens as rl
 from registerlens.analysis.local_information import PENALTIES, LocalInformation, patch_pixels
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ImageError, NoOutliersError, ShapeError
+from registerlens.model.sublayers import Sublayer
 
 N = 288
 
@@ -95,7 +96,7 @@ def test_words_file_figure_and_refusals(tiny, images, found, tmp_path):
     assert len(found.plot().data) == 4
     with pytest.raises(ImageError, match=r"each must have 128, 2 for each of 64 dimensions\. Give more images"):
         rl.analysis.local_information(tiny, images[:6], detection=found.detection)
-    elsewhere = replace(found.detection, sublayer="7.mlp")
+    elsewhere = replace(found.detection, sublayer=Sublayer("7.mlp"))
     with pytest.raises(ShapeError, match="7"):
         rl.analysis.local_information(tiny, images[:6], detection=elsewhere)
     with pytest.raises(NoOutliersError):

@@ -18,7 +18,6 @@ from registerlens.analysis.output_weights import OutputWeights, output_weights
 from registerlens.analysis.top_outliers import pick, random_sets
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, InterventionError, NonFiniteError, NoOutliersError
-from registerlens.model.sublayers import hook_of
 from registerlens.stats.histograms import count_signed, signed_edges
 from registerlens.theory.planted import plant_register_neurons
 
@@ -55,7 +54,7 @@ def at_top_outliers(vit, images, detection, layers):
         with torch.no_grad():
             _, cache = vit.run_with_cache(image[None])
         patches = vit.layout(image[None]).patches
-        norms = cache[hook_of(detection.sublayer)][0, patches].double().norm(dim=-1)
+        norms = cache[detection.hook_name][0, patches].double().norm(dim=-1)
         if (norms > detection.cutoff.value * np.median(norms)).any():
             for layer in layers:
                 rows[layer].append(cache[f"blocks.{layer}.mlp.hook_post"][0, patches][norms.argmax()].double())

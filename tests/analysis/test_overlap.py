@@ -24,6 +24,7 @@ from registerlens.analysis.overlap import (
 )
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ImageError, NonFiniteError, NoOutliersError
+from registerlens.model.sublayers import Sublayer
 from registerlens.theory.planted import plant_register_neurons
 
 CFG = rl.ViTConfig(
@@ -166,7 +167,7 @@ def test_planted_outliers_are_sinks_and_the_tiny_model_has_no_cls(planted, tiny)
 
 def test_without_a_block_after_the_onset_there_is_no_sink_observable(planted):
     vit, truth = planted
-    detection = dataclasses.replace(detect(vit, truth.calibration, layer=3), onset="3.mlp")
+    detection = dataclasses.replace(detect(vit, truth.calibration, layer=3), onset=Sublayer("3.mlp"))
     assert observable_overlap(vit, truth.calibration, detection=detection).observables == (NORM, MASSIVE, CLOSE)
 
 

@@ -16,7 +16,6 @@ from registerlens.analysis.scores import SCORES, NeuronScores, normal_patches, s
 from registerlens.analysis.top_outliers import NormsAndActivations
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
-from registerlens.model.sublayers import hook_of
 
 CFG = rl.ViTConfig(n_layers=3, d_model=32, n_heads=4, d_mlp=40, image_size=(40, 48), patch_size=(8, 8))
 CFGS = {
@@ -51,7 +50,7 @@ def naive(vit, batches, detection, layers):
             with torch.no_grad():
                 _, cache = vit.run_with_cache(image[None])
             patches = vit.layout(image[None]).patches
-            norms = cache[hook_of(detection.sublayer)][0, patches].double().norm(dim=-1).numpy()
+            norms = cache[detection.hook_name][0, patches].double().norm(dim=-1).numpy()
             cut = detection.cutoff.value * (np.median(norms) if detection.cutoff.relative else 1)
             post = np.stack([cache[f"blocks.{i}.mlp.hook_post"][0, patches].double().numpy() for i in layers])
             outlying = norms > cut

@@ -10,7 +10,6 @@ from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ImageError, InterventionError, NoOutliersError
 from registerlens.evaluation.causal_order import CONDITIONS, CausalOrder, causal_order
 from registerlens.interventions.ablation import Ablate
-from registerlens.model.sublayers import hook_of
 from registerlens.theory.planted import plant_register_neurons
 
 CFG = rl.ViTConfig(n_layers=4, d_model=32, n_heads=4, d_mlp=40, image_size=(40, 48), patch_size=(8, 8))
@@ -55,7 +54,7 @@ def test_everything_equals_whole_caches_under_hooks(chain):
         with torch.no_grad():
             _, cache = vit.run_with_cache(image[None])
         layout = vit.layout(image[None])
-        norms = cache[hook_of(detection.sublayer)][0, layout.patches].norm(dim=-1)
+        norms = cache[detection.hook_name][0, layout.patches].norm(dim=-1)
         if not (norms > detection.cutoff.value * np.median(norms)).any():
             continue
         n += 1

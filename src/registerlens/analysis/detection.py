@@ -17,7 +17,7 @@ from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import hook_of, layer_of, sublayer_of
+from registerlens.model.sublayers import Sublayer, sublayer_of
 from registerlens.model.vit import HookedViT
 from registerlens.results import FINITE, Result
 from registerlens.stats.histograms import medians
@@ -65,13 +65,13 @@ class Cutoff:
 class Detection:
     """Where to look for outliers, and how to tell them: what `find_outliers` and Algorithm 1 start from."""
 
-    sublayer: str
+    sublayer: Sublayer
     """Place in the residual stream: "embed", "5.attn", "5.mlp"."""
     cutoff: Cutoff
     """Above which a patch counts as an outlier there."""
     rule: Rule
     """How the cut-off was chosen."""
-    onset: str | None
+    onset: Sublayer | None
     """The sublayer at which outliers first appear; None when absent."""
     evidence: OutlierEvidence
     """What the norms at that place say, whatever the rule."""
@@ -79,12 +79,12 @@ class Detection:
     @property
     def layer(self) -> int:
         """The block of the place; -1 for the embedding."""
-        return layer_of(self.sublayer)
+        return self.sublayer.layer
 
     @property
     def hook_name(self) -> str:
         """The hook point of the place."""
-        return hook_of(self.sublayer)
+        return self.sublayer.hook_name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,7 +115,7 @@ class Outliers(Result):
         return self.detection.layer
 
     @property
-    def sublayer(self) -> str:
+    def sublayer(self) -> Sublayer:
         """The place: "embed", "5.attn", "5.mlp"."""
         return self.detection.sublayer
 
@@ -238,7 +238,7 @@ def detect(
     return replace(by_gap, rule=rule, cutoff=Cutoff(value=value, relative=False))
 
 
-def detection_in(found: Trace, sublayer: str | None = None) -> Detection:
+def detection_in(found: Trace, sublayer: Sublayer | None = None) -> Detection:
     """What a trace says, by the gap: at one sublayer, or (None) where the evidence is strongest.
 
     Example:
@@ -324,9 +324,10 @@ def patch_norms(
     """
     seen: list[Tensor] = []
     patches = vit.layout(batch).patches
-    hook: Any = (hook_of(sublayer), lambda resid, hook: seen.append(token_norms(resid[:, patches])))
+    place = Sublayer(sublayer)
+    hook: Any = (place.hook_name, lambda resid, hook: seen.append(token_norms(resid[:, patches])))
     with vit.hooks([hook]):
-        vit(batch.to(vit.device), stop_at_layer=max(layer_of(sublayer), 0) + 1)
+        vit(batch.to(vit.device), stop_at_layer=max(place.layer, 0) + 1)
     return seen[0]
 
 
@@ -341,9 +342,7 @@ def after_onset(detection: Detection, n_layers: int) -> range:
         ('1.mlp', range(2, 6))
     """
     onset = detection.onset or detection.sublayer
-    layer, _, kind = onset.partition(".")
-    first = 0 if not kind else int(layer) + 1
-    return range(min(first, n_layers - 1), n_layers)
+    return range(min(onset.layer + 1, n_layers - 1), n_layers)
 
 
 # Names of places -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ImageError, NonFiniteError
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import Result
 
@@ -166,7 +165,7 @@ def observable_overlap(
     if detection is None:
         detection = detect(vit, images, layer=layer, threshold=threshold, batch_size=batch_size)
     require_outliers(detection, "The overlap of the observables")
-    first = layer_of(detection.onset or detection.sublayer) + 1
+    first = (detection.onset or detection.sublayer).layer + 1
     [found] = stream(
         vit,
         images,

@@ -29,7 +29,6 @@ from registerlens.model.block import Block
 from registerlens.model.mlp import MLP
 from registerlens.model.norms import LayerNorm, Norm
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.progress import track
 from registerlens.results import FINITE, Result
@@ -224,7 +223,7 @@ class SingularDefects(Result):
         )
         if self.detection is None:
             return f"{told} Without images nothing says that outliers exist, or lie there."
-        first = max(layer_of(self.detection.onset or self.detection.sublayer), 0)
+        first = max((self.detection.onset or self.detection.sublayer).layer, 0)
         close = first + int(self.outlier_angle[first:].argmin())
         return (
             f"{told} From their onset on, measured outliers are nearest to it after block {close}: "

@@ -19,7 +19,7 @@ from registerlens.engine.stream import Batch, Sums
 from registerlens.errors import ImageError, InterventionError, NonFiniteError
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import hook_of
+from registerlens.model.sublayers import Sublayer
 from registerlens.model.vit import Hook, HookedViT
 
 
@@ -54,7 +54,7 @@ class NormsAndActivations:
         names = ["mlp.hook_post" if layer in self._edited else "ln2.hook_normalized" for layer in layers]
         self.hooks: list[Any] = [
             *((f"blocks.{layer}.{name}", keep_input) for layer, name in zip(layers, names, strict=True)),
-            *((hook_of(place), keep_norms) for place in places),
+            *((Sublayer(place).hook_name, keep_norms) for place in places),
         ]
 
     def norms(self, place: str) -> Float[Tensor, "batch patch"]:
@@ -63,7 +63,7 @@ class NormsAndActivations:
         Raises:
             NonFiniteError: one is NaN or infinite.
         """
-        norms = self._norms[hook_of(place)]
+        norms = self._norms[Sublayer(place).hook_name]
         if not norms.isfinite().all():
             raise NonFiniteError(
                 f"Patch norms are NaN or infinite at {place}. Check the images; if the model is in float16, use "

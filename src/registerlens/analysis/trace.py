@@ -19,7 +19,7 @@ from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import NonFiniteError
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import EVERYWHERE, sublayers
+from registerlens.model.sublayers import EVERYWHERE, Sublayer, sublayers
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import FINITE, Result
 from registerlens.stats.histograms import bin_edges, count_bins
@@ -41,7 +41,7 @@ class Trace(Result):
     """Its architecture."""
     image_sizes: tuple[tuple[int, int], ...]
     """Heights and widths in pixels of the images that went through, each size once."""
-    sublayers: tuple[str, ...]
+    sublayers: tuple[Sublayer, ...]
     """Places in the stream: "embed", "0.attn", "0.mlp", "1.attn", ..."""
     sink_query: Literal["cls", "mean"]
     """Whose attention counts for sinks: [CLS]'s, or the mean over queries where there is no [CLS]."""
@@ -82,7 +82,7 @@ class Trace(Result):
         return max(range(len(self.sublayers)), key=lambda i: (self.evidence[i].present, self.evidence[i].gap))
 
     @property
-    def strongest(self) -> str:
+    def strongest(self) -> Sublayer:
         """The sublayer where the evidence is strongest."""
         return self.sublayers[self._strongest]
 
@@ -92,11 +92,11 @@ class Trace(Result):
         return self.evidence[self._strongest].verdict
 
     @property
-    def onset(self) -> str | None:
+    def onset(self) -> Sublayer | None:
         """The first sublayer from which the norms stay separate up to where that is strongest; None when absent."""
         return self.onset_before(self.strongest)
 
-    def onset_before(self, sublayer: str) -> str | None:
+    def onset_before(self, sublayer: str) -> Sublayer | None:
         """The first sublayer from which the norms stay separate up to this one; None where they are not separate."""
         first = self.sublayers.index(sublayer)
         if not self.evidence[first].present:
@@ -108,7 +108,7 @@ class Trace(Result):
     @property
     def onset_layer(self) -> int | None:
         """The block of the onset; None when absent, or when the embedding has them already."""
-        return None if self.onset in (None, "embed") else int(str(self.onset).split(".")[0])
+        return None if self.onset is None or self.onset == "embed" else self.onset.layer
 
     @property
     def sink_is_outlier(self) -> Float[np.ndarray, " layer"]:
@@ -131,15 +131,15 @@ class Trace(Result):
                 f"Nowhere in the residual stream do patch norms separate: {evidence.reason}. "
                 f"The largest patch norm is at most {self.largest_over_median.max():.1f} x the median."
             )
-        if self.onset == "embed":
+        if self.onset is None or self.onset == "embed":
             where = "They are there in the embedding, before any block."
         else:
-            layer, kind = str(self.onset).split(".")
-            index = self.sublayers.index(str(self.onset))
+            index = self.sublayers.index(self.onset)
             before, after = self.largest_over_median[index - 1], self.largest_over_median[index]
+            writer = "MLP" if self.onset.kind == "mlp" else "attention"
             where = (
-                f"They arise in block {layer}, after its {'MLP' if kind == 'mlp' else 'attention'}: the largest patch "
-                f"norm goes from {before:.1f} to {after:.1f} x the median."
+                f"They arise in block {self.onset.layer}, after its {writer}: the largest patch norm goes from "
+                f"{before:.1f} to {after:.1f} x the median."
             )
         return f"{where} Where they are clearest ({self.strongest}), {evidence.reason}."
 
@@ -147,11 +147,10 @@ class Trace(Result):
         """One row a sublayer: norms, evidence, and for attention rows the sinks of that layer."""
         rows = []
         for i, sublayer in enumerate(self.sublayers):
-            layer, _, kind = sublayer.partition(".")
             row: dict[str, Any] = {
                 "sublayer": sublayer,
-                "layer": int(layer) if kind else -1,
-                "after": kind or "embed",
+                "layer": sublayer.layer,
+                "after": sublayer.kind,
                 "largest_norm": self.largest_norm[i],
                 "median_norm": self.median_norm[i],
                 "largest_over_median": self.largest_over_median[i],
@@ -161,10 +160,10 @@ class Trace(Result):
                 "share_of_patches": self.evidence[i].share_of_patches,
             }
             row |= {f"norm_q{level * 100:02.0f}": self.norm_quantiles[i, j] for j, level in enumerate(QUANTILES)}
-            if kind == "attn":
-                row["sink_mean_head"] = self.mean_sink[int(layer)]
-                row["sink_largest_head"] = self.head_sink[int(layer)].max()
-                row["sink_is_outlier"] = self.sink_is_outlier[int(layer)]
+            if sublayer.kind == "attn":
+                row["sink_mean_head"] = self.mean_sink[sublayer.layer]
+                row["sink_largest_head"] = self.head_sink[sublayer.layer].max()
+                row["sink_is_outlier"] = self.sink_is_outlier[sublayer.layer]
             rows.append(row)
         return pd.DataFrame(rows)
 

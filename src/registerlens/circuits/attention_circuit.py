@@ -11,7 +11,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
-from registerlens.circuits.contributions import contributions
+from registerlens.circuits.contributions import contributions, neuron_name
 from registerlens.circuits.edge_checks import Collected, check_edges
 from registerlens.circuits.graph import (
     Measured,
@@ -31,7 +31,6 @@ from registerlens.errors import ConfigError, ImageError, InterventionError
 from registerlens.interventions.targets import Heads
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
-from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.stats.intervals import resample
 
@@ -165,14 +164,14 @@ def _check_options(min_share: float, n_boot: int) -> None:
 
 def _onset(detection: Detection, block: int) -> int:
     """The block where outliers arise, as far as that is known and not after `block`."""
-    onset = -1 if detection.onset is None else layer_of(detection.onset)
+    onset = -1 if detection.onset is None else detection.onset.layer
     return onset if 0 <= onset <= block else block
 
 
 def _block(vit: HookedViT, neurons: RegisterNeurons, detection: Detection, block: int | None) -> int:
     last = max(layer for layer, _ in neurons.pairs)
     if block is None:
-        onset = -1 if detection.onset is None else layer_of(detection.onset)
+        onset = -1 if detection.onset is None else detection.onset.layer
         block = max(last, min(onset, vit.cfg.n_layers - 2))  # some head must come after it
     if block < last:
         late = [pair for pair in neurons.pairs if pair[0] > block]
@@ -222,6 +221,6 @@ def _some(neurons: RegisterNeurons, shown: ShownNodes) -> RegisterNeurons:
 def _neuron_share(measured: Measured, blocks: Any) -> float:
     """Of what all neurons of these blocks contribute to the outlier stream, the part of the given ones."""
     stream = dict(zip(measured.written, measured.mean("stream"), strict=True))
-    given = sum(stream[f"neuron {layer}:{n}"] for layer, n in measured.neurons.pairs if layer in blocks)
+    given = sum(stream[neuron_name(*pair)] for pair in measured.neurons.pairs if pair[0] in blocks)
     every = given + sum(stream[f"other neurons of block {layer}"] for layer in blocks)
     return float(given / every) if every else 0.0

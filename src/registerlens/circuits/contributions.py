@@ -22,6 +22,16 @@ LATER = ("attention of later blocks", "neurons of later blocks", "biases")
 """What else a later head's score is made of: writes between the stream's place and the head, all biases."""
 
 
+def neuron_name(layer: int, neuron: int) -> str:
+    """A neuron's node.
+
+    Example:
+        >>> neuron_name(1, 183)
+        'neuron 1:183'
+    """
+    return f"neuron {layer}:{neuron}"
+
+
 def stream_parts(cfg: ViTConfig, neurons: RegisterNeurons, block: int) -> list[str]:
     """Names of what the outliers' stream is made of: the neurons, then the rest.
 
@@ -30,7 +40,7 @@ def stream_parts(cfg: ViTConfig, neurons: RegisterNeurons, block: int) -> list[s
         >>> stream_parts(cfg, RegisterNeurons.from_pairs([(0, 3)]), 0)
         ['neuron 0:3', 'embedding', 'attention of block 0', 'other neurons of block 0', 'biases']
     """
-    named = [f"neuron {layer}:{neuron}" for layer, neuron in neurons.pairs]
+    named = [neuron_name(*pair) for pair in neurons.pairs]
     written = [f"{what} of block {i}" for i in range(block + 1) for what in ("attention", "other neurons")]
     return [*named, "embedding", *written, "biases"]
 

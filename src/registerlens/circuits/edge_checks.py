@@ -28,6 +28,9 @@ from registerlens.model.vit import HookedViT
 
 NORMS = ("live", "held")
 """How the receiver's norms are treated."""
+LIVE, HELD = range(len(NORMS))
+WHOLE_STREAM, FIRST_NEURON, ALL_NEURONS = 0, 1, -1
+"""Where senders into a head stand on their axis."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ def _without_in_keys(
         columns = [i for i, (of, _) in enumerate(heads.pairs) if of == layer]
         chosen = [heads.pairs[i][1] for i in columns]
         for sender, part in enumerate(senders):
-            for norm, name in enumerate(NORMS):
-                scores, paid = keys.without(part, held=name == "held")
+            for norm in (LIVE, HELD):
+                scores, paid = keys.without(part, held=norm == HELD)
                 score[:, norm, sender, columns] = (clean_score - scores)[:, chosen]
                 attention[:, norm, sender, columns] = (clean_attention - paid)[:, chosen]
     return score, attention

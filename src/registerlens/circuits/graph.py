@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.circuits.contributions import LATER, reader_parts, stream_parts
-from registerlens.circuits.edge_checks import NORMS, Collected
+from registerlens.circuits.edge_checks import ALL_NEURONS, FIRST_NEURON, HELD, LIVE, NORMS, WHOLE_STREAM, Collected
 from registerlens.circuits.outlier_tokens import VIA
 from registerlens.config import ViTConfig
 from registerlens.stats.intervals import mean_intervals
@@ -160,7 +160,7 @@ def edges_table(
     close(STREAM, found["stream_norm"])
     for column, (layer, head) in enumerate(shown.heads):
         score = found["scores"][:, :n, measured.at(layer), head].sum(1)
-        add(STREAM, head_name(layer, head), score, effect("score", 0, column))
+        add(STREAM, head_name(layer, head), score, effect("score", WHOLE_STREAM, column))
         close(head_name(layer, head), found["score"][:, measured.at(layer), head])
     for receiver in measured.receivers:
         for column, (layer, head) in enumerate(shown.heads):
@@ -172,7 +172,7 @@ def edges_table(
         close(receiver, measured.field(receiver, "whole"))
     frame = tabulate(rows, measured.times, ("sender", "receiver", "via"))
     frame["share"] = frame["value"] / gross[frame["receiver"]].to_numpy()
-    live, held = (tabulate([({}, effect[:, i]) for effect in cut], measured.times, (), "effect") for i in (0, 1))
+    live, held = (tabulate([({}, effect[:, i]) for effect in cut], measured.times, (), "effect") for i in (LIVE, HELD))
     frame = frame.assign(effect=live["effect"], effect_low=live["low"], effect_high=live["high"])
     return frame.assign(effect_held=held["effect"])
 
@@ -205,7 +205,7 @@ def nodes_table(measured: Measured, shown: ShownNodes, edges: pd.DataFrame, effe
     for column, (layer, head) in enumerate(shown.heads):
         at = measured.at(layer)
         paid = found["attention"][:, at, head, 0].mean()
-        fall = np.nan if effects is None else effects["attention"][:, 0, -1, column].mean()
+        fall = np.nan if effects is None else effects["attention"][:, LIVE, ALL_NEURONS, column].mean()
         score = found["score"][:, at, head]
         add(head_name(layer, head), "head", score, "score", (layer, head), (paid, paid - fall))
     for receiver in measured.receivers:
@@ -233,8 +233,8 @@ def paths_table(measured: Measured, shown: ShownNodes, effects: Collected | None
             labels["strength"] = share * attention[at, head] / attention.sum()
             told = [np.nan] * 3
             if effects is not None:
-                places = (("score", 0), ("attention", 0), ("score", 1))
-                told = [effects[name][:, norm, row + 1, column].mean() for name, norm in places]
+                places = (("score", LIVE), ("attention", LIVE), ("score", HELD))
+                told = [effects[name][:, norm, FIRST_NEURON + row, column].mean() for name, norm in places]
             labels |= dict(zip(_CUT, told, strict=True))
             rows.append((labels, measured.found["scores"][:, i, at, head]))
     columns = ("layer", "neuron", "head_layer", "head", "share", "attention", "strength", *_CUT)

@@ -17,7 +17,7 @@ from registerlens.circuits.readout import Space, check_class, output_width, spac
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, ShapeError, close_matches
-from registerlens.model.sublayers import hook_of
+from registerlens.model.sublayers import Sublayer
 from registerlens.model.sublayers import sublayers as every_sublayer
 from registerlens.model.vit import HookedViT
 from registerlens.results import Result
@@ -153,7 +153,7 @@ def patch_lens(
         chosen = _largest(vit, images, reader, layout, batch_size)
     values: list[list[Tensor]] = [[] for _ in places]
     tops: list[list[Tensor]] = [[] for _ in places]
-    names = {hook_of(place): i for i, place in enumerate(places)}
+    names = {Sublayer(place).hook_name: i for i, place in enumerate(places)}
     index = torch.tensor(chosen, dtype=torch.long, device=vit.device)
 
     def read(resid: Tensor, hook: Any) -> None:

@@ -203,9 +203,11 @@ def _stream(circuit: AttentionCircuit) -> list[str]:
     edges: Any = circuit.edges
     into = edges[edges["receiver"] == STREAM]
     whole = nodes.loc[STREAM, "whole"]
-    kept = into[into["sender"].map(nodes["kind"]) == "neuron"].sort_values("value", key=abs, ascending=False)
+    senders = into.join(nodes[nodes["kind"] == "neuron"][["layer", "index"]], on="sender", how="inner")
+    kept = senders.sort_values("value", key=abs, ascending=False)
     share = kept["value"].sum() / whole
-    largest = ", ".join(f"{row.sender[7:]} ({row.value / whole:.0%})" for row in kept.head(5).itertuples())
+    listed = kept.head(5).to_dict("records")
+    largest = ", ".join(f"{row['layer']:.0f}:{row['index']:.0f} ({row['value'] / whole:.0%})" for row in listed)
     return [
         f"Outlier stream after block {circuit.block}, norm {whole:.3g}: {share:.0%} from {len(kept)} shown neurons"
         f"{f', largest {largest}' if largest else ''}; the given ones carry {circuit.neuron_share:.1%} of what all "

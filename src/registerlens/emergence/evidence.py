@@ -59,7 +59,7 @@ def emerging(found: Trace) -> Detection:
 
 def made_by_mlp(detection: Detection) -> bool:
     """Whether there are outliers, and an MLP makes most of them: only then are there neurons to look for."""
-    return detection.evidence.present and detection.sublayer.endswith("mlp")
+    return detection.evidence.present and detection.sublayer.kind == "mlp"
 
 
 def choose(

@@ -14,7 +14,7 @@ from registerlens.config import TokenLayout
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.model.names import TOKENS
 from registerlens.model.parts import listening, token_norms
-from registerlens.model.sublayers import hook_of, layer_of
+from registerlens.model.sublayers import Sublayer
 from registerlens.model.vit import HookedViT
 
 
@@ -83,14 +83,14 @@ class Watched:
 
     def since(self, layer: int) -> Watched:
         """What a run that starts before a block still reaches."""
-        norms = (place for place in self.norms if layer_of(place) >= layer or (place == "embed" and layer == 0))
+        norms = (place for place in map(Sublayer, self.norms) if max(place.layer, 0) >= layer)
         return Watched(tuple(norms), tuple(at for at in self.attention if at >= layer))
 
     def hooks(
         self, vit: HookedViT, layout: TokenLayout, norms: dict[str, Tensor], attention: dict[int, Tensor]
     ) -> list[Any]:
         """Hooks that put it into dictionaries such as a View has; to be made when the edits are in force."""
-        places = {hook_of(place): place for place in self.norms}
+        places = {Sublayer(place).hook_name: place for place in self.norms}
 
         def keep(resid: Tensor, hook: Any) -> None:
             norms[places[hook.name]] = token_norms(resid)

@@ -17,7 +17,7 @@ from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.model.parts import at_least_float32, token_norms
-from registerlens.model.sublayers import hook_of, sublayer_of
+from registerlens.model.sublayers import sublayer_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class InterpolateOutliers(Intervention):
 
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """One edit of the residual stream."""
-        return [Edit(hook_of(sublayer_of(self.layer, host.cfg.n_layers)), partial(_interpolate, self.cutoff))]
+        return [Edit(sublayer_of(self.layer, host.cfg.n_layers).hook_name, partial(_interpolate, self.cutoff))]
 
 
 def _interpolate(

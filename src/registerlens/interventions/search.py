@@ -298,8 +298,7 @@ def _top_layer(detection: Detection, top_layer: Literal["auto"] | int, lowest_la
     if top_layer != "auto":
         return top_layer
     onset = detection.onset or detection.sublayer
-    layer, _, kind = onset.partition(".")
-    last = -1 if not kind else int(layer) - (kind == "attn")  # after attention of block 5, block 4's neurons are last
+    last = onset.layer - (onset.kind == "attn")  # after attention of block 5, block 4's neurons are last
     if last < 0:
         raise NoOutliersError(
             f"The outliers are there at '{onset}' already, before any neuron could have made them. Give top_layer to "

@@ -17,7 +17,6 @@ from registerlens.data.batches import Images, count, first_and_all
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
-from registerlens.model.sublayers import hook_of, layer_of
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.theory.readers import directions
 
@@ -51,7 +50,7 @@ class Observed:
     @property
     def outlier_layer(self) -> int | None:
         """The block after which outliers are there; -1 for the embedding, None where there are none."""
-        return layer_of(self.detection.sublayer) if self.n_outliers else None
+        return self.detection.layer if self.n_outliers else None
 
 
 def observe(
@@ -121,7 +120,7 @@ class _ObservedSums(Sums):
         heads = [f"blocks.{layer}.attn.hook_" for layer in range(self.first, len(self.blocks))]
         # The onset first: where it is the place before a watched MLP too, both hooks see the same tensor.
         return [
-            (hook_of(self.detection.sublayer), at_onset),
+            (self.detection.hook_name, at_onset),
             *((f"blocks.{layer}.hook_resid_mid", before) for layer in self.neuron_layers),
             *((f"{name}{kind}", mean) for name in heads for kind in ("q", "k")),
         ]

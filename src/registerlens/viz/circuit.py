@@ -43,8 +43,9 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
         >>> len(circuit_figure(circuit).layout.annotations) > 4
         True
     """
-    drawing = _Drawing(circuit, _places(circuit))
-    kinds = [kind for kind in _SIZES if kind in set(circuit.nodes["kind"])]
+    kinds_of = dict(zip(circuit.nodes["name"], circuit.nodes["kind"], strict=True))
+    drawing = _Drawing(circuit, _places(circuit), kinds_of)
+    kinds = [kind for kind in _SIZES if kind in kinds_of.values()]
     signs = ((_ADDS[mode], "adds"), (RED, "takes away"))
     figure = go.Figure(
         [
@@ -100,7 +101,7 @@ def _places(circuit: AttentionCircuit) -> dict[str, Point]:
     for sender, receiver in zip(edges["sender"], edges["receiver"], strict=True):
         if sender not in places:
             x, y = places[receiver]
-            places[sender] = (x - 0.3, y - (0.42 if receiver.startswith("head ") else 1.1))
+            places[sender] = (x - 0.3, y - (0.42 if receiver in set(heads["name"]) else 1.1))
     return places
 
 
@@ -120,10 +121,12 @@ def _middle(things: Sequence[object]) -> float:
 class _Drawing:
     circuit: AttentionCircuit
     places: dict[str, Point]
+    kinds: dict[str, str]
+    """Of each node by its name."""
 
     def edge(self, row: dict[str, Any], mode: Mode) -> go.Scatter:
         """One edge as a curve."""
-        rest = row["sender"].startswith(REST)
+        rest = self.kinds[row["sender"]] == "rest"
         colour = GREY if rest else _ADDS[mode] if row["value"] >= 0 else RED
         # Several groups of keys make several edges between the same nodes.
         bend = -0.35 * VIA.index(row["via"]) if row["via"] else 0.0
@@ -196,7 +199,7 @@ class _Drawing:
         senders = set(edges[edges["receiver"] == receiver]["sender"])
         parts: Any = self.circuit.parts
         hidden = parts[(parts["receiver"] == receiver) & ~parts["part"].isin(senders)]
-        if receiver.startswith("head "):  # the stream's parts come by way of the stream
+        if self.kinds[receiver] == "head":  # the stream's parts come by way of the stream
             stream = set(parts[parts["receiver"] == STREAM]["part"])
             hidden = hidden[~hidden["part"].isin(stream - {"biases"})]
         largest = hidden.iloc[np.argsort(-np.abs(hidden["value"].to_numpy()))[:_LISTED]]

@@ -14,7 +14,6 @@ from registerlens.analysis.maps import neuron_maps, patch_maps
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
 from registerlens.errors import NoOutliersError, RegisterLensError
-from registerlens.model.sublayers import layer_of
 from registerlens.model.vit import HookedViT
 from registerlens.viz import sections
 from registerlens.viz.page import Section, write_page
@@ -164,7 +163,7 @@ def write_neuron_maps(
 def _neurons(
     vit: HookedViT, neurons: RegisterNeurons, trace: Trace, images: Tensor, display: np.ndarray, names: Sequence[str]
 ) -> Section:
-    block = max(layer_of(trace.strongest), 0)
+    block = max(trace.strongest.layer, 0)
     maps, norms = neuron_maps(vit, images, neurons.pairs[:FEW]), patch_maps(vit, images, [block]).norms[0]
     return sections.neurons_section(neurons, maps, norms, block, display, names)
 
