@@ -79,6 +79,8 @@ def judge(
     n_patches, n_images = max(int(beyond[0]), 1), max(int(images_beyond[0]), 1)
     low, high = np.arange(N_BINS + 1)[:, None], np.arange(N_BINS + 1)[None, :]
     inside = beyond[:, None] - beyond[None, :]
+    # Every pair of bins may be the gap: above the median, some patches beyond it but not too many, in enough images,
+    # and hardly any inside. Without the limits the widest gap would be that between the last two patches.
     candidate = (
         (edges[:, None] >= 1)
         & (high > low)

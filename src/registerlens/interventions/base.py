@@ -36,7 +36,7 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class Scene:
-    """The batch that an edit meets."""
+    """The batch that an edit is applied to."""
 
     layout: TokenLayout
     """Of the sequence inside the blocks, test-time registers included."""
@@ -127,7 +127,7 @@ class Plan:
     fired: set[int] = field(default_factory=set)
 
     def note(self, index: int, edit: Edit) -> None:
-        """An edit was made. Appending a token counts only where nothing else is to be done."""
+        """An edit was made. Appending a token counts only where an intervention does nothing else."""
         mine = [other for owner, other in self.edits if owner == index]
         if edit.point != TOKENS or all(other.point == TOKENS for other in mine):
             self.fired.add(index)
@@ -210,7 +210,7 @@ def stacked_hooks(plans: Sequence[Plan], scenes: Sequence[Scene]) -> list[Any]:
 
     Args:
         plans: in the order of their shares.
-        scenes: what each plan's share is of; filled when the model is run.
+        scenes: the batch that each plan's share belongs to; filled when the model is run.
 
     Example:
         >>> import registerlens as rl
@@ -220,6 +220,7 @@ def stacked_hooks(plans: Sequence[Plan], scenes: Sequence[Scene]) -> list[Any]:
         ['blocks.2.attn.hook_z', 'blocks.4.attn.hook_z']
     """
 
+    # One hook a point and one pass for all plans: a forward pass costs far more than cutting and joining its batch.
     def hook_for(point: str) -> Any:
         def hook(x: Tensor, hook: Any) -> Tensor:
             if len(scenes) != len(plans):

@@ -102,7 +102,8 @@ def _map_weights(
     mapped: dict[str, Tensor] = {}
     used: set[str] = set()
     stored: set[str] = set()
-    problems: list[str] = []
+    problems: list[str] = []  # all of them at once: a checkpoint that is wrong in one key is often wrong in many
+    # First pass, from our weights to the source's: whatever the model needs must be there, in the right shape.
     for target, wanted in vit.state_dict().items():
         i, weight = _rule(family, target)
         if weight is None:
@@ -131,9 +132,11 @@ def _map_weights(
                 f"wrong shape: {_shapes(keys, tensors)} gives {list(mapped[target].shape)}, "
                 f"the architecture expects {list(wanted.shape)}{_grids(target, mapped[target], vit.cfg)}"
             )
+    # Second pass, from the source's weights to ours: one that no rule read would be left out without a word.
     unexpected = [key for key in state if key not in used and not any(fnmatchcase(key, glob) for glob in family.ignore)]
     problems += [f"unexpected: {key!r}" for key in unexpected]
-    # Whether there is a head, the weights say: backbones are saved without the one their architecture has by default.
+    # Third pass, over what the module itself lists. The weights decide whether there is a head: backbones are saved
+    # without the one that their architecture has by default.
     head = {key for target, rule in family.weights.items() if target.startswith("head.linear.") for key in rule.keys}
     lost = [key for key in expected if key not in state and not any(repr(key) in problem for problem in problems)]
     problems += [
