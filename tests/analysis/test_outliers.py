@@ -1,6 +1,5 @@
 """The verdict on distributions whose answer is known, and on those that fool simpler rules."""
 
-import json
 import math
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registerlens.analysis.outliers import OutlierEvidence, judge
+from registerlens.analysis.outliers import judge
 from registerlens.stats.histograms import LOG_HIGH, LOG_LOW, N_BINS, bin_edges
 
 
@@ -183,11 +182,6 @@ def test_the_reasons_carry_their_numbers():
     assert none.reason == "the norms form one mode"
     assert none.gap == 1.0
     assert math.isnan(none.threshold) and math.isnan(none.typical)
-
-
-def test_evidence_becomes_json():
-    found = evidence_of(bimodal(np.random.default_rng(0), (10, 100), 0.02, 10.0)[0])
-    assert OutlierEvidence(**json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_edges_step_by_two_percent():
