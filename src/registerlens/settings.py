@@ -45,7 +45,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     exactly_one: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Of each of these groups of keys one must be there, and no second one."""
+    """Groups of keys of which exactly one must be given."""
 
     def __init__(self, **values: Any) -> None:
         try:

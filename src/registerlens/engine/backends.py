@@ -163,7 +163,7 @@ class Job(Protocol):
 
     @property
     def models(self) -> Mapping[str, HookedViT | PackedModel]:
-        """By name."""
+        """The models by name."""
         ...
 
     @property

@@ -20,7 +20,7 @@ GPU_TOKENS = 2**17
 UNKNOWN = 4 * 2**30
 """Bytes taken to be free where the system does not say."""
 SHARE = 0.5
-"""Of the memory that is free, this much is planned with; the rest is for metrics, fragments and other programs."""
+"""Share of the free memory that is planned with; the rest is for metrics, fragments and other programs."""
 
 
 def find_stack(vit: HookedViT, batch_size: int, size: int | tuple[int, int] | None = None) -> int:

@@ -28,11 +28,11 @@ class Batch:
     images: Float[Tensor, "batch channel height width"]
     """On the model's device."""
     layout: TokenLayout
-    """Of their sequences."""
+    """Layout of their sequences."""
     start: int
     """How many images passed before them."""
     labels: Int[Tensor, "batch ..."] | None = None
-    """Of these images, where there are some."""
+    """Labels of these images, where there are some."""
 
     def __len__(self) -> int:
         return len(self.images)

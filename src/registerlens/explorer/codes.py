@@ -16,7 +16,7 @@ QUANTISATION = (
     f"Attention is stored in one byte a value: the square root of its share of the row's largest value, in {LEVELS} "
     f"steps. It is off by at most 1/{LEVELS} of that value, and by less where it is small."
 )
-"""In words, for those who read the numbers."""
+"""The same in words, for those who read the numbers."""
 
 
 def encode(rows: Float[np.ndarray, "row value"]) -> tuple[UInt8[np.ndarray, "row value"], Float[np.ndarray, " row"]]:

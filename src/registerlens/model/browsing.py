@@ -32,7 +32,7 @@ class HookShape:
     name: str
     """Its name."""
     shape: tuple[int, ...]
-    """Of the tensor there; the first axis is the image."""
+    """Shape of the tensor there; the first axis is the image."""
     dtype: str
     """Its number type."""
     n_bytes: int
@@ -49,7 +49,7 @@ class ModelPart:
     """"embedding" (with position embeddings and what precedes block 0), "blocks.0.attn" (with the norm before it),
     "blocks.0.mlp" (the same), ..., "ln_final", "head"."""
     parameters: int
-    """Its numbers."""
+    """How many parameters it has."""
     flops: int
     """Floating-point operations for one image; a multiplication with its addition counts as two."""
 

@@ -142,7 +142,7 @@ class PoolMLP(nn.Module):
         self.hook_post = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch d_attn"]) -> Float[Tensor, "batch d_attn"]:
-        """What it adds."""
+        """What the MLP adds to the pooled feature."""
         return self.out(self.hook_post(editable(self.act(self.hook_pre(self.up(self.ln(x)))), self.hook_post)))
 
 

@@ -84,7 +84,7 @@ class LayerNorm(Norm):
         return torch.addcmul(self.b, x, self.w)
 
     def standard(self, x: Float[Tensor, "*batch width"]) -> tuple[Tensor, Tensor] | None:
-        """From the fused kernel's statistics."""
+        """Computed with the fused kernel's statistics."""
         standard, _, inverse = torch.native_layer_norm(x, self.w.shape, None, None, self.eps)
         return standard, inverse.reciprocal()
 

@@ -92,18 +92,18 @@ class Prepared:
     config: SweepConfig
     """The configuration."""
     models: Mapping[str, HookedViT]
-    """By name."""
+    """The models by name."""
     sources: Mapping[str, Source]
-    """By the names that conditions use."""
+    """The image sources, by the names that conditions use."""
     conditions: Conditions
-    """Not fitted yet."""
+    """The conditions, not fitted yet."""
     metrics: tuple[Metric, ...]
-    """The columns."""
+    """The metrics, which are the columns of the result."""
     reference_images: Mapping[str, Source]
     """On which edits are fitted, for each model."""
 
     def plan(self) -> SweepPlan:
-        """What it will cost."""
+        """What the sweep will cost."""
         return plan_sweep(self.models, self.sources, self.conditions, self.metrics, batch_size=self.config.batch_size)
 
     def run(self, **how: Any) -> SweepResult:

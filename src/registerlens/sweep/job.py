@@ -24,11 +24,11 @@ class SweepJob:
     """See `registerlens.engine.backends.Job`."""
 
     models: Mapping[str, HookedViT | PackedModel]
-    """By the names that conditions use."""
+    """Models by the names that conditions use."""
     sources: Mapping[str, Source]
     """Image sets by the names that conditions use."""
     conditions: Mapping[str, Condition]
-    """By key; fitted."""
+    """Fitted conditions by key."""
     groups: tuple[tuple[str, ...], ...]
     """Keys of the conditions of each group; one group has one model and one image set."""
     metrics: tuple[Metric, ...]

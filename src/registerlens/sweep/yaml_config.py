@@ -187,7 +187,7 @@ class GridSpec(Settings):
 
     @property
     def axes(self) -> dict[str, Any]:
-        """What it varies, and between what: every key but kind and controls."""
+        """The axes and their values: every key but kind and controls."""
         return {name: value for name, value in self if name not in ("kind", "controls") and value is not None}
 
 
@@ -363,7 +363,7 @@ class SweepConfig(Settings):
     shard_size: Count = 256
     """Images of a part of the result."""
     seed: Index = 0
-    """Of everything random."""
+    """Seed of everything random."""
 
     exactly_one: ClassVar = (("model", "models"), ("images", "image_sets"))
     _file: tuple[str, Any] = PrivateAttr(("sweep.yaml", None))
