@@ -15,14 +15,13 @@ from registerlens.theory.conditions import (
     ACTIVATION_GRID,
     Activations,
     attention_beside,
-    check_conditions,
     checked_activations,
     lipschitz,
     rounding,
     spectral,
 )
 from registerlens.theory.general import ExactLayerNorm, GeneralModel
-from registerlens.theory.proposition import SinkReport, setup_of
+from registerlens.theory.proposition import SinkReport
 from registerlens.theory.two_block import CLS
 
 if TYPE_CHECKING:
@@ -167,12 +166,7 @@ def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVA
         "output_norm": without.norm(dim=-1),
         **limits,
     }
-    return GeneralReport(
-        setup={**setup_of(base), "n_heads": len(model.W_Q), "norm": model.norm is not None},
-        conditions=check_conditions(base, float(grid[-1])),
-        activations=grid,
-        **{name: value.numpy() for name, value in measured.items()},
-    )
+    return GeneralReport.of(base, grid, measured, n_heads=len(model.W_Q), norm=model.norm is not None)
 
 
 def _heads_bring(

@@ -42,7 +42,7 @@ the pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -69,6 +69,8 @@ from registerlens.theory.two_block import CLS, TwoBlockModel
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+Report = TypeVar("Report", bound="ExactReport")
+
 SINK = 0.99
 """A token is a sink when every query gives it at least this share of its attention."""
 NO_OP = 1e-6
@@ -76,15 +78,39 @@ NO_OP = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SinkReport(Result):
-    """Sink and no-op on an exact model, against the register activation, each beside its bound."""
+class ExactReport(Result):
+    """What was measured on an exact model, against the register activation."""
 
     setup: dict[str, Any]
-    """Sizes, nonlinearity and seed of the model."""
+    """Sizes, nonlinearity and seed of the model, and what else tells it from others."""
     conditions: tuple[ConditionCheck, ...]
     """Every condition of Proposition 1."""
     activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
     """What the register neuron writes at an aligned x_s: phi(|x_s| |u1|) |u2|, a length in the residual stream."""
+
+    @classmethod
+    def of(
+        cls: type[Report],
+        model: TwoBlockModel,
+        activations: Float[np.ndarray, " activation"],
+        measured: dict[str, Tensor],
+        **setup: Any,
+    ) -> Report:
+        """The report on a model, whose conditions are checked at the largest activation."""
+        d_model, d_mlp = model.W_in1.shape
+        sizes = {"n": model.n, "d_model": d_model, "d_mlp": d_mlp, "d_out": model.W_head.shape[1]}
+        return cls(
+            setup=sizes | {"phi": model.phi, "seed": model.seed} | setup,
+            conditions=check_conditions(model, float(activations[-1])),
+            activations=activations,
+            **{name: value.numpy() for name, value in measured.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SinkReport(ExactReport):
+    """Sink and no-op, each beside its bound."""
+
     beside: Float[np.ndarray, "activation ..."]
     """Attention of every query to tokens other than x_s, 0 to 1; [CLS] first."""
     beside_bound: Float[np.ndarray, "activation ..."]
@@ -224,24 +250,7 @@ def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATI
         "direction": x_s @ model.v2 / x_s.norm(dim=-1),
         "row_ratio": model.row_ratio(a),
     }
-    return PropositionReport(
-        setup=setup_of(model),
-        conditions=check_conditions(model, float(grid[-1])),
-        activations=grid,
-        **{name: value.numpy() for name, value in measured.items()},
-    )
-
-
-def setup_of(model: TwoBlockModel) -> dict[str, Any]:
-    """Sizes, nonlinearity and seed, JSON-ready.
-
-    Example:
-        >>> setup_of(TwoBlockModel.build(n=4))["n"]
-        4
-    """
-    d_model, d_mlp = model.W_in1.shape
-    d_out = model.W_head.shape[1]
-    return {"n": model.n, "d_model": d_model, "d_mlp": d_mlp, "d_out": d_out, "phi": model.phi, "seed": model.seed}
+    return PropositionReport.of(model, grid, measured)
 
 
 def output_moves(
@@ -277,15 +286,9 @@ def output_moves(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CorollaryReport(Result):
+class CorollaryReport(ExactReport):
     """What separates the register neuron from the attention bias, token by token, against the register activation."""
 
-    setup: dict[str, Any]
-    """Sizes, nonlinearity and seed of the model, and which token is the sink."""
-    conditions: tuple[ConditionCheck, ...]
-    """The conditions of Proposition 1."""
-    activations: Float[np.ndarray, " activation"] = field(metadata=FINITE)
-    """What the register neuron writes at an aligned x_s."""
     attends: Bool[np.ndarray, " token"]
     """Whether, at the largest activation, the token gives x_s, and without the neuron the pair, at least SINK of its
     attention: for these tokens the limit is near."""
@@ -423,9 +426,4 @@ def verify_corollary(model: TwoBlockModel, activations: Activations = ACTIVATION
         "output_rounding": output_off,
         "output_norm": output.norm(dim=-1),
     }
-    return CorollaryReport(
-        setup={**setup_of(model), "sink": model.sink},
-        conditions=check_conditions(model, float(grid[-1])),
-        activations=grid,
-        **{name: value.numpy() for name, value in measured.items()},
-    )
+    return CorollaryReport.of(model, grid, measured, sink=model.sink)
