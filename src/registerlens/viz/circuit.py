@@ -14,7 +14,8 @@ from jaxtyping import Float
 from registerlens.circuits.graph import REST, STREAM
 from registerlens.circuits.outlier_tokens import VIA
 from registerlens.circuits.records import AttentionCircuit
-from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, apply_theme, ink, paper
+from registerlens.viz.parts import finished, legend
+from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, ink, paper
 
 Point = tuple[float, float]
 
@@ -55,12 +56,10 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
         ]
     )
     rows = max((place[1] for place in drawing.places.values()), default=0.0)
-    figure.update_layout(
-        title={"text": _title(circuit), "font": {"size": 15}, "x": 0.01, "y": 0.98, "yanchor": "top"},
-        height=int(min(1400, max(480, 170 + 34 * 2 * rows))),
-        legend={"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"},
-    )
-    apply_theme(figure, mode).update_layout(hovermode="closest", margin={"l": 20, "r": 70, "t": 100, "b": 40})
+    title = {"text": _title(circuit), "font": {"size": 15}, "x": 0.01, "y": 0.98, "yanchor": "top"}
+    height = int(min(1400, max(480, 170 + 34 * 2 * rows)))
+    margin = {"l": 20, "r": 70, "t": 100, "b": 40}
+    finished(figure, mode, height=height, title=title, legend=legend(-0.02, yanchor="top"), margin=margin)
     for x, text in drawing.headings():
         figure.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False, font={"size": 12})
     span = [min(x for x, _ in drawing.places.values()) - 0.8, max(x for x, _ in drawing.places.values()) + 1.2]
