@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pandas as pd
 
+from registerlens.config import ViTConfig
 from registerlens.display import Shown
 from registerlens.encoding import ARRAYS, JSON, Misfit, Parts, Place, concrete, decode, encode
 from registerlens.errors import ConfigError
@@ -123,6 +124,16 @@ class Result(Shown, Saved, ABC):
     @abstractmethod
     def plot(self) -> Any:
         """The result as a figure."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelResult(Result, ABC):
+    """What was found of a model."""
+
+    model: str
+    """Where the model came from."""
+    config: ViTConfig
+    """Its architecture."""
 
 
 class ResultFile(Result):

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.analysis.trace import Trace, trace
-from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, NoOutliersError, ShapeError, close_matches
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import Sublayer, sublayer_of
 from registerlens.model.vit import HookedViT
-from registerlens.results import FINITE, Result
+from registerlens.results import FINITE, ModelResult
 from registerlens.stats.histograms import medians
 
 if TYPE_CHECKING:
@@ -88,13 +87,9 @@ class Detection:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outliers(Result):
+class Outliers(ModelResult):
     """Outlier patches of some images. [CLS], trained and test-time registers are never among them."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     detection: Detection
     """Place, cut-off and evidence."""
     mask: Bool[Tensor, "image patch"]

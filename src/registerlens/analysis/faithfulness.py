@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, patch_norms
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -99,13 +99,9 @@ class CKASums:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Faithfulness(Result):
+class Faithfulness(ModelResult):
     """How much of the model's [CLS] output remains when the last layer's [CLS] may look at some tokens only."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     restrictions: tuple[str, ...]
     """Which tokens it may look at; RESTRICTIONS explains them."""
     n_images: Int[np.ndarray, " restriction"]

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ImageError
@@ -21,7 +21,7 @@ from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import EVERYWHERE, sublayer_of, sublayers
 from registerlens.model.vit import Hook, HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.seeds import generator_of
 
 if TYPE_CHECKING:
@@ -40,13 +40,9 @@ PURPOSE = 0x10CA1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LocalInformation(Result):
+class LocalInformation(ModelResult):
     """What `local_information` found."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     detection: Detection
     """Where and above which norm a patch is an outlier."""
     sublayers: tuple[str, ...]

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import NonFiniteError
 from registerlens.model.vit import Hook, HookedViT
-from registerlens.results import FINITE, Result
+from registerlens.results import FINITE, ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,13 +30,9 @@ TOP = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MassiveActivations(Result):
+class MassiveActivations(ModelResult):
     """Magnitudes of the residual stream at every place: as it enters block 0, and after each block."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     n_images: int
     """Images that went through."""
     places: tuple[str, ...]

@@ -31,7 +31,7 @@ from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import Hook, HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -42,13 +42,9 @@ final norm) and of the model's output; and the cosine of the last two before and
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SinkEffects(Result):
+class SinkEffects(ModelResult):
     """How much each head's sink matters: changes under edits of it, mean over the images in which the head has one."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     n_images: int
     """Images measured."""
     n_reference: int

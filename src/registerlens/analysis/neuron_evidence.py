@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,10 @@ from jaxtyping import Float, Int, Shaped
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, located
-from registerlens.config import ViTConfig
+from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, TopOutlierResult, located
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
 from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
@@ -25,25 +24,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ActivationDistributions(Result):
+class ActivationDistributions(TopOutlierResult):
     """Activations at the top outlier of each image and at a random normal patch of it; places in that order."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
-    neurons: RegisterNeurons
-    """The neurons looked at."""
-    detection: Detection
-    """Which patches are outliers."""
     seed: int
     """Of the normal patches."""
-    n_images: int
-    """Images that went through."""
-    n_with_outliers: int
-    """Of these, how many have an outlier and so count."""
-    layers: tuple[int, ...]
-    """Blocks of the neurons."""
     histogram: Int[np.ndarray, "place layer bin"]
     """All neurons of a layer in all images, by activation; bins as `signed_edges()`."""
     neuron_histogram: Int[np.ndarray, "place listed bin"]
@@ -81,17 +66,14 @@ class ActivationDistributions(Result):
             }
         )
 
-    def describe(self) -> str:
-        """The layers in words."""
-        told = [f"{self.n_with_outliers} of {self.n_images} images have an outlier."]
+    def _findings(self) -> Iterator[str]:
         for i, layer in enumerate(self.layers):
             n = sum(at == layer for at, _ in self.neurons.pairs)
-            told.append(
+            yield (
                 f"Block {layer}: skewness {self.skewness[0, i]:.1f} at the top outlier, {self.skewness[1, i]:.1f} at a "
                 f"normal patch; {self.large[i]:.1f} of {self.config.d_mlp} neurons are larger there than any at the "
                 f"normal patch, {self.large_listed[i]:.1f} of them among the {n} listed."
             )
-        return " ".join(told)
 
     def plot(self) -> go.Figure:
         """Both distributions, layer by layer, and the neurons listed one by one."""

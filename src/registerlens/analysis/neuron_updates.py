@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -16,15 +16,13 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, located, random_sets
-from registerlens.config import ViTConfig
+from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, TopOutlierResult, located, random_sets
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
 from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
@@ -39,23 +37,9 @@ GROUPS = ("register neurons", "random sets")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronUpdates(Result):
+class NeuronUpdates(TopOutlierResult):
     """Summed updates of sets of neurons at each image's top outlier; set 0 are the register neurons of the layer."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
-    neurons: RegisterNeurons
-    """The register neurons."""
-    detection: Detection
-    """Which patches are outliers."""
-    n_images: int
-    """Images that went through."""
-    n_with_outliers: int
-    """Of these, how many have an outlier and so count."""
-    layers: tuple[int, ...]
-    """Blocks of the neurons."""
     norm: Float[np.ndarray, "layer set"]
     """Norm of the summed update, mean over images."""
     cosine: Float[np.ndarray, "layer set"]
@@ -87,17 +71,14 @@ class NeuronUpdates(Result):
             columns[f"{name}_p_value"] = self.p_value(values)
         return pd.DataFrame(columns)
 
-    def describe(self) -> str:
-        """The layers in words."""
-        told = [f"{self.n_with_outliers} of {self.n_images} images have an outlier."]
+    def _findings(self) -> Iterator[str]:
         for row in self.to_dataframe().to_dict("records"):
-            told.append(
+            yield (
                 f"Block {row['layer']}: the {row['n_neurons']} neurons together write a norm of {row['norm']:.3g} "
                 f"(random sets {row['norm_random']:.3g}, p = {row['norm_p_value']:.2g}), with a cosine of "
                 f"{row['cosine']:.3f} between images (random sets {row['cosine_random']:.3f}, largest "
                 f"{row['cosine_random_largest']:.3f}, p = {row['cosine_p_value']:.2g})."
             )
-        return " ".join(told)
 
     def plot(self) -> go.Figure:
         """Distributions of norms and of cosines, register neurons against random sets, layer by layer."""

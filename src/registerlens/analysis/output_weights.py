@@ -15,12 +15,11 @@ from torch import Tensor
 from registerlens.analysis.massive import kurtosis
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons, random_sets
-from registerlens.config import ViTConfig
 from registerlens.errors import NonFiniteError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
-from registerlens.results import FINITE, Result
+from registerlens.results import FINITE, ModelResult
 from registerlens.stats.histograms import count_signed
 
 if TYPE_CHECKING:
@@ -31,16 +30,12 @@ TOP = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OutputWeights(Result):
+class OutputWeights(ModelResult):
     """What register neurons write: their rows of W_out (LayerScale included), beside the other neurons of a layer.
 
     A row is relative where it is divided by its root mean square: then 1 is a typical weight in every row.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     neurons: RegisterNeurons
     """The neurons looked at."""
     layers: tuple[int, ...]

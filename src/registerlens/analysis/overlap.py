@@ -15,14 +15,14 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.massive import ABSOLUTE, RELATIVE, is_massive, magnitudes_of
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ImageError, NonFiniteError
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import Hook, HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -33,17 +33,13 @@ NORM, MASSIVE, SINKS, CLOSE = "norm outlier", "massive channel", "sink", "close 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Overlap(Result):
+class Overlap(ModelResult):
     """Which patches show which observable, counted two ways.
 
     By cut-offs: each observable has its own, `cutoffs` says which. Matched: in every image with k norm outliers the k
     patches that rank first by each observable are compared, which needs no cut-off but the norms'.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     detection: Detection
     """Place in the stream, cut-off and evidence of norm outliers."""
     observables: tuple[str, ...]

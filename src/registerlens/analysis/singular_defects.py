@@ -20,7 +20,7 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
@@ -31,7 +31,7 @@ from registerlens.model.norms import LayerNorm, Norm
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.progress import track
-from registerlens.results import FINITE, Result
+from registerlens.results import FINITE, ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -100,13 +100,9 @@ first two singular values are close."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SingularDefects(Result):
+class SingularDefects(ModelResult):
     """For each block the singular direction after it, its neurons' alignment with it, and measured outliers' angles."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     n_samples: int
     """Normal inputs to each MLP's fit."""
     directions: Float[np.ndarray, "layer d_model"] = field(metadata=FINITE)

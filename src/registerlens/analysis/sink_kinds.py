@@ -18,13 +18,12 @@ from registerlens.analysis.sink_counts import (
     SinkSums,
 )
 from registerlens.analysis.sink_events import QUERIES
-from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
-from registerlens.results import FINITE, Result
+from registerlens.results import FINITE, ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -37,17 +36,13 @@ THRESHOLDS = (0.5, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SinkKinds(Result):
+class SinkKinds(ModelResult):
     """How often each head has a sink, what the sink does, and which token it is.
 
     An event is one image and head. Its numbers are means over the events that have them; NaN where none has (no event,
     or a head that writes nothing).
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     n_images: int
     """Images that went through."""
     thresholds: tuple[float, ...]

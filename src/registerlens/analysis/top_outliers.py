@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import Sublayer
 from registerlens.model.vit import Hook, HookedViT
+from registerlens.results import ModelResult
 
 
 class NormsAndActivations:
@@ -130,6 +131,30 @@ def check_neurons(vit: HookedViT, neurons: RegisterNeurons) -> None:
     """Raise an InterventionError unless there are neurons, all of this model."""
     if not len(neurons.check(vit.cfg)):
         raise InterventionError("No neuron was given. Find some with rl.find_register_neurons(vit, images).")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopOutlierResult(ModelResult, ABC):
+    """What register neurons do at the top outlier of each image."""
+
+    neurons: RegisterNeurons
+    """The neurons looked at."""
+    detection: Detection
+    """Which patches are outliers, in the model as it is."""
+    n_images: int
+    """Images that went through."""
+    n_with_outliers: int
+    """Of these, how many have an outlier and so count."""
+    layers: tuple[int, ...]
+    """Blocks of the neurons."""
+
+    def describe(self) -> str:
+        """The result in words."""
+        return " ".join([f"{self.n_with_outliers} of {self.n_images} images have an outlier.", *self._findings()])
+
+    @abstractmethod
+    def _findings(self) -> Iterator[str]:
+        """A sentence a layer."""
 
 
 class AtTopOutliers(Sums, ABC):

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.outliers import OutlierEvidence, judge_each
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
@@ -21,7 +21,7 @@ from registerlens.errors import NonFiniteError
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import EVERYWHERE, Sublayer, sublayers
 from registerlens.model.vit import Hook, HookedViT
-from registerlens.results import FINITE, Result
+from registerlens.results import FINITE, ModelResult
 from registerlens.stats.histograms import bin_edges, count_bins
 
 if TYPE_CHECKING:
@@ -32,13 +32,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Trace(Result):
+class Trace(ModelResult):
     """Patch norms and sinks along the residual stream; sublayer 0 is the embedding, then attention and MLP in turn."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     image_sizes: tuple[tuple[int, int], ...]
     """Heights and widths in pixels of the images that went through, each size once."""
     sublayers: tuple[Sublayer, ...]

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from registerlens.config import ViTConfig
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.stats.moments import RankCorrelation, rank_correlation
 
 if TYPE_CHECKING:
@@ -21,17 +20,13 @@ POOR = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Attributions(Result):
+class Attributions(ModelResult):
     """Estimated effects of patching, at many hook points; means over pairs, in the unit of the metric.
 
     A unit is a head where a point tells heads apart, else an entry of the last axis: a neuron, or a dimension of the
     stream. Units of different points stand side by side in one long axis.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     metric: str
     """Name of the metric."""
     words: str

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect
 from registerlens.circuits.readout import Direction, Readout, Space, pool_weights
-from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.model.assumptions import require_linear_output
@@ -22,7 +21,7 @@ from registerlens.model.block import Block
 from registerlens.model.norms import Norm
 from registerlens.model.parts import at_least_float32, token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments
 
 if TYPE_CHECKING:
@@ -41,17 +40,13 @@ KEYS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DirectContributions(Result):
+class DirectContributions(ModelResult):
     """A projection of the model's output as a sum over what each component writes; means over images.
 
     Everything is in the unit of the projection: logits for a class. The final norm divides by the scale it has in the
     whole run, which is held fixed, so that the parts add up.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     direction: str
     """What is projected on, and where it is read."""
     detection: Detection

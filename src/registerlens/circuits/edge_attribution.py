@@ -32,7 +32,7 @@ from registerlens.model.assumptions import require_linear_output
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments
 
 if TYPE_CHECKING:
@@ -47,13 +47,9 @@ _ATTENTION = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EdgeAttribution(Result):
+class EdgeAttribution(ModelResult):
     """First-order contribution of neurons to what later heads compute, along the direct path alone."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     neurons: RegisterNeurons
     """The neurons that write."""
     layers: tuple[int, ...]

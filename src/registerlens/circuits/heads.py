@@ -15,14 +15,13 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
-from registerlens.config import ViTConfig
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.model.assumptions import require_linear_output
 from registerlens.model.attention import HeadNorm
 from registerlens.model.block import Block
 from registerlens.model.norms import LayerNorm
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.theory.readers import centred, dimensions, fold
 from registerlens.theory.readers import directions as unit_directions
 
@@ -36,7 +35,7 @@ LEVELS = (0.025, 0.5, 0.975)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HeadCircuits(Result):
+class HeadCircuits(ModelResult):
     """The circuits of every head, LayerNorm weights folded in; and what they do with one direction.
 
     QK is W_Q W_K^T and OV is W_V W_O, maps of the stream after a norm divided by its scale (which depends on the token
@@ -44,10 +43,6 @@ class HeadCircuits(Result):
     that attends to it in OV. With rotary positions QK is that of two tokens in one place.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     direction: str
     """The direction, in words; empty without one."""
     qk_spectrum: Float[np.ndarray, "layer head d_head part"]

@@ -17,7 +17,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import need_some
 from registerlens.circuits.heads import directions_met
 from registerlens.circuits.neuron_effects import frozen_weights
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, batches, run_until_seen
 from registerlens.errors import ConfigError
@@ -25,7 +25,7 @@ from registerlens.model.assumptions import require_linear_output, require_softma
 from registerlens.model.attention import final_point
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments
 from registerlens.theory.readers import directions as unit_directions
 
@@ -34,17 +34,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KeyShare(Result):
+class KeyShare(ModelResult):
     """How much of what heads prefer in outliers comes from one direction; means over images.
 
     A head's advantage is the score (before the softmax, of [CLS], or of the mean query without one) of the mean outlier
     less that of the mean other patch. With the scales of norms held fixed it is a sum over directions of the stream.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     direction: str
     """The direction, in words."""
     detection: Detection

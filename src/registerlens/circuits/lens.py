@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.circuits.readout import Space, check_class, output_width, space_of
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, ShapeError, close_matches
 from registerlens.model.sublayers import Sublayer
 from registerlens.model.sublayers import sublayers as every_sublayer
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,13 +30,9 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PatchLens(Result):
+class PatchLens(ModelResult):
     """Projected maps of a few images, sublayer by sublayer."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     sublayers: tuple[str, ...]
     """Where the stream was read: "embed", "3.attn", "3.mlp", ..."""
     unit: str

@@ -24,14 +24,14 @@ from registerlens.circuits.sites import (
     paired,
     sublayer_output,
 )
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count
 from registerlens.engine.views import View, Watched, run_clean, run_from
 from registerlens.errors import ConfigError
 from registerlens.evaluation.metrics import Metric, measured
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.stats.intervals import mean_intervals, resample
 
 if TYPE_CHECKING:
@@ -43,13 +43,9 @@ TOGETHER, TOTAL = "all receivers", "the whole corrupted image"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PathEffects(Result):
+class PathEffects(ModelResult):
     """What a patch does to a metric along direct paths, for each pair of images."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     metric: str
     """Name of the metric."""
     words: str

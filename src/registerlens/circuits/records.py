@@ -11,10 +11,9 @@ import pandas as pd
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.circuits.graph import OUTPUT, STREAM
-from registerlens.config import ViTConfig
 from registerlens.encoding import table_of
 from registerlens.errors import check_choice
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -25,7 +24,7 @@ _INTERVAL = ("low", "high")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AttentionCircuit(Result):
+class AttentionCircuit(ModelResult):
     """The path from register neurons over the outlier tokens and the heads that sink in them to [CLS] and the output.
 
     Every number is a mean over images. What flows into a node adds up to the node's quantity: a node "rest of ..."
@@ -33,10 +32,6 @@ class AttentionCircuit(Result):
     a head its score q . k / sqrt(d_head) of the reader's query with the outliers; of the output a logit, or its norm.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     detection: Detection
     """Which patches are outliers."""
     neurons: RegisterNeurons

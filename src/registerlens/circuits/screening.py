@@ -35,7 +35,7 @@ from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_c
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments, RankCorrelation, rank_correlation
 
 if TYPE_CHECKING:
@@ -50,16 +50,12 @@ POOR = 0.7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Screening(Result):
+class Screening(ModelResult):
     """The screened effect of ablating each neuron alone, and the exact one of some; in units of the metric.
 
     An effect is the metric with the neuron ablated less the metric of the clean run.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     metric: str
     """What was measured."""
     words: str

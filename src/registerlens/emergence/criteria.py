@@ -32,7 +32,7 @@ from registerlens.emergence.evidence import (
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.evaluation.verdict import GONE
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -90,13 +90,9 @@ the outliers be needed, which other cues often make up for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EmergenceCriteria(Result):
+class EmergenceCriteria(ModelResult):
     """What `emergence_criteria` found; neurons and cut-off were chosen on the first half of the images."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     detection: Detection
     """Onset, cut-off and evidence on the images of the selection."""
     neurons: RegisterNeurons

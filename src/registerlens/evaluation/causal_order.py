@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,14 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.top_outliers import AtTopOutliers, NormsAndActivations, TokenPairs, located
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.analysis.top_outliers import AtTopOutliers, NormsAndActivations, TokenPairs, TopOutlierResult, located
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
 from registerlens.errors import InterventionError
 from registerlens.evaluation.controls import DRAWS, random_neurons
 from registerlens.interventions.ablation import Ablate
 from registerlens.model.vit import Hook, HookedViT
-from registerlens.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -33,23 +32,9 @@ random neurons of the layer to zero (mean of three draws)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CausalOrder(Result):
+class CausalOrder(TopOutlierResult):
     """Activations of register neurons at the top outlier, with those of an earlier layer edited."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
-    neurons: RegisterNeurons
-    """The register neurons."""
-    detection: Detection
-    """Which patches are outliers, in the clean run."""
-    n_images: int
-    """Images that went through."""
-    n_with_outliers: int
-    """Of these, how many have an outlier and so count."""
-    layers: tuple[int, ...]
-    """Blocks of the neurons."""
     clean: Float[np.ndarray, " listed"]
     """Activation of each neuron at the clean run's top outlier, mean over images."""
     edited: Float[np.ndarray, "condition layer listed"]
@@ -91,9 +76,7 @@ class CausalOrder(Result):
                         )
         return pd.DataFrame(rows)
 
-    def describe(self) -> str:
-        """The order in words."""
-        told = [f"{self.n_with_outliers} of {self.n_images} images have an outlier."]
+    def _findings(self) -> Iterator[str]:
         changes = {condition: self.between(condition) for condition in CONDITIONS}
         for i, layer in enumerate(self.layers[:-1]):
             effects = [
@@ -101,8 +84,7 @@ class CausalOrder(Result):
                 f"random neurons {changes['random, zero'][i, i + 1 + j]:+.0%})"
                 for j, later in enumerate(self.layers[i + 1 :])
             ]
-            told.append(f"Zeroing the register neurons of block {layer} changes those of {', '.join(effects)}.")
-        return " ".join(told)
+            yield f"Zeroing the register neurons of block {layer} changes those of {', '.join(effects)}."
 
     def plot(self) -> go.Figure:
         """Heat maps: edited layer against later neuron, for each kind of edit."""

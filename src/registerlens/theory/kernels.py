@@ -12,13 +12,12 @@ import torch
 from jaxtyping import Float
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.encoding import table_of
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
-from registerlens.results import FINITE, Result
+from registerlens.results import FINITE, ModelResult
 from registerlens.theory.measurements import (
     COLUMNS,
     Rows,
@@ -43,13 +42,9 @@ _SUBJECTS = {"outlier": "the outlier tokens' direction", "u2": "u2"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KernelReport(Result):
+class KernelReport(ModelResult):
     """Which conditions of Proposition 1, relaxed to a real model, hold for some register neurons."""
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     neurons: RegisterNeurons
     """The neurons checked."""
     table: pd.DataFrame = field(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.config import TokenLayout, ViTConfig
+from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ShapeError
@@ -23,7 +23,7 @@ from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.block import Block
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -102,17 +102,13 @@ def collapse(registers: Float[Tensor, "batch register d_model"]) -> Float[Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ValueUpdate(Result):
+class ValueUpdate(ModelResult):
     """Updates that registers write in one layer, each against a reference; means over images.
 
     An image's update is that of all its tokens but the registers, as one long vector: a token that pays the registers
     nothing has no direction of its own to count.
     """
 
-    model: str
-    """Where the model came from."""
-    config: ViTConfig
-    """Its architecture."""
     layer: int
     """The block."""
     n_images: int
