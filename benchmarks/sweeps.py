@@ -13,8 +13,8 @@ from benchmarks.harness import Row, Scale, check_equal, in_pairs
 from benchmarks.models import dinov2, pixels
 from registerlens.analysis.detection import detect
 from registerlens.data.sources import Shard
-from registerlens.engine.memory import find_stack
 from registerlens.engine.views import View, Watched, run_from
+from registerlens.evaluation.edit_runs import find_stack
 from registerlens.evaluation.metrics import Metric, default_metrics, measured
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.job import run_task

@@ -10,8 +10,9 @@ from helpers import randomise
 
 import registerlens as rl
 from registerlens.analysis import sink_events
-from registerlens.analysis.sink_counts import MECHANISMS, PLACES
 from registerlens.analysis.sink_events import (
+    MECHANISMS,
+    PLACES,
     norm_over_others,
     output_factor,
     stable_rank,

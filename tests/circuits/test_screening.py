@@ -13,8 +13,7 @@ from jaxtyping import TypeCheckError
 
 import registerlens as rl
 from registerlens.circuits.differentiable import largest_norm
-from registerlens.circuits.neuron_effects import exact_effects, frozen_weights
-from registerlens.circuits.paused import Replacement
+from registerlens.circuits.neuron_effects import Replacement, exact_effects, frozen_weights
 from registerlens.circuits.screening import Screening, screen_neurons
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError

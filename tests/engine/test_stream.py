@@ -11,7 +11,7 @@ from registerlens.analysis.detection import detect
 from registerlens.analysis.massive import MassiveSums
 from registerlens.analysis.overlap import OverlapSums
 from registerlens.analysis.scores import ScoreSums
-from registerlens.analysis.sink_counts import SinkSums
+from registerlens.analysis.sink_events import SinkSums
 from registerlens.analysis.trace import TraceSums
 from registerlens.data.synthetic import synthetic_images
 from registerlens.engine.stream import Sums, batches, stream

@@ -11,6 +11,9 @@ from registerlens.analysis.detection import Cutoff
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import ConfigError, ImageError, InterventionError, NoOutliersError, ShapeError
 from registerlens.evaluation.controls import (
+    SPECIFIC,
+    ConditionKind,
+    judge_effect,
     matched_neurons,
     neuron_activity,
     random_neurons,
@@ -18,7 +21,6 @@ from registerlens.evaluation.controls import (
 )
 from registerlens.evaluation.effects import Evaluation, evaluate_intervention
 from registerlens.evaluation.observe import METRICS
-from registerlens.evaluation.verdict import SPECIFIC, ConditionKind, judge_effect
 from registerlens.interventions.ablation import Scale
 from registerlens.interventions.base import Edit, Intervention
 

@@ -14,9 +14,9 @@ from runner_cases import MODELS, edits_of, metrics_of, model, naive_loop, neuron
 
 import registerlens as rl
 from registerlens.data.sources import Shard
-from registerlens.engine.memory import find_stack, floats_a_token, free_memory, out_of_memory_in
 from registerlens.errors import ConfigError, InterventionError, OutOfMemoryError, ShapeError
 from registerlens.evaluation import edit_runs
+from registerlens.evaluation.edit_runs import find_stack, floats_a_token, free_memory, out_of_memory_in
 from registerlens.evaluation.metrics import Metric, metric
 from registerlens.interventions.base import Edit, Intervention
 from registerlens.sweep.conditions import Condition
@@ -389,9 +389,9 @@ def test_the_stack_found_is_a_multiple_of_the_batch_within_memory(monkeypatch):
     assert find_stack(vit, 1, size=320) == 1
     a_sequence = tokens * floats_a_token(vit.cfg) * 4
     kept = 2 * tokens * vit.cfg.d_model * (vit.cfg.n_layers + 2) * 4
-    monkeypatch.setattr("registerlens.engine.memory.free_memory", lambda device: 2 * (kept + 9.5 * a_sequence))
+    monkeypatch.setattr("registerlens.evaluation.edit_runs.free_memory", lambda device: 2 * (kept + 9.5 * a_sequence))
     assert find_stack(vit, 2) == 8
-    monkeypatch.setattr("registerlens.engine.memory.free_memory", lambda device: 0.0)
+    monkeypatch.setattr("registerlens.evaluation.edit_runs.free_memory", lambda device: 0.0)
     assert find_stack(vit, 2) == 2
     with pytest.raises(ConfigError, match="batch_size"):
         find_stack(vit, 0)

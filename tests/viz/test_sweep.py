@@ -6,7 +6,7 @@ import pytest
 from planted_sweeps import ablated, best, clean, head, result_of
 
 from registerlens.errors import ConfigError
-from registerlens.sweep.records import Swept
+from registerlens.sweep.aggregate import Swept
 from registerlens.sweep.result import SweepResult
 from registerlens.viz.sweep import drawable, sweep_figure
 

@@ -29,7 +29,7 @@ from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError
-from registerlens.model.assumptions import require_linear_output, require_softmax
+from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import ModelResult
 

@@ -20,8 +20,7 @@ from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, TopOut
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
-from registerlens.model.assumptions import require_linear_output
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output
 from registerlens.model.vit import HookedViT
 from registerlens.stats.histograms import count_signed
 

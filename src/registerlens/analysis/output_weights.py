@@ -16,8 +16,7 @@ from registerlens.analysis.massive import kurtosis
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons, random_sets
 from registerlens.errors import NonFiniteError
-from registerlens.model.assumptions import require_linear_output
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output
 from registerlens.model.vit import HookedViT
 from registerlens.results import FINITE, ModelResult
 from registerlens.stats.histograms import count_signed

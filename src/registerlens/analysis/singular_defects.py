@@ -24,8 +24,7 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
-from registerlens.model.assumptions import require_linear_output, require_softmax
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output, require_softmax
 from registerlens.model.mlp import MLP
 from registerlens.model.norms import LayerNorm, Norm
 from registerlens.model.parts import token_norms

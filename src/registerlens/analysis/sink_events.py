@@ -1,19 +1,25 @@
-"""The sink of a head: its strongest key, what that key writes beside the others, and how alike a head's outputs are."""
+"""The sink of a head: its strongest key, what that key writes beside the others, and counts of such events."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from registerlens.analysis.outliers import count_ratios, judge_each
+from registerlens.config import TokenLayout
+from registerlens.engine.attention_received import pattern_hooks
+from registerlens.engine.stream import Batch, Sums
+from registerlens.errors import NonFiniteError
 from registerlens.model.block import Block
-from registerlens.model.parts import at_least_float32
-from registerlens.model.vit import HookedViT
+from registerlens.model.parts import at_least_float32, token_norms
+from registerlens.model.vit import Hook, HookedViT
+from registerlens.stats.histograms import N_BINS, bin_edges, count_bins, medians
 
 _SCORES_AT_ONCE = 2**20
 """Scores of a chunk of queries: few enough for the processor's cache, enough for a matrix product to be worth it."""
@@ -142,3 +148,192 @@ def norm_over_others(norms: Float[Tensor, "event key"], position: Int[Tensor, " 
     """
     own = norms.gather(-1, position[:, None])[:, 0]
     return own * (norms.shape[-1] - 1) / (norms.sum(-1) - own).clamp_min(0)
+
+
+NOP_RATIO = 0.2
+"""A sink whose output is at most this share of the others' mean is a NOP."""
+BROADCAST_RATIO, BROADCAST_RANK = 0.5, 1.5
+"""A sink with at least this ratio, in a head whose output has at most this stable rank, is a broadcast."""
+GU_SINK = 0.3
+"""A head has a sink in the sense of Gu et al. where a key draws more than this of the average query."""
+
+MECHANISMS = ("nop", "broadcast", "other")
+"""What a sink does. Order of the first axis of `SinkKinds.mechanisms`."""
+PLACES = (
+    "cls",
+    "distillation",
+    "trained_register",
+    "outlier_patch",
+    "other_patch",
+    "test_time_register",
+    "attention_bias",
+)
+"""What stands at the sink. Order of the first axis of `SinkKinds.places`."""
+_PATCH = PLACES.index("other_patch")
+PER_EVENT = ("output_ratio", "value_ratio", "stable_rank")
+"""Numbers that only an event has."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """The sinks of one layer and batch; one entry an event."""
+
+    layer: int
+    head: Int[Tensor, " event"]
+    strength: Float[Tensor, " event"]
+    output_ratio: Float[Tensor, " event"]
+    value_ratio: Float[Tensor, " event"]
+    stable_rank: Float[Tensor, " event"]
+    place: Int[Tensor, " event"]
+    """Index into PLACES; every patch counts as "other_patch" here."""
+    norm: Float[Tensor, " event"]
+    """What a patch brings into the layer, over the image's median."""
+
+
+class SinkWatch:
+    """One batch, layer by layer: hooks on q, k, v and z, and nothing kept of a layer but its events."""
+
+    def __init__(self, layout: TokenLayout, factors: list[Tensor], swept: tuple[float, ...], queries: float) -> None:
+        self.layout, self.factors, self.swept, self.queries = layout, factors, swept, queries
+        self.norms: list[Tensor] = []
+        self.received: list[Tensor] = []
+        self.drawn: list[Tensor] = []
+        self.events: list[Events] = []
+        self.n_keys = layout.n_tokens
+        self._values: Tensor | None = None
+        self._key: StrongestKey | None = None
+
+    def hooks(self, vit: HookedViT) -> list[Any]:
+        """To be put in force around one forward pass."""
+        return [
+            ("blocks.*.hook_resid_pre", self._norm),
+            ("blocks.*.attn.hook_v", self._value),
+            *pattern_hooks(vit, range(vit.cfg.n_layers), self._pair, self._pattern),
+            ("blocks.*.attn.hook_z", self._output),
+        ]
+
+    def _norm(self, resid: Tensor, hook: Any) -> None:
+        self.norms.append(token_norms(resid[:, self.layout.patches]))
+
+    def _value(self, v: Tensor, hook: Any) -> None:
+        self._values = v
+
+    def _pair(self, layer: int, q: Tensor, k: Tensor) -> None:
+        self._take(layer, strongest_key_of(q, k, self.queries), k.shape[1])
+
+    def _pattern(self, layer: int, pattern: Tensor) -> None:
+        self._take(layer, strongest_key(pattern, self.queries), pattern.shape[-1])
+
+    def _take(self, layer: int, key: StrongestKey, n_keys: int) -> None:
+        self._key, self.n_keys = key, n_keys
+        self.received.append(key.received)
+        self.drawn.append(torch.stack([(key.column >= threshold).float().mean(-1) for threshold in self.swept]))
+        if not key.received.isfinite().all():
+            raise NonFiniteError(
+                f"The attention of block {layer} is NaN. Check the images; if the model is in float16, use "
+                f"bfloat16 or float32."
+            )
+
+    def _output(self, z: Float[Tensor, "batch query head d_head"], hook: Any) -> None:
+        v, key = cast(Tensor, self._values), cast(StrongestKey, self._key)
+        self._values = self._key = None
+        image, head = (key.strength >= self.swept[-1]).nonzero(as_tuple=True)
+        factor = self.factors[hook.layer()][head].mT  # event d_head rank
+        position = key.position[image, head]
+        values, mixed = v[image, :, head].to(factor.dtype), z[image, :, head].to(factor.dtype)
+        relative = self.norms[-1] / medians(self.norms[-1])
+        place = self._places(position)
+        patch = (position - self.layout.patches.start).clamp(0, self.layout.n_patches - 1)
+        self.events.append(
+            Events(
+                layer=hook.layer(),
+                head=head,
+                strength=key.strength[image, head],
+                output_ratio=norm_over_others(token_norms(values @ factor), position),
+                value_ratio=norm_over_others(token_norms(values), position),
+                stable_rank=stable_rank(mixed @ factor),
+                place=place,
+                norm=relative[image, patch],
+            )
+        )
+
+    def _places(self, position: Int[Tensor, " event"]) -> Int[Tensor, " event"]:
+        layout = self.layout
+        place = torch.full_like(position, PLACES.index("attention_bias"))
+        for name, where in (
+            ("test_time_register", layout.test_time_registers),
+            ("other_patch", layout.patches),
+            ("trained_register", layout.trained_registers),
+        ):
+            place[(position >= where.start) & (position < where.stop)] = PLACES.index(name)
+        for name, at in (("cls", layout.cls), ("distillation", layout.distillation)):
+            if at is not None:
+                place[position == at] = PLACES.index(name)
+        return place
+
+
+class SinkSums(Sums):
+    """Counts and sums of sinks; events are counted in place, a threshold and a layer at a time."""
+
+    def __init__(self, vit: HookedViT, thresholds: tuple[float, ...], queries: float) -> None:
+        super().__init__()
+        self.thresholds, self.queries, self.factors = thresholds, queries, output_factors(vit)
+        cells = (len(thresholds), vit.cfg.n_layers, vit.cfg.n_heads)
+        self.totals |= {name: torch.zeros(2, *cells, dtype=torch.float64) for name in PER_EVENT}  # sum, and of how many
+        self.totals["mechanisms"] = torch.zeros(len(MECHANISMS), *cells, dtype=torch.int64)
+        self.totals["places"] = torch.zeros(len(PLACES), *cells, dtype=torch.int64)
+        self.totals["patch_norms"] = torch.zeros(*cells, N_BINS, dtype=torch.int64)
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Those of a watch of the batch."""
+        self.watch = SinkWatch(layout, self.factors, self.thresholds, self.queries)
+        return self.watch.hooks(vit)
+
+    def update(self, batch: Batch) -> None:
+        """Take in one batch."""
+        watch = self.watch
+        received = torch.stack(watch.received).double().cpu()  # layer batch head
+        self.add(
+            n_images=len(batch),
+            received=received.sum(1),
+            excess=(received - 1 / watch.n_keys).sum(1),
+            gu_rate=(received > GU_SINK).double().sum(1),
+            drawn=torch.stack(watch.drawn, 1).sum(2),  # threshold layer head
+            **count_ratios(torch.stack(watch.norms)),
+        )
+        for events in watch.events:
+            for at, threshold in enumerate(self.thresholds):
+                self._count(at, events, (events.strength >= threshold).nonzero()[:, 0])
+
+    def _count(self, at: int, events: Events, chosen: Int[Tensor, " event"]) -> None:
+        layer, head = events.layer, events.head[chosen].cpu()
+        ratio, rank = events.output_ratio[chosen], events.stable_rank[chosen]
+        kind = torch.full_like(head, MECHANISMS.index("other"))
+        kind[((ratio >= BROADCAST_RATIO) & (rank <= BROADCAST_RANK)).cpu()] = MECHANISMS.index("broadcast")
+        kind[(ratio <= NOP_RATIO).cpu()] = MECHANISMS.index("nop")
+        place, norms = events.place[chosen].cpu(), count_bins(events.norm[chosen][:, None])
+        one = torch.ones_like(head)
+        self.totals["mechanisms"][:, at, layer].index_put_((kind, head), one, accumulate=True)
+        self.totals["places"][:, at, layer].index_put_((place, head), one, accumulate=True)
+        at_patch = place == _PATCH
+        self.totals["patch_norms"][at, layer].index_add_(0, head[at_patch], norms[at_patch])
+        for name in PER_EVENT:
+            value = getattr(events, name)[chosen].double().cpu()
+            there = value.isfinite()
+            total, number = self.totals[name][:, at, layer]
+            total.index_add_(0, head[there], value[there])
+            number.index_add_(0, head[there], torch.ones_like(value[there]))
+
+    def result(self) -> dict[str, Any]:
+        """Counts, means, and the norm above which a patch counts as an outlier: fields of `SinkKinds`."""
+        means = self.means()
+        norms = [means.pop(name) for name in ("histogram", "largest_histogram", "largest_over_median")]
+        evidence = max(judge_each(*norms), key=lambda found: (found.present, found.gap))
+        patch_norms, places = means.pop("patch_norms"), means["places"].copy()
+        if evidence.present:
+            outliers = patch_norms[..., bin_edges()[:-1] >= evidence.threshold].sum(-1)
+            places[_PATCH] -= outliers
+            places[PLACES.index("outlier_patch")] = outliers
+        per_event = {name: (self.totals[name][0] / self.totals[name][1]).numpy() for name in PER_EVENT}
+        outlier_norm = evidence.threshold if evidence.present else math.nan
+        return {**means, **per_event, "places": places, "n_images": self.n_images, "outlier_norm": outlier_norm}

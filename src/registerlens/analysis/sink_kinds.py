@@ -10,18 +10,18 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from registerlens.analysis.sink_counts import (
+from registerlens.analysis.sink_events import (
     GU_SINK,
     MECHANISMS,
     PER_EVENT,
     PLACES,
+    QUERIES,
     SinkSums,
 )
-from registerlens.analysis.sink_events import QUERIES
 from registerlens.data.batches import Images
 from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
-from registerlens.model.assumptions import require_linear_output, require_softmax
+from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.results import FINITE, ModelResult
 

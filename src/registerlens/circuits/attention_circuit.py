@@ -11,7 +11,14 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
-from registerlens.circuits.contributions import contributions, neuron_name
+from registerlens.circuits.contributions import (
+    OutlierRun,
+    contributions,
+    locate,
+    look,
+    neuron_name,
+    reads_by_cls,
+)
 from registerlens.circuits.edge_checks import Collected, check_edges
 from registerlens.circuits.graph import (
     Measured,
@@ -22,14 +29,13 @@ from registerlens.circuits.graph import (
     paths_table,
     select,
 )
-from registerlens.circuits.outlier_tokens import OutlierRun, locate, look, reads_by_cls
 from registerlens.circuits.readings import check_target, output_words, why_no_output
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, InterventionError
 from registerlens.interventions.targets import Heads
-from registerlens.model.assumptions import require_linear_output, require_softmax
+from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 from registerlens.stats.intervals import resample
@@ -113,10 +119,10 @@ def attention_circuit(
     options: dict[str, Any] = {"with_output": no_output is None}
     found, n = Collected(), 0
     with torch.inference_mode():
-        for n_here, _, seen in _runs(vit, images, detection, block, batch_size, "measuring contributions"):
+        for n_here, _, run in _runs(vit, images, detection, block, batch_size, "measuring contributions"):
             n += n_here
-            if seen is not None:
-                found.add(contributions(vit, seen, neurons, target, **options))
+            if run is not None:
+                found.add(contributions(vit, run, neurons, target, **options))
         if "stream" not in found:
             raise ImageError(_nothing(n, detection))
         _check_sums(vit, found.error)
@@ -127,9 +133,9 @@ def attention_circuit(
         effects = None
         if check:
             effects, some = Collected(), _some(neurons, shown)
-            for _, batch, seen in _runs(vit, images, detection, block, batch_size, "cutting edges"):
-                if seen is not None:
-                    effects.add(check_edges(vit, batch, seen, some, Heads(shown.heads), target, **options))
+            for _, batch, run in _runs(vit, images, detection, block, batch_size, "cutting edges"):
+                if run is not None:
+                    effects.add(check_edges(vit, batch, run, some, Heads(shown.heads), target, **options))
     parts = parts_table(measured, shown)
     edges = edges_table(measured, shown, parts, effects, min_share)
     return AttentionCircuit(

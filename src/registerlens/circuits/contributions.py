@@ -1,22 +1,180 @@
-"""From what was written to what it does: contributions to every receiver, which add up to the receiver's quantity."""
+"""What a run of a batch leaves behind, and what each part of it contributes to every receiver, in sums that add up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from registerlens.analysis.detection import Detection, patch_norms
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.circuits.outlier_tokens import OutlierRun
 from registerlens.circuits.readings import read_keys, read_output, read_writes
-from registerlens.config import ViTConfig
+from registerlens.config import TokenLayout, ViTConfig
+from registerlens.errors import InterventionError
+from registerlens.model.attention import final_point
 from registerlens.model.block import Block
+from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
+
+VIA = ("outliers", "other patches", "prefix", "registers")
+"""Groups of key tokens: outlier patches, other patches, [CLS] (and a distillation token), trained or test-time
+registers."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Which tokens of a batch are outliers, and who reads; every image has an outlier and an ordinary patch."""
+
+    layout: TokenLayout
+    """Of the batch."""
+    image: Int[Tensor, " token"]
+    """Index in the batch of each outlier token's image."""
+    position: Int[Tensor, " token"]
+    """Its place in the sequence."""
+    groups: Float[Tensor, "batch pos via"]
+    """1 where a token belongs to the group, in the order of `VIA`."""
+    places: slice
+    """Tokens that may read: [CLS] alone, or the patches."""
+    readers: Float[Tensor, "batch reader"]
+    """How much each of them counts: 1 for [CLS]; 1 / n for each of n ordinary patches, 0 for outliers."""
+
+    @property
+    def everywhere(self) -> Float[Tensor, "batch pos"]:
+        """The readers' weights over the whole sequence."""
+        weights = torch.zeros_like(self.groups[..., 0])
+        weights[:, self.places] = self.readers
+        return weights
+
+    def mean(self, values: Float[Tensor, "*part token"]) -> Float[Tensor, "batch *part"]:
+        """From a number an outlier token to the mean over each image's outliers."""
+        flat = values.reshape(-1, values.shape[-1])
+        total = flat.new_zeros(len(self.readers), len(flat)).index_add(0, self.image, flat.T)
+        number = torch.bincount(self.image, minlength=len(self.readers))
+        return (total / number[:, None]).reshape(len(self.readers), *values.shape[:-1])
+
+
+def reads_by_cls(cfg: ViTConfig) -> bool:
+    """Whether [CLS] is what the circuit ends in: where there is one, and the output is not a mean of other tokens.
+
+    Example:
+        >>> reads_by_cls(ViTConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, image_size=(8, 8), patch_size=(4, 4)))
+        True
+    """
+    means_only = bool(cfg.pooling) and set(cfg.pooling) <= {"mean", "mean_all"}
+    return cfg.class_token and not means_only
+
+
+def locate(vit: HookedViT, batch: Tensor, detection: Detection) -> tuple[Bool[Tensor, " batch"], Located | None]:
+    """Which images can be used, those with an outlier and an ordinary patch, and the tokens of these."""
+    layout = vit.layout(batch)  # first, for its clear errors
+    above = detection.cutoff.above(patch_norms(vit, batch, detection.sublayer))
+    used = above.any(1) & ~above.all(1)
+    above = above[used]
+    if not len(above):
+        return used, None
+    image, patch = above.nonzero(as_tuple=True)
+    dtype = at_least_float32(vit.dtype)
+    groups = torch.zeros(len(above), layout.n_tokens, len(VIA), dtype=dtype, device=above.device)
+    groups[:, layout.patches, 0], groups[:, layout.patches, 1] = above.to(dtype), (~above).to(dtype)
+    groups[:, layout.prefix, 2] = 1
+    groups[:, layout.trained_registers, 3] = groups[:, layout.test_time_registers, 3] = 1
+    if reads_by_cls(vit.cfg) and layout.cls is not None:
+        places, readers = slice(layout.cls, layout.cls + 1), groups.new_ones(len(above), 1)
+    else:
+        ordinary = groups[:, layout.patches, 1]
+        places, readers = layout.patches, ordinary / ordinary.sum(1, keepdim=True)
+    return used, Located(layout, image, patch + layout.patches.start, groups, places, readers)
+
+
+@dataclass
+class OutlierRun:
+    """What a run of a batch leaves behind, in float32 at least. Dictionaries are by block."""
+
+    tokens: Located
+    block: int
+    """The block after which the outliers' stream is taken; heads of later blocks are looked into."""
+    embedded: list[Tensor] = field(default_factory=list)
+    """What enters block 0: [token, d_model] at the outliers, [batch, reader, d_model] at the readers."""
+    attention: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What attention writes, at the outliers and at the readers."""
+    neurons: dict[int, Tensor] = field(default_factory=dict)
+    """Activations at the outliers [token, d_mlp], up to `block`."""
+    mlp: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What the MLP writes, as `attention`."""
+    before: dict[int, Tensor] = field(default_factory=dict)
+    """The stream before later blocks, at the outliers."""
+    stream: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The stream after `block`, at the outliers."""
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    """The readers' mean query [batch, head, d_head] of later blocks, as the scores take it."""
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    """Its scores with the outliers as keys [token, head], as the model computed them."""
+    pattern: dict[int, Tensor] = field(default_factory=dict)
+    """The readers' mean attention to each group [batch, head, via]."""
+    z: dict[int, Tensor] = field(default_factory=dict)
+    """The readers' attention times value, apart for each group [batch, reader, via, head, d_head]."""
+    final: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The stream after the last block, all tokens."""
+
+
+def look(vit: HookedViT, batch: Tensor, tokens: Located, block: int) -> OutlierRun:
+    """Run the model and keep what a circuit needs.
+
+    Raises:
+        InterventionError: an edit in force adds keys that are no tokens.
+    """
+    run, dtype, n_layers = OutlierRun(tokens, block), at_least_float32(vit.dtype), vit.cfg.n_layers
+    rows, later, up_to = (tokens.image, tokens.position), range(block + 1, n_layers), range(block + 1)
+    values: dict[int, Tensor] = {}
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[rows].to(dtype), x[:, tokens.places].to(dtype)
+
+    def keep_scores(scores: Tensor, hook: Any) -> None:
+        mean = einsum(scores[:, :, tokens.places].to(dtype), tokens.readers, "b head q key, b q -> b key head")
+        run.scores[hook.layer()] = mean[rows]
+
+    def keep_pattern(pattern: Tensor, hook: Any) -> None:
+        if pattern.shape[-1] != tokens.layout.n_tokens:
+            raise InterventionError(
+                "An edit in force adds keys that are no tokens (an attention bias), which a circuit has no node for. "
+                "Measure the circuit of the unedited model, or use test-time registers instead."
+            )
+        read = pattern[:, :, tokens.places].to(dtype)
+        run.pattern[hook.layer()] = einsum(
+            read, tokens.readers, tokens.groups, "b head q key, b q, b key via -> b head via"
+        )
+        grouped = "b head q key, b key via, b key head d -> b q via head d"
+        run.z[hook.layer()] = einsum(read, tokens.groups, values.pop(hook.layer()), grouped)
+
+    def keep_query(q: Tensor, hook: Any) -> None:
+        run.queries[hook.layer()] = einsum(q[:, tokens.places].to(dtype), tokens.readers, "b q head d, b q -> b head d")
+
+    def points(layers: range, name: str) -> list[str]:
+        return [f"blocks.{layer}.{name}" for layer in layers]
+
+    every = range(n_layers)
+    hooks: list[Any] = [
+        ("blocks.0.hook_resid_pre", lambda x, hook: run.embedded.extend(both(x))),
+        (points(every, "hook_attn_out"), lambda x, hook: run.attention.__setitem__(hook.layer(), both(x))),
+        (points(up_to, "mlp.hook_post"), lambda x, hook: run.neurons.__setitem__(hook.layer(), x[rows].to(dtype))),
+        (points(every, "hook_mlp_out"), lambda x, hook: run.mlp.__setitem__(hook.layer(), both(x))),
+        (f"blocks.{block}.hook_resid_post", lambda x, hook: setattr(run, "stream", x[rows].to(dtype))),
+        (points(later, "hook_resid_pre"), lambda x, hook: run.before.__setitem__(hook.layer(), x[rows].to(dtype))),
+        (points(later, f"attn.{final_point(vit.cfg, 'q')}"), keep_query),
+        (points(later, "attn.hook_v"), lambda v, hook: values.__setitem__(hook.layer(), v.to(dtype))),
+        (points(later, "attn.hook_attn_scores"), keep_scores),
+        (points(later, "attn.hook_pattern"), keep_pattern),
+    ]
+    with vit.hooks(hooks):
+        run.final = vit(batch.to(vit.device), stop_at_layer=n_layers).to(dtype)
+    return run
+
 
 LATER = ("attention of later blocks", "neurons of later blocks", "biases")
 """What else a later head's score is made of: writes between the stream's place and the head, all biases."""
@@ -86,29 +244,29 @@ class Contributions:
 
 
 def contributions(
-    vit: HookedViT, seen: OutlierRun, neurons: RegisterNeurons, target: int | None, *, with_output: bool
+    vit: HookedViT, run: OutlierRun, neurons: RegisterNeurons, target: int | None, *, with_output: bool
 ) -> Contributions:
     """All contributions of one batch.
 
     Args:
         vit: the model, edited or not.
-        seen: what a run of the batch left.
+        run: what a run of the batch left.
         neurons: those with a name of their own, none after the stream's place.
         target: which output; None for its own direction.
         with_output: whether the output is a receiver.
     """
-    writers = written(vit, seen, neurons)
-    norms = seen.stream.norm(dim=-1, keepdim=True)
-    stream = seen.tokens.mean(einsum(writers, seen.stream / norms, "part token d, token d -> part token"))
-    stream_norm = seen.tokens.mean(norms[:, 0])
-    scores, score = (torch.stack(each, -2) for each in zip(*_scores(vit, seen, writers), strict=True))
-    layers = sorted(seen.pattern)
-    mean = mean_reader(seen)
+    writers = written(vit, run, neurons)
+    norms = run.stream.norm(dim=-1, keepdim=True)
+    stream = run.tokens.mean(einsum(writers, run.stream / norms, "part token d, token d -> part token"))
+    stream_norm = run.tokens.mean(norms[:, 0])
+    scores, score = (torch.stack(each, -2) for each in zip(*_scores(vit, run, writers), strict=True))
+    layers = sorted(run.pattern)
+    mean = mean_reader(run)
     norm = mean.norm(dim=-1)
-    direction = (mean / norm[:, None])[:, None] * seen.tokens.readers[..., None]
-    heads, rest = _to_reader(vit, seen, direction)
+    direction = (mean / norm[:, None])[:, None] * run.tokens.readers[..., None]
+    heads, rest = _to_reader(vit, run, direction)
     received = Received(heads, rest, norm)
-    output = _to_output(vit, seen, target) if with_output else None
+    output = _to_output(vit, run, target) if with_output else None
     pairs = [(stream.sum(1), stream_norm), (scores.sum(1), score)]
     pairs += [(one.heads.sum((1, 2, 3)) + one.rest.sum(1), one.whole) for one in (received, output) if one is not None]
     return Contributions(
@@ -116,79 +274,79 @@ def contributions(
         stream_norm=stream_norm,
         scores=scores,
         score=score,
-        attention=torch.stack([seen.pattern[layer] for layer in layers], 1),
+        attention=torch.stack([run.pattern[layer] for layer in layers], 1),
         reader=received,
         output=output,
         error=max(float((total - whole).norm() / whole.norm()) for total, whole in pairs),
     )
 
 
-def mean_reader(seen: OutlierRun) -> Float[Tensor, "batch d_model"]:
+def mean_reader(run: OutlierRun) -> Float[Tensor, "batch d_model"]:
     """The readers' mean stream after the last block: of [CLS] itself."""
-    return einsum(seen.final[:, seen.tokens.places], seen.tokens.readers, "b q d, b q -> b d")
+    return einsum(run.final[:, run.tokens.places], run.tokens.readers, "b q d, b q -> b d")
 
 
-def written(vit: HookedViT, seen: OutlierRun, neurons: RegisterNeurons) -> Float[Tensor, "part token d_model"]:
+def written(vit: HookedViT, run: OutlierRun, neurons: RegisterNeurons) -> Float[Tensor, "part token d_model"]:
     """What each of `stream_parts` wrote into the stream of the outliers."""
     own: dict[tuple[int, int], Tensor] = {}
-    rest, biases = [seen.embedded[0]], torch.zeros_like(seen.embedded[0])
+    rest, biases = [run.embedded[0]], torch.zeros_like(run.embedded[0])
     named = neurons.by_layer()
-    for layer in range(seen.block + 1):
+    for layer in range(run.block + 1):
         block = cast(Block, vit.blocks[layer])
-        W_out, act = block.mlp.W_out.to(biases.dtype), seen.neurons[layer].clone()
+        W_out, act = block.mlp.W_out.to(biases.dtype), run.neurons[layer].clone()
         for neuron in named.get(layer, ()):
             own[layer, neuron] = act[:, neuron, None] * W_out[neuron]
         act[:, list(named.get(layer, ()))] = 0
-        rest += [seen.attention[layer][0] - block.attn.b_O, act @ W_out]
+        rest += [run.attention[layer][0] - block.attn.b_O, act @ W_out]
         biases = biases + block.attn.b_O + block.mlp.b_out
     return torch.stack([*(own[pair] for pair in neurons.pairs), *rest, biases])
 
 
-def _scores(vit: HookedViT, seen: OutlierRun, writers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _scores(vit: HookedViT, run: OutlierRun, writers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each later block: contributions [batch, part, head] to the scores, and the scores [batch, head]."""
-    tokens = seen.tokens
-    later = torch.zeros(len(LATER), *seen.stream.shape, dtype=seen.stream.dtype, device=seen.stream.device)
-    for layer in sorted(seen.scores):
+    tokens = run.tokens
+    later = torch.zeros(len(LATER), *run.stream.shape, dtype=run.stream.dtype, device=run.stream.device)
+    for layer in sorted(run.scores):
         block = cast(Block, vit.blocks[layer])
-        queries = seen.queries[layer][tokens.image]
-        reading = read_keys(vit, layer, seen.before[layer], tokens.position, queries, tokens.layout)
+        queries = run.queries[layer][tokens.image]
+        reading = read_keys(vit, layer, run.before[layer], tokens.position, queries, tokens.layout)
         read = einsum(torch.cat([writers, later]), reading.vectors, "part token d, token head d -> part head token")
         read[-1] += reading.constants.T
-        yield tokens.mean(read), tokens.mean(seen.scores[layer].T)
-        wrote = (seen.attention[layer][0] - block.attn.b_O, seen.mlp[layer][0] - block.mlp.b_out)
+        yield tokens.mean(read), tokens.mean(run.scores[layer].T)
+        wrote = (run.attention[layer][0] - block.attn.b_O, run.mlp[layer][0] - block.mlp.b_out)
         later = later + torch.stack([*wrote, (block.attn.b_O + block.mlp.b_out).expand_as(wrote[0])])
 
 
 def _to_reader(
-    vit: HookedViT, seen: OutlierRun, reading: Float[Tensor, "batch reader d_model"]
+    vit: HookedViT, run: OutlierRun, reading: Float[Tensor, "batch reader d_model"]
 ) -> tuple[Float[Tensor, "batch layer head via"], Float[Tensor, "batch part"]]:
     """Contributions to a functional of the readers' final stream: of later heads, and of `reader_parts`."""
 
     def read(x: Tensor) -> Float[Tensor, " batch"]:
         return (x * reading).sum((1, 2))
 
-    heads, rest = [], [read(seen.embedded[1])]
+    heads, rest = [], [read(run.embedded[1])]
     neurons, biases = [], torch.zeros_like(rest[0])
     for layer, module in enumerate(vit.blocks):
         block = cast(Block, module)
         biases = biases + read((block.attn.b_O + block.mlp.b_out).to(reading.dtype).expand_as(reading))
-        neurons.append(read(seen.mlp[layer][1] - block.mlp.b_out))
-        if layer <= seen.block:
-            rest.append(read(seen.attention[layer][1] - block.attn.b_O))
+        neurons.append(read(run.mlp[layer][1] - block.mlp.b_out))
+        if layer <= run.block:
+            rest.append(read(run.attention[layer][1] - block.attn.b_O))
             continue
-        z = seen.z[layer]
+        z = run.z[layer]
         by_head, constants = read_writes(vit, layer, z.sum(2), reading)
         heads.append(einsum(z, by_head, "b q via head d, b q head d -> b head via"))
         biases = biases + constants.sum(1)
     return torch.stack(heads, 1), torch.stack([*rest, *neurons, biases], 1)
 
 
-def _to_output(vit: HookedViT, seen: OutlierRun, target: int | None) -> Received:
-    tokens = seen.tokens
+def _to_output(vit: HookedViT, run: OutlierRun, target: int | None) -> Received:
+    tokens = run.tokens
     readers = tokens.everywhere
-    output = read_output(vit, seen.final, tokens.layout, readers, target)
-    heads, rest = _to_reader(vit, seen, (output.vectors * (readers > 0)[..., None])[:, tokens.places])
-    by_token = (output.vectors * seen.final).sum(-1) + output.constants
+    output = read_output(vit, run.final, tokens.layout, readers, target)
+    heads, rest = _to_reader(vit, run, (output.vectors * (readers > 0)[..., None])[:, tokens.places])
+    by_token = (output.vectors * run.final).sum(-1) + output.constants
     others = (by_token * (readers == 0)).sum(1)
     constants = output.bias + (output.constants * (readers > 0)).sum(1)
     rest[:, -1] += constants

@@ -13,11 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect
-from registerlens.circuits.readout import Direction, Readout, Space, pool_weights
+from registerlens.circuits.readings import Direction, Readout, Space, pool_weights
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
-from registerlens.model.assumptions import require_linear_output
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output
 from registerlens.model.norms import Norm
 from registerlens.model.parts import at_least_float32, token_norms
 from registerlens.model.vit import HookedViT

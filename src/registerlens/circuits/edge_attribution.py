@@ -19,8 +19,7 @@ from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons, need_some
 from registerlens.circuits.differentiable import Measure, metric_of
-from registerlens.circuits.neuron_effects import frozen_weights, not_differentiable
-from registerlens.circuits.paused import paused_runs
+from registerlens.circuits.neuron_effects import frozen_weights, not_differentiable, paused_runs
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
@@ -28,8 +27,7 @@ from registerlens.engine.views import mapped
 from registerlens.errors import ConfigError, InterventionError, check_choice
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Heads
-from registerlens.model.assumptions import require_linear_output
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult

@@ -17,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.circuits.contributions import Contributions, Received, mean_reader, written
-from registerlens.circuits.outlier_tokens import VIA, OutlierRun
+from registerlens.circuits.contributions import VIA, Contributions, OutlierRun, Received, mean_reader, written
 from registerlens.circuits.readings import direction_of, project, run_head, scale_of
 from registerlens.interventions.targets import Heads
 from registerlens.model.attention import Rotation, final_point
@@ -55,7 +54,7 @@ class EdgeEffects:
 def check_edges(
     vit: HookedViT,
     batch: Float[Tensor, "batch channel height width"],
-    seen: OutlierRun,
+    run: OutlierRun,
     neurons: RegisterNeurons,
     heads: Heads,
     target: int | None,
@@ -67,13 +66,13 @@ def check_edges(
     Cost: the attention of each head's block runs once; the keys of the outliers are made twice for every neuron; the
     last norm and the model's head run twice for every attention head and group of keys.
     """
-    writes = written(vit, seen, neurons)[: len(neurons)]
-    senders = torch.cat([seen.stream[None], writes, writes.sum(0, keepdim=True)])
-    score, attention = _without_in_keys(vit, batch, seen, senders, heads)
-    reader, output = _without_writes(vit, seen, heads, target, with_output=with_output)
-    shortened = _shortened(seen.stream, writes)
+    writes = written(vit, run, neurons)[: len(neurons)]
+    senders = torch.cat([run.stream[None], writes, writes.sum(0, keepdim=True)])
+    score, attention = _without_in_keys(vit, batch, run, senders, heads)
+    reader, output = _without_writes(vit, run, heads, target, with_output=with_output)
+    shortened = _shortened(run.stream, writes)
     return EdgeEffects(
-        stream=seen.tokens.mean(shortened), score=score, attention=attention, reader=reader, output=output
+        stream=run.tokens.mean(shortened), score=score, attention=attention, reader=reader, output=output
     )
 
 
@@ -92,18 +91,18 @@ def _shortened(
 def _without_in_keys(
     vit: HookedViT,
     batch: Tensor,
-    seen: OutlierRun,
+    run: OutlierRun,
     senders: Float[Tensor, "sender token d_model"],
     heads: Heads,
 ) -> tuple[Float[Tensor, "batch norm sender head"], Float[Tensor, "batch norm sender head"]]:
     """By how much score and attention fall when the keys of the outliers are made without each sender's write."""
-    shape = (len(seen.tokens.readers), len(NORMS), len(senders), len(heads.pairs))
+    shape = (len(run.tokens.readers), len(NORMS), len(senders), len(heads.pairs))
     score, attention = senders.new_zeros(shape), senders.new_zeros(shape)
-    resid, at = vit(batch.to(vit.device), stop_at_layer=seen.block + 1), seen.block + 1
+    resid, at = vit(batch.to(vit.device), stop_at_layer=run.block + 1), run.block + 1
     for layer in sorted({layer for layer, _ in heads.pairs}):
-        resid, at = vit(resid, start_at_layer=at, stop_at_layer=layer, layout=seen.tokens.layout), layer
-        keys = _Keys(vit, layer, resid, seen)
-        clean_score, clean_attention = seen.tokens.mean(seen.scores[layer].T), seen.pattern[layer][..., 0]
+        resid, at = vit(resid, start_at_layer=at, stop_at_layer=layer, layout=run.tokens.layout), layer
+        keys = _Keys(vit, layer, resid, run)
+        clean_score, clean_attention = run.tokens.mean(run.scores[layer].T), run.pattern[layer][..., 0]
         columns = [i for i, (of, _) in enumerate(heads.pairs) if of == layer]
         chosen = [heads.pairs[i][1] for i in columns]
         for sender, part in enumerate(senders):
@@ -117,13 +116,13 @@ def _without_in_keys(
 class _Keys:
     """The readers' attention in one block, with other keys of the outlier tokens and all else as in the clean run."""
 
-    def __init__(self, vit: HookedViT, layer: int, resid: Float[Tensor, "batch pos d_model"], seen: OutlierRun) -> None:
-        self.block, self.tokens, self.stream = cast(Block, vit.blocks[layer]), seen.tokens, seen.before[layer]
-        places, dtype, met = seen.tokens.places, seen.stream.dtype, dict[str, Tensor]()
+    def __init__(self, vit: HookedViT, layer: int, resid: Float[Tensor, "batch pos d_model"], run: OutlierRun) -> None:
+        self.block, self.tokens, self.stream = cast(Block, vit.blocks[layer]), run.tokens, run.before[layer]
+        places, dtype, met = run.tokens.places, run.stream.dtype, dict[str, Tensor]()
         self.rotation = turn = None
         if vit.rotary is not None:
-            turn = vit.rotary(seen.tokens.layout, vit.embed.patch.weight)[layer]
-            at = seen.tokens.position
+            turn = vit.rotary(run.tokens.layout, vit.embed.patch.weight)[layer]
+            at = run.tokens.position
             self.rotation = Rotation(turn.cos[at], turn.sin[at], turn.interleaved)
         name = f"blocks.{layer}.attn"
         hooks: list[Any] = [
@@ -132,8 +131,8 @@ class _Keys:
         ]
         with vit.hooks(hooks):
             self.block.attn(self.block.ln1(resid), turn)
-        self.queries = met["q"][seen.tokens.image] * vit.cfg.d_head**-0.5  # [token, reader, head, d_head]
-        outliers = seen.tokens.groups[:, None, None, :, 0] > 0
+        self.queries = met["q"][run.tokens.image] * vit.cfg.d_head**-0.5  # [token, reader, head, d_head]
+        outliers = run.tokens.groups[:, None, None, :, 0] > 0
         self.others = met["scores"].masked_fill(outliers, -torch.inf).logsumexp(-1)  # [batch, head, reader]
 
     def without(
@@ -177,18 +176,18 @@ def _normed(
 
 
 def _without_writes(
-    vit: HookedViT, seen: OutlierRun, heads: Heads, target: int | None, *, with_output: bool
+    vit: HookedViT, run: OutlierRun, heads: Heads, target: int | None, *, with_output: bool
 ) -> tuple[Float[Tensor, "batch norm head via"], Float[Tensor, "batch norm head via"] | None]:
     """By how much the reader's stream and the output fall when what a head wrote from a group of keys is taken out."""
-    tokens, mean = seen.tokens, mean_reader(seen)
+    tokens, mean = run.tokens, mean_reader(run)
     shape = (len(mean), len(NORMS), len(heads.pairs), len(VIA))
     reader, output = mean.new_zeros(shape), mean.new_zeros(shape) if with_output else None
-    outputs = _Outputs(vit, seen, target) if with_output else None
+    outputs = _Outputs(vit, run, target) if with_output else None
     for i, (layer, head) in enumerate(heads.pairs):
         for via in range(len(VIA)):
             if not tokens.groups[..., via].any():
                 continue
-            wrote = _wrote(vit, seen, layer, head, via)
+            wrote = _wrote(vit, run, layer, head, via)
             reader[:, :, i, via] = _shortened(mean, einsum(wrote, tokens.readers, "b q d, b q -> b d")).T
             if output is not None and outputs is not None:
                 output[:, :, i, via] = outputs.without(wrote)
@@ -198,34 +197,34 @@ def _without_writes(
 class _Outputs:
     """The model's last norm and head, which can be run without a write into the readers' streams."""
 
-    def __init__(self, vit: HookedViT, seen: OutlierRun, target: int | None) -> None:
-        self.vit, self.seen = vit, seen
-        pooled, clean = run_head(vit, seen.final, seen.tokens.layout)
+    def __init__(self, vit: HookedViT, run: OutlierRun, target: int | None) -> None:
+        self.vit, self.run = vit, run
+        pooled, clean = run_head(vit, run.final, run.tokens.layout)
         self.pooled, self.direction = pooled, direction_of(clean, target)
         self.whole = self._measure(clean)
 
     def without(self, wrote: Float[Tensor, "batch reader d_model"]) -> Float[Tensor, "batch norm"]:
         """By how much the output falls, scales live and held."""
-        tokens, final = self.seen.tokens, self.seen.final.clone()
+        tokens, final = self.run.tokens, self.run.final.clone()
         final[:, tokens.places] -= wrote * (tokens.readers > 0)[..., None]
         outs = [run_head(self.vit, final, tokens.layout)[1], self._held(final)]
         return torch.stack([self.whole - self._measure(out) for out in outs], 1)
 
     def _measure(self, out: Tensor) -> Float[Tensor, " batch"]:
-        return project(out, self.direction, self.seen.tokens.everywhere)
+        return project(out, self.direction, self.run.tokens.everywhere)
 
     def _held(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch *out"]:
         """The output with the scales of the clean run, by hand: pooling is linear."""
         head, norm = self.vit.head, self.vit.ln_final
-        tokens = _normed(norm, final, self.seen.final) if isinstance(norm, Norm) else final
-        pooled = head.pool(tokens, self.seen.tokens.layout) if head.pooling else tokens
+        tokens = _normed(norm, final, self.run.final) if isinstance(norm, Norm) else final
+        pooled = head.pool(tokens, self.run.tokens.layout) if head.pooling else tokens
         pooled = pooled if head.ln is None else _normed(head.ln, pooled, self.pooled)
         return pooled if head.linear is None else head.linear(pooled.to(self.vit.dtype)).to(final.dtype)
 
 
-def _wrote(vit: HookedViT, seen: OutlierRun, layer: int, head: int, via: int) -> Float[Tensor, "batch reader d_model"]:
+def _wrote(vit: HookedViT, run: OutlierRun, layer: int, head: int, via: int) -> Float[Tensor, "batch reader d_model"]:
     """What a head wrote into the readers' streams from one group of keys."""
-    attn, every = cast(Block, vit.blocks[layer]).attn, seen.z[layer]
+    attn, every = cast(Block, vit.blocks[layer]).attn, run.z[layer]
     z = torch.zeros_like(every[:, :, via])
     z[:, :, head] = every[:, :, via, head]
     if attn.ln is not None:

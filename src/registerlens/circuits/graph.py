@@ -11,9 +11,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.circuits.contributions import LATER, reader_parts, stream_parts
+from registerlens.circuits.contributions import LATER, VIA, reader_parts, stream_parts
 from registerlens.circuits.edge_checks import ALL_NEURONS, FIRST_NEURON, HELD, LIVE, NORMS, WHOLE_STREAM, Collected
-from registerlens.circuits.outlier_tokens import VIA
 from registerlens.config import ViTConfig
 from registerlens.stats.intervals import mean_intervals
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
-from registerlens.model.assumptions import require_linear_output
 from registerlens.model.attention import HeadNorm
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output
 from registerlens.model.norms import LayerNorm
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult

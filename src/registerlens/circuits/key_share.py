@@ -21,8 +21,8 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, batches, run_until_seen
 from registerlens.errors import ConfigError
-from registerlens.model.assumptions import require_linear_output, require_softmax
 from registerlens.model.attention import final_point
+from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.circuits.readout import Space, check_class, output_width, space_of
+from registerlens.circuits.readings import Space, check_class, output_width, space_of
 from registerlens.config import TokenLayout
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, ShapeError, close_matches

@@ -126,9 +126,16 @@ class AttentionCircuit(ModelResult):
 
     def describe(self) -> str:
         """The result in words."""
-        from registerlens.circuits.records import circuit_in_words  # noqa: PLC0415  (words stand on results)
-
-        return circuit_in_words(self)
+        lines = [
+            f"{self.model}: from {len(self.neurons)} neurons to {self.reader}, {self.n_used} of "
+            f"{self.n_images} images with outliers (parts add up to within {self.sum_error:.0e}).",
+            *_stream(self),
+            *_heads(self),
+            *_ends(self),
+            *_paths(self),
+            *self.notes,
+        ]
+        return "\n".join(lines)
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """A directed multigraph (networkx): nodes by name, an edge for each group of keys; columns as attributes.
@@ -177,20 +184,6 @@ def _agreement(edges: Any) -> dict[str, Any]:
         "difference": float(abs(effect - value).sum() / gross),
         "difference_held": float(abs(held - value).sum() / gross),
     }
-
-
-def circuit_in_words(circuit: AttentionCircuit) -> str:
-    """What flows from the neurons to the reader, a sentence or two a step."""
-    lines = [
-        f"{circuit.model}: from {len(circuit.neurons)} neurons to {circuit.reader}, {circuit.n_used} of "
-        f"{circuit.n_images} images with outliers (parts add up to within {circuit.sum_error:.0e}).",
-        *_stream(circuit),
-        *_heads(circuit),
-        *_ends(circuit),
-        *_paths(circuit),
-        *circuit.notes,
-    ]
-    return "\n".join(lines)
 
 
 def _stream(circuit: AttentionCircuit) -> list[str]:

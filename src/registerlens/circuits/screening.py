@@ -20,14 +20,16 @@ from torch import Tensor
 from registerlens.analysis.neurons import Pair, RegisterNeurons
 from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import (
+    PausedRun,
+    Replacement,
     check_slope,
     exact_effects,
     first_order,
     frozen_weights,
     integrated_gradients,
     not_differentiable,
+    paused_runs,
 )
-from registerlens.circuits.paused import PausedRun, Replacement, paused_runs
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches

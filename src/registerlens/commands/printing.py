@@ -123,7 +123,7 @@ def print_evaluation(done: Evaluation, samples: str) -> None:
     """The verdicts in words, and a table of means with 95% intervals, controls included."""
     from rich.text import Text  # noqa: PLC0415
 
-    from registerlens.evaluation.verdict import ConditionKind  # noqa: PLC0415
+    from registerlens.evaluation.controls import ConditionKind  # noqa: PLC0415
     from registerlens.viz.tables import evaluation_table  # noqa: PLC0415
 
     for name, verdict in done.verdicts.items():
@@ -165,7 +165,7 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
     """For each metric the conditions that do most, with intervals and corrected p-values; skipped images."""
     from rich.text import Text  # noqa: PLC0415
 
-    from registerlens.evaluation.verdict import ConditionKind  # noqa: PLC0415
+    from registerlens.evaluation.controls import ConditionKind  # noqa: PLC0415
     from registerlens.viz.tables import brief  # noqa: PLC0415
 
     frame: Any = result.to_dataframe()

@@ -30,7 +30,7 @@ from registerlens.emergence.evidence import (
     share,
 )
 from registerlens.errors import ConfigError, ShapeError
-from registerlens.evaluation.verdict import GONE
+from registerlens.evaluation.controls import GONE
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 

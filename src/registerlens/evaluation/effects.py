@@ -24,9 +24,8 @@ from registerlens.analysis.trace import trace
 from registerlens.data.batches import Images, count
 from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
-from registerlens.evaluation.controls import build_baselines, build_controls
+from registerlens.evaluation.controls import ConditionKind, Verdict, build_baselines, build_controls, judge_effect
 from registerlens.evaluation.observe import METRICS, Observation, Yardstick, classifies, observe
-from registerlens.evaluation.verdict import ConditionKind, Verdict, judge_effect
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.sublayers import sublayers

@@ -18,8 +18,8 @@ from registerlens.engine.stream import MeansAt, stream
 from registerlens.errors import InterventionError
 from registerlens.interventions.base import Edit, Host, Intervention, Scene
 from registerlens.interventions.registers import TestTimeRegisters
-from registerlens.model.assumptions import require_softmax
 from registerlens.model.attention import final_point
+from registerlens.model.block import require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.results import FINITE
 

@@ -15,7 +15,7 @@ from registerlens.config import Preprocess, ViTConfig
 from registerlens.errors import UnsupportedArchitectureError, WeightsError, close_matches
 from registerlens.loading.family import Family, SourceModel
 from registerlens.loading.weights import Piece, Weight, join
-from registerlens.model.assumptions import require_softmax
+from registerlens.model.block import require_softmax
 from registerlens.model.vit import HookedViT
 
 

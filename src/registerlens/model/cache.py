@@ -11,7 +11,7 @@ from transformer_lens import ActivationCache
 
 from registerlens.display import html_card, size_text, text_table
 from registerlens.errors import HookNameError, close_matches
-from registerlens.model.assumptions import require_linear_output
+from registerlens.model.block import require_linear_output
 from registerlens.model.names import pooled
 
 _ROWS = 60

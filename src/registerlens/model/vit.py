@@ -14,9 +14,8 @@ from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, TokenLayout, ViTConfig
 from registerlens.errors import ConfigError, HookNameError, ShapeError
-from registerlens.model.assumptions import require_linear_output
 from registerlens.model.attention import Rotary, Rotation
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output
 from registerlens.model.browsing import Browsable
 from registerlens.model.cache import Cache
 from registerlens.model.ends import Embedding, Head

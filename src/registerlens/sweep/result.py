@@ -19,12 +19,11 @@ from jaxtyping import Float
 from registerlens.data.images import Skipped
 from registerlens.encoding import own_file
 from registerlens.errors import ConfigError, close_matches
+from registerlens.evaluation.controls import ConditionKind
 from registerlens.evaluation.metrics import COLUMNS, Metric
-from registerlens.evaluation.verdict import ConditionKind
 from registerlens.results import Result
-from registerlens.sweep.aggregate import NUMBERS, Comparison, aggregate, compare
+from registerlens.sweep.aggregate import NUMBERS, Comparison, Places, Swept, aggregate, compare, places_of
 from registerlens.sweep.conditions import Condition, Factor
-from registerlens.sweep.records import Places, Swept, places_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

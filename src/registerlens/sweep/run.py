@@ -13,19 +13,19 @@ from torch import Tensor
 
 from registerlens.data.sources import Source, TensorSource
 from registerlens.engine.backends import Backend, LocalBackend, Task, check_untouched
-from registerlens.engine.memory import find_stack
 from registerlens.engine.processes import ProcessBackend
 from registerlens.engine.store import skipped_of
 from registerlens.errors import ConfigError, ShapeError, close_matches
+from registerlens.evaluation.edit_runs import find_stack
 from registerlens.evaluation.metrics import Metric, check_metrics, default_metrics
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
+from registerlens.sweep.aggregate import Swept
 from registerlens.sweep.conditions import Condition, group_conditions
 from registerlens.sweep.fitting import References, fit_missing, identity_of, unfitted
 from registerlens.sweep.grid import Conditions
 from registerlens.sweep.job import SweepJob
 from registerlens.sweep.manifest import OWN, Manifest, manifest_of
-from registerlens.sweep.records import Swept
 from registerlens.sweep.result import SweepResult
 from registerlens.sweep.store import MemoryStore, SweepStore, grown, joined, writing
 

@@ -15,7 +15,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.batches import Images
 from registerlens.encoding import table_of
 from registerlens.errors import ConfigError, WeightsError
-from registerlens.model.assumptions import require_linear_output, require_softmax
+from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.results import FINITE, ModelResult
 from registerlens.theory.measurements import (

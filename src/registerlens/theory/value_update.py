@@ -20,8 +20,7 @@ from registerlens.data.batches import Images
 from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.interventions.registers import TestTimeRegisters
-from registerlens.model.assumptions import require_linear_output, require_softmax
-from registerlens.model.block import Block
+from registerlens.model.block import Block, require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 

@@ -11,8 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from registerlens.circuits.contributions import VIA
 from registerlens.circuits.graph import REST, STREAM
-from registerlens.circuits.outlier_tokens import VIA
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.viz.parts import finished, legend
 from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, ink, paper

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from registerlens.evaluation.controls import ConditionKind
 from registerlens.evaluation.effects import Evaluation
 from registerlens.evaluation.shifts import OutlierShift
-from registerlens.evaluation.verdict import ConditionKind
 from registerlens.viz.parts import bars, beside, curve, dots, finished, interval, legend, note, ticks_of_blocks
 from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PALETTE, PURPLE, RED, SKY, Mode, ink
 

@@ -16,7 +16,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.sink_edits import EDITS
 from registerlens.analysis.trace import Trace
 from registerlens.errors import NoOutliersError, RegisterLensError
-from registerlens.evaluation.verdict import ConditionKind
+from registerlens.evaluation.controls import ConditionKind
 from registerlens.explorer.page import page_script
 from registerlens.markup import environment
 from registerlens.pictures import colour_bar, data_uri

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from registerlens.analysis.faithfulness import Faithfulness
 from registerlens.analysis.mechanism import SinkEffects
-from registerlens.analysis.sink_counts import MECHANISMS
+from registerlens.analysis.sink_events import MECHANISMS
 from registerlens.analysis.sink_kinds import SinkKinds
 from registerlens.theory.value_update import ValueUpdate
 from registerlens.viz.parts import beside, curve, finished, ticks_of_blocks

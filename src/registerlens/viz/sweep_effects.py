@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from registerlens.errors import ConfigError
-from registerlens.evaluation.verdict import ConditionKind
+from registerlens.evaluation.controls import ConditionKind
 from registerlens.sweep.aggregate import HEAD, NUMBERS
 from registerlens.sweep.result import SweepResult
 
