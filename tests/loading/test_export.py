@@ -11,6 +11,8 @@ from helpers import randomise, relative
 
 from registerlens import HookedViT
 from registerlens.errors import ModelNotFoundError, WeightsError
+from registerlens.loading import huggingface, open_clip, torch_hub
+from registerlens.loading import timm as timm_families
 from registerlens.loading.keymap import canonical, export
 from registerlens.loading.registry import FAMILIES
 
@@ -84,3 +86,7 @@ def test_a_family_must_be_named_well(name, words):
     vit = HookedViT.from_module(CASES["Dinov2Model"].make((32, 32)))
     with pytest.raises(ModelNotFoundError, match=words):
         vit.to_state_dict(name)
+
+
+def test_every_family_has_a_name_of_its_own():
+    assert len(FAMILIES) == sum(len(library.FAMILIES) for library in (huggingface, open_clip, timm_families, torch_hub))
