@@ -29,6 +29,7 @@ from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Heads
 from registerlens.model.block import Block, require_linear_output
 from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import require_heads
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments
@@ -362,11 +363,7 @@ def _heads(cfg: ViTConfig, neurons: RegisterNeurons, heads: Heads | None) -> dic
     first = min(layer for layer, _ in neurons.pairs)
     every = ((layer, head) for layer in range(first + 1, cfg.n_layers) for head in range(cfg.n_heads))
     pairs = sorted(set(every if heads is None else heads.pairs))
-    if wrong := [(a, h) for a, h in pairs if not (0 <= a < cfg.n_layers and 0 <= h < cfg.n_heads)]:
-        raise InterventionError(
-            f"Heads {wrong[:5]} do not exist: the model has blocks 0 to {cfg.n_layers - 1} with heads 0 to "
-            f"{cfg.n_heads - 1} each."
-        )
+    require_heads(pairs, cfg.n_layers, cfg.n_heads)
     later = [(layer, head) for layer, head in pairs if layer > first]
     if not later:
         raise InterventionError(
