@@ -233,7 +233,7 @@ def detect(
     return replace(by_gap, rule=rule, cutoff=Cutoff(value=value, relative=False))
 
 
-def detection_in(found: Trace, sublayer: Sublayer | None = None) -> Detection:
+def detection_in(traced: Trace, sublayer: Sublayer | None = None) -> Detection:
     """What a trace says, by the gap: at one sublayer, or (None) where the evidence is strongest.
 
     Example:
@@ -243,13 +243,13 @@ def detection_in(found: Trace, sublayer: Sublayer | None = None) -> Detection:
         >>> detection_in(found).sublayer, detection_in(found, found.onset).sublayer
         ('5.mlp', '1.mlp')
     """
-    sublayer = sublayer or found.strongest
-    evidence = found.evidence[found.sublayers.index(sublayer)]
+    sublayer = sublayer or traced.strongest
+    evidence = traced.evidence[traced.sublayers.index(sublayer)]
     return Detection(
         sublayer=sublayer,
         cutoff=Cutoff(value=evidence.threshold if evidence.present else float("inf"), relative=True),
         rule="gap",
-        onset=found.onset_before(sublayer),
+        onset=traced.onset_before(sublayer),
         evidence=evidence,
     )
 
@@ -317,13 +317,13 @@ def patch_norms(
         >>> patch_norms(rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(2, 3, 48, 48), "1.mlp").shape
         torch.Size([2, 36])
     """
-    seen: list[Tensor] = []
+    norms: list[Tensor] = []
     patches = vit.layout(batch).patches
     place = Sublayer(sublayer)
-    hook: Any = (place.hook_name, lambda resid, hook: seen.append(token_norms(resid[:, patches])))
+    hook: Any = (place.hook_name, lambda resid, hook: norms.append(token_norms(resid[:, patches])))
     with vit.hooks([hook]):
         vit(batch.to(vit.device), stop_at_layer=max(place.layer, 0) + 1)
-    return seen[0]
+    return norms[0]
 
 
 def after_onset(detection: Detection, n_layers: int) -> range:

@@ -206,14 +206,17 @@ def _restrictions(
         allowed[:, where] = chosen
         return allowed.to(device)
 
-    found = {"patches": tokens(layout.patches)}
+    restrictions = {"patches": tokens(layout.patches)}
     if mask is not None:
-        found |= {"normal_patches": tokens(layout.patches, ~mask.cpu()), "outliers": tokens(layout.patches, mask.cpu())}
+        restrictions |= {
+            "normal_patches": tokens(layout.patches, ~mask.cpu()),
+            "outliers": tokens(layout.patches, mask.cpu()),
+        }
     if layout.n_trained_registers:
-        found["trained_registers"] = tokens(layout.trained_registers)
+        restrictions["trained_registers"] = tokens(layout.trained_registers)
     if layout.n_test_time_registers:
-        found["test_time_registers"] = tokens(layout.test_time_registers)
-    return found | {"cls": tokens(layout.prefix.start)}
+        restrictions["test_time_registers"] = tokens(layout.test_time_registers)
+    return restrictions | {"cls": tokens(layout.prefix.start)}
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ def _last(
     layout: TokenLayout,
     keys: Bool[Tensor, "batch pos"] | None,
 ) -> _Cls:
-    name, seen = f"blocks.{vit.cfg.n_layers - 1}", dict[str, Tensor]()
+    name, recorded = f"blocks.{vit.cfg.n_layers - 1}", dict[str, Tensor]()
 
     def restrict(scores: Float[Tensor, "batch head query key"], hook: Any) -> Tensor | None:
         if keys is None:
@@ -243,10 +246,10 @@ def _last(
         return scores
 
     def attention(pattern: Tensor, hook: Any) -> None:
-        seen["attention"] = pattern[:, :, layout.cls].float().mean(1)
+        recorded["attention"] = pattern[:, :, layout.cls].float().mean(1)
 
     def update(written: Tensor, hook: Any) -> None:
-        seen["update"] = written[:, layout.cls].float()
+        recorded["update"] = written[:, layout.cls].float()
 
     hooks: list[Any] = [
         (f"{name}.attn.hook_attn_scores", restrict),
@@ -255,7 +258,7 @@ def _last(
     ]
     with vit.hooks(hooks):
         tokens = vit(resid, start_at_layer=vit.cfg.n_layers - 1, layout=layout, return_type="tokens")
-    return _Cls(tokens[:, layout.cls].float(), seen["update"], seen["attention"])
+    return _Cls(tokens[:, layout.cls].float(), recorded["update"], recorded["attention"])
 
 
 class _Sums:

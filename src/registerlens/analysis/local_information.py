@@ -66,12 +66,12 @@ class LocalInformation(ModelResult):
         """The result in words."""
         onset = self.detection.onset or self.detection.sublayer
         at = self.sublayers.index(onset)
-        told = [
+        sentences = [
             f"{group.capitalize()}: R squared {read[0]:.2f} at the embedding, {read[at]:.2f} after {onset}, "
             f"{read[-1]:.2f} at the end; cosine of two tokens {like[0]:.2f}, {like[at]:.2f}, {like[-1]:.2f}"
             for group, read, like in zip(GROUPS, self.readable, self.likeness, strict=True)
         ]
-        words, fitted, width = ". ".join(told), self.n_tokens[0, FITTED], self.config.d_model
+        words, fitted, width = ". ".join(sentences), self.n_tokens[0, FITTED], self.config.d_model
         return (
             f"{self.model}, pixels of a token's own patch, read from the token. {words}. The maps were fitted "
             f"to {fitted} outliers, {fitted / width:.1f} for each of {width} dimensions; more would read more."
@@ -124,8 +124,8 @@ def local_information(
     require_outliers(detection, "Comparing outliers with normal patches")
     sublayer_of(detection.sublayer, vit.cfg.n_layers)  # refuses a place of another model
     sums = _PixelSums(vit, detection, generator_of(PURPOSE, seed))
-    [found] = stream(vit, images, [sums], batch_size=batch_size, description="reading pixels")
-    return found
+    [information] = stream(vit, images, [sums], batch_size=batch_size, description="reading pixels")
+    return information
 
 
 def patch_pixels(
@@ -246,6 +246,6 @@ def _as_many_others(mask: Bool[Tensor, "batch patch"], generator: torch.Generato
         >>> others.sum(1).tolist(), bool((others & mask).any())
         ([2, 0], False)
     """
-    drawn = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(mask, -1)
-    rank = drawn.argsort(1, descending=True).argsort(1)
+    keys = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(mask, -1)
+    rank = keys.argsort(1, descending=True).argsort(1)
     return (rank < mask.sum(1, keepdim=True)) & ~mask

@@ -68,14 +68,14 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
     def keep_norm(resid: Tensor, hook: Any) -> None:
         norms[hook.layer()].append(token_norms(resid))
 
-    hooks = attention_hooks(vit, layout, layers, lambda layer, drawn: attention[layer].append(drawn.mean(1)))
+    hooks = attention_hooks(vit, layout, layers, lambda layer, received: attention[layer].append(received.mean(1)))
     hooks.append(([f"blocks.{layer}.hook_resid_post" for layer in layers], keep_norm))
     with torch.inference_mode(), vit.hooks(hooks):
         for batch in images.split(_BATCH):
             vit(batch.to(vit.device), stop_at_layer=max(layers) + 1)
 
-    def stacked(found: dict[int, list[Tensor]]) -> Float[Tensor, "layer image pos"]:
-        return torch.stack([torch.cat(found[layer]) for layer in layers]).cpu()
+    def stacked(by_layer: dict[int, list[Tensor]]) -> Float[Tensor, "layer image pos"]:
+        return torch.stack([torch.cat(by_layer[layer]) for layer in layers]).cpu()
 
     def grids(values: Float[Tensor, "layer image pos"]) -> Float[np.ndarray, "layer image grid_h grid_w"]:
         # Patches first: with an attention bias there are more keys than tokens.
@@ -138,13 +138,13 @@ def neuron_maps(
     if not len(neurons):
         raise InterventionError("No neuron was given. Pass at least one (layer, neuron).")
     layout = vit.layout(images)
-    seen: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in neurons.pairs}
+    recorded: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in neurons.pairs}
     by_layer = neurons.by_layer()
 
     def keep(post: Tensor, hook: Any) -> None:
         patches = post[:, layout.patches]
         for neuron in by_layer[hook.layer()]:
-            seen[hook.layer(), neuron].append(patches[..., neuron].float().cpu().clone())  # no view of the layer
+            recorded[hook.layer(), neuron].append(patches[..., neuron].float().cpu().clone())  # no view of the layer
 
     hooks: Any = [([f"blocks.{layer}.mlp.hook_post" for layer in by_layer], keep)]
     with torch.inference_mode(), vit.hooks(hooks):
@@ -152,5 +152,5 @@ def neuron_maps(
             vit(batch.to(vit.device), stop_at_layer=max(by_layer) + 1)
     return NeuronMaps(
         pairs=neurons.pairs,
-        activations=np.stack([layout.to_grid(torch.cat(found)).numpy() for found in seen.values()]),
+        activations=np.stack([layout.to_grid(torch.cat(values)).numpy() for values in recorded.values()]),
     )

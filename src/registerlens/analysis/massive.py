@@ -138,8 +138,10 @@ def massive_activations(vit: HookedViT, images: Images, *, batch_size: int = 16)
         >>> found.places[int(found.ratio.argmax())], float(found.per_image.max())
         ('5.mlp', 0.0)
     """
-    [found] = stream(vit, images, [MassiveSums(vit)], batch_size=batch_size, description="finding massive activations")
-    return found
+    [massive] = stream(
+        vit, images, [MassiveSums(vit)], batch_size=batch_size, description="finding massive activations"
+    )
+    return massive
 
 
 def is_massive(
@@ -200,7 +202,7 @@ class MassiveSums(Sums):
             massive = is_massive(magnitudes, median)
             tokens = massive.any(-1)
             peaked = kurtosis(resid)
-            found = {
+            sums = {
                 "largest": largest,
                 "median": median,
                 "ratio": largest / median.clamp_min(1e-30),
@@ -212,13 +214,13 @@ class MassiveSums(Sums):
                 "channels": massive.any(1),
                 "channel_largest": by_channel,
             }
-            self.found.append({name: values.sum(0) for name, values in found.items()})
+            self.found.append({name: values.sum(0) for name, values in sums.items()})
 
         return [(["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"], take)]
 
     def update(self, batch: Batch) -> None:
         """Take in one batch."""
-        sums = {name: torch.stack([found[name] for found in self.found]) for name in self.found[0]}
+        sums = {name: torch.stack([sums_here[name] for sums_here in self.found]) for name in self.found[0]}
         self.add(n_images=len(batch), **sums)
 
     def result(self) -> MassiveActivations:

@@ -231,7 +231,7 @@ class _EffectSums(Sums):
         }
 
     def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
-        """Those of the probe, and the stream in the end."""
+        """The hooks of the probe, and one that keeps the final stream."""
         self.layers: list[ProbedLayer] = []
         self.final: list[Float[Tensor, "batch pos d_model"]] = []
         last = f"blocks.{vit.cfg.n_layers - 1}.hook_resid_post"
@@ -305,7 +305,7 @@ def _changes(
     cls = [torch.full_like(tokens[:, 0].float(), float("nan")) for tokens in (before, after)]
     if layout.cls is not None:
         cls = [tokens[:, layout.cls].float() for tokens in (before, after)]
-    found: list[Tensor] = []
+    changes: list[Tensor] = []
     for then, now in (cls, output):
-        found += [(now - then).norm(dim=1) / then.norm(dim=1), F.cosine_similarity(now, then, dim=1)]
-    return found
+        changes += [(now - then).norm(dim=1) / then.norm(dim=1), F.cosine_similarity(now, then, dim=1)]
+    return changes

@@ -28,7 +28,7 @@ class ActivationDistributions(TopOutlierResult):
     """Activations at the top outlier of each image and at a random normal patch of it; places in that order."""
 
     seed: int
-    """Of the normal patches."""
+    """Seed of the choice of normal patches."""
     histogram: Int[np.ndarray, "place layer bin"]
     """All neurons of a layer in all images, by activation; bins as `signed_edges()`."""
     neuron_histogram: Int[np.ndarray, "place listed bin"]
@@ -43,7 +43,7 @@ class ActivationDistributions(TopOutlierResult):
     """Neurons whose |activation| at the top outlier exceeds that of every neuron at the normal patch, mean over images:
     the few large values, without a threshold."""
     large_listed: Float[np.ndarray, " layer"]
-    """Of these, how many are listed."""
+    """How many of these are listed."""
 
     def listed(self, values: Shaped[np.ndarray, "place layer neuron"]) -> Shaped[np.ndarray, "place listed"]:
         """One number for each listed neuron, out of those for all."""

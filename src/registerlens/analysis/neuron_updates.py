@@ -134,8 +134,8 @@ def neuron_updates(
         raise ConfigError(f"draws must be at least 1, got {draws}.")
     detection = located(vit, images, neurons, detection, "Measuring updates at outliers", batch_size)
     sums = _UpdateSums(vit, neurons, detection, draws, torch.Generator().manual_seed(seed))
-    [found] = stream(vit, images, [sums], batch_size=batch_size, description="comparing updates")
-    return found
+    [updates] = stream(vit, images, [sums], batch_size=batch_size, description="comparing updates")
+    return updates
 
 
 class _UpdateSums(AtTopOutliers):
@@ -156,11 +156,11 @@ class _UpdateSums(AtTopOutliers):
 
     def take(self, tokens: TokenPairs) -> None:
         """Take in the activations at the top outliers of a batch."""
-        found = []
+        numbers = []
         for layer, chosen, writes in zip(self.layers, self.sets, self.writes, strict=True):
             active = tokens.activations(layer)[0][:, chosen]
-            found.append(einsum(active, writes, "image set n, set n d_model -> image set d_model"))
-        updates = torch.stack(found).cpu()  # layer image set d_model
+            numbers.append(einsum(active, writes, "image set n, set n d_model -> image set d_model"))
+        updates = torch.stack(numbers).cpu()  # layer image set d_model
         norms = updates.norm(dim=-1)
         units = F.normalize(updates.double(), dim=-1)
         chain = units if self.last is None else torch.cat([self.last, units], 1)

@@ -97,7 +97,7 @@ def judge(
     cut = (start + stop) // 2  # bins are logarithmic: the middle bin is the geometric middle of the gap
     upper = counts[cut:]
     typical = float(edges[cut + int(np.searchsorted(upper.cumsum(), upper.sum() / 2))])
-    found = {
+    numbers = {
         "largest_over_median": largest_over_median,
         "gap": gap,
         "threshold": float(edges[cut]),
@@ -107,18 +107,18 @@ def judge(
     }
     if gap < MIN_GAP or typical < MIN_TYPICAL:
         reason = f"the largest norms ({typical:.1f} x the median, gap {gap:.2f}) continue the others"
-        return OutlierEvidence(verdict="absent", reason=reason, **found)
+        return OutlierEvidence(verdict="absent", reason=reason, **numbers)
     if _surprise(counts, int(start), int(stop)) < MIN_SURPRISE:
         reason = (
             f"the norms beyond the widest gap ({typical:.1f} x the median, gap {gap:.2f}) are few enough to be the "
             f"tail of the others: {beyond[cut]} of {n_patches} patches"
         )
-        return OutlierEvidence(verdict="absent", reason=reason, **found)
+        return OutlierEvidence(verdict="absent", reason=reason, **numbers)
     reason = (
-        f"{found['share_of_patches']:.1%} of patches, in {found['share_of_images']:.0%} of images, form a mode of "
+        f"{numbers['share_of_patches']:.1%} of patches, in {numbers['share_of_images']:.0%} of images, form a mode of "
         f"their own at {typical:.1f} x the median norm (gap {gap:.1f})"
     )
-    return OutlierEvidence(verdict="present", reason=reason, **found)
+    return OutlierEvidence(verdict="present", reason=reason, **numbers)
 
 
 def count_ratios(norms: Float[Tensor, "place batch patch"]) -> dict[str, Tensor]:

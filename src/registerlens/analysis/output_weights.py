@@ -46,7 +46,7 @@ class OutputWeights(ModelResult):
     norm_percentile: Float[np.ndarray, " listed"]
     """Percentage of the layer's other neurons that write a smaller norm."""
     kurtosis: Float[np.ndarray, " listed"]
-    """Of the row, over the residual dimensions: high where few dimensions hold most (3 for a normal distribution)."""
+    """Kurtosis of the row over the residual dimensions: high where few hold most (3 for a normal distribution)."""
     kurtosis_percentile: Float[np.ndarray, " listed"]
     """Percentage of the layer's other neurons of lower kurtosis."""
     shared: Float[np.ndarray, " d_model"]
@@ -132,7 +132,7 @@ def output_weights(vit: HookedViT, neurons: RegisterNeurons, *, draws: int = 100
     check_neurons(vit, neurons)
     generator = torch.Generator().manual_seed(seed)
     rows: dict[tuple[int, int], Tensor] = {}
-    found: dict[tuple[int, int], tuple[float, float, float]] = {}
+    by_pair: dict[tuple[int, int], tuple[float, float, float]] = {}
     histograms, null = [], torch.zeros(draws, vit.cfg.d_model, dtype=torch.float64)
     for layer, listed in neurons.by_layer().items():
         weights = _output_rows(vit, layer)
@@ -146,9 +146,9 @@ def output_weights(vit: HookedViT, neurons: RegisterNeurons, *, draws: int = 100
         for n in listed:
             rows[layer, n] = weights[n]
             below = [100 * float((values[others] < values[n]).float().mean()) for values in (norms, peaked)]
-            found[layer, n] = (below[0], float(peaked[n]), below[1])
+            by_pair[layer, n] = (below[0], float(peaked[n]), below[1])
     ordered = torch.stack([rows[pair] for pair in neurons.pairs])
-    statistics = np.array([found[pair] for pair in neurons.pairs])
+    statistics = np.array([by_pair[pair] for pair in neurons.pairs])
     scale = (ordered.norm(dim=1, keepdim=True) / math.sqrt(vit.cfg.d_model)).clamp_min(1e-30)
     return OutputWeights(
         model=vit.source,

@@ -43,13 +43,13 @@ class Overlap(ModelResult):
     detection: Detection
     """Place in the stream, cut-off and evidence of norm outliers."""
     observables: tuple[str, ...]
-    """Those that the model has: without [CLS] there is no closeness to it, without a later block no sink."""
+    """The observables that the model has: without [CLS] there is no closeness to it, without a later block no sink."""
     cutoffs: tuple[str, ...]
     """Above what a patch shows each, in words."""
     n_images: int
     """Images that went through."""
     n_with_outliers: int
-    """Of these, how many have a norm outlier, and so a matched comparison."""
+    """How many of these have a norm outlier, and so a matched comparison."""
     n_patches: int
     """Patches in all."""
     counts: Int[np.ndarray, "observable observable"]
@@ -102,15 +102,15 @@ class Overlap(ModelResult):
             f"{name} {share:.2%} ({cutoff})"
             for name, share, cutoff in zip(self.observables, shares, self.cutoffs, strict=True)
         )
-        told = [f"Of {self.n_patches} patches show: {listed}."]
+        sentences = [f"Of {self.n_patches} patches show: {listed}."]
         for j, name in enumerate(self.observables[1:], start=1):
             if self.counts[j, j]:
-                told.append(
+                sentences.append(
                     f"{self.conditional[0, j]:.0%} of the norm outliers are {_plural(name)}, and "
                     f"{self.conditional[j, 0]:.0%} the other way round."
                 )
-            told.append(f"Ranked by '{name}' {self.matched_share[0, j]:.0%} of the first are norm outliers.")
-        return " ".join([*told, f"By chance it would be {self.chance:.1%}."])
+            sentences.append(f"Ranked by '{name}' {self.matched_share[0, j]:.0%} of the first are norm outliers.")
+        return " ".join([*sentences, f"By chance it would be {self.chance:.1%}."])
 
     def plot(self) -> go.Figure:
         """Heat maps of the conditional shares, the Jaccard indices and the matched shares."""
@@ -162,14 +162,14 @@ def observable_overlap(
         detection = detect(vit, images, layer=layer, threshold=threshold, batch_size=batch_size)
     require_outliers(detection, "The overlap of the observables")
     first = (detection.onset or detection.sublayer).layer + 1
-    [found] = stream(
+    [overlap] = stream(
         vit,
         images,
         [OverlapSums(vit, detection, sink_layers=range(first, vit.cfg.n_layers))],
         batch_size=batch_size,
         description="comparing observables",
     )
-    return found
+    return overlap
 
 
 def count_overlaps(flags: Bool[Tensor, "observable *patch"]) -> Int[Tensor, "observable observable"]:
@@ -222,14 +222,14 @@ def _in_stream(
         raise NonFiniteError(f"Patch norms are NaN or infinite at {detection.sublayer}. Check the images.")
     magnitudes, median = magnitudes_of(resid)
     of_patches = magnitudes[:, layout.patches]
-    seen = {
+    shows = {
         NORM: (detection.cutoff.above(norms), norms),
         MASSIVE: (is_massive(of_patches, median).any(-1), of_patches.amax(-1)),
     }
     if layout.cls is not None:
         close = closeness(patches, resid[:, layout.cls])
-        seen[CLOSE] = (close > 0, close)
-    return seen
+        shows[CLOSE] = (close > 0, close)
+    return shows
 
 
 class OverlapSums(Sums):

@@ -52,7 +52,7 @@ class NeuronScores(Shown):
     n_images: int
     """Images that went through."""
     n_with_outliers: int
-    """Of these, how many have an outlier."""
+    """How many of these have an outlier."""
     n_outliers: int
     """Outlier patches in all."""
     evidence: OutlierEvidence
@@ -156,9 +156,9 @@ class ScoreSums(Sums):
         """Take in one batch."""
         self.take(self.seen)
 
-    def take(self, seen: NormsAndActivations) -> None:
+    def take(self, recorded: NormsAndActivations) -> None:
         """Take in what a pass over a batch has left behind."""
-        norms = seen.norms(self.detection.sublayer)
+        norms = recorded.norms(self.detection.sublayer)
         mask = self.detection.cutoff.above(norms)
         half = (torch.arange(len(norms), device=norms.device) + self.n_images) % 2
         self.add(n_images=len(norms), n_outliers=mask.sum(), **count_ratios(norms[None]))
@@ -177,17 +177,17 @@ class ScoreSums(Sums):
         weight = _wide(valid[rows])[..., None]
         place = torch.zeros(len(norms), dtype=torch.long, device=norms.device)
         place[rows] = torch.arange(len(rows), device=norms.device)
-        found: dict[str, list[Float[Tensor, "half neuron"]]] = {name: [] for name in _SUMMED}
+        scores: dict[str, list[Float[Tensor, "half neuron"]]] = {name: [] for name in _SUMMED}
         for layer in self.layers:
-            outlying = seen.activations(layer, image, patch)
-            normal = seen.activations(layer, rows[:, None], normals[rows])
+            outlying = recorded.activations(layer, image, patch)
+            normal = recorded.activations(layer, rows[:, None], normals[rows])
             won = _share_exceeded(outlying, normal, valid[rows], place[image])
-            found["mean"].append(_sum_by(half[image], outlying * share))
-            found["mean_abs"].append(_sum_by(half[image], outlying.abs() * share))
-            found["auc"].append(_sum_by(half[image], won * share))
-            found["normal"].append(_sum_by(half[rows], (normal * weight).sum(1)))
-            found["square"].append(_sum_by(half[rows], (normal.square() * weight).sum(1)))
-        self.add(**{name: torch.stack(values, 1) for name, values in found.items()})
+            scores["mean"].append(_sum_by(half[image], outlying * share))
+            scores["mean_abs"].append(_sum_by(half[image], outlying.abs() * share))
+            scores["auc"].append(_sum_by(half[image], won * share))
+            scores["normal"].append(_sum_by(half[rows], (normal * weight).sum(1)))
+            scores["square"].append(_sum_by(half[rows], (normal.square() * weight).sum(1)))
+        self.add(**{name: torch.stack(values, 1) for name, values in scores.items()})
 
     def result(self) -> NeuronScores:
         """Everything, as means.

@@ -212,16 +212,16 @@ class SingularDefects(ModelResult):
         best = self.neurons(top=5)
         listed = ", ".join(f"{a}:{n} ({c:.2f})" for a, n, c in zip(*(best[k] for k in best.columns[:3]), strict=True))
         last = len(self.directions) - 1
-        told = (
+        sentence = (
             f"After the last block the first singular direction is stretched {self.dominance[last]:.3g} x as much as "
             f"the second (1 would be arbitrary). Neurons that write most along their block's direction: {listed}."
         )
         if self.detection is None:
-            return f"{told} Without images nothing says that outliers exist, or lie there."
+            return f"{sentence} Without images nothing says that outliers exist, or lie there."
         first = max((self.detection.onset or self.detection.sublayer).layer, 0)
         close = first + int(self.outlier_angle[first:].argmin())
         return (
-            f"{told} From their onset on, measured outliers are nearest to it after block {close}: "
+            f"{sentence} From their onset on, measured outliers are nearest to it after block {close}: "
             f"{self.outlier_angle[close]:.0f} degrees, other patches {self.normal_angle[close]:.0f}; after the last "
             f"block {self.outlier_angle[last]:.0f} and {self.normal_angle[last]:.0f}. One random direction in 20 lies "
             f"below {self.random_angle:.0f}."

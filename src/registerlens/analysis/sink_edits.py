@@ -84,7 +84,7 @@ class Bank:
         self.sinks: dict[tuple[int, int], list[Tensor]] = {}
 
     def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
-        """Those of the probe."""
+        """The hooks of the probe."""
         self.layers = []
         return self.probe.hooks(self.layers)
 

@@ -24,7 +24,7 @@ from registerlens.stats.histograms import N_BINS, bin_edges, count_bins, medians
 _SCORES_AT_ONCE = 2**20
 """Scores of a chunk of queries: few enough for the processor's cache, enough for a matrix product to be worth it."""
 _LARGEST_EXPONENT = 60.0
-"""Of scores that are exponentiated as they are: a million of them still sum up to a finite float32."""
+"""Largest score that is exponentiated as it is: a million of them still sum to a finite float32."""
 QUERIES = 0.9
 """Share of the queries that must be drawn to a key for a sink event (Fesser et al. 2026)."""
 
@@ -108,8 +108,8 @@ def _reduced(
 
 def _strongest(position: Tensor, received: Tensor, column: Tensor, queries: float) -> StrongestKey:
     n = column.shape[-1]
-    drawn = max(1, math.ceil(queries * n - 1e-9))  # the product may lie just above a whole number
-    return StrongestKey(position, received, column, column.kthvalue(n - drawn + 1).values)
+    needed = max(1, math.ceil(queries * n - 1e-9))  # the product may lie just above a whole number
+    return StrongestKey(position, received, column, column.kthvalue(n - needed + 1).values)
 
 
 def output_factor(W_O: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head rank d_head"]:

@@ -215,5 +215,5 @@ def classify_sinks(
     if not 0 < queries <= 1:
         raise ConfigError(f"queries is a share of all queries, above 0 and at most 1; got {queries}.")
     sums = SinkSums(vit, swept, queries)
-    [found] = stream(vit, images, [sums], batch_size=batch_size, description="classifying sinks")
-    return SinkKinds(model=vit.source, config=vit.cfg, thresholds=swept, queries=float(queries), **found)
+    [kinds] = stream(vit, images, [sums], batch_size=batch_size, description="classifying sinks")
+    return SinkKinds(model=vit.source, config=vit.cfg, thresholds=swept, queries=float(queries), **kinds)

@@ -194,8 +194,8 @@ def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
         >>> found.verdict, found.onset
         ('present', '1.mlp')
     """
-    [found] = stream(vit, images, [TraceSums(vit)], batch_size=batch_size, description="tracing")
-    return found
+    [traced] = stream(vit, images, [TraceSums(vit)], batch_size=batch_size, description="tracing")
+    return traced
 
 
 class TraceSums(Sums):
@@ -217,10 +217,10 @@ class TraceSums(Sums):
         def norm(resid: Tensor, hook: Any) -> None:
             self.norms.append(token_norms(resid[:, layout.patches]))
 
-        def attention(layer: int, drawn: Float[Tensor, "batch head key"]) -> None:
-            drawn = drawn[..., layout.patches]
-            self.head_sinks.append(drawn.amax(-1))
-            strongest = drawn.mean(1).max(-1)
+        def attention(layer: int, received: Float[Tensor, "batch head key"]) -> None:
+            received = received[..., layout.patches]
+            self.head_sinks.append(received.amax(-1))
+            strongest = received.mean(1).max(-1)
             self.sinks.append(strongest.values)
             self.sink_patches.append(strongest.indices)
 

@@ -117,27 +117,27 @@ def attention_circuit(
     block = _block(vit, neurons, detection, block)
     no_output = why_no_output(vit.cfg)
     options: dict[str, Any] = {"with_output": no_output is None}
-    found, n = Collected(), 0
+    collected, n = Collected(), 0
     with torch.inference_mode():
         for n_here, _, run in _runs(vit, images, detection, block, batch_size, "measuring contributions"):
             n += n_here
             if run is not None:
-                found.add(contributions(vit, run, neurons, target, **options))
-        if "stream" not in found:
+                collected.add(contributions(vit, run, neurons, target, **options))
+        if "stream" not in collected:
             raise ImageError(_nothing(n, detection))
-        _check_sums(vit, found.error)
-        times = resample(len(found["stream_norm"]), n_boot, seed)
+        _check_sums(vit, collected.error)
+        times = resample(len(collected["stream_norm"]), n_boot, seed)
         reader = "[CLS]" if reads_by_cls(vit.cfg) else "mean patch"
-        measured = Measured(vit.cfg, neurons, block, reader, found, times)
-        shown = select(measured, min_share)
+        measured = Measured(vit.cfg, neurons, block, reader, collected, times)
+        nodes = select(measured, min_share)
         effects = None
         if check:
-            effects, some = Collected(), _some(neurons, shown)
+            effects, some = Collected(), _some(neurons, nodes)
             for _, batch, run in _runs(vit, images, detection, block, batch_size, "cutting edges"):
                 if run is not None:
-                    effects.add(check_edges(vit, batch, run, some, Heads(shown.heads), target, **options))
-    parts = parts_table(measured, shown)
-    edges = edges_table(measured, shown, parts, effects, min_share)
+                    effects.add(check_edges(vit, batch, run, some, Heads(nodes.heads), target, **options))
+    parts = parts_table(measured, nodes)
+    edges = edges_table(measured, nodes, parts, effects, min_share)
     return AttentionCircuit(
         model=vit.source,
         config=vit.cfg,
@@ -150,13 +150,13 @@ def attention_circuit(
         n_images=n,
         n_used=len(times),
         checked=check,
-        sum_error=found.error,
+        sum_error=collected.error,
         neuron_share=_neuron_share(measured, range(block + 1)),
         onset_share=_neuron_share(measured, [_onset(detection, block)]),
         notes=() if no_output is None else (no_output,),
-        nodes=nodes_table(measured, shown, edges, effects),
+        nodes=nodes_table(measured, nodes, edges, effects),
         edges=edges,
-        paths=paths_table(measured, shown, effects),
+        paths=paths_table(measured, nodes, effects),
         parts=parts,
     )
 
@@ -220,13 +220,13 @@ def _check_sums(vit: HookedViT, error: float) -> None:
         )
 
 
-def _some(neurons: RegisterNeurons, shown: ShownNodes) -> RegisterNeurons:
-    return RegisterNeurons.from_pairs([neurons.pairs[i] for i in shown.neurons])
+def _some(neurons: RegisterNeurons, nodes: ShownNodes) -> RegisterNeurons:
+    return RegisterNeurons.from_pairs([neurons.pairs[i] for i in nodes.neurons])
 
 
 def _neuron_share(measured: Measured, blocks: Any) -> float:
-    """Of what all neurons of these blocks contribute to the outlier stream, the part of the given ones."""
+    """Share of the given neurons in what all neurons of these blocks contribute to the outlier stream."""
     stream = dict(zip(measured.written, measured.mean("stream"), strict=True))
-    given = sum(stream[neuron_name(*pair)] for pair in measured.neurons.pairs if pair[0] in blocks)
-    every = given + sum(stream[f"other neurons of block {layer}"] for layer in blocks)
-    return float(given / every) if every else 0.0
+    part = sum(stream[neuron_name(*pair)] for pair in measured.neurons.pairs if pair[0] in blocks)
+    every = part + sum(stream[f"other neurons of block {layer}"] for layer in blocks)
+    return float(part / every) if every else 0.0

@@ -271,8 +271,8 @@ def _to_check(
     """The largest units, and a random sample of the others."""
     order = np.argsort(-np.abs(effects), kind="stable")
     largest, others = order[:exact], np.sort(order[exact:])
-    drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:sample].numpy()
-    checked = np.concatenate([largest, np.sort(others[drawn])]).astype(np.int64)
+    sampled = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:sample].numpy()
+    checked = np.concatenate([largest, np.sort(others[sampled])]).astype(np.int64)
     return checked, np.arange(len(checked)) < len(largest)
 
 
@@ -301,15 +301,15 @@ def _exactly(
             with vit.hooks([(names, keep(there))]):
                 vit(pair.corrupted)
             before = measured([metric], base, base)[0]
-            found = []
+            effects = []
             for site in chosen:
                 block = blocks[site.name]
                 start = pair.clean if block is None else resid[block]
                 hook = [patch(site, there[site.name], layout, pair.rows)]
-                seen = labels_alone(base) if block is None else base
-                edited = run_from(vit, start, block, layout, estimate.watched, hook, seen)
-                found.append(measured([metric], edited, base)[0] - before)
-            moments.add(torch.stack(found, 1))
+                reference = labels_alone(base) if block is None else base
+                edited = run_from(vit, start, block, layout, estimate.watched, hook, reference)
+                effects.append(measured([metric], edited, base)[0] - before)
+            moments.add(torch.stack(effects, 1))
     return moments.mean[: len(checked)], moments.mean[len(checked) :]
 
 

@@ -30,7 +30,7 @@ class Attributions(ModelResult):
     metric: str
     """Name of the metric."""
     words: str
-    """What it is, with its unit."""
+    """The metric in words, with its unit."""
     steps: int
     """Gradients along the way from clean to corrupted; 1 is first order."""
     tokens: str
@@ -119,9 +119,9 @@ class Attributions(ModelResult):
         if not len(self.checked):
             return f"{sums} No unit was patched exactly to check this: raise exact= and sample=."
         groups = (("a random sample", self.on_sample), ("the largest", self.on_candidates))
-        told = [(what, rho) for what, rho in groups if rho.n]
-        words = "; ".join(f"{rho} on {what}" for what, rho in told)
-        poor = [what for what, rho in told if rho.rho < POOR]
+        known = [(what, rho) for what, rho in groups if rho.n]
+        words = "; ".join(f"{rho} on {what}" for what, rho in known)
+        poor = [what for what, rho in known if rho.rho < POOR]
         more = "raise steps=, or patch exactly (rl.circuits.path_patching)" if self.steps == 1 else "patch exactly"
         warning = f" That is poor on {' and '.join(poor)}: {more}." if poor else ""
         return f"Spearman's rank correlation with exact patching: {words}.{warning} {sums}"

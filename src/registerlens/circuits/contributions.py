@@ -216,7 +216,7 @@ class Received:
     heads: Float[Tensor, "batch layer head via"]
     """From each head of the blocks after the stream's place, apart for each group of keys."""
     rest: Float[Tensor, "batch part"]
-    """From everything else."""
+    """Contributions of everything else."""
     whole: Float[Tensor, " batch"]
     """The quantity as the model has it."""
 
@@ -226,13 +226,13 @@ class Contributions:
     """What every part of a batch contributes to every receiver, image by image."""
 
     stream: Float[Tensor, "batch part"]
-    """To the norm of the outliers' stream."""
+    """Contributions to the norm of the outliers' stream."""
     stream_norm: Float[Tensor, " batch"]
-    """That norm, mean over the image's outliers."""
+    """Norm of the outliers' stream, mean over the image's outliers."""
     scores: Float[Tensor, "batch source layer head"]
     """To the readers' mean score with the outliers: a source is one of `stream_parts`, then of `LATER`."""
     score: Float[Tensor, "batch layer head"]
-    """That score."""
+    """The readers' mean score with the outliers."""
     attention: Float[Tensor, "batch layer head via"]
     """The readers' mean attention to each group of keys."""
     reader: Received

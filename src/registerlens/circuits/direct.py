@@ -55,21 +55,21 @@ class DirectContributions(ModelResult):
     value: float
     """The projection, before a tanh where the model has one."""
     embedding: float
-    """Of patch embeddings, [CLS] and other learned tokens."""
+    """Contribution of patch embeddings, [CLS] and other learned tokens."""
     position: float
-    """Of position embeddings."""
+    """Contribution of position embeddings."""
     constant: float
-    """Of the biases of the final norm and the head."""
+    """Contribution of the biases of the final norm and the head."""
     attn_bias: Float[np.ndarray, " layer"]
-    """Of each attention's output bias."""
+    """Contribution of each attention's output bias."""
     mlp_bias: Float[np.ndarray, " layer"]
-    """Of each MLP's output bias."""
+    """Contribution of each MLP's output bias."""
     heads: Float[np.ndarray, "layer head"]
-    """Of each head, its value bias included."""
+    """Contribution of each head, its value bias included."""
     heads_error: Float[np.ndarray, "layer head"]
     """Standard error; NaN for one image."""
     neurons: Float[np.ndarray, "layer neuron"]
-    """Of each neuron."""
+    """Contribution of each neuron."""
     neurons_error: Float[np.ndarray, "layer neuron"]
     """Standard error; NaN for one image."""
     by_key: Float[np.ndarray, "key layer head"]
@@ -106,7 +106,7 @@ class DirectContributions(ModelResult):
     def describe(self) -> str:
         """The result in words."""
         biases = self.attn_bias.sum() + self.mlp_bias.sum() + self.constant
-        told = [
+        sentences = [
             f"{self.direction[0].upper()}{self.direction[1:]} is {self.value:.4g} (mean of {self.n_images} images): "
             f"heads {self.heads.sum():+.3g}, neurons {self.neurons.sum():+.3g}, embeddings "
             f"{self.embedding + self.position:+.3g}, biases {biases:+.3g}; left over {self.remainder:+.1e}, at most "
@@ -119,16 +119,16 @@ class DirectContributions(ModelResult):
                 f"{layer}.{index} ({value:+.3g})"
                 for layer, index, value in zip(table["layer"], table["index"], table["contribution"], strict=True)
             )
-            told.append(f"Largest {kind}s (block.{kind}): {named}.")
+            sentences.append(f"Largest {kind}s (block.{kind}): {named}.")
         if np.isnan(self.by_key).any():
-            told.append("Heads are not split by what they attend to: a norm before W_O mixes them.")
+            sentences.append("Heads are not split by what they attend to: a norm before W_O mixes them.")
         else:
             sums = self.by_key.sum((1, 2))
-            told.append(
+            sentences.append(
                 "By what heads attend to: " + ", ".join(f"{n} {v:+.3g}" for n, v in zip(KEYS, sums, strict=True) if v)
             )
-            told[-1] += "."
-        return " ".join(told)
+            sentences[-1] += "."
+        return " ".join(sentences)
 
     def plot(self) -> go.Figure:
         """Contributions layer by layer, the heads' map, and the largest neurons."""
@@ -197,10 +197,10 @@ def direct_contributions(
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, "taking the output apart"):
             n += len(batch)
-            found = _Apart(vit, batch.images, readout, detection).found()
-            for name, values in found.items():
+            parts = _Apart(vit, batch.images, readout, detection).contributions()
+            for name, values in parts.items():
                 sums[name].add(values)
-            largest = max(largest, float(found["remainder"].abs().max()))
+            largest = max(largest, float(parts["remainder"].abs().max()))
     single = ("value", "embedding", "position", "constant", "remainder")
     arrays = ("attn_bias", "mlp_bias", "heads", "neurons", "by_key")
     return DirectContributions(
@@ -251,7 +251,7 @@ class _Apart:
         self.single: dict[str, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def found(self) -> dict[str, Tensor]:
+    def contributions(self) -> dict[str, Tensor]:
         """Contributions of every image, and what is left."""
         points = {
             "hook_embed": self._embedding,
@@ -263,16 +263,16 @@ class _Apart:
         }
         with self.vit.hooks([(name, hook) for name, hook in points.items()]):
             self.vit(self.batch, stop_at_layer=self.vit.cfg.n_layers)
-        found = dict(self.single)
+        by_name = dict(self.single)
         for name, layers in self.found_at.items():
             if layers:
-                found[name] = torch.stack([layers[layer] for layer in sorted(layers)], 2 if name == "by_key" else 1)
-        found["constant"] = self.readout.pooled_constant / self.pool_scale.double() + self.readout.constant
-        if "by_key" not in found:
-            found["by_key"] = torch.full((len(self.batch), len(KEYS), *found["heads"].shape[1:]), torch.nan)
-        parts = [values for name, values in found.items() if name != "by_key"]
-        found["remainder"] = self.value - sum_of(part.double().reshape(len(self.batch), -1).sum(1) for part in parts)
-        return found | {"value": self.value}
+                by_name[name] = torch.stack([layers[layer] for layer in sorted(layers)], 2 if name == "by_key" else 1)
+        by_name["constant"] = self.readout.pooled_constant / self.pool_scale.double() + self.readout.constant
+        if "by_key" not in by_name:
+            by_name["by_key"] = torch.full((len(self.batch), len(KEYS), *by_name["heads"].shape[1:]), torch.nan)
+        parts = [values for name, values in by_name.items() if name != "by_key"]
+        by_name["remainder"] = self.value - sum_of(part.double().reshape(len(self.batch), -1).sum(1) for part in parts)
+        return by_name | {"value": self.value}
 
     def _written(self, x: Float[Tensor, "batch pos *width"], name: str) -> Float[Tensor, "batch *width"]:
         """What a component writes at all tokens, as one of the readings' parts receives it."""
@@ -308,7 +308,7 @@ class _Apart:
         attn = cast(Block, self.vit.blocks[hook.layer()]).attn
         if attn.ln is not None:
             return
-        v, found = self.values.pop(hook.layer()), []
+        v, by_kind = self.values.pop(hook.layer()), []
         for part, vector in self.parts.items():
             toward = attn.W_O.to(self.wide) @ vector
             paid = einsum(
@@ -316,8 +316,8 @@ class _Apart:
             )
             each = paid * einsum(v, toward, "batch key head d, head d -> batch head key")
             kinds = self._padded(each.shape[-1]).to(each)
-            found.append(einsum(each, kinds, "batch head key, kind batch key -> batch kind head"))
-        self.found_at["by_key"][hook.layer()] = sum_of(found)
+            by_kind.append(einsum(each, kinds, "batch head key, kind batch key -> batch kind head"))
+        self.found_at["by_key"][hook.layer()] = sum_of(by_kind)
 
     def _kinds(self, outlier: Bool[Tensor, "batch patch"]) -> Bool[Tensor, "kind batch pos"]:
         """Which token is of which kind."""

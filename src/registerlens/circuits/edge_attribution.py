@@ -64,7 +64,7 @@ class EdgeAttribution(ModelResult):
     n_images: int
     """Images that went through."""
     n_used: int
-    """Of these, with an outlier or a value of the metric."""
+    """How many of these have an outlier or a value of the metric."""
     effects: Float[np.ndarray, "neuron layer head"]
     """Contribution to the head's quantity, mean over images; NaN where the head is not later, or was not asked for."""
     standard_error: Float[np.ndarray, "neuron layer head"]
@@ -76,9 +76,9 @@ class EdgeAttribution(ModelResult):
         """The result in words."""
         table = self.to_dataframe()
         top = table.iloc[np.argsort(-np.abs(table["effect"].to_numpy()), kind="stable")[:5]]
-        told = zip(*(top[name] for name in ("layer", "neuron", "head_layer", "head", "effect")), strict=True)
+        strongest = zip(*(top[name] for name in ("layer", "neuron", "head_layer", "head", "effect")), strict=True)
         named = ", ".join(
-            f"{layer}:{neuron} -> {at}.{head} ({effect:+.3g})" for layer, neuron, at, head, effect in told
+            f"{layer}:{neuron} -> {at}.{head} ({effect:+.3g})" for layer, neuron, at, head, effect in strongest
         )
         return (
             f"Direct contributions of {len(self.neurons)} neurons to {self.words} of later heads, LayerNorm "
@@ -179,8 +179,8 @@ def attribute_edges(
     with frozen_weights(vit), torch.inference_mode(False):
         for batch in batches(vit, images, batch_size, "attributing edges", labels):
             n += len(batch)
-            found, value = _Edges(vit, neurons, wanted, norm).of(reader, batch.images, batch.labels)
-            effects.add(found)
+            edges, value = _Edges(vit, neurons, wanted, norm).of(reader, batch.images, batch.labels)
+            effects.add(edges)
             values.add(value)
     n_used = int(values.n.max())
     need_some(n, n_used)
@@ -335,8 +335,8 @@ class _Edges:
                         index = [self.neurons.pairs[i][1] for i in rows]
                         W_out = cast(Block, self.vit.blocks[writer]).mlp.W_out[index].float()
                         read = einsum(slope, W_out, "batch pos d_model, neuron d_model -> batch pos neuron")
-                        found = (posts[writer].float() * read).sum(1).cpu()
-                        effects[:, rows, j, head] = torch.where(value.isnan()[:, None], torch.nan, found)
+                        edges = (posts[writer].float() * read).sum(1).cpu()
+                        effects[:, rows, j, head] = torch.where(value.isnan()[:, None], torch.nan, edges)
         return effects, values
 
     def _slopes(

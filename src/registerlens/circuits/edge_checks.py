@@ -244,9 +244,9 @@ class Collected:
         self._parts: dict[str, list[np.ndarray]] = {}
         self.error = 0.0
 
-    def add(self, found: Contributions | EdgeEffects) -> None:
+    def add(self, batch: Contributions | EdgeEffects) -> None:
         """Take in one batch."""
-        self._take("", found)
+        self._take("", batch)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """All images of one array, float64; batches are put together once, as tables ask for an array edge by edge."""
@@ -258,9 +258,9 @@ class Collected:
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
-    def _take(self, prefix: str, found: Any) -> None:
-        for item in fields(found):
-            value = getattr(found, item.name)
+    def _take(self, prefix: str, values: Any) -> None:
+        for item in fields(values):
+            value = getattr(values, item.name)
             if isinstance(value, Tensor):
                 self._parts.setdefault(prefix + item.name, []).append(value.cpu().numpy().astype(np.float64))
             elif isinstance(value, Received):

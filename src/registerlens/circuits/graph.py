@@ -99,14 +99,14 @@ def tabulate(rows: Sequence[Row], times: np.ndarray, columns: Sequence[str], val
     """Rows of columns, then the mean of their numbers with its interval, which one image does not have."""
     frame = pd.DataFrame([labels for labels, _ in rows], columns=list(columns))
     numbers = np.stack([numbers for _, numbers in rows]) if rows else np.zeros((0, len(times)))
-    found = np.stack(mean_intervals(numbers, times))
+    intervals = np.stack(mean_intervals(numbers, times))
     if len(times) < 2:
-        found[1:] = np.nan
-    frame[value], frame["low"], frame["high"] = found
+        intervals[1:] = np.nan
+    frame[value], frame["low"], frame["high"] = intervals
     return frame
 
 
-def parts_table(measured: Measured, shown: ShownNodes) -> pd.DataFrame:
+def parts_table(measured: Measured, nodes: ShownNodes) -> pd.DataFrame:
     """What the inflow of each shown node is made of, with the share of all magnitudes there."""
     found, rows = measured.found, list[Row]()
 
@@ -115,7 +115,7 @@ def parts_table(measured: Measured, shown: ShownNodes) -> pd.DataFrame:
             rows.append(({"receiver": receiver, "part": name, "via": via}, values))
 
     add(STREAM, measured.written, found["stream"])
-    for layer, head in shown.heads:
+    for layer, head in nodes.heads:
         add(head_name(layer, head), [*measured.written, *LATER], found["scores"][:, :, measured.at(layer), head])
     rest = reader_parts(measured.cfg, measured.block)
     for receiver in measured.receivers:
@@ -135,7 +135,7 @@ def _gross(parts: pd.DataFrame) -> Any:
 
 
 def edges_table(
-    measured: Measured, shown: ShownNodes, parts: pd.DataFrame, effects: Collected | None, min_share: float
+    measured: Measured, nodes: ShownNodes, parts: pd.DataFrame, effects: Collected | None, min_share: float
 ) -> pd.DataFrame:
     """Every shown edge, and for each node one from the rest, so that the inflow adds up to the node's quantity."""
     rows, cut = list[Row](), list[Float[np.ndarray, "image norm"]]()
@@ -154,15 +154,15 @@ def edges_table(
         return unknown if effects is None else effects[name][(slice(None), slice(None), *index)]
 
     found, n = measured.found, len(measured.written)
-    for row, i in enumerate(shown.neurons):
+    for row, i in enumerate(nodes.neurons):
         add(measured.written[i], STREAM, found["stream"][:, i], effect("stream", row))
     close(STREAM, found["stream_norm"])
-    for column, (layer, head) in enumerate(shown.heads):
+    for column, (layer, head) in enumerate(nodes.heads):
         score = found["scores"][:, :n, measured.at(layer), head].sum(1)
         add(STREAM, head_name(layer, head), score, effect("score", WHOLE_STREAM, column))
         close(head_name(layer, head), found["score"][:, measured.at(layer), head])
     for receiver in measured.receivers:
-        for column, (layer, head) in enumerate(shown.heads):
+        for column, (layer, head) in enumerate(nodes.heads):
             values = measured.field(receiver, "heads")[:, measured.at(layer), head]
             for i, via in enumerate(VIA):
                 if i == 0 or abs(values[:, i].mean()) >= max(min_share * gross[receiver], _NOTHING):
@@ -180,7 +180,7 @@ _NOTHING = 1e-12
 """Below this a group of keys has no tokens."""
 
 
-def nodes_table(measured: Measured, shown: ShownNodes, edges: pd.DataFrame, effects: Collected | None) -> pd.DataFrame:
+def nodes_table(measured: Measured, nodes: ShownNodes, edges: pd.DataFrame, effects: Collected | None) -> pd.DataFrame:
     """Every node with its quantity, in the order of the path."""
     found, unknown = measured.found, np.full(len(measured.times), np.nan)
     rows: list[Row] = []
@@ -198,10 +198,10 @@ def nodes_table(measured: Measured, shown: ShownNodes, edges: pd.DataFrame, effe
 
     columns = ("name", "kind", "layer", "index", "unit", "attention", "attention_without")
 
-    for i in shown.neurons:
+    for i in nodes.neurons:
         add(measured.written[i], "neuron", unknown, "", measured.neurons.pairs[i])
     add(STREAM, "stream", found["stream_norm"], "norm", (measured.block, -1))
-    for column, (layer, head) in enumerate(shown.heads):
+    for column, (layer, head) in enumerate(nodes.heads):
         at = measured.at(layer)
         paid = found["attention"][:, at, head, 0].mean()
         fall = np.nan if effects is None else effects["attention"][:, LIVE, ALL_NEURONS, column].mean()
@@ -218,23 +218,23 @@ def nodes_table(measured: Measured, shown: ShownNodes, edges: pd.DataFrame, effe
 _CUT = ("effect", "effect_attention", "effect_held")
 
 
-def paths_table(measured: Measured, shown: ShownNodes, effects: Collected | None) -> pd.DataFrame:
+def paths_table(measured: Measured, nodes: ShownNodes, effects: Collected | None) -> pd.DataFrame:
     """Every shown neuron's path through every shown head, strongest first."""
     scores, attention = measured.mean("scores"), measured.mean("attention")[..., 0]
     rows: list[Row] = []
-    for column, (layer, head) in enumerate(shown.heads):
+    for column, (layer, head) in enumerate(nodes.heads):
         at = measured.at(layer)
         gross = abs(scores[:, at, head]).sum()
-        for row, i in enumerate(shown.neurons):
+        for row, i in enumerate(nodes.neurons):
             share = scores[i, at, head] / gross if gross > 0 else 0.0
             place = dict(zip(("layer", "neuron"), measured.neurons.pairs[i], strict=True))
             labels = {**place, "head_layer": layer, "head": head, "share": share, "attention": attention[at, head]}
             labels["strength"] = share * attention[at, head] / attention.sum()
-            told = [np.nan] * 3
+            changes = [np.nan] * 3
             if effects is not None:
                 places = (("score", LIVE), ("attention", LIVE), ("score", HELD))
-                told = [effects[name][:, norm, FIRST_NEURON + row, column].mean() for name, norm in places]
-            labels |= dict(zip(_CUT, told, strict=True))
+                changes = [effects[name][:, norm, FIRST_NEURON + row, column].mean() for name, norm in places]
+            labels |= dict(zip(_CUT, changes, strict=True))
             rows.append((labels, measured.found["scores"][:, i, at, head]))
     columns = ("layer", "neuron", "head_layer", "head", "share", "attention", "strength", *_CUT)
     frame = tabulate(rows, measured.times, columns, "score")

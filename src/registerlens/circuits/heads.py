@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 QUANTITIES = ("key_gain", "query_reading", "ov_gain", "ov_cosine")
-"""What is said of the direction, for each head."""
+"""What is computed for the direction and each head."""
 LEVELS = (0.025, 0.5, 0.975)
 """Quantiles of the null."""
 
@@ -62,7 +62,7 @@ class HeadCircuits(ModelResult):
     n_null: int
     """How many of those."""
     seed: int
-    """Of them."""
+    """Seed of the null directions."""
 
     @property
     def qk_eigenvalues(self) -> Complex[np.ndarray, "layer head d_head"]:
@@ -122,14 +122,14 @@ class HeadCircuits(ModelResult):
         """The result in words."""
         copying = self.copying
         best, worst = (np.unravel_index(f(copying), copying.shape) for f in (np.nanargmax, np.nanargmin))
-        told = [
+        sentences = [
             f"{copying.size} heads of {self.model}. Copying score: median {np.nanmedian(copying):.2f}, highest "
             f"{copying[best]:.2f} (head {best[0]}.{best[1]}), lowest {copying[worst]:.2f} (head {worst[0]}.{worst[1]})."
         ]
         if not self.direction:
-            return told[0]
+            return sentences[0]
         there = int(np.isfinite(self.value("ov_gain")).sum())
-        told.append(f"For {self.direction}, {there} heads come after it:")
+        sentences.append(f"For {self.direction}, {there} heads come after it:")
         lines = (
             ("key_gain", 1, "keys read it more than random directions"),
             ("query_reading", 1, "the query bias seeks it"),
@@ -139,14 +139,14 @@ class HeadCircuits(ModelResult):
             ("ov_cosine", -1, "it is copied less"),
         )
         counts = [(int((self.beyond_null(quantity) == sign).sum()), words) for quantity, sign, words in lines]
-        told.append(
+        sentences.append(
             "; ".join(f"in {n} {words}" for n, words in counts) + f" (beyond 95% of {self.n_null} random ones)."
         )
         reading = self.value("query_reading")
         if np.isfinite(reading).any():
             top = np.unravel_index(np.nanargmax(reading), reading.shape)
-            told.append(f"It is sought most by head {top[0]}.{top[1]}: {reading[top]:+.3g} in the score.")
-        return " ".join(told)
+            sentences.append(f"It is sought most by head {top[0]}.{top[1]}: {reading[top]:+.3g} in the score.")
+        return " ".join(sentences)
 
     def plot(self) -> go.Figure:
         """Maps of the scores and quantities, layer by head."""
@@ -208,7 +208,7 @@ def head_circuits(
             circuit.quantities(mine[None]) if mine is not None else torch.full_like(null[-1][..., :1], torch.nan)
         )
     levels = torch.tensor(LEVELS, dtype=torch.float64)
-    quantiles = torch.stack([found.quantile(levels, -1) for found in null])  # layer level quantity head
+    quantiles = torch.stack([values.quantile(levels, -1) for values in null])  # layer level quantity head
     return HeadCircuits(
         model=vit.source,
         config=vit.cfg,
@@ -303,9 +303,9 @@ def _head_norm(norm: HeadNorm | None, weight: Float[Tensor, "head m d_head"]) ->
 def _eigenvalues(small: Float[Tensor, "head d d"]) -> Complex[Tensor, "head d"]:
     """By magnitude, largest first; NaN for a matrix with NaN."""
     known = small.isfinite().all(-1).all(-1)
-    found = torch.linalg.eigvals(small.nan_to_num())
-    order = found.abs().argsort(dim=-1, descending=True, stable=True)
-    return torch.where(known[:, None], found.gather(-1, order), complex("nan"))
+    values = torch.linalg.eigvals(small.nan_to_num())
+    order = values.abs().argsort(dim=-1, descending=True, stable=True)
+    return torch.where(known[:, None], values.gather(-1, order), complex("nan"))
 
 
 def _score(eigenvalues: Complex[np.ndarray, "layer head d"]) -> Float[np.ndarray, "layer head"]:

@@ -48,7 +48,7 @@ class KeyShare(ModelResult):
     n_images: int
     """Images that went through."""
     n_used: int
-    """Of these, with an outlier and another patch."""
+    """How many of these have an outlier and another patch."""
     advantage: Float[np.ndarray, "layer head"]
     """Score of outliers less that of other patches; NaN before the direction is written, and before outliers arise."""
     along: Float[np.ndarray, "layer head"]
@@ -200,20 +200,20 @@ def _split(
     units: Float[Tensor, "item d_model"],
 ) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head item"]]:
     """The advantage of outliers in each head, and its parts along unit vectors; NaN for images without the contrast."""
-    attn, seen = f"blocks.{layer}.attn", {}
+    attn, recorded = f"blocks.{layer}.attn", {}
     q, k = f"{attn}.{final_point(vit.cfg, 'q')}", f"{attn}.{final_point(vit.cfg, 'k')}"
     scales = [f"blocks.{layer}.ln1.hook_scale"]
     scales += [f"{attn}.k_norm.norm.hook_scale"] if vit.cfg.qk_norm is not None else []
     hooks: list[Any] = [
         (scales, lambda scale, hook: scale.detach()),
-        ([q, k], lambda x, hook: seen.update({hook.name: x})),
+        ([q, k], lambda x, hook: recorded.update({hook.name: x})),
     ]
     leaf = resid.detach().requires_grad_()
     with torch.enable_grad(), vit.hooks(hooks):
         vit(leaf, start_at_layer=layer, stop_at_layer=layer + 1, layout=layout)
-        queries = seen[q].detach()
+        queries = recorded[q].detach()
         query = queries.mean(1) if layout.cls is None else queries[:, layout.cls]
-        scores = einsum(seen[k][:, layout.patches], query, "batch patch head d, batch head d -> batch patch head")
+        scores = einsum(recorded[k][:, layout.patches], query, "batch patch head d, batch head d -> batch patch head")
         yes, no = outlier.double(), (~outlier).double()
         weights = yes / yes.sum(1, keepdim=True) - no / no.sum(1, keepdim=True)
         there = weights.isfinite().all(1)

@@ -40,13 +40,13 @@ class PatchLens(ModelResult):
     n_directions: int
     """Classes or directions among which the top one was sought."""
     chosen: tuple[int, ...]
-    """Those whose maps were kept."""
+    """Directions whose maps were kept."""
     values: Float[np.ndarray, "sublayer image direction grid_h grid_w"]
     """Value of each kept class or direction at each patch, float32."""
     top: Int[np.ndarray, "sublayer image grid_h grid_w"]
     """The class or direction of the largest value at each patch, among all of them."""
     top_value: Float[np.ndarray, "sublayer image grid_h grid_w"]
-    """That value."""
+    """The value of the top class or direction."""
 
     @property
     def settled(self) -> Float[np.ndarray, " sublayer"]:
@@ -161,7 +161,7 @@ def patch_lens(
         for batch in batches(vit, images, batch_size, "reading patches"):
             vit(batch.images, stop_at_layer=vit.cfg.n_layers)
     grid = layout.grid
-    best = torch.stack([torch.cat(found, 1) for found in tops]).unflatten(-1, grid).numpy()
+    best = torch.stack([torch.cat(parts, 1) for parts in tops]).unflatten(-1, grid).numpy()
     return PatchLens(
         model=vit.source,
         config=vit.cfg,
@@ -169,7 +169,7 @@ def patch_lens(
         unit=reader.unit,
         n_directions=reader.n,
         chosen=chosen,
-        values=torch.stack([torch.cat(found) for found in values]).unflatten(-1, grid).numpy(),
+        values=torch.stack([torch.cat(parts) for parts in values]).unflatten(-1, grid).numpy(),
         top=best[:, 1].astype(np.int64),
         top_value=best[:, 0].astype(np.float32),
     )
@@ -214,7 +214,7 @@ class _Reader:
 
     @property
     def unit(self) -> str:
-        """What it gives."""
+        """The unit of what is read."""
         if self.directions is None:
             return "outputs of the head"
         return "cosines with the directions" if self.cosine else "projections on the directions"

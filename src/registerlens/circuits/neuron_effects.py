@@ -110,7 +110,7 @@ class Replacement:
 
 
 Effects = dict[int, Float[Tensor, "batch neuron"]]
-"""Of each neuron of a layer on each image, float32; a layer that the metric does not depend on is left out."""
+"""Effect of each neuron of a layer on each image, float32; layers that the metric does not depend on are left out."""
 
 STATIONARY = 1e-3
 """A first-order effect of a whole layer below this share of the true one: the metric's gradient vanishes."""

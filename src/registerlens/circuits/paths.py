@@ -49,7 +49,7 @@ class PathEffects(ModelResult):
     metric: str
     """Name of the metric."""
     words: str
-    """What it is, with its unit."""
+    """The metric in words, with its unit."""
     sender: str
     """What takes its corrupted activation."""
     receivers: tuple[str, ...]
@@ -65,7 +65,7 @@ class PathEffects(ModelResult):
     identical: Bool[np.ndarray, " pair"]
     """Pairs that are one image twice: their effects are zero."""
     seed: int
-    """Of the bootstrap."""
+    """Seed of the bootstrap samples."""
 
     @property
     def total(self) -> Float[np.ndarray, " pair"]:
@@ -95,7 +95,7 @@ class PathEffects(ModelResult):
         table = self.to_dataframe()
         whole, total = table.iloc[-2], table.iloc[-1]
         way = f"by way of {whole['receiver']} alone" if self.receivers else "patched, with everything later free"
-        told = [
+        sentences = [
             f"{self.sender} of the corrupted image, {way}, changes {self.words or self.metric} by "
             f"{whole['effect']:+.3g} [{whole['low']:.3g}, {whole['high']:.3g}] on {len(self.clean)} pairs; the whole "
             f"corrupted image by {total['effect']:+.3g}."
@@ -104,10 +104,10 @@ class PathEffects(ModelResult):
             alone = table.iloc[:-2]
             top = alone.iloc[np.argsort(-np.abs(alone["effect"].to_numpy()), kind="stable")[:3]]
             listed = ", ".join(f"{r} {e:+.3g}" for r, e in zip(top["receiver"], top["effect"], strict=True))
-            told.append(f"Largest of the {len(self.receivers)} receivers: {listed}.")
+            sentences.append(f"Largest of the {len(self.receivers)} receivers: {listed}.")
         if self.identical.any():
-            told.append(f"{self.identical.sum()} pairs are one image twice.")
-        return " ".join(told)
+            sentences.append(f"{self.identical.sum()} pairs are one image twice.")
+        return " ".join(sentences)
 
     def plot(self) -> go.Figure:
         """Effects with their intervals, a bar a receiver."""

@@ -48,13 +48,13 @@ class AttentionCircuit(ModelResult):
     n_images: int
     """Images that went through."""
     n_used: int
-    """Of these, with an outlier and an ordinary patch; means are over them."""
+    """How many of these have an outlier and an ordinary patch; means are over them."""
     checked: bool
     """Whether edges were patched one by one."""
     sum_error: float
     """Largest relative difference between a sum of parts and its whole, over batches and receivers."""
     neuron_share: float
-    """Of what all neurons contribute to the outliers' stream, the part of the given ones."""
+    """Share of the given neurons in what all neurons contribute to the outliers' stream."""
     onset_share: float
     """The same in the given neurons' blocks alone."""
     notes: tuple[str, ...]
@@ -210,12 +210,12 @@ def _heads(circuit: AttentionCircuit) -> list[str]:
         return ["No head after it pays the outliers a share of attention that is shown."]
     edges: Any = circuit.edges
     by_stream = edges[edges["sender"] == STREAM].set_index("receiver")["value"]
-    told = ", ".join(
+    listed = ", ".join(
         f"{row['layer']}.{row['index']} ({row['attention']:.0%} of its attention; score {row['whole']:.3g}, of it "
         f"{by_stream[row['name']]:.3g} by the stream)"
         for row in heads.head(4).to_dict("records")
     )
-    lines = [f"{len(heads)} heads look at the outliers, most of all {told}."]
+    lines = [f"{len(heads)} heads look at the outliers, most of all {listed}."]
     if circuit.checked:
         before, after = heads["attention"].mean(), heads["attention_without"].mean()
         lines.append(
@@ -251,11 +251,11 @@ def _paths(circuit: AttentionCircuit) -> list[str]:
     ]
     if circuit.checked:
         frame = circuit.agreement
-        told = ", ".join(
+        listed = ", ".join(
             f"{edge} {difference:.0%}" for edge, difference in zip(frame["edge"], frame["difference"], strict=True)
         )
         lines.append(
             f"Every edge was cut alone. With scales held the receivers change as attributed (largest difference "
-            f"{frame['difference_held'].max():.0e}); computed anew, with norms that rescale, they differ by: {told}."
+            f"{frame['difference_held'].max():.0e}); computed anew, with norms that rescale, they differ by: {listed}."
         )
     return lines

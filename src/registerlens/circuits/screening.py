@@ -71,7 +71,7 @@ class Screening(ModelResult):
     layers: tuple[int, ...]
     """The blocks whose neurons were screened."""
     seed: int
-    """Of the random sample."""
+    """Seed of the random sample."""
     n_images: int
     """Images with a value of the metric."""
     n_without: int
@@ -136,9 +136,11 @@ class Screening(ModelResult):
 
     def describe(self) -> str:
         """The result in words."""
-        shown = self.neurons(min(5, self.effects.size))
+        listed = self.neurons(min(5, self.effects.size))
         rows = {layer: row for row, layer in enumerate(self.layers)}
-        top = ", ".join(f"{layer}:{neuron} ({self.effects[rows[layer], neuron]:+.3g})" for layer, neuron in shown.pairs)
+        top = ", ".join(
+            f"{layer}:{neuron} ({self.effects[rows[layer], neuron]:+.3g})" for layer, neuron in listed.pairs
+        )
         left_out = f", {self.n_without} more without a value left out" if self.n_without else ""
         return (
             f"{self.mode.capitalize()} ablation of each of {self.effects.size} neurons of "
@@ -156,8 +158,8 @@ class Screening(ModelResult):
             ("the candidates", self.is_candidate, self.on_candidates),
         )
         known = [(what, rho) for what, mask, rho in groups if mask.any()]
-        told = "; ".join(f"{rho} on {what}" for what, rho in known)
-        words = [f"Spearman's rank correlation with exact ablation: {told}."]
+        correlations = "; ".join(f"{rho} on {what}" for what, rho in known)
+        words = [f"Spearman's rank correlation with exact ablation: {correlations}."]
         if poor := [what for what, rho in known if rho.rho < POOR]:
             instead = {
                 "first_order": "compare method='integrated_gradients', or ablate more neurons exactly (exact=)",
@@ -275,11 +277,11 @@ def screen_neurons(
     with frozen_weights(vit), torch.inference_mode(False):
         for batch in batches(vit, images, batch_size, "screening neurons", labels):
             n += len(batch)
-            values, found = estimate(paused_runs(vit, batch.images, measured, estimate.stops, batch.labels))
+            values, estimates = estimate(paused_runs(vit, batch.images, measured, estimate.stops, batch.labels))
             kept = values.isfinite()
-            _check_finite(found[:, kept], measured.name)
+            _check_finite(estimates[:, kept], measured.name)
             clean.add(values)
-            effects.add(found[:, kept].transpose(0, 1))
+            effects.add(estimates[:, kept].transpose(0, 1))
     if not clean.n:
         raise NonFiniteError(
             f"Metric '{measured.name}' is NaN or infinite for each of the {n} images."
@@ -351,12 +353,12 @@ class _Share:
 
 
 def _layers(cfg: ViTConfig, layers: Iterable[int] | None) -> tuple[int, ...]:
-    given = range(cfg.n_layers) if layers is None else list(layers)
-    if not len(given):
+    chosen = range(cfg.n_layers) if layers is None else list(layers)
+    if not len(chosen):
         raise ConfigError("layers is empty: give some blocks, or None for all of them.")
-    if wrong := [layer for layer in given if not -cfg.n_layers <= layer < cfg.n_layers]:
+    if wrong := [layer for layer in chosen if not -cfg.n_layers <= layer < cfg.n_layers]:
         raise ShapeError(f"Layers {wrong[:5]} do not exist: the model has blocks 0 to {cfg.n_layers - 1}.")
-    return tuple(sorted({layer % cfg.n_layers for layer in given}))
+    return tuple(sorted({layer % cfg.n_layers for layer in chosen}))
 
 
 def _check_options(mode: str, method: str, steps: int, exact: int, sample: int, stack: int) -> None:
@@ -385,8 +387,8 @@ def _to_check(
 ) -> tuple[list[Pair], Bool[np.ndarray, " checked"], Bool[np.ndarray, " checked"]]:
     """The candidates and a random sample of all neurons, which of them are which; a neuron may be both."""
     candidates = _largest(np.abs(effects), layers, min(exact, effects.size))
-    drawn = torch.randperm(effects.size, generator=torch.Generator().manual_seed(seed))[:sample].numpy()
-    random = _named(drawn, layers, effects.shape[1])
+    sampled = torch.randperm(effects.size, generator=torch.Generator().manual_seed(seed))[:sample].numpy()
+    random = _named(sampled, layers, effects.shape[1])
     checked = [*candidates, *(pair for pair in random if pair not in set(candidates))]
     first, second = (np.array([pair in set(some) for pair in checked], dtype=bool) for some in (candidates, random))
     return checked, first, second

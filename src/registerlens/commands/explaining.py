@@ -139,7 +139,7 @@ def circuit(
     with skips_named(stream):
         chosen = chosen_neurons(vit, stream, known, where)
         detection = detect(vit, stream, **where) if chosen.search is None else chosen.search.detection
-        found = attention_circuit(
+        measured = attention_circuit(
             vit,
             stream,
             chosen,
@@ -151,18 +151,18 @@ def circuit(
             batch_size=batch_size,
         )
     print_words(str(chosen))
-    print_words(found.describe())
-    print_words(on_which_images(chosen, found.n_images, known is None))
+    print_words(measured.describe())
+    print_words(on_which_images(chosen, measured.n_images, known is None))
     if out is not None:
-        _write_circuit(found, out)
+        _write_circuit(measured, out)
 
 
-def _write_circuit(found: AttentionCircuit, out: Path) -> None:
-    found.save(out / "attention_circuit")
-    found.neurons.save(out)
+def _write_circuit(measured: AttentionCircuit, out: Path) -> None:
+    measured.save(out / "attention_circuit")
+    measured.neurons.save(out)
     for table in ("edges", "nodes", "paths", "parts"):
-        write_parquet(found.to_dataframe(table), out / f"{table}.parquet")
-    write_figure(found.plot(), out / "figure.html")
+        write_parquet(measured.to_dataframe(table), out / f"{table}.parquet")
+    write_figure(measured.plot(), out / "figure.html")
     typer.echo(
         f"Wrote attention_circuit (a folder with every number), edges, nodes, paths and parts as .parquet, "
         f"register_neurons.json and figure.html to {out}"

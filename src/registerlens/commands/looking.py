@@ -51,12 +51,12 @@ def trace_command(
     from registerlens.analysis.trace import trace  # noqa: PLC0415
 
     with skips_named(stream):
-        found = trace(vit, stream)
-    print_trace(found, layers)
+        traced = trace(vit, stream)
+    print_trace(traced, layers)
     if out is not None:
-        found.save(out / "trace")
-        write_parquet(found.to_dataframe(), out / "trace.parquet")
-        write_figure(found.plot(), out / "figure.html")
+        traced.save(out / "trace")
+        write_parquet(traced.to_dataframe(), out / "trace.parquet")
+        write_figure(traced.plot(), out / "figure.html")
         typer.echo(f"Wrote trace (a folder), trace.parquet and figure.html to {out}")
 
 
@@ -98,19 +98,19 @@ def report(
     from registerlens.viz.study import FOLLOWED, describe, explore_few, study_circuit  # noqa: PLC0415
 
     with skips_named(stream):
-        found = trace(vit, stream)
+        traced = trace(vit, stream)
         names, pixels, display = shown_images(vit, stream, max(shown, explored), size)
-        study = None if found.verdict == "absent" else _study(vit, stream, evaluated, size)
+        study = None if traced.verdict == "absent" else _study(vit, stream, evaluated, size)
         parts: dict[str, Any] = {"study": study}
         if explained:
             parts["mechanism"] = _mechanism(vit, stream, study, explained, size)
             parts["circuit"] = study_circuit(vit, _first(vit, stream, min(explained, FOLLOWED), size), study)
         if explored:
-            parts["explorer"] = explore_few(vit, pixels, display, found, study, names=names, n=explored)
-    print_trace(found, layers=False)
+            parts["explorer"] = explore_few(vit, pixels, display, traced, study, names=names, n=explored)
+    print_trace(traced, layers=False)
     if study is not None:
         print_words(describe(study))
-    write_report(out, vit, pixels[:shown], display[:shown], found, names=names[:shown], title=vit.source, **parts)
+    write_report(out, vit, pixels[:shown], display[:shown], traced, names=names[:shown], title=vit.source, **parts)
     typer.echo(f"Wrote {out}")
 
 
@@ -181,20 +181,20 @@ def neurons(
     from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
 
     with skips_named(stream):
-        found = find_register_neurons(vit, stream, **options)
-    print_neurons(found)
-    search = found.search
+        ranking = find_register_neurons(vit, stream, **options)
+    print_neurons(ranking)
+    search = ranking.search
     if out is None or search is None:
         return
     from registerlens.viz.report import write_neuron_maps  # noqa: PLC0415
 
-    found.save(out)
+    ranking.save(out)
     search.save(out / "neuron_search")
     write_parquet(search.to_dataframe(), out / "neurons.parquet")
     write_figure(search.plot(), out / "figure.html")
     names, pixels, display = shown_images(vit, stream, MAPS, size)
     block = max(search.detection.layer, 0)
-    write_neuron_maps(out / "maps.html", vit, pixels, display, found, names=names, block=block)
+    write_neuron_maps(out / "maps.html", vit, pixels, display, ranking, names=names, block=block)
     typer.echo(
         f"Wrote register_neurons.json, neuron_search (a folder), neurons.parquet (all neurons), figure.html and "
         f"maps.html to {out}"

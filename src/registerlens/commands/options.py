@@ -110,12 +110,12 @@ def read_neurons(text: str) -> RegisterNeurons | None:
 
     kind, _, name = text.partition(":")
     try:
-        found = RegisterNeurons.published(name) if kind == "published" else RegisterNeurons.load(text)
+        neurons = RegisterNeurons.published(name) if kind == "published" else RegisterNeurons.load(text)
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--neurons") from error
-    if not len(found):
+    if not len(neurons):
         raise typer.BadParameter(f"{text} lists no neuron.", param_hint="--neurons")
-    return found
+    return neurons
 
 
 def read_heads(text: str) -> list[tuple[int, int]]:
@@ -144,12 +144,12 @@ def read_tokens(text: str) -> tuple[int, Any]:
         >>> read_tokens("3:cls"), read_tokens("3:0,7")
         ((3, 'cls'), (3, [0, 7]))
     """
-    found = re.fullmatch(r"(\d+):(?:(cls|trained_registers)|(\d+(?:,\d+)*))", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+):(?:(cls|trained_registers)|(\d+(?:,\d+)*))", text)
+    if match is None:
         raise typer.BadParameter(
             f"expected LAYER:cls, LAYER:trained_registers or LAYER:PATCH,PATCH, got {text!r}.", param_hint="--tokens"
         )
-    layer, name, patches = found.groups()
+    layer, name, patches = match.groups()
     return int(layer), name or [int(patch) for patch in patches.split(",")]
 
 

@@ -19,19 +19,19 @@ LISTED = 50
 """Most neurons that are printed."""
 
 
-def print_trace(found: Trace, layers: bool) -> None:
+def print_trace(traced: Trace, layers: bool) -> None:
     """The verdict in words, and a table of the telling sublayers or of all."""
     from rich.console import Console  # noqa: PLC0415
 
     console = Console()
-    colour = "red" if found.verdict == "present" else "blue"
-    console.print(found.describe(), style=f"bold {colour}", markup=False, highlight=False)
-    frame = found.to_dataframe()
+    colour = "red" if traced.verdict == "present" else "blue"
+    console.print(traced.describe(), style=f"bold {colour}", markup=False, highlight=False)
+    frame = traced.to_dataframe()
     if not layers:
-        frame = frame.iloc[_telling(found)]
-    query = "[CLS]" if found.sink_query == "cls" else "the average query"
+        frame = frame.iloc[_telling(traced)]
+    query = "[CLS]" if traced.sink_query == "cls" else "the average query"
     caption = f"Norms are of patches in the residual stream. Sink: attention that {query} pays its favourite patch."
-    table = _table(f"{found.model}, {found.n_images} images", caption)
+    table = _table(f"{traced.model}, {traced.n_images} images", caption)
     headers = (
         "after",
         "largest\nnorm",
@@ -47,27 +47,27 @@ def print_trace(found: Trace, layers: bool) -> None:
         table.add_column(header, justify="left" if header == "after" else "right", no_wrap=True, vertical="bottom")
     for row in frame.to_dict("records"):
         attention = row["after"] == "attn"
-        shown = row["verdict"] == "present"
+        marked = row["verdict"] == "present"
         sinks = [f"{row['sink_largest_head']:.3f}", f"{row['sink_mean_head']:.3f}"] if attention else ["", ""]
-        follows = f"{row['sink_is_outlier']:.0%}" if attention and found.verdict == "present" else ""
+        follows = f"{row['sink_is_outlier']:.0%}" if attention and traced.verdict == "present" else ""
         table.add_row(
             row["sublayer"],
             f"{row['largest_norm']:.2f}",
             f"{row['median_norm']:.2f}",
             f"{row['largest_over_median']:.2f}",
             f"{row['gap']:.2f}",
-            f"{row['share_of_patches']:.1%}" if shown else "-",
+            f"{row['share_of_patches']:.1%}" if marked else "-",
             *sinks,
             follows,
-            style="bold" if row["sublayer"] == found.onset else "",
+            style="bold" if row["sublayer"] == traced.onset else "",
         )
     console.print(table)
 
 
-def _telling(found: Trace) -> list[int]:
+def _telling(traced: Trace) -> list[int]:
     """Sublayers around the onset, and the last block; without an onset, the first, the strongest and the last."""
-    last = len(found.sublayers) - 1
-    centre = found.sublayers.index(found.onset if found.onset is not None else found.strongest)
+    last = len(traced.sublayers) - 1
+    centre = traced.sublayers.index(traced.onset if traced.onset is not None else traced.strongest)
     chosen = {0, centre - 1, centre, centre + 1, centre + 2, last - 1, last}
     return sorted(i for i in chosen if 0 <= i <= last)
 
@@ -206,13 +206,13 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
     return f"{brief(row[name])}\n{brief(row[f'{name}_low'])} to {brief(row[f'{name}_high'])}"
 
 
-def print_criteria(found: EmergenceCriteria) -> None:
+def print_criteria(criteria: EmergenceCriteria) -> None:
     """The criteria of emergence in words and as a table."""
-    print_words(found.describe(), style="bold")
+    print_words(criteria.describe(), style="bold")
     table = _table("", "")
     for header in ("criterion", "value", "threshold", "holds"):
         table.add_column(header, justify="left" if header == "criterion" else "right")
-    for row in found.to_dataframe().to_dict("records"):
+    for row in criteria.to_dataframe().to_dict("records"):
         value = "-" if row["value"] != row["value"] else f"{row['value']:.3f}"
         table.add_row(row["criterion"], value, row["threshold"], "[green]yes" if row["holds"] else "[red]no")
     _console().print(table)
@@ -224,12 +224,12 @@ def print_runs(table: pd.DataFrame, summary: pd.DataFrame) -> None:
 
     columns = ["run", "recipe", "seed", "ended", "outliers", "onset", "neurons", "criteria", "failing", "minutes"]
     for title, frame in (("Runs", table.reindex(columns=columns)), ("Recipes", summary)):
-        shown = _table(title, "")
+        grid = _table(title, "")
         for header in frame.columns:
-            shown.add_column(header, vertical="top")
+            grid.add_column(header, vertical="top")
         for cells in frame.itertuples(index=False):
-            shown.add_row(*(Text(_cell(value)) for value in cells))
-        _console().print(shown)
+            grid.add_row(*(Text(_cell(value)) for value in cells))
+        _console().print(grid)
 
 
 def _cell(value: Any) -> str:

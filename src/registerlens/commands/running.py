@@ -144,14 +144,16 @@ def emerge(
     run = train(asked if seed is None else asked.changed(seed=seed), out)
     last = run.metrics().iloc[-1]
     accuracies = {name[9:]: last[name] for name in last.index if name.startswith("accuracy_")}
-    told = ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())
-    print_words(f"Trained for {run.config.steps} steps in {last['seconds'] / 60:.1f} minutes. Accuracy: {told}.")
-    found = judge_run(run)
-    print_criteria(found)
-    write_parquet(found.to_dataframe(), out / "criteria.parquet")
+    accuracy_text = ", ".join(f"{name} {value:.1%}" for name, value in accuracies.items())
+    print_words(
+        f"Trained for {run.config.steps} steps in {last['seconds'] / 60:.1f} minutes. Accuracy: {accuracy_text}."
+    )
+    criteria = judge_run(run)
+    print_criteria(criteria)
+    write_parquet(criteria.to_dataframe(), out / "criteria.parquet")
     written = "criteria.parquet"
-    if len(found.neurons) and len(run.checkpoints) > 1:
-        course = training_dynamics(run, found.neurons)
+    if len(criteria.neurons) and len(run.checkpoints) > 1:
+        course = training_dynamics(run, criteria.neurons)
         print_words(course.describe())
         course.save(out / "dynamics")
         write_figure(course.plot(), out / "dynamics.html")

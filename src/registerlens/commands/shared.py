@@ -33,12 +33,12 @@ def look_ahead(
     from registerlens.loading.sources import look_up  # noqa: PLC0415
     from registerlens.model.sublayers import require_blocks, require_heads, sublayer_of  # noqa: PLC0415
 
-    if (found := look_up(model)) is None:
+    if (family := look_up(model)) is None:
         return
     if layer != "auto":
-        sublayer_of(layer, found.n_layers)
-    require_blocks(blocks, found.n_layers)
-    require_heads(heads, found.n_layers, found.n_heads)
+        sublayer_of(layer, family.n_layers)
+    require_blocks(blocks, family.n_layers)
+    require_heads(heads, family.n_layers, family.n_heads)
 
 
 def look_ahead_of_sweep(asked: SweepConfig) -> None:

@@ -243,17 +243,17 @@ def _opened(datasets: Any, place: _Place) -> _Opened:
 
 
 def _only_image(features: Any, place: _Place) -> str:
-    found = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
-    if len(found) != 1:
+    columns = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+    if len(columns) != 1:
         raise ImageError(
-            f"{place} has {len(found)} columns of images among {sorted(features)}; name one as image_column."
+            f"{place} has {len(columns)} columns of images among {sorted(features)}; name one as image_column."
         )
-    return found[0]
+    return columns[0]
 
 
 def _only_class(features: Any) -> str | None:
-    found = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
-    return found[0] if len(found) == 1 else None
+    columns = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+    return columns[0] if len(columns) == 1 else None
 
 
 def _read(path: str) -> bytes | str:

@@ -24,9 +24,9 @@ def shipped_photographs() -> list[Path]:
         >>> all(path.suffix in (".png", ".jpg") for path in shipped_photographs())
         True
     """
-    found = []
+    photographs = []
     for package, folder, names in _SHIPPED:
         spec = find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec else []:
-            found += [path for name in names if (path := Path(root) / folder / name).is_file()]
-    return found
+            photographs += [path for name in names if (path := Path(root) / folder / name).is_file()]
+    return photographs

@@ -126,8 +126,8 @@ def read_shard(
         skipped: what has been left out before.
     """
     names, images, unusable = read_images(named, preprocess)
-    found = None if labels is None else torch.tensor([labels[name] for name in names], dtype=torch.long)
-    return Shard(names=tuple(names), images=images, labels=found, skipped=(*skipped, *unusable))
+    by_image = None if labels is None else torch.tensor([labels[name] for name in names], dtype=torch.long)
+    return Shard(names=tuple(names), images=images, labels=by_image, skipped=(*skipped, *unusable))
 
 
 @runtime_checkable
@@ -260,9 +260,9 @@ class FolderSource:
     ) -> None:
         check_shard_size(shard_size)
         self.preprocess, self.shard_size, self.check = preprocess_of(model, size), shard_size, check
-        given = expand(images)
-        files = [path for path in given if isinstance(path, Path)]
-        if not files or len(files) < len(given):
+        listed = expand(images)
+        files = [path for path in listed if isinstance(path, Path)]
+        if not files or len(files) < len(listed):
             raise ImageError("A FolderSource takes image files. Images in memory: TensorSource(load_images(...)).")
         paths = [path.absolute() for path in files]
         self.root = Path(os.path.commonpath([path.parent for path in paths]))
@@ -309,15 +309,17 @@ class FolderSource:
         return read_shard([(name, self.root / name) for name in listed], self.preprocess, labels)
 
 
-def _labels_of(names: Sequence[str], given: Sequence[str], labels: Mapping[str, int]) -> tuple[int, ...]:
-    found = tuple(labels.get(name, labels.get(as_given, NO_LABEL)) for name, as_given in zip(names, given, strict=True))
-    if all(label == NO_LABEL for label in found):
+def _labels_of(names: Sequence[str], as_listed: Sequence[str], labels: Mapping[str, int]) -> tuple[int, ...]:
+    numbers = tuple(
+        labels.get(name, labels.get(as_given, NO_LABEL)) for name, as_given in zip(names, as_listed, strict=True)
+    )
+    if all(label == NO_LABEL for label in numbers):
         example = next(iter(labels), "")
         raise ImageError(
             f"No image has a label: none of the {len(labels)} names with labels, such as {example!r}, is a file's. "
             f"Expected names such as {names[0]!r}.{close_matches(example, names)}"
         )
-    return found
+    return numbers
 
 
 class LastShard:

@@ -48,8 +48,8 @@ def flat_contents(
     of_kind = torch.stack([_CONTENT[kind](n, patch, generator) for kind in kinds])
     if len(kinds) == 1:
         return of_kind[0]
-    drawn = torch.randint(len(kinds), (n,), generator=generator)
-    return of_kind[drawn, torch.arange(n)]
+    choice = torch.randint(len(kinds), (n,), generator=generator)
+    return of_kind[choice, torch.arange(n)]
 
 
 def _nothing(n: int, patch: int, generator: torch.Generator) -> Tensor:
@@ -82,7 +82,7 @@ def _backgrounds(patch: int) -> Float[Tensor, "n 3 height width"]:
     import numpy as np  # noqa: PLC0415  (only where photographs are asked for)
     from PIL import Image  # noqa: PLC0415
 
-    found = []
+    cuts = []
     for path in shipped_photographs():
         small = Image.open(path).convert("RGB").resize((SHRUNK_TO, SHRUNK_TO), Image.Resampling.BOX)
         pixels = torch.from_numpy(np.array(small)).float() / 255
@@ -91,13 +91,13 @@ def _backgrounds(patch: int) -> Float[Tensor, "n 3 height width"]:
         cut = cut - cut.mean((2, 3), keepdim=True)
         spread = cut.std((1, 2, 3), correction=0)
         order = spread.argsort()[: int(SMOOTHEST * len(cut))]
-        found.append((cut / spread.clamp_min(1e-3)[:, None, None, None] * CONTRAST)[order])
-    if not found:
+        cuts.append((cut / spread.clamp_min(1e-3)[:, None, None, None] * CONTRAST)[order])
+    if not cuts:
         raise ConfigError(
             "flat_content 'photographs' needs the photographs that come with scikit-image, scikit-learn or matplotlib; "
             "none is installed. Install one of them, or take 'soft_noise'."
         )
-    return torch.cat(found)
+    return torch.cat(cuts)
 
 
 _CONTENT: dict[FlatContent, Callable[[int, int, torch.Generator], Tensor]] = dict(
@@ -126,9 +126,9 @@ class SyntheticBatch:
     def image_labels(self) -> Int[Tensor, "batch attribute"]:
         """What a [CLS] token must report: for each attribute, the class that most of the patches show which show one
         (normal ones and keys); of equally frequent ones the lowest."""
-        shown = ((self.roles == NORMAL) | (self.roles == KEY))[..., None].long().expand_as(self.labels)
-        counts = shown.new_zeros(len(shown), int(self.labels.max()) + 1, shown.shape[-1])
-        return counts.scatter_add(1, self.labels, shown).argmax(1)
+        carries = ((self.roles == NORMAL) | (self.roles == KEY))[..., None].long().expand_as(self.labels)
+        counts = carries.new_zeros(len(carries), int(self.labels.max()) + 1, carries.shape[-1])
+        return counts.scatter_add(1, self.labels, carries).argmax(1)
 
 
 @lru_cache(maxsize=8)
@@ -199,13 +199,13 @@ def _paint(own: Tensor, roles: Tensor, types: Tensor, task: SyntheticTask, gener
     def only(*which: int) -> Tensor:
         return torch.isin(roles, torch.tensor(which))[..., None, None, None]
 
-    shown = torch.stack([textures[k][own[..., k]] for k in range(task.n_attributes)]).sum(0)
+    pixels = torch.stack([textures[k][own[..., k]] for k in range(task.n_attributes)]).sum(0)
     brightness = 0.2 + 0.8 * torch.rand(*roles.shape, 3, 1, 1, generator=generator)
-    noise = torch.randn(shown.shape, generator=generator)
+    noise = torch.randn(pixels.shape, generator=generator)
     flat = roles == FLAT
-    shown[flat] = flat_contents(int(flat.sum()), task.patch, task.flat_content, generator)
+    pixels[flat] = flat_contents(int(flat.sum()), task.patch, task.flat_content, generator)
     return (
-        shown * ~only(TRIGGER)
+        pixels * ~only(TRIGGER)
         + keys[types] * only(KEY)
         + triggers[types] * only(TRIGGER)
         + brightness * ~only(TRIGGER)

@@ -130,12 +130,12 @@ class WebDatasetSource:
         url, any_good = self.urls[tar], False
         if (path := _local(url)) is not None:
             check_unchanged(path, self._sizes[tar])
-        seen: set[str] = set()
+        names: set[str] = set()
         for number, sample in enumerate(_samples(url, {*self.image_keys, self.label_key})):
             any_good |= not sample.damage
             name = f"{self._tars[tar]}/{sample.key}"
-            repeated = name in seen
-            seen.add(name)
+            repeated = name in names
+            names.add(name)
             if number % self.parts != part:
                 continue
             image = next((sample.files[key] for key in self.image_keys if key in sample.files), None)

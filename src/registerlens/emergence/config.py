@@ -57,7 +57,7 @@ class TrainingConfig(Settings):
     """
 
     seed: Index = 0
-    """Of the initial weights and of every batch."""
+    """Seed of the initial weights and of every batch."""
     task: SyntheticTask = SyntheticTask()
     """The images and what must be reported of them."""
     model: ModelShape = ModelShape()
@@ -155,7 +155,7 @@ class Recipe:
     name: str
     """As in the tables."""
     question: str
-    """What it is there to find out."""
+    """The question that it answers."""
     config: TrainingConfig
     """The training; the seed is 0."""
 

@@ -47,7 +47,7 @@ class Criterion:
     side: Literal[">=", "<="]
     """On which side of the threshold it holds."""
     threshold: float
-    """From where on."""
+    """The value from which on the criterion holds or fails."""
     words: str
     """What is measured."""
 
@@ -230,12 +230,12 @@ def emergence_criteria(
     chosen, others = images[:half], images[half:]
     selected = trace(vit, chosen, batch_size=batch_size)
     detection = emerging(selected)
-    seen = trace(vit, others, batch_size=batch_size)
+    traced = trace(vit, others, batch_size=batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = trace(HookedViT(vit.cfg).to(vit.device), others[:batch_size], batch_size=batch_size)
     result: dict[str, Any] = dict(nothing(vit.cfg.n_layers), neurons=RegisterNeurons.from_pairs([]))
-    values = {"largest/median": float(seen.largest_over_median[seen.sublayers.index(detection.sublayer)])}
+    values = {"largest/median": float(traced.largest_over_median[traced.sublayers.index(detection.sublayer)])}
     if made_by_mlp(detection):
         neurons, values["AUC, onset block"], values["AUC, all"] = choose(vit, chosen, detection, top_k, batch_size)
         edits = make_edits(vit, chosen, neurons, batch_size, seed)
@@ -245,7 +245,7 @@ def emergence_criteria(
             batch_labels = None if labels is None else labels[half:][start:stop]
             measured.add(others[start:stop], batch_labels, edits, seed)
         result = measured.result() | {"neurons": neurons}
-        values |= _judged(seen, detection, result, vit.cfg) | measured.of_chosen_patch()
+        values |= _judged(traced, detection, result, vit.cfg) | measured.of_chosen_patch()
     return EmergenceCriteria(
         model=vit.source,
         config=vit.cfg,
@@ -253,35 +253,35 @@ def emergence_criteria(
         n_selected_on=half,
         n_evaluated_on=len(others),
         values=np.array([values.get(one.name, np.nan) for one in CRITERIA]),
-        largest_over_median=seen.largest_over_median,
+        largest_over_median=traced.largest_over_median,
         untrained=untrained.largest_over_median,
         **prefix_tokens(vit, others, batch_size),
         **result,
     )
 
 
-def _judged(seen: Trace, detection: Detection, found: dict[str, Any], cfg: ViTConfig) -> dict[str, float]:
+def _judged(traced: Trace, detection: Detection, measured: dict[str, Any], cfg: ViTConfig) -> dict[str, float]:
     """The criteria's values from what was measured."""
-    at = seen.sublayers.index(detection.sublayer)
-    curve = np.log(seen.largest_over_median)
+    at = traced.sublayers.index(detection.sublayer)
+    curve = np.log(traced.largest_over_median)
     after = list(after_onset(detection, cfg.n_layers))
-    norm, attention = float(seen.largest_over_median[at]), float(found["sink"][after].mean())
-    change = {name: found["accuracy"][i] - found["accuracy"][0] for i, name in enumerate(CONDITIONS)}
-    left = {name: share(found["outliers"][i], found["outliers"][0]) for i, name in enumerate(CONDITIONS)}
+    norm, attention = float(traced.largest_over_median[at]), float(measured["sink"][after].mean())
+    change = {name: measured["accuracy"][i] - measured["accuracy"][0] for i, name in enumerate(CONDITIONS)}
+    left = {name: share(measured["outliers"][i], measured["outliers"][0]) for i, name in enumerate(CONDITIONS)}
     register, unedited = CONDITIONS.index("register"), CONDITIONS.index("unedited")
     return {
-        "bimodality": found["quantiles"][1] / found["quantiles"][0],
+        "bimodality": measured["quantiles"][1] / measured["quantiles"][0],
         "one MLP": (curve[at] - curve[at - 1]) / (curve.max() - curve[0]),
         "sink": attention,
-        "value drain": found["value_ratio"][after].mean(),
-        "few neurons": len(found["neurons"]) / (cfg.n_layers * cfg.d_mlp),
+        "value drain": measured["value_ratio"][after].mean(),
+        "few neurons": len(measured["neurons"]) / (cfg.n_layers * cfg.d_mlp),
         "register: outliers": left["register"],
-        "register: norm": found["register_norm"][register] / norm,
-        "register: attention": share(found["register_attention"][register], attention),
+        "register: norm": measured["register_norm"][register] / norm,
+        "register: attention": share(measured["register_attention"][register], attention),
         "register: accuracy": change["register"],
         "zeroing: outliers": left["zeroing"],
         "zeroing: accuracy": change["zeroing"],
-        "random: outliers": share(found["outliers"][len(CONDITIONS) :].min(), found["outliers"][0]),
-        "unedited: norm": found["register_norm"][unedited],
-        "unedited: attention": found["register_attention"][unedited],
+        "random: outliers": share(measured["outliers"][len(CONDITIONS) :].min(), measured["outliers"][0]),
+        "unedited: norm": measured["register_norm"][unedited],
+        "unedited: attention": measured["register_attention"][unedited],
     }

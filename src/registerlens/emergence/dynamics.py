@@ -169,8 +169,8 @@ def training_dynamics(
     with torch.inference_mode():
         for step in track(run.checkpoints, "following", len(run.checkpoints)):
             rows.append(_look(run.vit(step), neurons, images, mask))
-    found = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    written = found.pop("written")
+    courses = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    written = courses.pop("written")
     return Dynamics(
         run=run.folder.name,
         seed=run.config.seed,
@@ -179,7 +179,7 @@ def training_dynamics(
         n_images=len(images),
         output_norm=written.norm(dim=-1).numpy(),
         alignment=torch.cosine_similarity(written, written[-1].mean(0), dim=-1).numpy(),
-        **{name: tensor.numpy() for name, tensor in found.items()},
+        **{name: tensor.numpy() for name, tensor in courses.items()},
     )
 
 
@@ -195,14 +195,14 @@ def _look(
         ([f"blocks.{layer}.mlp.hook_post" for layer in layers], lambda post, hook: posts.update({hook.layer(): post})),
     ]
     with vit.hooks(hooks):
-        seen = observe(vit, images, "all")
-    patches = seen.layout.patches
-    norms, drained = seen.norms[..., patches], torch.stack(values)[..., patches]
+        view = observe(vit, images, "all")
+    patches = view.layout.patches
+    norms, drained = view.norms[..., patches], torch.stack(values)[..., patches]
     acts = torch.stack([posts[layer][:, patches, neuron] for layer, neuron in neurons.pairs])
     written = [vit.blocks[layer].mlp.W_out[neuron] for layer, neuron in neurons.pairs]  # type: ignore[union-attr]
     return {
         "norm": _mean_at(norms / medians(norms), mask),
-        "sink": (seen.attention[..., patches] * mask).sum(-1),
+        "sink": (view.attention[..., patches] * mask).sum(-1),
         "value_ratio": _mean_at(drained, mask) / _mean_at(drained, ~mask),
         "activation": acts[:, mask].mean(1),
         "elsewhere": acts[:, ~mask].mean(1),
@@ -235,12 +235,12 @@ def _halfway(
         return steps[after - 1] + (steps[after] - steps[after - 1]) * (HALFWAY - low) / (high - low)
 
 
-def order_of_signs(found: Sequence[Dynamics]) -> pd.DataFrame:
+def order_of_signs(runs: Sequence[Dynamics]) -> pd.DataFrame:
     """Onset steps of every sign in several runs, side by side; see `Dynamics.onsets`.
 
     Raises:
         ConfigError: no run was given.
     """
-    if not found:
+    if not runs:
         raise ConfigError("No run was given.")
-    return pd.concat([one.onsets() for one in found], ignore_index=True)
+    return pd.concat([one.onsets() for one in runs], ignore_index=True)

@@ -36,7 +36,7 @@ CHOSEN_PATCH = 5
 MEASURED = ("outliers", "accuracy", "register_norm", "register_attention")
 
 
-def emerging(found: Trace) -> Detection:
+def emerging(traced: Trace) -> Detection:
     """Outliers after the sublayer that makes most of them: where the largest norm over the median rises most, in
     logarithms, of those after which norms are separate. A trace's `onset` is the first of these, which may lift the
     same patches only a little, well before the jump. Where norms are separate nowhere, the place of the strongest
@@ -49,12 +49,12 @@ def emerging(found: Trace) -> Detection:
         >>> emerging(trace(rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images)).onset
         '1.mlp'
     """
-    rise = np.diff(np.log(found.largest_over_median), prepend=np.nan)
-    there = [i for i, evidence in enumerate(found.evidence) if i and evidence.present]
+    rise = np.diff(np.log(traced.largest_over_median), prepend=np.nan)
+    there = [i for i, evidence in enumerate(traced.evidence) if i and evidence.present]
     if not there:
-        return detection_in(found)
-    sublayer = found.sublayers[max(there, key=lambda i: rise[i])]
-    return replace(detection_in(found, sublayer), onset=sublayer)
+        return detection_in(traced)
+    sublayer = traced.sublayers[max(there, key=lambda i: rise[i])]
+    return replace(detection_in(traced, sublayer), onset=sublayer)
 
 
 def made_by_mlp(detection: Detection) -> bool:
@@ -67,10 +67,10 @@ def choose(
 ) -> tuple[RegisterNeurons, float, float]:
     """Register neurons; the share of neurons that tell outliers apart, in the onset block and of the whole model."""
     options: dict[str, Any] = {"layer": detection.sublayer, "top_layer": detection.layer, "top_k": top_k}
-    found = find_register_neurons(vit, images, batch_size=batch_size, **options)
-    assert found.search is not None
-    firing = found.search.scores.of("auc") >= FIRES
-    neurons = replace(found, search=None, found={})
+    neurons_found = find_register_neurons(vit, images, batch_size=batch_size, **options)
+    assert neurons_found.search is not None
+    firing = neurons_found.search.scores.of("auc") >= FIRES
+    neurons = replace(neurons_found, search=None, found={})
     return neurons, float(firing[-1].mean()), float(firing.sum() / (vit.cfg.n_layers * vit.cfg.d_mlp))
 
 
@@ -125,8 +125,8 @@ class Evidence:
                 moving = isinstance(edit, MoveOutliers)
                 here = replace(edit, positions=_one_normal_patch(ruler.mask, generator)) if moving else edit
                 with vit.edit(here):
-                    seen = observe(vit, images, "all")
-                self.rows[name].append(ruler.measure(seen, here.aim(Scene(seen.layout, images))))
+                    view = observe(vit, images, "all")
+                self.rows[name].append(ruler.measure(view, here.aim(Scene(view.layout, images))))
 
     def mean(self, metric: str, condition: str) -> float:
         """Over all images; NaN where a condition has no such thing."""
@@ -143,20 +143,20 @@ class Evidence:
         """The arrays of `EmergenceCriteria`."""
         mask, norms, values = torch.cat(self.masks), torch.cat(self.norms), torch.cat(self.value_norms, 1)
         ratio = torch.stack([layer[mask].mean() / layer[~mask].mean() for layer in values])
-        found = {"sink": torch.cat(self.sinks, 1).mean(1), "value_ratio": ratio}
+        measured = {"sink": torch.cat(self.sinks, 1).mean(1), "value_ratio": ratio}
         outlying = norms[mask].quantile(0.01) if mask.any() else torch.tensor(torch.nan)
-        found["quantiles"] = torch.stack([norms[~mask].quantile(0.999), outlying.to(norms)])
+        measured["quantiles"] = torch.stack([norms[~mask].quantile(0.999), outlying.to(norms)])
         names = dict(zip(MEASURED, ("outliers", "accuracy", "register_norm", "sink_register"), strict=True))
         means = {
             name: np.array([self.mean(metric, condition) for condition in self.rows]) for name, metric in names.items()
         }
-        return {name: tensor.cpu().double().numpy() for name, tensor in found.items()} | means
+        return {name: tensor.cpu().double().numpy() for name, tensor in measured.items()} | means
 
 
 def _one_normal_patch(mask: Bool[Tensor, "batch patch"], generator: torch.Generator) -> Any:
     """A function of the images that gives each of them one patch that is no outlier, at random."""
-    drawn = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(mask, -1)
-    return lambda images: drawn.argmax(1, keepdim=True)
+    keys = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(mask, -1)
+    return lambda images: keys.argmax(1, keepdim=True)
 
 
 def prefix_tokens(vit: HookedViT, images: Tensor, batch_size: int) -> dict[str, Float[np.ndarray, "..."]]:
@@ -164,12 +164,12 @@ def prefix_tokens(vit: HookedViT, images: Tensor, batch_size: int) -> dict[str, 
     norms, sinks = [], []
     with torch.inference_mode():
         for batch in images.split(batch_size):
-            seen = observe(vit, batch, "all")
-            patches = seen.layout.patches
-            norms.append(seen.norms[..., : patches.start] / medians(seen.norms[..., patches]))
-            sinks.append(seen.attention[..., : patches.start])
-    found = {"prefix_norm": torch.cat(norms, 1), "prefix_sink": torch.cat(sinks, 1)}
-    return {name: each.mean(1).cpu().double().numpy() for name, each in found.items()}
+            view = observe(vit, batch, "all")
+            patches = view.layout.patches
+            norms.append(view.norms[..., : patches.start] / medians(view.norms[..., patches]))
+            sinks.append(view.attention[..., : patches.start])
+    means = {"prefix_norm": torch.cat(norms, 1), "prefix_sink": torch.cat(sinks, 1)}
+    return {name: each.mean(1).cpu().double().numpy() for name, each in means.items()}
 
 
 def nothing(n_layers: int) -> dict[str, Float[np.ndarray, "..."]]:

@@ -47,9 +47,9 @@ def judge_run(run: TrainingRun, *, n_images: int = JUDGED, batch_size: int = 64)
         return EmergenceCriteria.load(folder)
     vit, batch = run.vit(), held_out_images(run.config, 2 * n_images, part=1)
     labels = labels_of(batch, vit.layout(batch.images))
-    found = emergence_criteria(vit, batch.images, labels, batch_size=batch_size)
-    found.save(folder)
-    return found
+    criteria = emergence_criteria(vit, batch.images, labels, batch_size=batch_size)
+    criteria.save(folder)
+    return criteria
 
 
 def results_table(folders: Iterable[str | Path], *, n_images: int = JUDGED) -> pd.DataFrame:
@@ -123,17 +123,17 @@ def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
 
 def _judged(run: TrainingRun, n_images: int) -> dict[str, Any]:
     """What emerged."""
-    found = judge_run(run, n_images=n_images)
-    failing = ", ".join(one.name for one in CRITERIA if not found.holds(one.name))
+    criteria = judge_run(run, n_images=n_images)
+    failing = ", ".join(one.name for one in CRITERIA if not criteria.holds(one.name))
     return {
-        "outliers": found.detection.evidence.verdict,
-        "onset": found.onset,
-        "neurons": len(found.neurons),
-        "criteria": found.n_met,
+        "outliers": criteria.detection.evidence.verdict,
+        "onset": criteria.onset,
+        "neurons": len(criteria.neurons),
+        "criteria": criteria.n_met,
         "of": len(CRITERIA),
-        "failing": failing if found.n_met else "all",
-        "largest": float(found.largest_over_median.max()),
-        "prefix_norm": float(found.prefix_norm.max(initial=0)),
-        "prefix_sink": float(found.prefix_sink.sum(1).max()),
-        **dict(zip((one.name for one in CRITERIA), found.values.tolist(), strict=True)),
+        "failing": failing if criteria.n_met else "all",
+        "largest": float(criteria.largest_over_median.max()),
+        "prefix_norm": float(criteria.prefix_norm.max(initial=0)),
+        "prefix_sink": float(criteria.prefix_sink.sum(1).max()),
+        **dict(zip((one.name for one in CRITERIA), criteria.values.tolist(), strict=True)),
     }

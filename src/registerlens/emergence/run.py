@@ -199,9 +199,9 @@ def flat_settings(config: TrainingConfig) -> dict[str, Any]:
     """
 
     def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        leaves: dict[str, Any] = {}
         for key, value in values.items():
-            found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
-        return found
+            leaves |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}
+        return leaves
 
     return flat(config.model_dump(mode="json"))

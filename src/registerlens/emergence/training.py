@@ -129,7 +129,7 @@ class _Since:
         now = {name: clock() for name, clock in _CLOCKS.items()}
         self.clocks = {name: self.clocks[name] + now[name] - self.started[name] for name in now}
         values = {"loss": self.losses, "gradient_norm": self.gradients}
-        mean = {name: sum(given) / len(given) if given else math.nan for name, given in values.items()}
+        mean = {name: sum(numbers) / len(numbers) if numbers else math.nan for name, numbers in values.items()}
         self.losses, self.gradients, self.started = [], [], now
         return self.clocks | mean
 
@@ -178,8 +178,8 @@ def _diverged(run: TrainingRun, step: int, since: _Since, what: str) -> Diverged
     """The error; what was seen is written into the run's folder first."""
     kept, rate = run.checkpoints[-1] if run.checkpoints else None, run.config.learning_rate_at(step)
     losses, gradients = ([str(one) for one in ones[-6:]] for ones in (since.losses, since.gradients))
-    seen = {"step": step, "what": what, "losses": losses, "gradient_norms": gradients}
-    write_json(run.diverged_file, seen | {"learning_rate": rate, "last_checkpoint": kept})
+    record = {"step": step, "what": what, "losses": losses, "gradient_norms": gradients}
+    write_json(run.diverged_file, record | {"learning_rate": rate, "last_checkpoint": kept})
     return DivergedError(
         f"Training diverged at step {step}: {what}, learning rate {rate:.3g}; last losses: "
         f"{', '.join(losses) or 'none'}. Kept: the checkpoint of step {kept} in '{run.folder}'. Lower learning_rate or "
@@ -219,13 +219,13 @@ def _measure(vit: HookedViT, config: TrainingConfig) -> dict[str, float]:
     correct = {ROLES[role]: (right[:, layout.patches] == batch.labels)[batch.roles == role] for role in there}
     if layout.cls is not None:
         correct["image"] = right[:, layout.cls] == batch.image_labels
-    found = trace(vit, batch.images, batch_size=WATCHED)
-    norms = zip(found.sublayers, found.largest_over_median.tolist(), strict=True)
+    traced = trace(vit, batch.images, batch_size=WATCHED)
+    norms = zip(traced.sublayers, traced.largest_over_median.tolist(), strict=True)
     return (
         {"loss_held_out": loss}
         | {f"accuracy_{name}": float(ones.float().mean()) for name, ones in correct.items()}
         | {f"largest_over_median_{sublayer}": ratio for sublayer, ratio in norms}
-        | {f"sink_{layer}": sink for layer, sink in enumerate(found.mean_sink.tolist())}
+        | {f"sink_{layer}": sink for layer, sink in enumerate(traced.mean_sink.tolist())}
     )
 
 

@@ -141,8 +141,8 @@ def causal_order(
     layers = (first, *later)
     edits = _edits(vit, images, neurons, layers[:-1], seed, batch_size)
     sums = _OrderSums(vit, neurons, detection, edits, torch.Generator().manual_seed(seed))
-    [found] = stream(vit, images, [sums], batch_size=batch_size, description="ordering neurons")
-    return found
+    [order] = stream(vit, images, [sums], batch_size=batch_size, description="ordering neurons")
+    return order
 
 
 class _OrderSums(AtTopOutliers):
@@ -174,9 +174,11 @@ class _OrderSums(AtTopOutliers):
         for c, condition in enumerate(CONDITIONS):
             for i, layer in enumerate(self.layers[:-1]):
                 edits = self.edits[condition, layer]
-                found = [self._of(self._later(layer, self.layers[i + 1 :], tokens, one)) / len(edits) for one in edits]
+                effects = [
+                    self._of(self._later(layer, self.layers[i + 1 :], tokens, one)) / len(edits) for one in edits
+                ]
                 later = torch.tensor([at > layer for at, _ in self.neurons.pairs])
-                edited[c, i, later] = torch.stack(found).sum(0)[later]
+                edited[c, i, later] = torch.stack(effects).sum(0)[later]
         self.add(clean=clean, edited=edited)
 
     def _later(
@@ -184,10 +186,10 @@ class _OrderSums(AtTopOutliers):
     ) -> dict[int, Float[Tensor, "row neuron"]]:
         """Activations of later layers at the clean top outliers, under an edit of the layer `first`."""
         with self.vit.edit(ablation):
-            seen = NormsAndActivations(self.vit, self.layout, later, [])
-            with self.vit.hooks(seen.hooks):
+            recorded = NormsAndActivations(self.vit, self.layout, later, [])
+            with self.vit.hooks(recorded.hooks):
                 self.vit(self.streams[first], start_at_layer=first, stop_at_layer=max(later) + 1, layout=self.layout)
-            return {layer: seen.activations(layer, tokens.images, tokens.patches[0]) for layer in later}
+            return {layer: recorded.activations(layer, tokens.images, tokens.patches[0]) for layer in later}
 
     def _of(self, activations: dict[int, Float[Tensor, "row neuron"]]) -> Float[Tensor, " listed"]:
         """Sum over images for each listed neuron; 0 for those of a layer that was not watched."""
@@ -215,6 +217,6 @@ def _edits(
         own = neurons.filter(layers=[layer])
         edits["zero", layer] = [Ablate(own)]
         edits["mean", layer] = [replace(fitted, target=own)]
-        drawn = [random_neurons(own, vit.cfg.d_mlp, generator) for _ in range(DRAWS)]
-        edits["random, zero", layer] = [Ablate(other) for other in drawn]
+        random = [random_neurons(own, vit.cfg.d_mlp, generator) for _ in range(DRAWS)]
+        edits["random, zero", layer] = [Ablate(other) for other in random]
     return edits

@@ -87,8 +87,8 @@ class InterventionMaps(Result):
     def describe(self) -> str:
         """What was done to the images, one condition a line."""
         lines = [f"{self.model}: norms and attention of {len(self.names)} images after blocks {list(self.layers)}."]
-        told = zip(self.conditions, self.interventions, strict=True)
-        return "\n".join([*lines, *(f"{condition}: {words or 'unedited'}." for condition, words in told)])
+        described = zip(self.conditions, self.interventions, strict=True)
+        return "\n".join([*lines, *(f"{condition}: {words or 'unedited'}." for condition, words in described)])
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a condition, block and image: the largest patch norm and attention, and the register's."""
@@ -164,24 +164,24 @@ def compare_maps(
     """
     if not conditions:
         raise ConfigError("Nothing to compare: give conditions such as {'original': None, 'edited': an intervention}.")
-    shown = _display(vit, images, display)
+    pictures = _display(vit, images, display)
     names = tuple(f"image {i}" for i in range(len(images))) if names is None else tuple(map(str, names))
     if len(names) != len(images):
         raise ConfigError(f"{len(names)} names for {len(images)} images; one for each is needed.")
-    found: dict[str, PatchMaps] = {}
+    by_name: dict[str, PatchMaps] = {}
     for name, edits in conditions.items():
         with vit.edit(*several(edits)):
-            found[name] = patch_maps(vit, images, range(vit.cfg.n_layers) if layers is None else layers)
-    first = next(iter(found.values()))
+            by_name[name] = patch_maps(vit, images, range(vit.cfg.n_layers) if layers is None else layers)
+    first = next(iter(by_name.values()))
     return InterventionMaps(
         model=vit.source,
-        conditions=tuple(found),
+        conditions=tuple(by_name),
         interventions=tuple("" if edits is None else repr(edits) for edits in conditions.values()),
         layers=first.layers,
         sink_query=first.sink_query,
         names=names,
-        display=shown,
-        **{name: np.stack([getattr(maps, name) for maps in found.values()]) for name in _MEASURED},
+        display=pictures,
+        **{name: np.stack([getattr(maps, name) for maps in by_name.values()]) for name in _MEASURED},
     )
 
 

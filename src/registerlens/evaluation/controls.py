@@ -35,8 +35,8 @@ Activity = dict[int, Float[Tensor, " neuron"]]
 
 def neurons_of(intervention: Intervention) -> RegisterNeurons | None:
     """The register neurons an intervention is about, if it is about neurons."""
-    found = getattr(intervention, "neurons", getattr(intervention, "target", None))
-    return found if isinstance(found, RegisterNeurons) else None
+    target = getattr(intervention, "neurons", getattr(intervention, "target", None))
+    return target if isinstance(target, RegisterNeurons) else None
 
 
 def with_neurons(intervention: Intervention, neurons: RegisterNeurons) -> Intervention:
@@ -174,9 +174,9 @@ def build_controls(
         return {}
     generator = torch.Generator().manual_seed(seed)
     activity = neuron_activity(vit, images, list(neurons.by_layer()), batch_size)
-    drawn = {f"random {i}": random_neurons(neurons, vit.cfg.d_mlp, generator) for i in range(1, DRAWS + 1)}
-    drawn |= {f"matched {i}": matched_neurons(neurons, activity, generator) for i in range(1, DRAWS + 1)}
-    controls = {name: _same_on(vit, images, intervention, other, batch_size) for name, other in drawn.items()}
+    sets = {f"random {i}": random_neurons(neurons, vit.cfg.d_mlp, generator) for i in range(1, DRAWS + 1)}
+    sets |= {f"matched {i}": matched_neurons(neurons, activity, generator) for i in range(1, DRAWS + 1)}
+    controls = {name: _same_on(vit, images, intervention, other, batch_size) for name, other in sets.items()}
     if isinstance(intervention, MoveOutliers | TestTimeRegisters):
         other = random_neurons(neurons, vit.cfg.d_mlp, generator)
         controls["random, copied maxima"] = replace(intervention, neurons=other, maxima_of=neurons)

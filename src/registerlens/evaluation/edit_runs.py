@@ -106,8 +106,8 @@ class _Planned:
 
 
 def _planned(vit: HookedViT, index: int, interventions: Sequence[Intervention]) -> _Planned:
-    made = plan(vit, interventions, vit.n_test_time_registers)
-    return _Planned(index, made, made.first_block(vit.cfg.n_layers), sum(one.n_keys for one in interventions))
+    edits = plan(vit, interventions, vit.n_test_time_registers)
+    return _Planned(index, edits, edits.first_block(vit.cfg.n_layers), sum(one.n_keys for one in interventions))
 
 
 @dataclass
@@ -122,7 +122,7 @@ class _Batch:
     scene: Scene
     """Without test-time registers of the conditions."""
     scenes: dict[int, Scene] = field(default_factory=dict)
-    """By the number of those."""
+    """Scenes by the number of test-time registers."""
 
     def scene_with(self, n_registers: int) -> Scene:
         """The same images with that many more tokens; made once, so that the images are hashed once."""
@@ -213,8 +213,8 @@ class _Run:
 
     def _record(self, now: list[_Planned], batch: _Batch, edited: View, clean: View) -> None:
         """The numbers of some conditions; where nothing is edited, one run stands for all of them."""
-        found = measured(self.metrics, edited, clean).unflatten(1, (-1, batch.part.stop - batch.part.start))
-        self.values[[one.index for one in now], batch.part] = found.permute(1, 2, 0)
+        numbers = measured(self.metrics, edited, clean).unflatten(1, (-1, batch.part.stop - batch.part.start))
+        self.values[[one.index for one in now], batch.part] = numbers.permute(1, 2, 0)
 
 
 def _order(one: _Planned) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class Evaluation(Result):
     conditions: tuple[str, ...]
     """"clean" first, then the interventions, then baselines and controls."""
     kinds: tuple[ConditionKind, ...]
-    """What each condition is."""
+    """What each condition is there for."""
     interventions: tuple[str, ...]
     """What each condition did, in words."""
     metrics: tuple[str, ...]
@@ -99,14 +99,14 @@ class Evaluation(Result):
         Intervals are percentiles of `n_boot` bootstrap samples of the images; differences are paired.
         """
         times = resample(self.n_images, n_boot, seed)
-        told = pd.DataFrame({"condition": self.conditions, "kind": self.kinds})
+        frame = pd.DataFrame({"condition": self.conditions, "kind": self.kinds})
         parts = []
         for m, metric in enumerate(self.metrics):
             values = self.values[:, m]
             columns = dict(zip(("mean", "low", "high"), mean_intervals(values, times), strict=True))
             names = ("difference", "difference_low", "difference_high")
             columns |= dict(zip(names, mean_intervals(values - values[0], times), strict=True))
-            part = told.assign(metric=metric, **columns)
+            part = frame.assign(metric=metric, **columns)
             parts.append(part[~np.isnan(values).all(axis=1)])
         return pd.concat(parts, ignore_index=True)
 
@@ -203,8 +203,8 @@ def evaluate_intervention(
                     sums.take(name, clean, ruler.measure(clean))
                     continue
                 with vit.edit(one):
-                    seen = observe(vit, batch.images)
-                sums.take(name, seen, ruler.measure(seen, one.aim(Scene(seen.layout, batch.images))))
+                    observed = observe(vit, batch.images)
+                sums.take(name, observed, ruler.measure(observed, one.aim(Scene(observed.layout, batch.images))))
     measured = sums.result()
     verdicts = {
         name: judge_effect(measured["metrics"], measured["values"], kinds, name, isinstance(one, Ablate))
@@ -230,18 +230,18 @@ class _EvaluationSums(Sums):
         self.sublayers = sublayers(n_layers)
         self.rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in conditions}
 
-    def take(self, condition: str, seen: Observation, measured: dict[str, Float[Tensor, " batch"]]) -> None:
+    def take(self, condition: str, observed: Observation, measured: dict[str, Float[Tensor, " batch"]]) -> None:
         for metric, values in measured.items():
             self.rows[condition].setdefault(metric, []).append(values.float().cpu())
-        patches, stop = seen.layout.patches, seen.layout.patches.stop
+        patches, stop = observed.layout.patches, observed.layout.patches.stop
         curves = {
-            "norm_curve": seen.norms[:, :, patches].amax(-1),
-            "sink_curve": seen.attention[:, :, patches].amax(-1),
+            "norm_curve": observed.norms[:, :, patches].amax(-1),
+            "sink_curve": observed.attention[:, :, patches].amax(-1),
         }
-        if seen.layout.n_test_time_registers:
-            curves["register_curve"] = seen.norms[:, :, stop:].amax(-1)
-        if seen.attention.shape[-1] > stop:
-            curves["register_sink_curve"] = seen.attention[:, :, stop:].sum(-1)
+        if observed.layout.n_test_time_registers:
+            curves["register_curve"] = observed.norms[:, :, stop:].amax(-1)
+        if observed.attention.shape[-1] > stop:
+            curves["register_sink_curve"] = observed.attention[:, :, stop:].sum(-1)
         self.add(**{f"{condition} {name}": values.sum(1) for name, values in curves.items()})
 
     def result(self) -> dict[str, Any]:
@@ -266,9 +266,9 @@ def _where(
 ) -> tuple[Detection, Detection | None]:
     """Where outliers are counted, and where the baseline overwrites them: as soon as they arise."""
     if threshold in ("auto", "gap") and layer == "auto":
-        found = trace(vit, images, batch_size=batch_size)
-        detection = detection_in(found)
-        return detection, None if found.onset is None else detection_in(found, found.onset)
+        traced = trace(vit, images, batch_size=batch_size)
+        detection = detection_in(traced)
+        return detection, None if traced.onset is None else detection_in(traced, traced.onset)
     detection = detect(vit, images, threshold=threshold, layer=layer, batch_size=batch_size)
     return detection, detection
 

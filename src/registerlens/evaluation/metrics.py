@@ -44,7 +44,7 @@ class Metric:
     attention: tuple[int, ...] = ()
     """Layers whose attention it looks at."""
     words: str = ""
-    """What it is, with its unit."""
+    """The metric in words, with its unit."""
 
 
 @dataclass(frozen=True)

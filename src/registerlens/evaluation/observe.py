@@ -74,17 +74,17 @@ def observe(
     """
     layout = vit.layout(batch)
     norms: list[Tensor] = []
-    drawn: dict[int, Tensor] = {}
+    by_layer: dict[int, Tensor] = {}
 
     def receive(layer: int, attention: Tensor) -> None:
-        drawn[layer] = attention.mean(1)
+        by_layer[layer] = attention.mean(1)
 
     hooks: list[Any] = [(EVERYWHERE, lambda resid, hook: norms.append(token_norms(resid)))]
     asked = layout if queries == "cls" else replace(layout, class_token=False)
     hooks += attention_hooks(vit, asked, range(vit.cfg.n_layers), receive)
     with vit.hooks(hooks):
         tokens = vit(batch.to(vit.device), return_type="tokens")
-    attention = torch.stack([drawn[layer] for layer in range(vit.cfg.n_layers)])
+    attention = torch.stack([by_layer[layer] for layer in range(vit.cfg.n_layers)])
     return Observation(layout, torch.stack(norms), attention, tokens, vit.head(tokens, layout))
 
 
@@ -111,54 +111,54 @@ class Yardstick:
         """Outliers of the clean pass."""
         return self.outlying(self.clean)
 
-    def outlying(self, seen: Observation) -> Bool[Tensor, "batch patch"]:
+    def outlying(self, observed: Observation) -> Bool[Tensor, "batch patch"]:
         """Patches above the cut-off; a relative one counts in the clean median, so that edits do not move it."""
-        return self.cutoff.above(self._patch_norms(seen), self._patch_norms(self.clean))
+        return self.cutoff.above(self._patch_norms(observed), self._patch_norms(self.clean))
 
-    def _patch_norms(self, seen: Observation) -> Float[Tensor, "batch patch"]:
-        return seen.norms[self.sublayer][:, seen.layout.patches]
+    def _patch_norms(self, observed: Observation) -> Float[Tensor, "batch patch"]:
+        return observed.norms[self.sublayer][:, observed.layout.patches]
 
     def measure(
-        self, seen: Observation, aim: Bool[Tensor, "#batch patch"] | None = None
+        self, observed: Observation, aim: Bool[Tensor, "#batch patch"] | None = None
     ) -> dict[str, Float[Tensor, " batch"]]:
         """Every metric of METRICS that the model has, for each image; `aim` is where outliers are wanted."""
-        layout, clean = seen.layout, self.clean
+        layout, clean = observed.layout, self.clean
         patches, stop = layout.patches, layout.patches.stop
-        norms = seen.norms[self.sublayer] / self.median
-        outlying, before = self.outlying(seen), self.mask
+        norms = observed.norms[self.sublayer] / self.median
+        outlying, before = self.outlying(observed), self.mask
         normal = ~(before | outlying)
         aimed = torch.zeros_like(before) if aim is None else aim.to(before.device).expand_as(before)
         old, other = before & ~aimed, ~(before | aimed)
-        drawn = seen.attention[self.layers.start : self.layers.stop].mean(0)
-        similar = F.cosine_similarity(seen.tokens[:, patches].float(), clean.tokens[:, patches].float(), dim=-1)
-        found = {
+        received = observed.attention[self.layers.start : self.layers.stop].mean(0)
+        similar = F.cosine_similarity(observed.tokens[:, patches].float(), clean.tokens[:, patches].float(), dim=-1)
+        numbers = {
             "largest_norm": norms[:, patches].amax(1),
             "outliers": outlying.sum(1),
             "old_outliers": (outlying & old).sum(1),
             "new_outliers": (outlying & other).sum(1),
-            "sink_patch": drawn[:, patches].amax(1),
-            "sink_outliers": (drawn[:, patches] * old).sum(1),
-            "sink_elsewhere": (drawn[:, patches] * other).amax(1),
+            "sink_patch": received[:, patches].amax(1),
+            "sink_outliers": (received[:, patches] * old).sum(1),
+            "sink_elsewhere": (received[:, patches] * other).amax(1),
             "cos_patches": similar.mean(1),
             "cos_normal": (similar * normal).sum(1) / normal.sum(1),
         }
         if aim is not None:
-            found["placed"] = (outlying & aimed).sum(1) / aimed.sum(1)
-            found["sink_aimed"] = (drawn[:, patches] * aimed).sum(1)
+            numbers["placed"] = (outlying & aimed).sum(1) / aimed.sum(1)
+            numbers["sink_aimed"] = (received[:, patches] * aimed).sum(1)
         if layout.n_test_time_registers:
-            found["register_norm"] = norms[:, stop:].amax(1)
-        if drawn.shape[1] > stop:
-            found["sink_register"] = drawn[:, stop:].sum(1)
+            numbers["register_norm"] = norms[:, stop:].amax(1)
+        if received.shape[1] > stop:
+            numbers["sink_register"] = received[:, stop:].sum(1)
         if layout.cls is not None:
-            cls = [one.tokens[:, layout.cls].float() for one in (seen, clean)]
-            found["cos_cls"] = F.cosine_similarity(*cls, dim=-1)
-        if seen.output.ndim == 2:
-            found["cos_output"] = F.cosine_similarity(seen.output.float(), clean.output.float(), dim=-1)
+            cls = [one.tokens[:, layout.cls].float() for one in (observed, clean)]
+            numbers["cos_cls"] = F.cosine_similarity(*cls, dim=-1)
+        if observed.output.ndim == 2:
+            numbers["cos_output"] = F.cosine_similarity(observed.output.float(), clean.output.float(), dim=-1)
         if self.classifies or self.labels is not None:
-            found["kl"] = divergence(seen.output, clean.output, self.labels)
+            numbers["kl"] = divergence(observed.output, clean.output, self.labels)
         if self.labels is not None:
-            found["accuracy"] = accuracy(seen.output, self.labels)
-        return found
+            numbers["accuracy"] = accuracy(observed.output, self.labels)
+        return numbers
 
 
 def classifies(cfg: ViTConfig) -> bool:

@@ -96,7 +96,7 @@ class RandomPatches:
     n: int = 1
     """Patches for each image, all different."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def __call__(self, images: Float[Tensor, "batch channel height width"]) -> Int[Tensor, "batch n"]:
         """Indices, row by row.
@@ -168,14 +168,14 @@ def _measured(
 ) -> Float[np.ndarray, "measure batch"]:
     layout = batch.layout
     norms: list[Tensor] = []
-    drawn: list[Tensor] = []
-    hooks: list[Any] = attention_hooks(vit, layout, [layer], lambda _, attention: drawn.append(attention.mean(1)))
+    received: list[Tensor] = []
+    hooks: list[Any] = attention_hooks(vit, layout, [layer], lambda _, attention: received.append(attention.mean(1)))
     hooks.append((f"blocks.{layer}.hook_resid_post", lambda resid, hook: norms.append(token_norms(resid))))
     run_until_seen(vit, batch.images, hooks)
     aimed, other = _sides(intervention, layout, batch.images)
-    values = [norms[0].cpu(), drawn[0][:, : layout.n_tokens].cpu()]
-    found = [value.masked_fill(~side, -torch.inf).amax(1) for value in values for side in (aimed, other)]
-    return torch.stack(found).float().numpy()
+    values = [norms[0].cpu(), received[0][:, : layout.n_tokens].cpu()]
+    largest = [value.masked_fill(~side, -torch.inf).amax(1) for value in values for side in (aimed, other)]
+    return torch.stack(largest).float().numpy()
 
 
 def _sides(

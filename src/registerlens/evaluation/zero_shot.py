@@ -87,8 +87,8 @@ def _head(encode: Encode, class_names: list[str], templates: list[str], batch_si
     prompts = [template.format(label) for label in class_names for template in templates]
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     with torch.inference_mode():
-        told = [encode(batch).float().cpu() for batch in track(batches, "encoding prompts", len(prompts), len)]
-    features = F.normalize(torch.cat(told), dim=-1).unflatten(0, (len(class_names), len(templates)))
+        encoded = [encode(batch).float().cpu() for batch in track(batches, "encoding prompts", len(prompts), len)]
+    features = F.normalize(torch.cat(encoded), dim=-1).unflatten(0, (len(class_names), len(templates)))
     return F.normalize(features.mean(1), dim=-1).T.contiguous().clone()
 
 

@@ -242,11 +242,11 @@ class Ablate(Intervention):
         if self.mode == "shuffle":
             return bank[int(torch.randint(len(bank), (), generator=own))]
         n_prefix = int(kinds.max())
-        drawn = []
+        samples = []
         for pool in (*bank[:, :n_prefix].unbind(1), rearrange(bank[:, n_prefix:], "image pos f -> (image pos) f")):
-            n = int((kinds == len(drawn)).sum())
-            drawn.append(pool.gather(0, torch.randint(len(pool), (n, pool.shape[1]), generator=own)))
-        return torch.cat(drawn)
+            n = int((kinds == len(samples)).sum())
+            samples.append(pool.gather(0, torch.randint(len(pool), (n, pool.shape[1]), generator=own)))
+        return torch.cat(samples)
 
     def _reference(self) -> Reference:
         if self.reference is None:  # __post_init__ has seen to it

@@ -167,7 +167,7 @@ class Tower:
     @property
     def n_registers(self) -> int:
         """Test-time registers that all attachments append together."""
-        return sum(made.n_registers for made in self.plans)
+        return sum(active.n_registers for active in self.plans)
 
     def add(self, interventions: Sequence[Intervention]) -> Plan:
         """Put interventions in force, after those that are.
@@ -175,8 +175,8 @@ class Tower:
         Raises:
             InterventionError: one does not fit the model.
         """
-        made = plan(self, interventions, self.n_registers)
-        for index, edit in made.edits:
+        added = plan(self, interventions, self.n_registers)
+        for index, edit in added.edits:
             place = self.places.fullmatch(edit.point)
             if edit.point != TOKENS and (place is None or int(place[1]) >= self.cfg.n_layers):
                 raise InterventionError(
@@ -185,12 +185,12 @@ class Tower:
                     f"hook_resid_post, mlp.hook_post and attn.{', attn.'.join(self.attention_points.values())}. "
                     f"HookedViT has more."
                 )
-        self._install([*self.plans, made])
-        return made
+        self._install([*self.plans, added])
+        return added
 
-    def remove(self, made: Plan) -> None:
+    def remove(self, removed: Plan) -> None:
         """Take a plan out of force, and let the registers of later ones move up."""
-        self._install([other for other in self.plans if other is not made])
+        self._install([other for other in self.plans if other is not removed])
 
     def _install(self, plans: list[Plan]) -> None:
         for module, before in reversed(self.replaced):
@@ -201,11 +201,11 @@ class Tower:
             hook.remove()
         self.plans, self.edits, self.replaced, self.hooks = [], {}, [], []
         self.latest = self.scene = None
-        for made in plans:
-            made.edits = plan(self, made.interventions, self.n_registers).edits
-            self.plans.append(made)
-            for index, edit in made.edits:
-                self.edits.setdefault(edit.point, []).append((made, index, edit))
+        for installed in plans:
+            installed.edits = plan(self, installed.interventions, self.n_registers).edits
+            self.plans.append(installed)
+            for index, edit in installed.edits:
+                self.edits.setdefault(edit.point, []).append((installed, index, edit))
         if not plans:
             return
         self._replace(self.images, _Images(self, self.images.forward))
@@ -232,8 +232,8 @@ class Tower:
         if self.scene is None:
             raise InterventionError(_PART)
         x = x.clone()  # an edit in place shall not reach the library's own tensors
-        for made, index, edit in edits:
-            made.note(index, edit)
+        for owner, index, edit in edits:
+            owner.note(index, edit)
             x = edit.change(x, self.scene).to(x.dtype)
         return x
 

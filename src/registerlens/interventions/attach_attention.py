@@ -74,8 +74,8 @@ def with_still_tokens(options: dict[str, Any], n: int) -> dict[str, Any]:
 def _edited_attention(
     stand_in: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    given = zip("qkv", (query, key, value), strict=True)
-    q, k, v = (stand_in.apply(kind, x.transpose(1, 2)).transpose(1, 2) for kind, x in given)
+    points = zip("qkv", (query, key, value), strict=True)
+    q, k, v = (stand_in.apply(kind, x.transpose(1, 2)).transpose(1, 2) for kind, x in points)
     attend = stand_in.known.get_interface(stand_in.attention.config._attn_implementation, stand_in.eager)
     z, weights = attend(stand_in.attention, q, k, v, _longer(attention_mask, k.shape[2]), **options)
     return stand_in.apply("z", z), weights
@@ -92,14 +92,14 @@ class TimmAttention:
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
         """What the module's `forward` returns."""
         attention = self.attention
-        given = self.signature.bind(attention, *arguments, **options).arguments
-        if given.get("is_causal", False):
+        bound = self.signature.bind(attention, *arguments, **options).arguments
+        if bound.get("is_causal", False):
             raise InterventionError("Attention cannot be edited where it is causal. Call the model without is_causal.")
-        qkv = rearrange(self._projected(given["x"]), "batch pos (three head d) -> three batch head pos d", three=3,
+        qkv = rearrange(self._projected(bound["x"]), "batch pos (three head d) -> three batch head pos d", three=3,
                         head=attention.num_heads)  # fmt: skip
-        q, k = (self._turned(x, given.get("rope")) for x in (attention.q_norm(qkv[0]), attention.k_norm(qkv[1])))
+        q, k = (self._turned(x, bound.get("rope")) for x in (attention.q_norm(qkv[0]), attention.k_norm(qkv[1])))
         q, k, v = (self._edited(kind, x) for kind, x in zip("qkv", (q, k, qkv[2]), strict=True))
-        mask = _longer(given.get("attn_mask"), k.shape[2])
+        mask = _longer(bound.get("attn_mask"), k.shape[2])
         if attention.fused_attn:
             dropout = attention.attn_drop.p if attention.training else 0.0
             z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

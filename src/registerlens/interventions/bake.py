@@ -67,16 +67,16 @@ def bake(name: str, intervention: Intervention, folder: str | Path) -> Path:
     module = library.load(target)
     attach(module, intervention).remove()  # refuses what does not fit before anything is written
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        made = Path(temporary) / folder.name
-        made.mkdir()
-        library.save(module, target, made)
-        intervention.save(made / "intervention")
-        write_json(made / "baked.json", {"version": __version__, "source": source, "model": name})
-        told = {"model": name, "kind": type(intervention).__name__, "version": __version__, "library": source}
-        (made / "load.py").write_text(_LOADER.format(extra=library.extra, **told))
+        draft = Path(temporary) / folder.name
+        draft.mkdir()
+        library.save(module, target, draft)
+        intervention.save(draft / "intervention")
+        write_json(draft / "baked.json", {"version": __version__, "source": source, "model": name})
+        record = {"model": name, "kind": type(intervention).__name__, "version": __version__, "library": source}
+        (draft / "load.py").write_text(_LOADER.format(extra=library.extra, **record))
         if folder.exists():
             folder.rmdir()
-        made.rename(folder)
+        draft.rename(folder)
     return folder
 
 
@@ -125,12 +125,12 @@ def _no_bars() -> Iterator[None]:
     """Without transformers' own progress bars, which it draws into pipes and logs too."""
     from transformers.utils import logging  # noqa: PLC0415
 
-    drawn = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if drawn:
+        if enabled:
             logging.enable_progress_bar()
 
 

@@ -39,7 +39,7 @@ class Scene:
     """The batch that an edit is applied to."""
 
     layout: TokenLayout
-    """Of the sequence inside the blocks, test-time registers included."""
+    """Layout of the sequence inside the blocks, test-time registers included."""
     images: Float[Tensor, "batch channel height width"] | None = field(default=None, repr=False)
     """The preprocessed images; None where the model started from a residual stream."""
 
@@ -248,7 +248,7 @@ def _joined(shares: list[Tensor], point: str) -> Tensor:
 def edited(vit: HookedViT, interventions: Sequence[Intervention]) -> Iterator[None]:
     """What `HookedViT.edit` does; see there."""
     before = vit.n_test_time_registers
-    made = plan(vit, interventions, before)
+    active = plan(vit, interventions, before)
     scene: list[Scene] = []
 
     def enter(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -264,11 +264,11 @@ def edited(vit: HookedViT, interventions: Sequence[Intervention]) -> Iterator[No
 
     entering = vit.register_forward_pre_hook(enter, with_kwargs=True)
     leaving = vit.register_forward_hook(leave, always_call=True)
-    vit.n_test_time_registers = before + made.n_registers
+    vit.n_test_time_registers = before + active.n_registers
     try:
-        with vit.hooks(stacked_hooks([made], scene)):
+        with vit.hooks(stacked_hooks([active], scene)):
             yield
-        made.check_fired()
+        active.check_fired()
     finally:
         vit.n_test_time_registers = before
         entering.remove()

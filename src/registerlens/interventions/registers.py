@@ -52,11 +52,11 @@ class Shift:
 
     def values(self, post: Float[Tensor, "batch pos neuron"], layout: TokenLayout) -> Float[Tensor, "batch 1 neuron"]:
         """What the target receives: the extreme of each neuron, or the one signed extreme of all of them."""
-        seen = post[:, layout.patches] if self.source == "patches" else post
+        candidates = post[:, layout.patches] if self.source == "patches" else post
         if self.extreme == "per_neuron":
             # Not amax: its gradient counts ties, which compilers that compute the activation again may not find.
-            return seen.gather(1, seen.argmax(1, keepdim=True))
-        flat = seen.flatten(1)
+            return candidates.gather(1, candidates.argmax(1, keepdim=True))
+        flat = candidates.flatten(1)
         signed = flat.gather(1, flat.abs().argmax(1, keepdim=True))
         return signed[..., None].expand(-1, 1, post.shape[-1])
 
@@ -271,13 +271,13 @@ def shift_edits(
     neurons: RegisterNeurons, maxima_of: RegisterNeurons | None, shift: Shift, target: Target
 ) -> tuple[Edit, ...]:
     """One edit for each layer that has neurons; `target(layer, scene)` gives booleans [batch, pos(, neuron)]."""
-    given = maxima_of.by_layer() if maxima_of is not None else {}
+    maxima = maxima_of.by_layer() if maxima_of is not None else {}
 
     def change(layer: int, listed: list[int], post: Tensor, scene: Scene) -> Tensor:
         index = torch.tensor(listed, device=post.device)
         values = None
-        if layer in given:
-            values = shift.values(post[..., torch.tensor(given[layer], device=post.device)], scene.layout)
+        if layer in maxima:
+            values = shift.values(post[..., torch.tensor(maxima[layer], device=post.device)], scene.layout)
         aim = target(layer, scene).to(post.device)
         moved = shift.move(post[..., index], aim, scene.layout, values)
         return post.index_copy(-1, index, moved.to(post.dtype))
@@ -289,7 +289,7 @@ def shift_edits(
 
 
 def check_maxima(neurons: RegisterNeurons, maxima_of: RegisterNeurons | None) -> None:
-    """Refuse maxima of a set that has not as many neurons in each layer.
+    """Refuse maxima of a set with another number of neurons in some layer.
 
     Raises:
         ConfigError: the numbers differ.
@@ -302,25 +302,27 @@ def check_maxima(neurons: RegisterNeurons, maxima_of: RegisterNeurons | None) ->
 
 
 def _mask_of(chosen: Any, layout: TokenLayout | None, batched: bool = False) -> Bool[Tensor, "batch patch"]:
-    """Positions as booleans; `layout` None checks only what can be told without the image's size."""
-    given = torch.as_tensor(chosen)
-    if given.dtype == torch.bool:
-        mask = given.flatten(1) if batched else given.flatten()[None]
+    """Positions as booleans; with `layout` None only what does not depend on the image's size is checked."""
+    positions = torch.as_tensor(chosen)
+    if positions.dtype == torch.bool:
+        mask = positions.flatten(1) if batched else positions.flatten()[None]
         if not batched and not mask.any():
             raise InterventionError("The grid of positions has no patch set. Set at least one.")
         if layout is None:
             return mask
-        if mask.shape[1] != layout.n_patches or (given.ndim - batched == 2 and tuple(given.shape[-2:]) != layout.grid):
+        if mask.shape[1] != layout.n_patches or (
+            positions.ndim - batched == 2 and tuple(positions.shape[-2:]) != layout.grid
+        ):
             raise InterventionError(
-                f"The grid of positions has shape {list(given.shape)}; these images have {layout.grid[0]} x "
+                f"The grid of positions has shape {list(positions.shape)}; these images have {layout.grid[0]} x "
                 f"{layout.grid[1]} patches. Make it for this size, or give a function of the images."
             )
         return mask
-    if given.is_floating_point() or (not given.numel() and not batched):
+    if positions.is_floating_point() or (not positions.numel() and not batched):
         raise InterventionError(
             f"Positions are patch indices, a grid of booleans or a function of the images, got {chosen!r}."
         )
-    index = given.reshape(len(given), -1) if batched else given.reshape(1, -1)
+    index = positions.reshape(len(positions), -1) if batched else positions.reshape(1, -1)
     highest = None if layout is None else layout.n_patches - 1
     outside = (index < 0) | (index > highest) if highest is not None else index < 0
     if outside.any():

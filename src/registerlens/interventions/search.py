@@ -116,11 +116,11 @@ class NeuronSearch(Result):
 
     def describe(self) -> str:
         """The choice in words."""
-        told = [f"the elbow of the scores says {self.elbow}"] if self.elbow is not None else []
-        told.append(f"the sweep {self.sweep}" if self.sweep is not None else self.sweep_note)
+        sentences = [f"the elbow of the scores says {self.elbow}"] if self.elbow is not None else []
+        sentences.append(f"the sweep {self.sweep}" if self.sweep is not None else self.sweep_note)
         per_image = self.scores.n_outliers / self.scores.n_images
         return (
-            f"{self.top_k} neurons in blocks {self.lowest_layer} to {self.top_layer} ({', '.join(told)}). "
+            f"{self.top_k} neurons in blocks {self.lowest_layer} to {self.top_layer} ({', '.join(sentences)}). "
             f"Outliers: above {self.detection.cutoff} at {self.detection.sublayer}, {per_image:.2f} per image. "
             f"Between halves of the {self.scores.n_images} images {self.overlap:.0%} of them agree."
         )
@@ -187,7 +187,7 @@ def find_register_neurons(
     parts = _divide(images, hold_back=top_k == "auto", batch_size=batch_size)
     options: dict[str, Any] = {"layer": layer, "threshold": threshold, "batch_size": batch_size}
     highest = vit.cfg.n_layers - 1 if top_layer == "auto" else top_layer
-    detection, seen = _detect_in_first(vit, parts, range(lowest_layer, highest + 1), options)
+    detection, first_norms = _detect_in_first(vit, parts, range(lowest_layer, highest + 1), options)
     if not detection.evidence.present and detection.rule != "fixed" and parts.more and _again(images):
         detection = detect(vit, images, **options)  # outliers may be too rare for the first images
     require_outliers(detection, "Finding register neurons")
@@ -199,7 +199,7 @@ def find_register_neurons(
         lowest_layer=lowest_layer,
         top_layer=last,
         early_stop=early_stop,
-        seen=seen,
+        seen=first_norms,
     )
     _check_still_present(detection, scores)
     ranked = scores.ranked(score)
@@ -235,11 +235,11 @@ class _Parts:
     """The images, and what each of them is for."""
 
     first: list[Tensor]
-    """Those on which place, cut-off and onset are found."""
+    """Images on which place, cut-off and onset are found."""
     held_out: list[Tensor]
-    """Those kept for the sweep; the first ones too."""
+    """Images kept for the sweep over k; the first ones too."""
     rest: Counted
-    """Those that count for the scores but have not passed yet: all but the held-out ones or, where none are held out,
+    """Images that count for the scores but have not passed yet: all but the held-out ones or, where none are held out,
     all but the first batch, of which the detection leaves everything behind."""
     more: bool
     """Whether there are others than the first."""
@@ -284,9 +284,9 @@ def _detect_in_first(
     """Where outliers show in the first images, and what their first batch leaves behind if it is not held out."""
     if parts.held_out:
         return detect(vit, parts.first, **options), None
-    seen = NormsAndActivations(vit, vit.layout(parts.first[0]), layers, sublayers(vit.cfg.n_layers))
-    with vit.hooks(seen.hooks):
-        return detect(vit, parts.first, **options), seen
+    recorded = NormsAndActivations(vit, vit.layout(parts.first[0]), layers, sublayers(vit.cfg.n_layers))
+    with vit.hooks(recorded.hooks):
+        return detect(vit, parts.first, **options), recorded
 
 
 def _again(images: Images) -> bool:

@@ -87,7 +87,7 @@ class TargetPart:
     index: tuple[int, ...] | None = None
     """Neurons, or heads; None is every feature."""
     tokens: Tokens | None = None
-    """None is every token."""
+    """None stands for every token."""
 
     def read(self, x: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch pos feature"]:
         """The chosen features, heads side by side; of every token."""

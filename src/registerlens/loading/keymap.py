@@ -145,18 +145,18 @@ def _map_weights(
         if not (key in head and vit.head.linear is None) and not any(fnmatchcase(key, glob) for glob in family.ignore)
     ]
     if problems:
-        shown = "\n  ".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
+        listed = "\n  ".join(problems[:12]) + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(
-            f"{name}: the weights do not fit {family.library}'s {family.source_class} as configured:\n  {shown}\n"
+            f"{name}: the weights do not fit {family.library}'s {family.source_class} as configured:\n  {listed}\n"
             f"Check that the weights and the configuration belong to the same model."
         )
     return mapped, frozenset(stored)
 
 
-def _grids(target: str, given: Tensor, cfg: ViTConfig) -> str:
+def _grids(target: str, tensor: Tensor, cfg: ViTConfig) -> str:
     """What to do about positions of another image size, which is how most checkpoints differ."""
-    side = isqrt(max(0, len(given) - cfg.layout().patches.start))
-    if target != "embed.W_pos" or side**2 + cfg.layout().patches.start != len(given):
+    side = isqrt(max(0, len(tensor) - cfg.layout().patches.start))
+    if target != "embed.W_pos" or side**2 + cfg.layout().patches.start != len(tensor):
         return ""
     return (
         f" (positions of {side} x {side} patches, where {cfg.grid[0]} x {cfg.grid[1]} are configured: give the image "
@@ -181,7 +181,7 @@ def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
     """
     require_softmax(vit.cfg, f"{family.library}'s {family.source_class}")
     family = family.of(vit.cfg)
-    found: dict[str, list[Piece]] = {}
+    pieces_of: dict[str, list[Piece]] = {}
     known = {key for weight in family.weights.values() for rule in (weight, *weight.others) for key in rule.keys}
     own = vit.source_keys <= known
     for target, tensor in vit.state_dict().items():
@@ -197,5 +197,5 @@ def export(family: Family, vit: HookedViT) -> dict[str, Tensor]:
                 continue
             key = piece.key.replace("{i}", i)
             inside = not any(fnmatchcase(key, glob) for glob in family.unprefixed)
-            found.setdefault(family.written_prefix * inside + key, []).append(piece)
-    return {key: join(pieces) for key, pieces in found.items()}
+            pieces_of.setdefault(family.written_prefix * inside + key, []).append(piece)
+    return {key: join(pieces) for key, pieces in pieces_of.items()}

@@ -127,18 +127,18 @@ def find_vision(module: nn.Module) -> tuple[nn.Module, Family, ViTConfig]:
 
 def _only_tower(module: nn.Module) -> tuple[nn.Module, Family]:
     """The one instance of a supported class in a module, and its family."""
-    found: dict[str, tuple[nn.Module, Family]] = {}
+    towers: dict[str, tuple[nn.Module, Family]] = {}
     for name, part in module.named_modules():
         family = _family(part)
-        if family is not None and not any(f"{name}.".startswith(f"{outer}." if outer else "") for outer in found):
-            found[name] = part, family
-    if not found:
+        if family is not None and not any(f"{name}.".startswith(f"{outer}." if outer else "") for outer in towers):
+            towers[name] = part, family
+    if not towers:
         raise _refusal(module)
-    if len(found) > 1:
+    if len(towers) > 1:
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__} holds several vision transformers: {sorted(found)}. Take one of them."
+            f"{type(module).__name__} holds several vision transformers: {sorted(towers)}. Take one of them."
         )
-    [tower] = found.values()
+    [tower] = towers.values()
     return tower
 
 

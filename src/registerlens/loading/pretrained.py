@@ -110,8 +110,8 @@ def _check(
         raise ModelNotFoundError(
             f"weights= goes with timm: and open_clip: names, not with {name!r}; family= names what a file belongs to."
         )
-    if weights is None and (given := [option for option, value in with_weights.items() if value is not None]):
-        raise ConfigError(f"{given[0]}= goes with a checkpoint file, from_pretrained(FILE, family=...); got {name!r}.")
+    if weights is None and (unused := [option for option, value in with_weights.items() if value is not None]):
+        raise ConfigError(f"{unused[0]}= goes with a checkpoint file, from_pretrained(FILE, family=...); got {name!r}.")
     if revision is not None and (source != "transformers" or weights is not None):
         raise ModelNotFoundError(f"revision= goes with transformers hub ids, not with {name!r}.")
     if "weights_only" in options:
@@ -133,8 +133,8 @@ def _family_of(family: str, source: str | None) -> tuple[str, str]:
         return source, family
     if family in torch_hub.PUBLISHED:
         return torch_hub.PUBLISHED[family].family.library, family
-    found = named_family(family)
-    return found.library, found.source_class
+    known = named_family(family)
+    return known.library, known.source_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Asked:
     prefix: str | None = None
     """Where in the checkpoint the model stands."""
     revision: str | None = None
-    """Of a hub repository."""
+    """Revision of a hub repository."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the library's `create_model`."""
 
@@ -158,13 +158,13 @@ def _load_transformers(target: str, asked: Asked) -> HookedViT:
         return _transformers_file(target, asked.weights, asked)
     fetch = fetch_of(target, asked.revision)
     class_name, config = huggingface.read_config(fetch)
-    found, prefixes = f"{target!r} (transformers' {class_name})", ()
+    what, prefixes = f"{target!r} (transformers' {class_name})", ()
     if ("transformers", class_name) not in FAMILIES and (tower := huggingface.find_tower(config)) is not None:
         class_name, config, prefixes = tower
-        found = f"The vision tower {class_name} of {found}"
+        what = f"The vision tower {class_name} of {what}"
     family = FAMILIES.get(("transformers", class_name))
     if family is None:
-        raise unsupported(found, parts_of_config(config, class_name))
+        raise unsupported(what, parts_of_config(config, class_name))
     preprocess = huggingface.read_preprocess(fetch, family)
     state = read_checkpoint(fetch, (lambda key: key.startswith(prefixes)) if prefixes else None)
     for prefix in prefixes:
@@ -188,9 +188,9 @@ def _transformers_file(target: str, weights: Path, asked: Asked) -> HookedViT:
         path = Path(config)
         config = read_json(path) if path.is_file() else huggingface.read_config(fetch_of(str(config)))[1]
     if isinstance(config, Mapping):
-        said = config.get("model_type", kind.model_type)
-        if said != kind.model_type:
-            raise ConfigError(f"{target} wants a configuration of model_type {kind.model_type!r}, got {said!r}.")
+        model_type = config.get("model_type", kind.model_type)
+        if model_type != kind.model_type:
+            raise ConfigError(f"{target} wants a configuration of model_type {kind.model_type!r}, got {model_type!r}.")
         config = kind(**{key: value for key, value in config.items() if key != "model_type"})
     if not isinstance(config, kind):
         raise ConfigError(

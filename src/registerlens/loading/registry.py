@@ -50,12 +50,12 @@ def named_family(name: str) -> Family:
     """
     if name in torch_hub.PUBLISHED:
         return torch_hub.PUBLISHED[name].family
-    found = [family for key, family in FAMILIES.items() if name in (key[1], ":".join(key))]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    named = [family for key, family in FAMILIES.items() if name in (key[1], ":".join(key))]
+    if len(named) == 1:
+        return named[0]
+    if named:
         raise ModelNotFoundError(
-            f"Several libraries have a {name}: give family= one of {[f'{family.library}:{name}' for family in found]}."
+            f"Several libraries have a {name}: give family= one of {[f'{family.library}:{name}' for family in named]}."
         )
     known = [*torch_hub.PUBLISHED, *(class_name for _, class_name in FAMILIES)]
     raise ModelNotFoundError(
@@ -138,15 +138,15 @@ def parts_of_module(module: nn.Module) -> str:
     if known:
         return known
     names = [type(part).__name__.lower() for part in module.modules()]
-    found = [
+    parts = [
         phrase for fragments, phrase in _PARTS if any(fragment in name for name in names for fragment in fragments)
     ]
     convolutions = sum(isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d) for part in module.modules())
     if convolutions > 1:
-        found.insert(0, f"a convolutional stem or backbone ({convolutions} convolutions, a plain ViT has one)")
+        parts.insert(0, f"a convolutional stem or backbone ({convolutions} convolutions, a plain ViT has one)")
     if any(isinstance(part, nn.Embedding) and part.num_embeddings > 10_000 for part in module.modules()):
-        found.insert(0, "a text vocabulary")
-    return ", ".join(found)
+        parts.insert(0, "a text vocabulary")
+    return ", ".join(parts)
 
 
 def _known(class_name: str) -> str:
@@ -158,9 +158,9 @@ def parts_of_config(config: object, class_name: str = "") -> str:
     return _known(class_name) or next((phrase for name, phrase in _CONFIG_PARTS if getattr(config, name, None)), "")
 
 
-def unsupported(found: str, parts: str) -> UnsupportedArchitectureError:
+def unsupported(what: str, parts: str) -> UnsupportedArchitectureError:
     """What was found, which part is in the way, and what to do."""
     reason = f" It has {parts}." if parts else ""
     return UnsupportedArchitectureError(
-        f"{found} is not a model RegisterLens can load.{reason} Take a model that is, or holds, a plain ViT."
+        f"{what} is not a model RegisterLens can load.{reason} Take a model that is, or holds, a plain ViT."
     )

@@ -84,11 +84,11 @@ def _kind_of_folder(folder: Path) -> str:
                 f"The folder '{folder}' holds adapters only (PEFT, LoRA). Load them with peft onto their model, take "
                 f"model.merge_and_unload(), and save or pass that."
             )
-        found = sorted(path.name for path in folder.iterdir())[:8]
-        weights = next((found_name for found_name in found if Path(found_name).suffix in _FILES), None)
+        names = sorted(path.name for path in folder.iterdir())[:8]
+        weights = next((found_name for found_name in names if Path(found_name).suffix in _FILES), None)
         advice = f" To load its weights: from_pretrained('{folder / weights}', family=...)." if weights else ""
         raise ModelNotFoundError(
-            f"The folder '{folder}' has no config.json (it has {found}), so it is no saved model.{advice}"
+            f"The folder '{folder}' has no config.json (it has {names}), so it is no saved model.{advice}"
         )
     config = read_json(folder / "config.json")
     if config.get("format") == FORMAT:

@@ -21,8 +21,8 @@ def _width(source: SourceModel) -> int:
 
 def _heads(source: SourceModel) -> int:
     """The only number that no weight tells."""
-    given = source.get("num_heads", None)
-    return source.get("blocks.0.attn.num_heads") if given is None else given
+    n_heads = source.get("num_heads", None)
+    return source.get("blocks.0.attn.num_heads") if n_heads is None else n_heads
 
 
 def _patch(source: SourceModel) -> tuple[int, int]:
@@ -91,8 +91,8 @@ DINO = Family(
 
 
 def _registers(source: SourceModel) -> int:
-    found = source.state.get("register_tokens")
-    return 0 if found is None else found.shape[1]
+    tokens = source.state.get("register_tokens")
+    return 0 if tokens is None else tokens.shape[1]
 
 
 DINOV2 = replace(
@@ -144,14 +144,14 @@ class Published:
         """What the weights do not tell; every head of these models has 64 numbers."""
         return {"num_heads": self.width // 64}
 
-    def check(self, found: Any, name: str) -> None:
+    def check(self, cfg: Any, name: str) -> None:
         """Compare with the architecture the weights have.
 
         Raises:
             WeightsError: they are another model's.
         """
         expected = (self.layers, self.width, (self.patch, self.patch))
-        got = (found.n_layers, found.d_model, found.patch_size)
+        got = (cfg.n_layers, cfg.d_model, cfg.patch_size)
         if got != expected:
             same = [known for known, other in PUBLISHED.items() if (other.layers, other.width) == got[:2]]
             hint = f" That is the size of {' or '.join(same)}." if same else ""

@@ -49,8 +49,8 @@ class Weight:
         return next((rule for rule in (self, *self.others) if rule._fits(stored)), self)
 
     def _fits(self, stored: Callable[[str], bool]) -> bool:
-        found = {key for key in self.keys if stored(key)}
-        return found | self.optional >= set(self.keys) and (bool(found) or not self.keys)
+        present = {key for key in self.keys if stored(key)}
+        return present | self.optional >= set(self.keys) and (bool(present) or not self.keys)
 
 
 def alternatives(first: Weight, *others: Weight) -> Weight:

@@ -129,7 +129,7 @@ class ConditionCheck:
     name: str
     """A key of CONDITIONS."""
     statement: str
-    """In words."""
+    """The condition in words."""
     measured: float
     """Kernels: |W^T u| / (sigma_max |u|), 0 to 1. Dominance: longest other row that grows over |u2|, in the limit.
     Alignment: 1 - cos(x_s, u1). Query_key: smallest cosine of a query other than x_s with v2, at the largest
@@ -199,10 +199,12 @@ def in_words(conditions: Iterable[ConditionCheck]) -> str:
         'All 9 conditions hold.'
     """
     conditions = tuple(conditions)
-    failed = [found for found in conditions if not found.holds]
+    failed = [condition for condition in conditions if not condition.holds]
     if not failed:
         return f"All {len(conditions)} conditions hold."
-    reasons = "; ".join(f"{found.statement} ({found.measured:.3g}): {CONSEQUENCES[found.name]}" for found in failed)
+    reasons = "; ".join(
+        f"{condition.statement} ({condition.measured:.3g}): {CONSEQUENCES[condition.name]}" for condition in failed
+    )
     return (
         f"{len(failed)} of {len(conditions)} conditions {'fails' if len(failed) == 1 else 'fail'}. Not so: {reasons}."
     )

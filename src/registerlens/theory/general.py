@@ -239,7 +239,7 @@ class GeneralModel(Shown):
             key, anchor = norm.limit(base.v2), norm.b if norm.b.any() else torch.ones_like(norm.b)
             hidden = key[:, None]
         onto_hidden = hidden @ torch.linalg.pinv(hidden)
-        made: dict[str, list[Tensor]] = {name: [] for name in ("W_Q", "W_K", "W_V", "W_O")}
+        weights: dict[str, list[Tensor]] = {name: [] for name in ("W_Q", "W_K", "W_V", "W_O")}
         for strength in seeks:
             match = normal(d_head)
             match = match / match.norm()
@@ -247,9 +247,9 @@ class GeneralModel(Shown):
             # Along match, keys hold the share of the sink's limit key alone, and queries that of the anchor: z_s W_K
             # tends to match.
             queries, keys = (W - torch.outer(W @ match, match) for W in (queries, keys))
-            made["W_K"].append(keys + torch.outer(key, match - key @ keys) / key.square().sum())
+            weights["W_K"].append(keys + torch.outer(key, match - key @ keys) / key.square().sum())
             along = torch.outer(anchor, match) * (strength / anchor.square().sum())
-            made["W_Q"].append(queries + along)
-            made["W_V"].append(values - onto_hidden @ values if value_kernel else values)
-            made["W_O"].append(normal(d_head, d_model) / d_head**0.5)
-        return cls(base=base, norm=norm, **{name: torch.stack(heads) for name, heads in made.items()})
+            weights["W_Q"].append(queries + along)
+            weights["W_V"].append(values - onto_hidden @ values if value_kernel else values)
+            weights["W_O"].append(normal(d_head, d_model) / d_head**0.5)
+        return cls(base=base, norm=norm, **{name: torch.stack(heads) for name, heads in weights.items()})

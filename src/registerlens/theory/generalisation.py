@@ -148,7 +148,7 @@ def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVA
     added = torch.einsum("ahk,akd,hde->ae", cls_row, z, model.V)
     cls = stream[:, CLS]
     without = model.output(cls)
-    seen = {
+    bounds = {
         name: _heads_bring(model, z, beside_bound[..., CLS], reader)
         for name, reader in (("added", None), ("seen_by_mlp", base.W_in2), ("seen_by_head", base.W_head))
     }
@@ -161,7 +161,7 @@ def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVA
         "beside_bound": beside_bound,
         "brought": brought.norm(dim=-1),
         "deviation": (model.output(cls + added) - without).norm(dim=-1),
-        "deviation_bound": model.output_moves(cls, **seen),
+        "deviation_bound": model.output_moves(cls, **bounds),
         "rounding": _rounding(model, cls, z, stream),
         "output_norm": without.norm(dim=-1),
         **limits,
@@ -176,8 +176,8 @@ def _heads_bring(
     reader: Float[Tensor, "d_model width"] | None,
 ) -> Float[Tensor, " activation"]:
     """The most of what all heads add to [CLS] that a reader sees (point 3); None reads everything."""
-    seen = model.V if reader is None else model.V @ reader
-    lengths = (z[:, None] @ seen).norm(dim=-1)  # activation head token
+    values = model.V if reader is None else model.V @ reader
+    lengths = (z[:, None] @ values).norm(dim=-1)  # activation head token
     ordinary = lengths[..., model.base.others].amax(-1)
     return (lengths[..., model.base.sink] + beside * ordinary).sum(-1)
 
@@ -232,5 +232,5 @@ def _rounding(
     size = length + read * sum(float(V.norm()) for V in model.V)
     dims = sum(stream.shape[1:])
     error = 8 * dims * torch.finfo(torch.float64).eps * size + slope * rounding(base.W_in2, base.W_out2) * read
-    seen = {name: spectral(W) * error for name, W in (("seen_by_mlp", base.W_in2), ("seen_by_head", base.W_head))}
-    return model.output_moves(cls, added=error, **seen) + rounding(base.W_head) * (read + size) + error
+    bounds = {name: spectral(W) * error for name, W in (("seen_by_mlp", base.W_in2), ("seen_by_head", base.W_head))}
+    return model.output_moves(cls, added=error, **bounds) + rounding(base.W_head) * (read + size) + error

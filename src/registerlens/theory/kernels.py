@@ -80,11 +80,11 @@ class KernelReport(ModelResult):
         Raises:
             ConfigError: it was not asked; the message says why.
         """
-        for found in self.findings:
-            if (found.condition, found.vector) == (condition, vector):
-                return found
+        for finding in self.findings:
+            if (finding.condition, finding.vector) == (condition, vector):
+                return finding
         why = self.not_applicable.get(condition, f"there is no such condition for {vector!r}")
-        known = sorted({(found.condition, found.vector) for found in self.findings})
+        known = sorted({(finding.condition, finding.vector) for finding in self.findings})
         raise ConfigError(f"No finding on {condition!r} for {vector!r}: {why}. There are: {known}.")
 
     def violation(self, vector: str = "u2", layer: int | None = None) -> float:
@@ -117,14 +117,14 @@ class KernelReport(ModelResult):
     def _value_side(self) -> Finding | None:
         """The condition on the value side that holds best."""
         for vector in ("outlier", "u2"):
-            found = [f for f in self.findings if f.vector == vector and f.condition in _SIDES]
-            if found:
-                return max(found, key=lambda f: (_ORDER.index(f.verdict), -f.effect))
+            findings = [f for f in self.findings if f.vector == vector and f.condition in _SIDES]
+            if findings:
+                return max(findings, key=lambda f: (_ORDER.index(f.verdict), -f.effect))
         return None
 
     def describe(self) -> str:
         """Each condition in words, then what they amount to."""
-        lines = [found.words for found in self.findings]
+        lines = [finding.words for finding in self.findings]
         lines += [f"Not applicable, {name}: {reason}." for name, reason in self.not_applicable.items()]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes), self.conclusion()])
 

@@ -189,9 +189,9 @@ class Rows:
 def against(random: Standing | None, neurons: Standing | None, which: Any = ...) -> dict[str, Tensor]:
     """Columns of two standings; `which` picks a quantity."""
     columns: dict[str, Tensor] = {}
-    for name, found in (("random", random), ("neurons", neurons)):
-        if found is not None:
-            columns |= {f"{name}{suffix}": getattr(found, part)[which] for suffix, part in STANDINGS.items()}
+    for name, standing in (("random", random), ("neurons", neurons)):
+        if standing is not None:
+            columns |= {f"{name}{suffix}": getattr(standing, part)[which] for suffix, part in STANDINGS.items()}
     return columns
 
 
@@ -264,9 +264,9 @@ def measure_kernels(
             columns = against(*(stand(values[:, 0], null[:, 0], "low") for null in (random, others)))
             columns["random"] = torch.full_like(values[:, 0], spectrum.typical_residual)
             rows.add(subject, quantity="residual", value=values[:, 0], **where, **columns)
-            found = [stand(values[:, 1:], null[:, 1:], "high") for null in (random, others)]
+            standings = [stand(values[:, 1:], null[:, 1:], "high") for null in (random, others)]
             for i, epsilon in enumerate(EPSILONS):
-                columns = against(*found, which=(slice(None), i))
+                columns = against(*standings, which=(slice(None), i))
                 rows.add(subject, quantity="kernel_share", eps=epsilon, value=values[:, 1 + i], **where, **columns)
 
 
@@ -281,8 +281,8 @@ def measure_size(rows: Rows, vit: HookedViT, subject: Subject, neurons: Register
     if not others.any():
         return
     for quantity, unit in (("over_median", others.median()), ("over_largest", others.max())):
-        found = stand(norms / unit, others / unit, "high")
-        rows.add(subject, condition="dominance", quantity=quantity, value=norms / unit, **against(None, found))
+        standing = stand(norms / unit, others / unit, "high")
+        rows.add(subject, condition="dominance", quantity=quantity, value=norms / unit, **against(None, standing))
 
 
 def measure_concentration(rows: Rows, subject: Subject, generator: torch.Generator) -> None:
@@ -331,9 +331,9 @@ def measure_keys(
             if subject.layer >= layer or subject.vector == "u1":
                 continue
             values, others = (directions(block.ln1, v).cpu() @ probe - zero for v in (subject.vectors, subject.others))
-            found = [stand(values, null, "high") for null in (random, others)]
+            standings = [stand(values, null, "high") for null in (random, others)]
             for head in range(vit.cfg.n_heads):
-                columns = against(*found, which=(slice(None), head)) | {"value": values[:, head]}
+                columns = against(*standings, which=(slice(None), head)) | {"value": values[:, head]}
                 rows.add(subject, condition="key", quantity="lead", layer=layer, head=head, **columns)
     return sum(map(len, rows.parts["value"])) - before
 
@@ -370,5 +370,5 @@ def measure_cosines(
     target = observed.before[subject.layer] if subject.vector == "u1" else observed.after
     values, others = (directions(norm, vectors).cpu() @ target for vectors in (subject.vectors, subject.others))
     coordinate = random_units(N_RANDOM, dimensions(norm, vit.cfg.d_model), generator)[:, 0]
-    found = (stand(values, null, "high") for null in (coordinate * target.norm(), others))
-    rows.add(subject, condition=condition, quantity="cosine", value=values, **against(*found))
+    standings = (stand(values, null, "high") for null in (coordinate * target.norm(), others))
+    rows.add(subject, condition=condition, quantity="cosine", value=values, **against(*standings))

@@ -82,8 +82,8 @@ def observe(
     traced = trace(vit, first_images)
     detection = detection_in(traced, traced.onset or traced.strongest)
     sums = _ObservedSums(vit, detection, tuple(neuron_layers), first)
-    [found] = stream(vit, every, [sums], description="checking kernels")
-    return found
+    [observed] = stream(vit, every, [sums], description="checking kernels")
+    return observed
 
 
 class _ObservedSums(Sums):

@@ -29,7 +29,7 @@ from registerlens.model.vit import HookedViT
 _BATCH = 16
 _TOO_FEW = "The calibration images have too few different patches to plant a neuron. Give more images."
 _RIDGE = 0.1
-"""Of the mean feature variance, added to the discriminant's covariance."""
+"""Share of the mean feature variance that is added to the discriminant's covariance."""
 _FAINT = 0.25
 """A patch fires faintly if its pre-activation is below this share of the typical firing patch's."""
 
@@ -123,14 +123,14 @@ def plant_register_neurons(
     images = images.to(vit.device, vit.dtype)
     planted = _copy(vit)
     with torch.no_grad():
-        seen = _observe(vit, images, layer)
+        observed = _observe(vit, images, layer)
         block = cast(Block, planted.blocks[layer])
         direction = _direction(block, generator)
-        weights, biases = _discriminants(seen, _low_variance(vit, images, share), n, firing, sharpness, generator)
-        slots = seen.contribution.topk(n, largest=False).indices
-        _write_neurons(block, slots, weights, biases, direction, seen, norm)
+        weights, biases = _discriminants(observed, _low_variance(vit, images, share), n, firing, sharpness, generator)
+        slots = observed.contribution.topk(n, largest=False).indices
+        _write_neurons(block, slots, weights, biases, direction, observed, norm)
         _hide(planted, layer, direction, violation)
-        heads = _attract(planted, layer, direction, seen, sink_heads, images)
+        heads = _attract(planted, layer, direction, observed, sink_heads, images)
     neurons = RegisterNeurons.from_pairs([(layer, int(slot)) for slot in slots], source="planted")
     truth = Planted(
         layer=layer,
@@ -217,7 +217,7 @@ class _Seen:
     q: _Moments
     k: _Moments
     z: _Moments
-    """Of the later blocks' heads."""
+    """Moments of the later blocks' heads."""
 
 
 def _observe(vit: HookedViT, images: Tensor, layer: int) -> _Seen:
@@ -260,14 +260,14 @@ def _low_variance(vit: HookedViT, images: Tensor, share: float) -> Bool[Tensor, 
 
 
 def _discriminants(
-    seen: _Seen,
+    observed: _Seen,
     targets: Bool[Tensor, "image patch"],
     n: int,
     firing: str,
     sharpness: float,
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "neuron d_model"], Float[Tensor, " neuron"]]:
-    features, chosen = seen.features.flatten(0, 1).double(), targets.flatten()
+    features, chosen = observed.features.flatten(0, 1).double(), targets.flatten()
     if firing == "together":
         weight, bias = _discriminant(features, chosen, sharpness)
         # The same patches, but not copies of one neuron: each has a strength of its own.
@@ -339,15 +339,15 @@ def _direction(block: Block, generator: torch.Generator) -> Float[Tensor, " d_mo
 
 
 def _write_neurons(
-    block: Block, slots: Tensor, weights: Tensor, biases: Tensor, direction: Tensor, seen: _Seen, norm: float
+    block: Block, slots: Tensor, weights: Tensor, biases: Tensor, direction: Tensor, observed: _Seen, norm: float
 ) -> None:
     mlp = block.mlp
     mlp.up.weight[slots] = weights.to(mlp.up.weight)
     mlp.up.bias[slots] = biases.to(mlp.up.bias)
-    pre = seen.features.flatten(0, 1).double() @ weights.T + biases
+    pre = observed.features.flatten(0, 1).double() @ weights.T + biases
     together = mlp.act(pre.float()).sum(1)[(pre > 0).any(1)]
     # Orthogonal to most of the stream, the added part alone makes up the wanted norm.
-    size = seen.median_norm * math.sqrt(norm**2 - 1) / together.median()
+    size = observed.median_norm * math.sqrt(norm**2 - 1) / together.median()
     gamma = mlp.out.gamma
     scale = torch.ones_like(direction) if gamma is None else gamma
     row = torch.where(direction == 0, 0.0, size * direction / scale)
@@ -373,7 +373,7 @@ def _hide(vit: HookedViT, layer: int, direction: Tensor, violation: float) -> No
 
 
 def _attract(
-    vit: HookedViT, layer: int, direction: Tensor, seen: _Seen, n_heads: int, images: Tensor
+    vit: HookedViT, layer: int, direction: Tensor, observed: _Seen, n_heads: int, images: Tensor
 ) -> tuple[tuple[int, int], ...]:
     """Let the heads of every later block that say least seek the direction: a key component, and query biases."""
     cfg = vit.cfg
@@ -386,14 +386,14 @@ def _attract(
         seeking = F.normalize(norm_direction, dim=0)
         reach = math.sqrt(cfg.d_model) * norm_direction.norm()  # of a dominated token's normalised stream
         W_O = attn.W_O.float()
-        written = torch.einsum("hdm,hde,hem->h", W_O, seen.z.covariance(index), W_O)
+        written = torch.einsum("hdm,hde,hem->h", W_O, observed.z.covariance(index), W_O)
         for head in sorted(written.topk(n_heads, largest=False).indices.tolist()):
-            key_covariance, query_covariance = seen.k.covariance(index)[head], seen.q.covariance(index)[head]
+            key_covariance, query_covariance = observed.k.covariance(index)[head], observed.q.covariance(index)[head]
             axis = torch.linalg.eigh(key_covariance)[1][:, 0]
             key_spread = (axis @ key_covariance @ axis).clamp_min(1e-12).sqrt()
             query_spread = (axis @ query_covariance @ axis).clamp_min(1e-12).sqrt()
             key = (boost * key_spread / query_spread).sqrt()  # shares the disturbance between keys and queries
-            query = boost / key - axis @ seen.q.mean(index)[head]
+            query = boost / key - axis @ observed.q.mean(index)[head]
             attn.W_K[head] += torch.outer(seeking, key / reach * axis)
             attn.b_Q[head] += query * axis
             chosen.append((index, head))

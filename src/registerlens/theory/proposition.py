@@ -155,7 +155,7 @@ class PropositionReport(SinkReport):
     @property
     def broken(self) -> tuple[str, ...]:
         """Names of the conditions that do not hold."""
-        return tuple(found.name for found in self.conditions if not found.holds)
+        return tuple(condition.name for condition in self.conditions if not condition.holds)
 
     @property
     def sink(self) -> bool:
@@ -234,12 +234,12 @@ def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATI
     cls, x_s = stream[:, CLS], stream[:, model.sink]
     added = (pattern[:, CLS, None] @ stream)[:, 0]
     without = model.output(cls)
-    seen = {
+    bounds = {
         # B_W of the module: the most that W reads of what attention adds to [CLS]
         name: model.read_at_sink(W, a) + beside_bound[:, CLS] * (stream[:, model.others] @ W).norm(dim=-1).amax(-1)
         for name, W in (("seen_by_mlp", model.W_in2), ("seen_by_head", model.W_head))
     }
-    bound, off = output_moves(model, cls, **seen, longest=2 * stream.norm(dim=-1).amax(-1))
+    bound, off = output_moves(model, cls, **bounds, longest=2 * stream.norm(dim=-1).amax(-1))
     measured = {
         "beside": beside,
         "beside_bound": beside_bound,
@@ -295,7 +295,7 @@ class CorollaryReport(ExactReport):
     difference: Float[np.ndarray, "activation token"]
     """Euclidean distance of the two updates; [CLS] first."""
     limit: Float[np.ndarray, " activation"]
-    """What it tends to: |c_s|, the length of x_s after block 1 without the neuron; |x_s| if all conditions hold."""
+    """Its limit: |c_s|, the length of x_s after block 1 without the neuron; |x_s| if all conditions hold."""
     from_limit: Float[np.ndarray, "activation token"]
     """Euclidean distance of the difference, as a vector, from c_s."""
     from_limit_bound: Float[np.ndarray, "activation token"]
@@ -409,11 +409,11 @@ def verify_corollary(model: TwoBlockModel, activations: Activations = ACTIVATION
     output = model.output(cls)
     # The two [CLS] differ by what the neuron wrote there, by c_s, and by what the bound allows.
     own = a[:, None] * model.firing[CLS] * model.v2 + c_s
-    seen = {
+    bounds = {
         name: (own @ W).norm(dim=-1) + spectral(W) * bound[:, CLS]
         for name, W in (("seen_by_mlp", model.W_in2), ("seen_by_head", model.W_head))
     }
-    output_bound, output_off = output_moves(model, cls, **seen, longest=2 * longest)
+    output_bound, output_off = output_moves(model, cls, **bounds, longest=2 * longest)
     measured = {
         "attends": torch.maximum(beside_now[-1], beside_pair_now[-1]) <= 1 - SINK,
         "difference": (update - update_biased).norm(dim=-1),

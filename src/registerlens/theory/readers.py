@@ -56,7 +56,7 @@ def directions(norm: nn.Module, vectors: Float[Tensor, "*batch d_model"]) -> Flo
 
 
 def dimensions(norm: nn.Module, d_model: int) -> int:
-    """Of the space of directions that a norm lets pass: one fewer after a LayerNorm."""
+    """Dimensions of the space of directions that a norm lets pass: one fewer after a LayerNorm."""
     return d_model - isinstance(norm, LayerNorm)
 
 
@@ -71,7 +71,7 @@ class Spectrum:
     basis: Float[Tensor, "d_model rank"]
     """The directions they belong to, as columns; orthonormal."""
     dimensions: int
-    """Of the space of directions that reach the map."""
+    """Dimensions of the space of directions that reach the map."""
 
     def shares(self, units: Float[Tensor, "item d_model"]) -> Float[Tensor, "item rank"]:
         """Squared coefficients of unit vectors in the basis; they sum to 1 less the share in the kernel."""

@@ -76,7 +76,7 @@ class TwoBlockModel(Shown):
     phi: Activation = "gelu"
     """The nonlinearity of both MLPs."""
     seed: int | None = None
-    """What it was built from; None: given by hand."""
+    """Seed it was built from; None: given by hand."""
 
     def __post_init__(self) -> None:
         _check_tensors(self)
@@ -236,8 +236,8 @@ class TwoBlockModel(Shown):
         plane = torch.stack([basis[:, 0], angle.cos() * basis[:, 0] + angle.sin() * basis[:, 1]])  # of u1 and v2
         u1 = (0.5 + uniform(())) * plane[0]
         length = (1 + 2 * uniform(())) / u1.norm()  # of x_s: the pre-activation is 1 to 3
-        seen = visible @ normal(d_model - 2)
-        seen = seen / seen.norm()  # a direction that the MLP and the head both read
+        read = visible @ normal(d_model - 2)
+        read = read / read.norm()  # a direction that the MLP and the head both read
 
         # Other neurons read what is visible, not the plane: they are silent at u1.
         W_in1 = torch.cat([u1[:, None], visible @ normal(d_model - 2, d_mlp - 1) / math.sqrt(d_model)], 1)
@@ -247,7 +247,7 @@ class TwoBlockModel(Shown):
             # Another neuron that reads u1 as the register neuron does, so that both fire alike.
             grows[neuron] = name == "dominance"
             unit = 1.0 if grows[neuron] else length / act(length * u1.norm())
-            W_in1[:, neuron], W_out1[neuron] = u1, broken[name] * unit * seen
+            W_in1[:, neuron], W_out1[neuron] = u1, broken[name] * unit * read
 
         others = (visible @ normal(d_model - 2, n)).T
         writes = act(others @ W_in1[:, 1:]) @ W_out1[1:]
@@ -258,7 +258,7 @@ class TwoBlockModel(Shown):
         # In the plane: x . u1 makes it fire, and q . v2, what other neurons write included, makes it seek v2.
         others = others + with_products(plane, torch.stack([fires * length, seeks - writes @ plane[1]])).T
         cosine = 1 - broken.get("alignment", 0.0)
-        x_s = length * (cosine * plane[0] + math.sqrt(max(0.0, 1 - cosine**2)) * seen)
+        x_s = length * (cosine * plane[0] + math.sqrt(max(0.0, 1 - cosine**2)) * read)
         sink = 1 + int(uniform(()) * n)
 
         def low_rank(reader: str, width: int) -> Tensor:

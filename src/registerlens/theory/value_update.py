@@ -68,16 +68,16 @@ def split_update(
         >>> update.registers.shape
         torch.Size([1, 7, 16])
     """
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
     name = f"blocks.{layer}.attn"
     hooks: list[Any] = [
-        (f"{name}.hook_v", lambda v, hook: seen.update(v=v)),
-        (f"{name}.hook_pattern", lambda pattern, hook: seen.update(pattern=pattern)),
+        (f"{name}.hook_v", lambda v, hook: recorded.update(v=v)),
+        (f"{name}.hook_pattern", lambda pattern, hook: recorded.update(pattern=pattern)),
     ]
     stop = None if layer == vit.cfg.n_layers - 1 else layer + 1
     with vit.hooks(hooks):
         vit(resid, start_at_layer=layer, stop_at_layer=stop, layout=layout, return_type="tokens")
-    pattern, v, W_O = seen["pattern"], seen["v"], cast(Block, vit.blocks[layer]).attn.W_O
+    pattern, v, W_O = recorded["pattern"], recorded["v"], cast(Block, vit.blocks[layer]).attn.W_O
     keys = torch.zeros(pattern.shape[-1], dtype=torch.bool, device=v.device)
     keys[registers] = True
 

@@ -143,14 +143,14 @@ def attention_heads(
     if pattern.shape[1] != layout.n_tokens:
         raise ShapeError(f"The pattern has {pattern.shape[1]} queries, the layout {layout.n_tokens} tokens.")
     chosen_heads = _heads(heads, len(pattern))
-    seen = pattern[torch.tensor(chosen_heads)]
+    patterns = pattern[torch.tensor(chosen_heads)]
     names = [f"{layer}.{head}" for head in chosen_heads]
     if heads is None and len(names) > 1:
-        seen, names = torch.cat([seen.mean(0, keepdim=True), seen]), ["mean", *names]
+        patterns, names = torch.cat([patterns.mean(0, keepdim=True), patterns]), ["mean", *names]
     every = token_names(layout, pattern.shape[2])
     queries = list(range(layout.n_tokens)) if query is None else _queries(query, layout, pattern.shape[2])
-    kept = _kept(seen, layout, queries, tokens, [] if query is None else queries)
-    pooled, n_others = _pooled(seen, layout, kept)
+    kept = _kept(patterns, layout, queries, tokens, [] if query is None else queries)
+    pooled, n_others = _pooled(patterns, layout, kept)
     labels = [every[i] for i in kept] + ([f"others({n_others})"] if n_others else [])
     highest = float(pooled[:, :, : len(kept)].max())
     asked = "all queries" if query is None else ", ".join(every[i] for i in queries)
@@ -224,35 +224,37 @@ def _queries(query: TokenName | Sequence[TokenName], layout: TokenLayout, n_keys
         isinstance(query, tuple) and len(query) == 2 and all(isinstance(part, SupportsIndex) for part in query)
     )
     several: Any = [query] if one else query
-    found = [token_index(layout, name, n_keys) for name in several]
-    if not found or any(index >= layout.n_tokens for index in found):
+    positions = [token_index(layout, name, n_keys) for name in several]
+    if not positions or any(index >= layout.n_tokens for index in positions):
         raise ShapeError(f"query={query!r} names no token that looks; the key of an attention bias is none.")
-    return found
+    return positions
 
 
-def _kept(seen: Tensor, layout: TokenLayout, queries: list[int], tokens: int, asked: list[int]) -> list[int]:
+def _kept(patterns: Tensor, layout: TokenLayout, queries: list[int], tokens: int, asked: list[int]) -> list[int]:
     """Tokens that are no patches, those asked for, and the patches that the queries look at most; in their order."""
     patches = range(layout.patches.start, layout.patches.stop)
-    others = [index for index in range(seen.shape[2]) if index not in patches]
+    others = [index for index in range(patterns.shape[2]) if index not in patches]
     first = [index for index in dict.fromkeys(asked) if index in patches]
-    most = _most(len(seen), len(others))
+    most = _most(len(patterns), len(others))
     if len(first) > most:
         raise ShapeError(
-            f"{len(first)} patches as queries do not fit into {MOST_BYTES / 1e6:g} MB with {len(seen)} heads: "
+            f"{len(first)} patches as queries do not fit into {MOST_BYTES / 1e6:g} MB with {len(patterns)} heads: "
             f"{most} do. Ask for fewer queries, or fewer heads."
         )
     if tokens < 1:
         raise ShapeError(f"tokens={tokens} shows no patch. Give at least 1.")
-    drawn = seen[:, queries].mean((0, 1))
-    ranked = [layout.patches.start + i for i in drawn[layout.patches].argsort(descending=True).tolist()]
+    received = patterns[:, queries].mean((0, 1))
+    ranked = [layout.patches.start + i for i in received[layout.patches].argsort(descending=True).tolist()]
     chosen = list(dict.fromkeys([*first, *ranked]))[: max(min(tokens, most), len(first))]
     return sorted([*chosen, *others])
 
 
-def _pooled(seen: Tensor, layout: TokenLayout, kept: list[int]) -> tuple[Float[Tensor, "head token token"], int]:
+def _pooled(patterns: Tensor, layout: TokenLayout, kept: list[int]) -> tuple[Float[Tensor, "head token token"], int]:
     """The chosen rows and columns; all others as one more row (their mean) and column (their sum)."""
-    n_keys = seen.shape[2]
-    queries = torch.cat([seen, seen.new_zeros(len(seen), n_keys - seen.shape[1], n_keys)], 1)  # a bias looks at nothing
+    n_keys = patterns.shape[2]
+    queries = torch.cat(
+        [patterns, patterns.new_zeros(len(patterns), n_keys - patterns.shape[1], n_keys)], 1
+    )  # a bias looks at nothing
     others = torch.ones(n_keys, dtype=torch.bool)
     others[kept] = False
     if not others.any():
@@ -276,13 +278,13 @@ def _thumbnails(model: Any, images: Tensor | None, image: int, layout: TokenLayo
         raise ShapeError(f"images has {len(images)} images, and image {image} is shown. Pass the cached batch.")
     pixels: UInt8[np.ndarray, "height width rgb"] = to_display(images[image : image + 1], model.preprocess)[0]
     height, width = model.cfg.patch_size
-    found = []
+    pictures = []
     for index in kept:
         at = index - layout.patches.start
         row, column = divmod(at, layout.grid_width)
         crop = pixels[row * height : (row + 1) * height, column * width : (column + 1) * width]
-        found.append(data_uri(np.ascontiguousarray(crop)) if 0 <= at < layout.n_patches else "")
-    return tuple(found)
+        pictures.append(data_uri(np.ascontiguousarray(crop)) if 0 <= at < layout.n_patches else "")
+    return tuple(pictures)
 
 
 @lru_cache(maxsize=1)

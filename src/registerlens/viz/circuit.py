@@ -121,7 +121,7 @@ class _Drawing:
     circuit: AttentionCircuit
     places: dict[str, Point]
     kinds: dict[str, str]
-    """Of each node by its name."""
+    """Kind of each node by its name."""
 
     def edge(self, row: dict[str, Any], mode: Mode) -> go.Scatter:
         """One edge as a curve."""
@@ -211,13 +211,13 @@ class _Drawing:
 
     def headings(self) -> list[tuple[float, str]]:
         """What stands above the columns."""
-        told: dict[float, str] = {}
+        heading_at: dict[float, str] = {}
         nodes: Any = self.circuit.nodes
         for kind in ("neuron", "stream", "head"):
             for row in nodes[nodes["kind"] == kind].to_dict("records"):
                 what = {"neuron": "neurons of", "stream": "outlier<br>stream after", "head": "heads of"}[kind]
-                told[self.places[row["name"]][0]] = f"{what}<br>block {row['layer']}"
-        return list(told.items())
+                heading_at[self.places[row["name"]][0]] = f"{what}<br>block {row['layer']}"
+        return list(heading_at.items())
 
 
 def _label(row: dict[str, Any]) -> str:

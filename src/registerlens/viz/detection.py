@@ -80,9 +80,9 @@ def norm_histogram(outliers: Outliers, mode: Mode = "light") -> go.Figure:
     above = "outliers" if outliers.verdict == "present" else "above the cut-off"
     for name, chosen, colour in (("normal patches", ~mask, BLUE), (above, mask, RED)):
         counts = np.histogram(values[chosen], edges)[0]
-        shown = np.where(counts, counts, np.nan)  # a log axis has no zero
+        positive = np.where(counts, counts, np.nan)  # a log axis has no zero
         hover = "norm %{x:.3g}: %{y} patches<extra></extra>"
-        figure.add_trace(bars(middles, shown, f"{name} ({chosen.sum()})", colour, hover, width=width))
+        figure.add_trace(bars(middles, positive, f"{name} ({chosen.sum()})", colour, hover, width=width))
     finite = np.isfinite(cutoff.value)
     if finite:
         figure.add_vline(x=cutoff.value, line={"color": GREY, "dash": "dash", "width": 1})
@@ -126,7 +126,7 @@ def search_figure(search: NeuronSearch, mode: Mode = "light") -> go.Figure:
 
 def _scores(figure: go.Figure, search: NeuronSearch) -> None:
     ranked = search.scores.ranked(search.score)[: len(search.sorted_scores)]
-    shown = max(40, 3 * search.top_k)
+    n_bars = max(40, 3 * search.top_k)
     log = search.score != "auc"
     groups = (
         (f"register neurons ({search.top_k})", 0, search.top_k, RED, 8),
@@ -145,10 +145,10 @@ def _scores(figure: go.Figure, search: NeuronSearch) -> None:
         height = 1 - 0.07 * ["chosen", "elbow", "sweep"].index(names[0])
         words = f" {', '.join(names)}: {place}"
         note(figure, words, place + 0.5, height, "left", yref="y domain", row=1, col=1)
-    figure.update_xaxes(title_text="rank of the neuron", range=[0, min(shown, len(ranked)) + 1], row=1, col=1)
+    figure.update_xaxes(title_text="rank of the neuron", range=[0, min(n_bars, len(ranked)) + 1], row=1, col=1)
     figure.update_yaxes(title_text=_SCORE_UNITS[search.score] + (", log" if log else ""), row=1, col=1)
     if log:
-        visible = [value for _, _, value in ranked[:shown] if value > 0] or [1.0]
+        visible = [value for _, _, value in ranked[:n_bars] if value > 0] or [1.0]
         low, high = np.log10(min(visible)), np.log10(max(visible))
         margin = 0.08 * max(high - low, 0.5)
         figure.update_yaxes(type="log", dtick="D2", range=[low - margin, high + 3 * margin], row=1, col=1)

@@ -104,5 +104,5 @@ def _draw(folder: Path, patience: float | int) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.seek(0)
-        said = log.read().split("\n")
-    return f"failed ({next((line for line in reversed(said) if line), process.returncode)})"
+        lines = log.read().split("\n")
+    return f"failed ({next((line for line in reversed(lines) if line), process.returncode)})"

@@ -22,39 +22,39 @@ from registerlens.viz.theme import BLUE, GREY, ORANGE, RED, Mode, on_cells
 _COLOURS = dict(zip(SIGNS, (RED, ORANGE, BLUE), strict=True))
 
 
-def dynamics_figure(found: Sequence[Dynamics], mode: Mode = "light") -> go.Figure:
+def dynamics_figure(runs: Sequence[Dynamics], mode: Mode = "light") -> go.Figure:
     """Which comes first, run by run: each sign on its way from its first value to its last, and when it was halfway.
 
     Above, one panel a run, with the neurons' activation at outliers; below, the step at which each sign was first
     halfway, with its 95% interval over images, and (hollow) from when on it was so for good.
 
     Args:
-        found: one a run; three or more seeds say whether an order is the rule.
+        runs: one for each; three or more seeds say whether an order is the rule.
         mode: "light" or "dark".
 
     Raises:
         ConfigError: none was given.
     """
-    if not found:
+    if not runs:
         raise ConfigError("Give the dynamics of at least one run.")
-    n = len(found)
+    n = len(runs)
     figure = make_subplots(
         rows=2,
         cols=n,
-        specs=[[{} for _ in found], [{"colspan": n}, *(None for _ in found[1:])]],
+        specs=[[{} for _ in runs], [{"colspan": n}, *(None for _ in runs[1:])]],
         row_heights=[0.6, 0.4],
         vertical_spacing=0.2,
         horizontal_spacing=0.04,
         shared_yaxes=True,
-        subplot_titles=[*(f"seed {one.seed} ({one.run})" for one in found), "Step at which each sign is halfway"],
+        subplot_titles=[*(f"seed {one.seed} ({one.run})" for one in runs), "Step at which each sign is halfway"],
     )
-    for column, one in enumerate(found, start=1):
+    for column, one in enumerate(runs, start=1):
         for sign in SIGNS:
             _course(figure, column, one, one.share(sign), sign, _COLOURS[sign], "solid")
         active = one.activation.mean(1)
         _course(figure, column, one, active / active.max(), "neurons' activation", GREY, "dot")
         mark(figure, column, y=HALFWAY)
-    onsets = order_of_signs(found)
+    onsets = order_of_signs(runs)
     for sign in SIGNS:
         mine = onsets[onsets["sign"] == sign]
         names = [f"seed {seed} ({run})" for seed, run in zip(mine["seed"], mine["run"], strict=True)]
@@ -78,25 +78,25 @@ def _course(figure: go.Figure, column: int, one: Dynamics, y: object, name: str,
     figure.add_trace(line.update(legendgroup=name, showlegend=column == 1), 1, column)
 
 
-def criteria_figure(found: EmergenceCriteria, mode: Mode = "light") -> go.Figure:
+def criteria_figure(criteria: EmergenceCriteria, mode: Mode = "light") -> go.Figure:
     """Where large norms are along the depth, and where attention goes: to outliers, or to what precedes the patches.
 
     Left, in units of the image's median patch norm: the largest patch, the same with random weights, and the largest of
     [CLS] and trained registers; right, the mean over all queries of the attention to outliers and to those tokens.
     """
     figure = beside("Norm over the median patch norm", "Attention, mean over queries", gap=0.12)
-    places, layers = sublayers(found.config.n_layers), list(range(found.config.n_layers))
+    places, layers = sublayers(criteria.config.n_layers), list(range(criteria.config.n_layers))
     curves = [
-        ("largest patch", found.largest_over_median, RED, "solid"),
-        ("largest patch, untrained", found.untrained, GREY, "dot"),
+        ("largest patch", criteria.largest_over_median, RED, "solid"),
+        ("largest patch, untrained", criteria.untrained, GREY, "dot"),
     ]
-    drawn = [("outliers", found.sink, RED, "solid")]
-    if found.prefix_norm.shape[1]:
-        what = _prefix_told(found.config)
-        curves.append((what, found.prefix_norm.max(1), BLUE, "dash"))
-        drawn.append((what, found.prefix_sink.sum(1), BLUE, "dash"))
-    for column, (x, told) in enumerate(((places, curves), (layers, drawn)), start=1):
-        for name, values, colour, dash in told:
+    attention = [("outliers", criteria.sink, RED, "solid")]
+    if criteria.prefix_norm.shape[1]:
+        what = _prefix_told(criteria.config)
+        curves.append((what, criteria.prefix_norm.max(1), BLUE, "dash"))
+        attention.append((what, criteria.prefix_sink.sum(1), BLUE, "dash"))
+    for column, (x, lines) in enumerate(((places, curves), (layers, attention)), start=1):
+        for name, values, colour, dash in lines:
             line = curve(x, values, name, colour, f"{name}: %{{y:.2f}}<extra></extra>", dash=dash, mode=None)
             line.update(legendgroup=name, showlegend=column == 1 or name == "outliers")
             figure.add_trace(line, 1, column)
@@ -136,10 +136,10 @@ def research_figure(table: pd.DataFrame, mode: Mode = "light") -> go.Figure:
     held = [_held(runs) for _, runs in groups]
     shares = np.stack([each.mean(0) for each in held])
     counts = np.stack([each.sum(0) for each in held]).astype(str)
-    told = [[f"{count} of {len(each)}" for count in row] for row, each in zip(counts, held, strict=True)]
+    texts = [[f"{count} of {len(each)}" for count in row] for row, each in zip(counts, held, strict=True)]
     titles = ("Seeds in which a criterion holds", "Largest norm over the median")
     figure = beside(*titles, gap=0.03, column_widths=[0.72, 0.28], shared_yaxes=True)
-    cells = go.Heatmap(z=shares, x=[one.name for one in CRITERIA], y=names, zmin=0, zmax=1, customdata=told)
+    cells = go.Heatmap(z=shares, x=[one.name for one in CRITERIA], y=names, zmin=0, zmax=1, customdata=texts)
     cells.update(colorscale="Viridis", xgap=1, ygap=1, showscale=False)
     cells.update(on_cells(counts, shares, 0.0, 1.0, "Viridis", mode, width=600))
     cells.update(hovertemplate="%{y}, %{x}: holds in %{customdata}<extra></extra>")

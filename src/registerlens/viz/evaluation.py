@@ -40,9 +40,9 @@ class Group:
     members: tuple[int, ...]
     """Indices of the conditions."""
     colour: str
-    """Of lines and dots."""
+    """Colour of lines and dots."""
     width: float
-    """Of lines in pixels: wide for the clean model, which others lie on, thin for baselines and controls."""
+    """Width of lines in pixels: wide for the clean model, which others lie on, thin for baselines and controls."""
 
 
 def groups_of(evaluation: Evaluation, mode: Mode = "light") -> list[Group]:
@@ -145,7 +145,7 @@ def norms_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
     return finished(figure, mode, height=400, title=title, legend=legend(-0.2))
 
 
-def shift_figure(found: OutlierShift, mode: Mode = "light") -> go.Figure:
+def shift_figure(shift: OutlierShift, mode: Mode = "light") -> go.Figure:
     """How many images have which largest norm, and attention: at the target, and at any other patch.
 
     Source: Jiang et al. 2025, figures 4, 22, 23, 24 and 29.
@@ -159,22 +159,22 @@ def shift_figure(found: OutlierShift, mode: Mode = "light") -> go.Figure:
         >>> [bars.name for bars in shift_figure(found).data][:2]
         ['other patches', 'test-time register']
     """
-    query = "[CLS]" if found.sink_query == "cls" else "the average query"
+    query = "[CLS]" if shift.sink_query == "cls" else "the average query"
     panels = (
-        ("Largest residual norm", "norm", found.other_norm, found.target_norm),
-        (f"Largest attention of {query}", "attention (0 to 1)", found.other_attention, found.target_attention),
+        ("Largest residual norm", "norm", shift.other_norm, shift.target_norm),
+        (f"Largest attention of {query}", "attention (0 to 1)", shift.other_attention, shift.target_attention),
     )
     figure = beside(*(panel[0] for panel in panels))
     for column, (_, unit, other, target) in enumerate(panels, start=1):
         edges = np.linspace(0, max(float(other.max()), float(target.max())) or 1.0, _BINS + 1)
         middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
-        for name, values, colour in (("other patches", other, BLUE), (found.target, target, ORANGE)):
+        for name, values, colour in (("other patches", other, BLUE), (shift.target, target, ORANGE)):
             hover = "%{x:.3g}: %{y} images<extra>" + name + "</extra>"
-            shown = bars(middles, np.histogram(values, edges)[0], name, colour, hover, width=width, opacity=0.75)
-            figure.add_trace(shown.update(legendgroup=name, showlegend=column == 1), 1, column)
+            histogram = bars(middles, np.histogram(values, edges)[0], name, colour, hover, width=width, opacity=0.75)
+            figure.add_trace(histogram.update(legendgroup=name, showlegend=column == 1), 1, column)
         figure.update_xaxes(title_text=unit, rangemode="tozero", row=1, col=column)
     figure.update_yaxes(title_text="images", col=1)
-    title = f"{found.model}: after block {found.layer}, {found.n_images} images"
+    title = f"{shift.model}: after block {shift.layer}, {shift.n_images} images"
     look = {"legend": legend(-0.3), "margin": {"t": 90}, "barmode": "overlay", "bargap": 0}
     return finished(figure, mode, height=400, title=title, **look)
 

@@ -32,7 +32,7 @@ _COLUMNS = 7
 """Maps of the lens beside each other."""
 
 
-def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
+def heads_figure(circuits: HeadCircuits, mode: Mode = "light") -> go.Figure:
     """Maps of layer by head: scores of the circuits, and what they do with the direction; a ring marks what lies beyond
     95% of random directions.
 
@@ -42,7 +42,7 @@ def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
         >>> len(heads_figure(head_circuits(rl.HookedViT.from_pretrained("registerlens:tiny"))).data)
         2
     """
-    names = list(_PANELS) if found.direction else list(_PANELS)[:2]
+    names = list(_PANELS) if circuits.direction else list(_PANELS)[:2]
     columns = min(3, len(names))
     rows = len(names) // columns
     gap = 0.13
@@ -52,7 +52,7 @@ def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
     height = (1 - 0.2 * (rows - 1)) / rows
     for i, name in enumerate(names):
         row, column = divmod(i, columns)
-        values = getattr(found, name) if i < 2 else found.value(name)
+        values = getattr(circuits, name) if i < 2 else circuits.value(name)
         centre = _NEUTRAL.get(name, 0.0)
         reach = float(np.nanmax(np.abs(values - centre), initial=1e-9)) if np.isfinite(values).any() else 1.0
         reach = 1.0 if name in ("copying", "matching", "ov_cosine") else reach
@@ -62,17 +62,17 @@ def heads_figure(found: HeadCircuits, mode: Mode = "light") -> go.Figure:
         cells.update(hovertemplate="head %{y}.%{x}: %{z:.3g}<extra></extra>")
         figure.add_trace(cells, row + 1, column + 1)
         if i >= 2:
-            layer, head = np.nonzero(found.beyond_null(name))
+            layer, head = np.nonzero(circuits.beyond_null(name))
             ring = {"symbol": "circle-open", "size": 9, "color": "#1b1f24", "line": {"width": 1.5}}
             rings = go.Scatter(x=head, y=layer, mode="markers", marker=ring, hoverinfo="skip", showlegend=False)
             figure.add_trace(rings, row=row + 1, col=column + 1)
-    title = f"Heads of {found.model}" + (f": {found.direction}" if found.direction else "")
+    title = f"Heads of {circuits.model}" + (f": {circuits.direction}" if circuits.direction else "")
     figure.update_annotations(font_size=13)
     figure = finished(figure, mode, height=150 + rows * 270, title=sentence(title), margin={"t": 90})
-    return _layer_by_head(figure, found.copying.shape)
+    return _layer_by_head(figure, circuits.copying.shape)
 
 
-def direct_figure(found: DirectContributions, mode: Mode = "light") -> go.Figure:
+def direct_figure(contributions: DirectContributions, mode: Mode = "light") -> go.Figure:
     """What heads (by what they attend to) and neurons of each block write along the direction, and the largest neurons.
 
     Example:
@@ -82,18 +82,18 @@ def direct_figure(found: DirectContributions, mode: Mode = "light") -> go.Figure
         >>> [bars.name for bars in direct_figure(found).data]
         ['heads: other patches', 'neurons', 'biases', 'largest neurons']
     """
-    titles = (f"{found.direction}: {found.value:.3g} in the mean", f"The {_NEURONS} largest neurons")
+    titles = (f"{contributions.direction}: {contributions.value:.3g} in the mean", f"The {_NEURONS} largest neurons")
     figure = beside(*titles, gap=0.14, column_widths=[0.62, 0.38])
-    layers = np.arange(found.heads.shape[0])
-    shown = [("heads", found.heads.sum(1), BLUE)]
-    if not np.isnan(found.by_key).any():
-        by_kind = zip(KEYS, found.by_key.sum(2), strict=True)
-        shown = [(f"heads: {kind}", values, _KEY_COLOURS[kind]) for kind, values in by_kind if values.any()]
-    shown.append(("neurons", found.neurons.sum(1), ORANGE))
-    shown.append(("biases", found.attn_bias + found.mlp_bias, SKY))
-    for name, values, colour in shown:
+    layers = np.arange(contributions.heads.shape[0])
+    series = [("heads", contributions.heads.sum(1), BLUE)]
+    if not np.isnan(contributions.by_key).any():
+        by_kind = zip(KEYS, contributions.by_key.sum(2), strict=True)
+        series = [(f"heads: {kind}", values, _KEY_COLOURS[kind]) for kind, values in by_kind if values.any()]
+    series.append(("neurons", contributions.neurons.sum(1), ORANGE))
+    series.append(("biases", contributions.attn_bias + contributions.mlp_bias, SKY))
+    for name, values, colour in series:
         figure.add_trace(bars(layers, values, name, colour, "block %{x}: %{y:.3g}<extra>" + name + "</extra>"), 1, 1)
-    table = found.top(found.heads.size + found.neurons.size)
+    table = contributions.top(contributions.heads.size + contributions.neurons.size)
     table = table[table["component"] == "neuron"].head(_NEURONS)
     largest = go.Bar(x=table["contribution"], orientation="h", name="largest neurons", showlegend=False)
     largest.update(y=[f"{layer}: {n}" for layer, n in zip(table["layer"], table["index"], strict=True)])
@@ -109,7 +109,7 @@ def direct_figure(found: DirectContributions, mode: Mode = "light") -> go.Figure
     return figure
 
 
-def key_share_figure(found: KeyShare, mode: Mode = "light") -> go.Figure:
+def key_share_figure(shares: KeyShare, mode: Mode = "light") -> go.Figure:
     """Maps of layer by head: how much outliers' keys score above other patches', and how much of it is along u.
 
     Both maps have one colour scale.
@@ -123,18 +123,18 @@ def key_share_figure(found: KeyShare, mode: Mode = "light") -> go.Figure:
         2
     """
     figure = beside("Advantage of outliers in the score", "Part along the direction")
-    reach = float(np.nanmax(np.abs([found.advantage, found.along])))
-    for i, values in enumerate((found.advantage, found.along)):
-        cells = go.Heatmap(z=values, zmin=-reach, zmax=reach, colorscale="RdBu_r", customdata=found.share)
+    reach = float(np.nanmax(np.abs([shares.advantage, shares.along])))
+    for i, values in enumerate((shares.advantage, shares.along)):
+        cells = go.Heatmap(z=values, zmin=-reach, zmax=reach, colorscale="RdBu_r", customdata=shares.share)
         cells.update(hovertemplate="head %{y}.%{x}: %{z:.3g} (share along it %{customdata:.0%})<extra></extra>")
         figure.add_trace(cells.update(showscale=bool(i), colorbar={"thickness": 12}), 1, i + 1)
     figure.update_annotations(font_size=13)
-    title = f"Keys of outliers in {found.model}: {found.direction}, {found.n_used} images"
+    title = f"Keys of outliers in {shares.model}: {shares.direction}, {shares.n_used} images"
     figure = finished(figure, mode, height=400, title=sentence(title), margin={"t": 90})
-    return _layer_by_head(figure, found.along.shape)
+    return _layer_by_head(figure, shares.along.shape)
 
 
-def lens_figure(found: PatchLens, image: int = 0, direction: int | None = None, mode: Mode = "light") -> go.Figure:
+def lens_figure(lens: PatchLens, image: int = 0, direction: int | None = None, mode: Mode = "light") -> go.Figure:
     """Maps of one direction on one image, a map a sublayer, all on one colour scale.
 
     Raises:
@@ -148,23 +148,23 @@ def lens_figure(found: PatchLens, image: int = 0, direction: int | None = None, 
         >>> len(lens_figure(found, image=1).data)
         2
     """
-    if not 0 <= image < found.values.shape[1]:
-        raise ShapeError(f"Image {image} does not exist: there are 0 to {found.values.shape[1] - 1}.")
-    direction = found.chosen[0] if direction is None else direction
-    if direction not in found.chosen:
-        raise ShapeError(f"Direction {direction} was not kept. Name it in classes=; there are {list(found.chosen)}.")
-    maps = found.values[:, image, found.chosen.index(direction)].astype(np.float32)
+    if not 0 <= image < lens.values.shape[1]:
+        raise ShapeError(f"Image {image} does not exist: there are 0 to {lens.values.shape[1] - 1}.")
+    direction = lens.chosen[0] if direction is None else direction
+    if direction not in lens.chosen:
+        raise ShapeError(f"Direction {direction} was not kept. Name it in classes=; there are {list(lens.chosen)}.")
+    maps = lens.values[:, image, lens.chosen.index(direction)].astype(np.float32)
     rows = math.ceil(len(maps) / _COLUMNS)
     columns = min(len(maps), _COLUMNS)
     spacing: Any = {"horizontal_spacing": 0.015, "vertical_spacing": 0.25 / (rows + 1)}
-    figure = make_subplots(rows, columns, subplot_titles=found.sublayers, **spacing)
+    figure = make_subplots(rows, columns, subplot_titles=lens.sublayers, **spacing)
     for i, values in enumerate(maps):
-        cells = go.Heatmap(z=values, customdata=found.top[i, image], coloraxis="coloraxis")
-        hover = f"{found.sublayers[i]}, row %{{y}}, column %{{x}}: %{{z:.3g}}<br>on top: %{{customdata}}<extra></extra>"
+        cells = go.Heatmap(z=values, customdata=lens.top[i, image], coloraxis="coloraxis")
+        hover = f"{lens.sublayers[i]}, row %{{y}}, column %{{x}}: %{{z:.3g}}<br>on top: %{{customdata}}<extra></extra>"
         figure.add_trace(cells.update(hovertemplate=hover), i // _COLUMNS + 1, i % _COLUMNS + 1)
     figure.update_annotations(font_size=12)
     height = 140 + rows * (min(900 / columns, 260) * maps.shape[1] / maps.shape[2] + 40)
-    title = sentence(f"Direction {direction} on image {image}, read after each sublayer ({found.unit})")
+    title = sentence(f"Direction {direction} on image {image}, read after each sublayer ({lens.unit})")
     colours = {"colorscale": "Viridis", "colorbar": {"thickness": 14}}
     finished(figure, mode, height=height, title=title, margin={"t": 80}, coloraxis=colours)
     figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, constrain="domain")

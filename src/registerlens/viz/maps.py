@@ -63,9 +63,9 @@ def conditions_figure(
     if not measures:
         raise ConfigError("There is no measure to show: give measures=('norms',), ('attention',) or both.")
     chosen, scales = _images(maps, images), []
-    found = {(measure, name): maps.at(measure, name, layer) for measure in measures for name in maps.conditions}
+    drawn_maps = {(measure, name): maps.at(measure, name, layer) for measure in measures for name in maps.conditions}
     for measure in measures:
-        values = [found[measure, name][chosen] for name in maps.conditions]
+        values = [drawn_maps[measure, name][chosen] for name in maps.conditions]
         scales.append(_scale(maps, measure, values))
     rows, titles = [], []
     for i in chosen:
@@ -76,8 +76,8 @@ def conditions_figure(
             for name in maps.conditions:
                 row.append(_panel(maps, measure, name, layer, i, k, name if first else ""))
             rows.append(row)
-            told = [maps.names[i]] * (len(chosen) > 1) + [_NAMES[measure]] * (len(measures) > 1)
-            titles.append(": ".join(told))
+            words = [maps.names[i]] * (len(chosen) > 1) + [_NAMES[measure]] * (len(measures) > 1)
+            titles.append(": ".join(words))
     title = f"{maps.model}: after block {layer}"
     return panel_figure(rows, scales, row_titles=titles if len(rows) > 1 else (), title=title, size=size, mode=mode)
 
@@ -113,20 +113,20 @@ def layers_figure(
         >>> len(layers_figure(compare_maps(vit, torch.rand(1, 3, 48, 48), {"original": None})).data)
         6
     """
-    shown = list(maps.layers if layers is None else layers)
+    layers_shown = list(maps.layers if layers is None else layers)
     chosen = _images(maps, images)
-    if not shown:
+    if not layers_shown:
         raise ConfigError(f"There is no block to show; the maps have the blocks {list(maps.layers)}.")
-    parts = -(-len(shown) // min(ACROSS, int(width_of(size) / _NARROWEST_BLOCK) - 3))
-    across = -(-len(shown) // parts)
-    values = [maps.at(measure, name, layer)[chosen] for name in maps.conditions for layer in shown]
+    parts = -(-len(layers_shown) // min(ACROSS, int(width_of(size) / _NARROWEST_BLOCK) - 3))
+    across = -(-len(layers_shown) // parts)
+    values = [maps.at(measure, name, layer)[chosen] for name in maps.conditions for layer in layers_shown]
     scale = _scale(maps, measure, values)
     rows, titles = [], []
     for i in chosen:
-        for start in range(0, len(shown), across):
+        for start in range(0, len(layers_shown), across):
             for k, name in enumerate(maps.conditions):
-                head = [f"block {layer}" if k == 0 else "" for layer in shown[start : start + across]]
-                part = zip(shown[start : start + across], head, strict=True)
+                head = [f"block {layer}" if k == 0 else "" for layer in layers_shown[start : start + across]]
+                part = zip(layers_shown[start : start + across], head, strict=True)
                 photograph = Panel(photograph=maps.display[i], title=maps.names[i]) if k == 0 else None
                 rows.append([photograph, *(_panel(maps, measure, name, layer, i, 0, words) for layer, words in part)])
                 titles.append(name)

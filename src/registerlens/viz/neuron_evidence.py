@@ -32,7 +32,7 @@ _OVER: Any = {"barmode": "overlay", "bargap": 0}
 """Bars of two groups before each other."""
 
 
-def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -> go.Figure:
+def distributions_figure(result: ActivationDistributions, mode: Mode = "light") -> go.Figure:
     """A row a layer: all its neurons at both tokens (figures 20 and 27), and the neurons listed one by one.
 
     Activations are on an arsinh axis: linear near zero, logarithmic beyond. On the right, bars are one standard
@@ -50,19 +50,19 @@ def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -
         ['top outlier', 'random normal patch']
     """
     titles = []
-    for i, layer in enumerate(found.layers):
-        titles += [f"Block {layer}: all neurons (skewness {found.skewness[0, i]:.1f} and {found.skewness[1, i]:.1f})"]
+    for i, layer in enumerate(result.layers):
+        titles += [f"Block {layer}: all neurons (skewness {result.skewness[0, i]:.1f} and {result.skewness[1, i]:.1f})"]
         titles += [f"Block {layer}: neurons listed, mean over images"]
-    n = len(found.layers)
+    n = len(result.layers)
     figure = make_subplots(rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=_gap(n))
-    mean, std = found.listed(found.mean), found.listed(found.std)
-    for i, layer in enumerate(found.layers):
-        mine = [j for j, (at, _) in enumerate(found.neurons.pairs) if at == layer]
-        names = [str(found.neurons.pairs[j][1]) for j in mine]
+    mean, std = result.listed(result.mean), result.listed(result.std)
+    for i, layer in enumerate(result.layers):
+        mine = [j for j, (at, _) in enumerate(result.neurons.pairs) if at == layer]
+        names = [str(result.neurons.pairs[j][1]) for j in mine]
         for place, colour in enumerate((RED, BLUE)):
             name = PLACES[place]
-            shown = _bars(found.histogram[place, i], name, colour, showlegend=i == 0)
-            figure.add_trace(shown.update(legendgroup=name), i + 1, 1)
+            histogram = _bars(result.histogram[place, i], name, colour, showlegend=i == 0)
+            figure.add_trace(histogram.update(legendgroup=name), i + 1, 1)
             middle = mean[place, mine]
             low, high = middle - std[place, mine], middle + std[place, mine]
             error = interval(*np.arcsinh([middle, low, high]), thickness=1)
@@ -70,8 +70,8 @@ def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -
             points = dots(names, np.arcsinh(middle), name, colour, 7, hover, error_y=error, showlegend=False)
             points.update(legendgroup=name, customdata=np.stack([middle, std[place, mine]], 1))
             figure.add_trace(points, i + 1, 2)
-        _signed_axis(figure, "x", found.histogram[:, i], row=i + 1, col=1)
-        _signed_axis(figure, "y", found.neuron_histogram[:, mine].reshape(-1, N_BINS), row=i + 1, col=2)
+        _signed_axis(figure, "x", result.histogram[:, i], row=i + 1, col=1)
+        _signed_axis(figure, "y", result.neuron_histogram[:, mine].reshape(-1, N_BINS), row=i + 1, col=2)
         figure.update_yaxes(title_text="neurons x images (log)", type="log", dtick=1, row=i + 1, col=1)
         figure.update_yaxes(title_text="activation", row=i + 1, col=2)
         figure.update_xaxes(title_text="activation", row=i + 1, col=1)
@@ -79,7 +79,7 @@ def distributions_figure(found: ActivationDistributions, mode: Mode = "light") -
     return finished(figure, mode, height=160 + _ROW * n, legend=legend(1 + 0.22 / n), margin={"t": 100}, **_OVER)
 
 
-def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
+def weights_figure(weights: OutputWeights, mode: Mode = "light") -> go.Figure:
     """A panel a neuron: its weights over the residual dimensions against the other neurons' (figure 25).
 
     Weights are relative: divided by the root mean square of their neuron's row. The grey bars have the same area as the
@@ -94,22 +94,22 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
         >>> [bars.name for bars in weights_figure(output_weights(vit, neurons, draws=10)).data]
         ['other neurons of the layer', 'register neuron']
     """
-    shown = min(len(found.neurons), 12)
-    columns = min(shown, 4)
-    rows = -(-shown // columns)
-    titles = [f"block {layer}, neuron {n}" for layer, n in found.neurons.pairs[:shown]]
+    n_rows = min(len(weights.neurons), 12)
+    columns = min(n_rows, 4)
+    rows = -(-n_rows // columns)
+    titles = [f"block {layer}, neuron {n}" for layer, n in weights.neurons.pairs[:n_rows]]
     spacing: Any = {"horizontal_spacing": 0.06, "vertical_spacing": _gap(rows)}
     figure = make_subplots(rows, columns, subplot_titles=titles, **spacing)
-    relative = found.relative
+    relative = weights.relative
     edges = signed_edges()
-    for j, (layer, _) in enumerate(found.neurons.pairs[:shown]):
+    for j, (layer, _) in enumerate(weights.neurons.pairs[:n_rows]):
         row, col = j // columns + 1, j % columns + 1
         own = np.histogram(relative[j], edges)[0]
-        others = found.others_histogram[found.layers.index(layer)]
+        others = weights.others_histogram[weights.layers.index(layer)]
         scaled = others * (own.sum() / max(others.sum(), 1))
         for values, name, colour in ((scaled, "other neurons of the layer", GREY), (own, "register neuron", RED)):
-            drawn = _bars(values, name, colour, showlegend=j == 0)
-            figure.add_trace(drawn.update(legendgroup=name), row, col)
+            histogram = _bars(values, name, colour, showlegend=j == 0)
+            figure.add_trace(histogram.update(legendgroup=name), row, col)
         for rank, dimension in enumerate(np.argsort(-np.abs(relative[j]), kind="stable")[:2]):
             arrow = {"ax": 0, "ay": -28 - 22 * rank, "arrowcolor": GREY, "bgcolor": paper(mode), "opacity": 0.85}
             place = {"x": np.arcsinh(relative[j, dimension]), "y": 0, "row": row, "col": col}
@@ -119,13 +119,13 @@ def weights_figure(found: OutputWeights, mode: Mode = "light") -> go.Figure:
         figure.update_yaxes(type="log", dtick=1, range=[-0.5, top], row=row, col=col)
     figure.update_xaxes(title_text="relative weight", row=rows)
     figure.update_yaxes(title_text="dimensions (log)", col=1)
-    left_out = f", the first {shown} of {len(found.neurons)} neurons" if shown < len(found.neurons) else ""
+    left_out = f", the first {n_rows} of {len(weights.neurons)} neurons" if n_rows < len(weights.neurons) else ""
     title = sentence(f"What register neurons write{left_out}")
     above = legend(1.0, yref="container", yanchor="top") | {"x": 0.4}
     return finished(figure, mode, height=150 + _ROW * rows, title=title, legend=above, margin={"t": 90}, **_OVER)
 
 
-def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
+def updates_figure(updates: NeuronUpdates, mode: Mode = "light") -> go.Figure:
     """A row a layer: norms of the summed update, and cosines between images, against random sets (figure 21).
 
     Source: Jiang et al. 2025, figure 21.
@@ -139,25 +139,25 @@ def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
         >>> [bars.name for bars in updates_figure(found).data][::2]
         ['register neurons', 'random sets']
     """
-    n = len(found.layers)
+    n = len(updates.layers)
     titles = []
-    for i, layer in enumerate(found.layers):
-        titles += [f"Block {layer}: norm of the summed update (mean {found.norm[i, 0]:.3g})"]
-        mean = "no pair writes" if np.isnan(found.cosine[i, 0]) else f"mean {found.cosine[i, 0]:.3f}"
+    for i, layer in enumerate(updates.layers):
+        titles += [f"Block {layer}: norm of the summed update (mean {updates.norm[i, 0]:.3g})"]
+        mean = "no pair writes" if np.isnan(updates.cosine[i, 0]) else f"mean {updates.cosine[i, 0]:.3f}"
         titles += [f"Block {layer}: cosine between images ({mean})"]
     figure = make_subplots(rows=n, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=_gap(n))
     middles = np.linspace(-1, 1, COSINE_BINS + 1)[:-1] + 1 / COSINE_BINS
-    groups = (("register neurons", RED), (f"random sets ({found.norm.shape[1] - 1} draws)", BLUE))
+    groups = (("register neurons", RED), (f"random sets ({updates.norm.shape[1] - 1} draws)", BLUE))
     for i in range(n):
         for group, (name, colour) in enumerate(groups):
-            norms, cosines = _share(found.norm_histogram[i, group]), _share(found.cosine_histogram[i, group])
+            norms, cosines = _share(updates.norm_histogram[i, group]), _share(updates.cosine_histogram[i, group])
             short = name.partition(" (")[0]
-            shown = _bars(norms, short, colour, showlegend=i == 0)
-            figure.add_trace(shown.update(legendgroup=name), i + 1, 1)
+            histogram = _bars(norms, short, colour, showlegend=i == 0)
+            figure.add_trace(histogram.update(legendgroup=name), i + 1, 1)
             some, hover = np.where(cosines > 0, cosines, np.nan), "cosine %{x:.2f}: %{y:.1%}<extra></extra>"
-            shown = bars(middles, some, short, colour, hover, width=2 / COSINE_BINS, opacity=0.6, showlegend=False)
-            figure.add_trace(shown.update(legendgroup=name), i + 1, 2)
-        _signed_axis(figure, "x", found.norm_histogram[i], row=i + 1, col=1)
+            histogram = bars(middles, some, short, colour, hover, width=2 / COSINE_BINS, opacity=0.6, showlegend=False)
+            figure.add_trace(histogram.update(legendgroup=name), i + 1, 2)
+        _signed_axis(figure, "x", updates.norm_histogram[i], row=i + 1, col=1)
         figure.update_xaxes(title_text="norm", row=i + 1, col=1)
         figure.update_xaxes(title_text="cosine", range=[-1.05, 1.05], row=i + 1, col=2)
     figure.update_yaxes(title_text="share of images", tickformat=".0%", col=1)
@@ -165,7 +165,7 @@ def updates_figure(found: NeuronUpdates, mode: Mode = "light") -> go.Figure:
     return finished(figure, mode, height=160 + _ROW * n, legend=legend(1 + 0.22 / n), margin={"t": 100}, **_OVER)
 
 
-def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
+def causal_figure(result: CausalOrder, mode: Mode = "light") -> go.Figure:
     """Change of later register neurons (columns) when those of a layer (rows) are edited; one panel a kind of edit.
 
     Colours end at a loss and a gain of everything.
@@ -180,15 +180,15 @@ def causal_figure(found: CausalOrder, mode: Mode = "light") -> go.Figure:
         3
     """
     order = sorted(
-        (j for j, (at, _) in enumerate(found.neurons.pairs) if at > found.layers[0]),
-        key=found.neurons.pairs.__getitem__,
+        (j for j, (at, _) in enumerate(result.neurons.pairs) if at > result.layers[0]),
+        key=result.neurons.pairs.__getitem__,
     )
-    names = ["{}: {}".format(*found.neurons.pairs[j]) for j in order]
-    rows = [f"block {layer}" for layer in found.layers[:-1]]
+    names = ["{}: {}".format(*result.neurons.pairs[j]) for j in order]
+    rows = [f"block {layer}" for layer in result.layers[:-1]]
     titles = [f"Register neurons to {name}" for name in CONDITIONS[:2]] + ["As many random neurons to zero"]
     n = len(CONDITIONS)
     figure = make_subplots(rows=n, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.1)
-    change = found.change[:, : len(rows), order]
+    change = result.change[:, : len(rows), order]
     for c in range(n):
         text = np.array([["" if np.isnan(v) else f"{v:+.0%}" for v in line] for line in change[c]])
         cells = go.Heatmap(z=change[c], x=names, y=rows, zmin=-1, zmax=1, colorscale="RdBu", showscale=c == 0)
@@ -216,8 +216,8 @@ def _bars(
     middles = np.linspace(-ASINH_LIMIT, ASINH_LIMIT, len(pooled) + 1)[:-1] + ASINH_LIMIT / len(pooled)
     some = pooled > 0
     hover = "%{customdata:.3g}: %{y:.4g}<extra></extra>"
-    shown = bars(middles[some], pooled[some], name, colour, hover, width=width, opacity=0.6, showlegend=showlegend)
-    return shown.update(customdata=np.sinh(middles[some]))
+    trace = bars(middles[some], pooled[some], name, colour, hover, width=width, opacity=0.6, showlegend=showlegend)
+    return trace.update(customdata=np.sinh(middles[some]))
 
 
 def _share(counts: Int[np.ndarray, " bin"]) -> Float[np.ndarray, " bin"]:

@@ -17,7 +17,7 @@ _NAMED = 5
 """Neurons named in the figure of singular defects."""
 
 
-def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure:
+def massive_figure(massive: MassiveActivations, mode: Mode = "light") -> go.Figure:
     """Largest and median magnitude, the companions, and the channels of largest magnitude where they stand out most.
 
     Source: Sun et al. 2024, figures 1 and 2.
@@ -29,27 +29,27 @@ def massive_figure(found: MassiveActivations, mode: Mode = "light") -> go.Figure
         >>> [curve.name for curve in massive_figure(found).data][:2]
         ['largest magnitude', 'median magnitude']
     """
-    at = int(found.ratio.argmax())
-    channels = f"Channels at {found.places[at]}, by rank"
+    at = int(massive.ratio.argmax())
+    channels = f"Channels at {massive.places[at]}, by rank"
     figure = beside("Magnitudes in the stream", "Free of the stream's scale", channels, gap=0.08)
     for column, y, name, colour, dash in (
-        (1, found.largest, "largest magnitude", RED, "solid"),
-        (1, found.median, "median magnitude", GREY, "dot"),
-        (2, found.ratio, "largest / median", ORANGE, "solid"),
-        (2, found.kurtosis, "kurtosis, most peaked token", BLUE, "solid"),
-        (2, found.typical_kurtosis, "kurtosis, average token", SKY, "dot"),
+        (1, massive.largest, "largest magnitude", RED, "solid"),
+        (1, massive.median, "median magnitude", GREY, "dot"),
+        (2, massive.ratio, "largest / median", ORANGE, "solid"),
+        (2, massive.kurtosis, "kurtosis, most peaked token", BLUE, "solid"),
+        (2, massive.typical_kurtosis, "kurtosis, average token", SKY, "dot"),
     ):
-        figure.add_trace(curve(found.places, y, name, colour, dash=dash), 1, column)
-    order = np.argsort(-found.channel_largest[at], kind="stable")
-    ranks, sizes = np.arange(1, len(order) + 1), found.channel_largest[at][order]
-    top = set(found.top_channels[at].tolist())
+        figure.add_trace(curve(massive.places, y, name, colour, dash=dash), 1, column)
+    order = np.argsort(-massive.channel_largest[at], kind="stable")
+    ranks, sizes = np.arange(1, len(order) + 1), massive.channel_largest[at][order]
+    top = set(massive.top_channels[at].tolist())
     colours = [RED if channel in top else BLUE for channel in order.tolist()]
-    shown = bars(ranks, sizes, None, colours, "%{text}: %{y:.3g}<extra></extra>", showlegend=False)
-    figure.add_trace(shown.update(text=[f"channel {channel}" for channel in order], textposition="none"), 1, 3)
-    listed = [f"channel {channel}: {found.channel_largest[at, channel]:.3g}" for channel in found.top_channels[at]]
+    trace = bars(ranks, sizes, None, colours, "%{text}: %{y:.3g}<extra></extra>", showlegend=False)
+    figure.add_trace(trace.update(text=[f"channel {channel}" for channel in order], textposition="none"), 1, 3)
+    listed = [f"channel {channel}: {massive.channel_largest[at, channel]:.3g}" for channel in massive.top_channels[at]]
     note(figure, "<br>".join(listed), 1, 1, "right", align="right", xref="x3 domain", yref="y3 domain")
-    step = -(-len(found.places) // 8)  # eight ticks at most, or they touch
-    ticks = found.places[::step]
+    step = -(-len(massive.places) // 8)  # eight ticks at most, or they touch
+    ticks = massive.places[::step]
     short = [place.removesuffix(".mlp") for place in ticks]
     for column in (1, 2):
         figure.update_xaxes(title_text="after block", tickvals=ticks, ticktext=short, tickangle=0, row=1, col=column)
@@ -138,11 +138,11 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
     # Each block's neurons stand side by side in a strip, in the order of their index.
     strip = np.linspace(-0.35, 0.35, d_mlp)
     best = defects.neurons(top=_NAMED)
-    shown = [
+    traces = [
         ("all neurons", np.repeat(np.arange(n_layers), d_mlp), np.tile(np.arange(d_mlp), n_layers), BLUE, 3),
         (f"best {len(best)} neurons", best["layer"].to_numpy(), best["neuron"].to_numpy(), RED, 8),
     ]
-    for name, layer, neuron, colour, size in shown:
+    for name, layer, neuron, colour, size in traces:
         place = np.stack([layer, neuron], 1).astype(np.int32)  # half the page
         points = go.Scattergl(x=(layer + strip[neuron]).astype(np.float32), y=defects.alignment[layer, neuron])
         points.update(name=name, customdata=place, mode="markers")
@@ -153,14 +153,14 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
     figure.add_hline(y=limit, line={"color": GREEN, "dash": "dash", "width": 1}, row=1, col=2)  # type: ignore[arg-type]
 
 
-def local_information_figure(found: LocalInformation, mode: Mode = "light") -> go.Figure:
+def local_information_figure(information: LocalInformation, mode: Mode = "light") -> go.Figure:
     """What can be read of its own patch from a token, and how alike tokens are, place by place; the onset is marked."""
     figure = beside("Pixels of its own patch, read linearly", "Likeness of two tokens", gap=0.12)
-    onset = found.sublayers.index(found.detection.onset or found.detection.sublayer)
-    for column, values in enumerate((found.readable, found.likeness), start=1):
+    onset = information.sublayers.index(information.detection.onset or information.detection.sublayer)
+    for column, values in enumerate((information.readable, information.likeness), start=1):
         for group, row, colour, dash in zip(GROUPS, values, (RED, BLUE), ("solid", "dash"), strict=True):
             hover = f"{group}: %{{y:.3f}}<extra></extra>"
-            line = curve(found.sublayers, row, group, colour, hover, dash=dash, mode=None)
+            line = curve(information.sublayers, row, group, colour, hover, dash=dash, mode=None)
             figure.add_trace(line.update(legendgroup=group, showlegend=column == 1), 1, column)
         mark(figure, column, x=onset, dash="dot")
     figure.update_yaxes(title_text="R squared", row=1, col=1)

@@ -22,7 +22,7 @@ from registerlens.pictures import colour, data_uri
 _MARKUP = re.compile(r'<(?!/?(br|b|i|em|sub|sup|extra|span)\s*/?>|span style="color:#[0-9a-f]{6}">)')
 """A `<` that begins none of the tags our figures use."""
 _MOST = 12
-"""Series of a figure that are told in words; the rest is counted."""
+"""Series of a figure that are put into words; the rest is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +172,11 @@ def in_words(figure: go.Figure) -> str:
     """
     layout: Any = figure.layout
     axes = [f"{axis}: {', '.join(titles)}" for axis in "xy" if (titles := _axis_titles(layout, axis))]
-    told = [words for trace in figure.data if (words := _series(trace))]
-    more = [f"And {len(told) - _MOST} more"] if len(told) > _MOST else []
+    sentences = [words for trace in figure.data if (words := _series(trace))]
+    more = [f"And {len(sentences) - _MOST} more"] if len(sentences) > _MOST else []
     title = [_plain(layout.title.text)] if layout.title.text else []
-    number = [f"{len(told)} series"] if told else []
-    return " ".join(f"{part.rstrip('.')}." for part in (*title, *axes, *number, *told[:_MOST], *more))
+    number = [f"{len(sentences)} series"] if sentences else []
+    return " ".join(f"{part.rstrip('.')}." for part in (*title, *axes, *number, *sentences[:_MOST], *more))
 
 
 def _axis_titles(layout: Any, axis: str) -> list[str]:

@@ -21,7 +21,7 @@ Photograph = UInt8[np.ndarray, "height width 3"]
 Grid = Float[np.ndarray, "grid_h grid_w"]
 
 OPACITY = 0.72
-"""Of a map over its photograph, which is grey there: hues stay those of the colour bar."""
+"""Opacity of a map over its photograph, which is grey there: hues stay those of the colour bar."""
 MOST_PANELS = 128
 """A figure with more of them is slow to draw, and larger than 2 MB for 256 patches or 5 MB for 1369."""
 WIDEST = 300.0
@@ -35,11 +35,11 @@ _UPRIGHT, _LEVEL = 30, 88
 _LINE, _LETTER = 14, 6.4
 """Height of a line and width of a letter of small text, in pixels."""
 _HIGHEST_BAR = 280
-"""Of colour bars, in pixels."""
+"""Length of the longest colour bar, in pixels."""
 _NARROW, _BELOW = 600, 54
 """Below this width colour bars lie under the panels, each so high, in pixels."""
 _QUALITY = 82
-"""Of JPEG."""
+"""Quality of JPEG pictures."""
 _DECADES = 1e-3
 """Lowest colour of a logarithmic scale over its highest, at least."""
 
@@ -270,10 +270,10 @@ def _lay_out(
 
 def _heat_map(panel: Panel, values: Grid, axis: str, scale: ColourScale, opacity: float | int) -> go.Heatmap:
     """Colours and, in single precision, the exact values for the hover."""
-    told = f"patch in row %{{y}}, column %{{x}}<br>{panel.hover}: %{{customdata[0]:.4g}}"
+    hover = f"patch in row %{{y}}, column %{{x}}<br>{panel.hover}: %{{customdata[0]:.4g}}"
     exact = [values]
     if panel.beside is not None:
-        told += f"<br>{panel.beside[0]}: %{{customdata[1]:.4g}}"
+        hover += f"<br>{panel.beside[0]}: %{{customdata[1]:.4g}}"
         exact.append(panel.beside[1])
     return go.Heatmap(
         z=scale.place(values),
@@ -283,7 +283,7 @@ def _heat_map(panel: Panel, values: Grid, axis: str, scale: ColourScale, opacity
         xaxis=f"x{axis}",
         yaxis=f"y{axis}",
         opacity=opacity,
-        hovertemplate=told + "<extra></extra>",
+        hovertemplate=hover + "<extra></extra>",
     )
 
 

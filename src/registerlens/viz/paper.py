@@ -31,7 +31,7 @@ class PaperFigure:
     """One figure: what the paper shows, and what it is drawn from here."""
 
     title: str
-    """What it shows."""
+    """What the figure shows."""
     takes: dict[type, str]
     """Kinds of results, each with the call that makes it."""
     draw: Callable[..., go.Figure]
@@ -69,12 +69,12 @@ def paper_figure(number: int, *results: Any, mode: Mode = "light", size: Size = 
     if number not in FIGURES:
         raise ConfigError(_no_such(number))
     figure = FIGURES[number]
-    given = _matched(number, figure, results)
+    matched = _matched(number, figure, results)
     if unknown := sorted(set(options) - set(figure.options)):
         raise ConfigError(f"Figure {number} has no option {unknown}; it has {list(figure.options) or 'none'}.")
     if "size" in figure.options:
-        return figure.draw(*given, mode=mode, size=size, **options)
-    return sized(figure.draw(*given, mode=mode, **options), size)
+        return figure.draw(*matched, mode=mode, size=size, **options)
+    return sized(figure.draw(*matched, mode=mode, **options), size)
 
 
 def paper_figures() -> pd.DataFrame:
@@ -109,10 +109,10 @@ def _matched(number: int, figure: PaperFigure, results: tuple[Any, ...]) -> list
     left = list(results)
     matched = []
     for kind in figure.takes:
-        found = next((result for result in left if isinstance(result, kind)), None)
-        if found is not None:
-            left.remove(found)
-            matched.append(found)
+        match = next((result for result in left if isinstance(result, kind)), None)
+        if match is not None:
+            left.remove(match)
+            matched.append(match)
     if left or len(matched) < len(figure.takes):
         wanted = " and ".join(f"{_article(kind.__name__)}, from {call}" for kind, call in figure.takes.items())
         got = ", ".join(type(result).__name__ for result in results) or "nothing"
@@ -147,8 +147,8 @@ def _layers(title: str, part: Callable[[int, int], bool] = lambda _i, _n: True) 
     """Photographs and conditions, block by block; `part` says whether the i-th of n blocks is shown."""
 
     def draw(maps: InterventionMaps, **options: Any) -> go.Figure:
-        shown = [layer for i, layer in enumerate(maps.layers) if part(i, len(maps.layers))]
-        return layers_figure(maps, **{"layers": shown, **options})
+        layers = [layer for i, layer in enumerate(maps.layers) if part(i, len(maps.layers))]
+        return layers_figure(maps, **{"layers": layers, **options})
 
     takes: dict[type, str] = {InterventionMaps: _COMPARED % _REGISTER}
     return PaperFigure(title=title, takes=takes, draw=draw, options=("size", "images", "layers", "measure"))

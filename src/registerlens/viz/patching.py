@@ -21,7 +21,7 @@ _NEURONS = 2000
 """Screened neurons drawn at most: those with the largest effects or the largest ratios, of either half."""
 
 
-def paths_figure(found: PathEffects, mode: Mode = "light") -> go.Figure:
+def paths_figure(effects: PathEffects, mode: Mode = "light") -> go.Figure:
     """Mean effects with their 95% intervals: a bar a receiver, all of them together, and the whole corrupted image.
 
     Example:
@@ -36,7 +36,7 @@ def paths_figure(found: PathEffects, mode: Mode = "light") -> go.Figure:
         >>> len(paths_figure(found).data[0].y)
         4
     """
-    table = found.to_dataframe()
+    table = effects.to_dataframe()
     alone, sums = table.iloc[:-2], table.iloc[-2:]
     left_out = max(0, len(alone) - _RECEIVERS)
     if left_out:
@@ -50,15 +50,15 @@ def paths_figure(found: PathEffects, mode: Mode = "light") -> go.Figure:
     receivers = go.Bar(x=effect, y=names, orientation="h", hovertemplate="%{y}: %{x:.4g}<extra></extra>")
     receivers.update(error_x=interval(effect, low, high, thickness=1.5, width=3, color=ink(mode)))
     receivers.update(marker={"color": [colour for some, colour in rows for _ in range(len(some))]})
-    title = f"{found.sender}, on {len(found.clean)} pairs"
+    title = f"{effects.sender}, on {len(effects.clean)} pairs"
     title += f" ({left_out} receivers with smaller effects left out)" if left_out else ""
     look = {"title": sentence(title), "margin": {"l": 20}, "showlegend": False, "bargap": 0.35}
     figure = finished(go.Figure(receivers), mode, height=170 + 26 * len(names), **look)
-    figure.update_xaxes(title_text=f"change of {found.words or found.metric}", zeroline=True, zerolinecolor=GREY)
+    figure.update_xaxes(title_text=f"change of {effects.words or effects.metric}", zeroline=True, zerolinecolor=GREY)
     return figure.update_yaxes(autorange="reversed", type="category", automargin=True, showgrid=False)
 
 
-def attributions_figure(found: Attributions, mode: Mode = "light") -> go.Figure:
+def attributions_figure(attributions: Attributions, mode: Mode = "light") -> go.Figure:
     """Left, each hook point as a whole, estimated and exact; right, single units, estimated against exact.
 
     Example:
@@ -72,35 +72,38 @@ def attributions_figure(found: Attributions, mode: Mode = "light") -> go.Figure:
         >>> [trace.name for trace in attributions_figure(found).data]
         ['attribution', 'exact', 'exact = estimated', 'random units', 'largest attributions']
     """
-    known = _correlation(found.on_sample, f"random, n = {found.on_sample.n}")
+    known = _correlation(attributions.on_sample, f"random, n = {attributions.on_sample.n}")
     figure = beside("Whole hook points", f"Single units: rank correlation {known}", gap=0.14)
-    points = [point.replace("blocks.", "").replace("hook_", "") for point in found.names]
-    for name, values, colour in (("attribution", found.by_name, BLUE), ("exact", found.whole, GREY)):
+    points = [point.replace("blocks.", "").replace("hook_", "") for point in attributions.names]
+    for name, values, colour in (("attribution", attributions.by_name, BLUE), ("exact", attributions.whole, GREY)):
         whole = go.Bar(x=values, y=points, name=name, orientation="h", marker={"color": colour})
         figure.add_trace(whole.update(hovertemplate="%{y}: %{x:.4g}<extra>" + name + "</extra>"), 1, 1)
-    _agreement(figure, "attribution", "exact = estimated", _checked_units(found), "no unit was patched exactly")
+    _agreement(figure, "attribution", "exact = estimated", _checked_units(attributions), "no unit was patched exactly")
     figure.update_annotations(font_size=13)
-    height = 200 + max(260, 30 * len(found.names))
+    height = 200 + max(260, 30 * len(attributions.names))
     figure = finished(figure, mode, height=height, legend=legend(-100 / height, yanchor="top"))
-    figure.update_xaxes(title_text=f"change of {found.metric}", row=1, col=1)
+    figure.update_xaxes(title_text=f"change of {attributions.metric}", row=1, col=1)
     return figure.update_yaxes(autorange="reversed", type="category", automargin=True, row=1, col=1)
 
 
-def _checked_units(found: Attributions) -> list[go.Scatter]:
+def _checked_units(attributions: Attributions) -> list[go.Scatter]:
     """Units that were patched exactly, a trace a group."""
-    table = found.to_dataframe().iloc[found.checked]
-    groups = (("random units", ~found.is_candidate, ORANGE), ("largest attributions", found.is_candidate, RED))
-    shown = []
+    table = attributions.to_dataframe().iloc[attributions.checked]
+    groups = (
+        ("random units", ~attributions.is_candidate, ORANGE),
+        ("largest attributions", attributions.is_candidate, RED),
+    )
+    traces = []
     for name, chosen, colour in groups:
         some = table[chosen]
         text = [f"{n} {k} {u}" for n, k, u in zip(some["name"], some["kind"], some["unit"], strict=True)]
         hover = "%{text}<br>attribution %{x:.4g}, exact %{y:.4g}"
         look = {"opacity": 0.8}
-        shown.append(dots(some["attribution"], some["exact"], name, colour, 8, hover, look=look, text=text))
-    return shown
+        traces.append(dots(some["attribution"], some["exact"], name, colour, 8, hover, look=look, text=text))
+    return traces
 
 
-def screening_figure(found: Screening, mode: Mode = "light") -> go.Figure:
+def screening_figure(screening: Screening, mode: Mode = "light") -> go.Figure:
     """Left, each neuron's effect against effect over standard error; right, screened against exact effects.
 
     Of many neurons the left panel draws those that stick out, the largest by effect and by certainty. With one image
@@ -115,17 +118,17 @@ def screening_figure(found: Screening, mode: Mode = "light") -> go.Figure:
         >>> [dots.name for dots in screening_figure(found).data]
         ['candidates', 'other neurons', 'exact = screened', 'random neurons', 'candidates']
     """
-    random, candidates = (_correlation(rho, f"n = {rho.n}") for rho in (found.on_sample, found.on_candidates))
-    left = f"{found.effects.size} neurons, {found.mode} ablation, {METHODS[found.method]}"
+    random, candidates = (_correlation(rho, f"n = {rho.n}") for rho in (screening.on_sample, screening.on_candidates))
+    left = f"{screening.effects.size} neurons, {screening.mode} ablation, {METHODS[screening.method]}"
     figure = beside(left, f"Rank correlation: random {random}, candidates {candidates}", gap=0.12)
-    _volcano(figure, found)
-    checked = _checked_neurons(found)
+    _volcano(figure, screening)
+    checked = _checked_neurons(screening)
     _agreement(figure, "screened effect", "exact = screened", checked, "no neuron was ablated exactly")
     figure.update_annotations(font_size=13)
     return finished(figure, mode, height=420, legend=legend(-0.2))
 
 
-def edges_figure(found: EdgeAttribution, mode: Mode = "light") -> go.Figure:
+def edges_figure(edges: EdgeAttribution, mode: Mode = "light") -> go.Figure:
     """A heat map of contributions: a row a neuron, a column a head; white is none, grey where there is no edge.
 
     Example:
@@ -137,20 +140,20 @@ def edges_figure(found: EdgeAttribution, mode: Mode = "light") -> go.Figure:
         >>> list(edges_figure(edges).data[0].x)
         ['2.0', '3.0', '4.0', '5.0']
     """
-    n_heads = found.effects.shape[2]
-    heads = [f"{layer}.{head}" for layer in found.layers for head in range(n_heads)]
-    neurons = [f"{layer}: {neuron}" for layer, neuron in found.neurons.pairs]
-    z = found.effects.reshape(len(neurons), -1)
+    n_heads = edges.effects.shape[2]
+    heads = [f"{layer}.{head}" for layer in edges.layers for head in range(n_heads)]
+    neurons = [f"{layer}: {neuron}" for layer, neuron in edges.neurons.pairs]
+    z = edges.effects.reshape(len(neurons), -1)
     asked = np.atleast_1d(np.isfinite(z).any(0))
     largest = float(np.nanmax(np.abs(z)))
-    shown = [head for head, known in zip(heads, asked, strict=True) if known]
-    cells = go.Heatmap(z=z[:, asked], x=shown, y=neurons, zmin=-largest, zmax=largest, colorscale="RdBu_r")
+    columns = [head for head, known in zip(heads, asked, strict=True) if known]
+    cells = go.Heatmap(z=z[:, asked], x=columns, y=neurons, zmin=-largest, zmax=largest, colorscale="RdBu_r")
     cells.update(colorbar={"title": "contribution"})
     cells.update(hovertemplate="neuron %{y} to head %{x}: %{z:.3g}<extra></extra>")
     figure = go.Figure(cells)
     figure.update_xaxes(type="category", title_text="head (block.head)")
     figure.update_yaxes(type="category", title_text="neuron (block: neuron)", autorange="reversed")
-    title = sentence(f"Direct contributions to {found.words} (LayerNorm {found.norm})")
+    title = sentence(f"Direct contributions to {edges.words} (LayerNorm {edges.norm})")
     return finished(figure, mode, height=180 + 22 * len(neurons), title=title, grid=False)
 
 
@@ -158,44 +161,44 @@ def _correlation(rho: RankCorrelation, of: str) -> str:
     return "unknown" if np.isnan(rho.rho) else f"{rho.rho:.2f} ({of})"
 
 
-def _volcano(figure: go.Figure, found: Screening) -> None:
-    table = found.to_dataframe()
+def _volcano(figure: go.Figure, screening: Screening) -> None:
+    table = screening.to_dataframe()
     table["size"] = table["effect"].abs()
     table["certainty"] = table["size"] / table["standard_error"]
     certain = bool(np.isfinite(table["certainty"]).any())
-    candidates = set(map(tuple, found.checked[found.is_candidate].tolist()))
+    candidates = set(map(tuple, screening.checked[screening.is_candidate].tolist()))
     table["candidate"] = [pair in candidates for pair in zip(table["layer"], table["neuron"], strict=True)]
     half = _NEURONS // 2
-    drawn = table[table["candidate"]].index.union(table.nlargest(half, "size").index)
+    rows = table[table["candidate"]].index.union(table.nlargest(half, "size").index)
     if certain:
-        drawn = drawn.union(table.nlargest(half, "certainty").index)
-    table = table.loc[drawn]
+        rows = rows.union(table.nlargest(half, "certainty").index)
+    table = table.loc[rows]
     for name, chosen, colour, size in (("candidates", True, RED, 8), ("other neurons", False, BLUE, 4)):
         some = table[table["candidate"] == chosen]
         text = [f"block {a}, neuron {n}" for a, n in zip(some["layer"], some["neuron"], strict=True)]
         y = some["certainty"] if certain else some["layer"]
         hover = "%{text}<br>effect %{x:.3g}, %{y:.3g}"
-        shown = dots(some["effect"], y, name, colour, size, hover, look={"opacity": 0.8}, text=text)
-        figure.add_trace(shown.update(legendgroup=name), 1, 1)
-    figure.update_xaxes(title_text=f"screened effect on {found.metric}", row=1, col=1)
+        points = dots(some["effect"], y, name, colour, size, hover, look={"opacity": 0.8}, text=text)
+        figure.add_trace(points.update(legendgroup=name), 1, 1)
+    figure.update_xaxes(title_text=f"screened effect on {screening.metric}", row=1, col=1)
     if certain:
         figure.update_yaxes(title_text="effect / standard error, log", type="log", row=1, col=1)
     else:
         figure.update_yaxes(title_text="block", row=1, col=1)
 
 
-def _checked_neurons(found: Screening) -> list[go.Scatter]:
+def _checked_neurons(screening: Screening) -> list[go.Scatter]:
     """Neurons that were ablated exactly, a trace a group."""
-    table = found.checked_dataframe()
+    table = screening.checked_dataframe()
     groups = (("random neurons", table[table["sample"]], BLUE), ("candidates", table[table["candidate"]], RED))
-    shown = []
+    traces = []
     for name, some, colour in groups:
         text = [f"block {a}, neuron {n}" for a, n in zip(some["layer"], some["neuron"], strict=True)]
         error = {"type": "data", "array": some["exact_standard_error"], "thickness": 1, "width": 0}
         hover = "%{text}<br>screened %{x:.3g}, exact %{y:.3g}"
         one = dots(some["screened"], some["exact"], name, colour, 7, hover, text=text, error_y=error)
-        shown.append(one.update(legendgroup=name, showlegend=name != "candidates"))
-    return shown
+        traces.append(one.update(legendgroup=name, showlegend=name != "candidates"))
+    return traces
 
 
 def _agreement(figure: go.Figure, estimate: str, line: str, groups: Sequence[go.Scatter], nothing: str) -> None:

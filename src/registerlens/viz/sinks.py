@@ -107,7 +107,7 @@ def _maps(
     return figure.update_yaxes(title_text="block", row=1, col=1)
 
 
-def faithfulness_figure(found: Faithfulness, mode: Mode = "light") -> go.Figure:
+def faithfulness_figure(faithfulness: Faithfulness, mode: Mode = "light") -> go.Figure:
     """What is left of the [CLS] output, and of its last update, when [CLS] may look at some tokens only.
 
     Source: Lappe and Giese 2025.
@@ -122,23 +122,23 @@ def faithfulness_figure(found: Faithfulness, mode: Mode = "light") -> go.Figure:
     """
     labels = [
         f"{name.replace('_', ' ')}<br>{share:.0%} of attention"
-        for name, share in zip(found.restrictions, found.attention, strict=True)
+        for name, share in zip(faithfulness.restrictions, faithfulness.attention, strict=True)
     ]
     bars = (
-        ("output, cosine", found.cosine, BLUE),
-        ("output, CKA", found.cka, SKY),
-        ("update, cosine", found.update_cosine, RED),
-        ("update, CKA", found.update_cka, ORANGE),
+        ("output, cosine", faithfulness.cosine, BLUE),
+        ("output, CKA", faithfulness.cka, SKY),
+        ("update, cosine", faithfulness.update_cosine, RED),
+        ("update, CKA", faithfulness.update_cka, ORANGE),
     )
     figure = go.Figure()
     for name, values, colour in bars:
         figure.add_bar(x=labels, y=values, name=name, marker={"color": colour}, hovertemplate="%{y:.3f}")
     figure.update_yaxes(title_text="agreement with the unrestricted [CLS]")
-    title = f"{found.model}: the last layer's [CLS] restricted to some tokens"
+    title = f"{faithfulness.model}: the last layer's [CLS] restricted to some tokens"
     return finished(figure, mode, height=420, title=title, barmode="group", closest=False)
 
 
-def value_update_figure(found: ValueUpdate, mode: Mode = "light") -> go.Figure:
+def value_update_figure(update: ValueUpdate, mode: Mode = "light") -> go.Figure:
     """Cosines of updates to the reference's, and the registers' share, condition by condition.
 
     Source: Jiang et al. 2025, equation 19 and table 8.
@@ -153,12 +153,12 @@ def value_update_figure(found: ValueUpdate, mode: Mode = "light") -> go.Figure:
     """
     figure = go.Figure()
     for name, values, colour, dash in (
-        ("registers' update, cosine", found.cosine, RED, "solid"),
-        ("rest, cosine", found.rest_cosine, GREY, "solid"),
-        ("attention output, cosine", found.output_cosine, BLUE, "solid"),
-        ("attention to registers", found.attention, GREEN, "dot"),
+        ("registers' update, cosine", update.cosine, RED, "solid"),
+        ("rest, cosine", update.rest_cosine, GREY, "solid"),
+        ("attention output, cosine", update.output_cosine, BLUE, "solid"),
+        ("attention to registers", update.attention, GREEN, "dot"),
     ):
-        figure.add_trace(curve(list(found.conditions), values, name, colour, "%{y:.3f}", dash=dash))
+        figure.add_trace(curve(list(update.conditions), values, name, colour, "%{y:.3f}", dash=dash))
     figure.update_yaxes(title_text="cosine; share of attention")
-    title = f"{found.model}: what registers write in block {found.layer}"
+    title = f"{update.model}: what registers write in block {update.layer}"
     return finished(figure, mode, height=420, title=title, closest=False)

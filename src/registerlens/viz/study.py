@@ -164,12 +164,12 @@ def explore_few(
         >>> found.names, list(found.conditions)
         (('a', 'b', 'c'), ['clean'])
     """
-    found = isinstance(study, RegisterStudy)
+    outliers = isinstance(study, RegisterStudy)
     return explore(
         vit,
         images[:n],
-        study.neurons if found else None,
-        interventions={study.condition: study.intervention} if found else {},
+        study.neurons if outliers else None,
+        interventions={study.condition: study.intervention} if outliers else {},
         names=names[:n],
         display=display[:n],
         trace=trace,

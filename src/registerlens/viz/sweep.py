@@ -31,7 +31,7 @@ _PANELS = 4
 _NAMED = 10
 """Neurons of a volcano that are named."""
 _LEVEL = 0.05
-"""Of Holm-corrected p-values."""
+"""Level of Holm-corrected p-values."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _missing(figure: _Figure, effects: Effects) -> str:
 
 
 def _needed() -> str:
-    told = [f"{name}: {', '.join(' or '.join(group) for group in one.needs)}" for name, one in FIGURES.items()]
-    return f"Figures and their factors: {'; '.join(told)}."
+    needs = [f"{name}: {', '.join(' or '.join(group) for group in one.needs)}" for name, one in FIGURES.items()]
+    return f"Figures and their factors: {'; '.join(needs)}."
 
 
 def _curve(rows: Any, x: str, name: str, number: int, label: str) -> go.Scatter:
@@ -122,9 +122,9 @@ def layers_figure(effects: Effects, mode: Mode) -> go.Figure:
     effects = replace(effects, tested=effects.tested.assign(of=of), factors=(*effects.factors, "of"))
     series = effects.limited("layers", len(_COLOURS), "layer", *many)
     figure = go.Figure()
-    for number, (told, part) in enumerate(series.items()):
+    for number, (label, part) in enumerate(series.items()):
         rows = part.sort_values("layer", kind="stable")
-        name = told or "effect"
+        name = label or "effect"
         if not rows["layer"].duplicated().any():
             figure.add_trace(_curve(rows, "layer", name, number, "layer"))
             continue
@@ -153,9 +153,9 @@ def dose_figure(effects: Effects, mode: Mode) -> go.Figure:
     names = [one for one in ("neurons", "target") if one in effects.factors and _named_after(effects.tested, one, dose)]
     series = effects.limited("dose", len(_COLOURS), dose, *names)
     figure = go.Figure()
-    for number, (told, part) in enumerate(series.items()):
+    for number, (label, part) in enumerate(series.items()):
         rows = part.sort_values(dose, kind="stable")
-        name = told or "effect"
+        name = label or "effect"
         figure.add_trace(_curve(rows, dose, name, number, dose))
         if effects.by.value == "vs_controls":
             continue
@@ -237,7 +237,7 @@ def volcano_figure(effects: Effects, mode: Mode) -> go.Figure:
     n_tests = len(effects.tested)  # all that Holm's correction counts
     effects = effects.having("layer", "neuron")
     figure, panels = _panels(effects, "volcano", "layer", "neuron")
-    told = []
+    texts = []
     for column, (name, every) in panels:
         placed = every.dropna(subset=["p"])
         part = placed.assign(height=-np.log10(placed["p"].to_numpy()))
@@ -250,11 +250,11 @@ def volcano_figure(effects: Effects, mode: Mode) -> go.Figure:
         for words, rows, colour, size, opacity in groups:
             figure.add_trace(_cloud(rows, words, colour, size, opacity, column == 1), 1, column)
         figure.add_trace(_names(part[sure] if sure.any() else part, part), 1, column)
-        told.append(f"{name + ': ' if name else ''}{int(sure.sum())} of {len(part)} neurons")
+        texts.append(f"{name + ': ' if name else ''}{int(sure.sum())} of {len(part)} neurons")
     figure.update_xaxes(title_text=effects.title, zeroline=True)
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title_text="-log10 p (sign-flip permutation)", col=1)
-    note = f"{', '.join(told)} pass Holm's correction"
+    note = f"{', '.join(texts)} pass Holm's correction"
     least = float(effects.tested["p_least"].min())
     if least * n_tests > _LEVEL:
         n = effects.tested["n_images"].max()

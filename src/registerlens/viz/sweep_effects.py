@@ -52,7 +52,7 @@ class Effects:
 
     @property
     def title(self) -> str:
-        """Of the axis."""
+        """Title of the axis."""
         return f"{self.metric}: {self.by.words}"
 
     def series(self, *used: str) -> dict[str, Any]:
@@ -64,8 +64,8 @@ class Effects:
         groups = self.tested.groupby(varying, dropna=False, sort=False)
         named = {}
         for values, rows in groups:
-            told = zip(varying, values, strict=True)
-            named[" ".join(f"{name}={value}" for name, value in told if not pd.isna(value))] = rows
+            labels = zip(varying, values, strict=True)
+            named[" ".join(f"{name}={value}" for name, value in labels if not pd.isna(value))] = rows
         return named
 
     def limited(self, kind: str, most: int, *used: str) -> dict[str, Any]:
@@ -74,13 +74,13 @@ class Effects:
         Raises:
             ConfigError: there are more than `most`.
         """
-        found = self.series(*used)
-        if len(found) > most:
+        series = self.series(*used)
+        if len(series) > most:
             raise ConfigError(
-                f"The figure {kind!r} would need {len(found)} series, at most {most} can be told apart: "
-                f"{', '.join(list(found)[:3])}, ... Choose with result.select(FACTOR=VALUES).plot({kind!r})."
+                f"The figure {kind!r} would need {len(series)} series, at most {most} can be told apart: "
+                f"{', '.join(list(series)[:3])}, ... Choose with result.select(FACTOR=VALUES).plot({kind!r})."
             )
-        return found
+        return series
 
 
 def effects_of(result: SweepResult, metric: str, by: By) -> Effects:

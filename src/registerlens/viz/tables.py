@@ -104,20 +104,20 @@ def kernel_table(report: KernelReport) -> pd.DataFrame:
         ['u1 (what the neurons read) in the kernel of later MLPs (W_in), blocks 2 to 5', 'relative residual', 'fails']
     """
     main, rows = main_rows(report.table), []
-    for found in report.findings:
-        mine = select(main, condition=found.condition, vector=found.vector)
-        number = brief(found.value)
-        if found.condition in KERNELS:
-            number += f" ({brief(found.effect)} x random)"
+    for finding in report.findings:
+        mine = select(main, condition=finding.condition, vector=finding.vector)
+        number = brief(finding.value)
+        if finding.condition in KERNELS:
+            number += f" ({brief(finding.effect)} x random)"
         row = {
-            "condition": title(found.condition, found.vector, mine),
-            "unit": KERNEL_UNITS[found.condition],
+            "condition": title(finding.condition, finding.vector, mine),
+            "unit": KERNEL_UNITS[finding.condition],
             "number": number,
         }
-        for null, p in (("random", found.random_p), ("neurons", found.neurons_p)):
+        for null, p in (("random", finding.random_p), ("neurons", finding.neurons_p)):
             median = float(np.median(mine[null].to_numpy()))
             row[null] = "-" if np.isnan(median) else f"{brief(median)} (p = {p:.2g})"
-        rows.append(row | {"verdict": found.verdict})
+        rows.append(row | {"verdict": finding.verdict})
     return pd.DataFrame(rows)
 
 
@@ -160,7 +160,7 @@ def evaluation_table(evaluation: Evaluation) -> tuple[list[str], list[tuple[str,
     return metrics, list(cells.items())
 
 
-def value_update_table(found: ValueUpdate) -> pd.DataFrame:
+def value_update_table(update: ValueUpdate) -> pd.DataFrame:
     """One row a condition: cosines to the reference and the registers' shares, as numbers (table 8).
 
     Example:
@@ -179,7 +179,7 @@ def value_update_table(found: ValueUpdate) -> pd.DataFrame:
         "share": "share of the update",
         "attention": "attention to them",
     }
-    frame: Any = found.to_dataframe()[list(names)]
+    frame: Any = update.to_dataframe()[list(names)]
     return frame.rename(columns=names)
 
 

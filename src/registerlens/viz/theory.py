@@ -85,7 +85,7 @@ def proposition_figure(report: PropositionReport, mode: Mode = "light") -> go.Fi
     panels.pair(2, report.deviation, report.deviation_bound, "from no attention", RED)
     panels.curve(2, report.rounding, "float64's rounding", GREY, "dot")
     panels.curve(2, report.output_norm, "norm of the output", GREY)
-    broken = "; ".join(found.statement for found in report.conditions if not found.holds)
+    broken = "; ".join(condition.statement for condition in report.conditions if not condition.holds)
     held = f"not so: {broken}" if broken else f"all {len(report.conditions)} conditions hold"
     return panels.finish(f"Proposition 1; {held}", mode)
 
