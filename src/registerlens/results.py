@@ -57,7 +57,7 @@ class Saved:
             raise ConfigError(f"This {name} cannot be saved: '{misfit.place or name}' {misfit.what}.") from None
         with whole_folder(folder) as whole:
             if parts.arrays:
-                from safetensors.torch import save_file  # noqa: PLC0415  (it brings torch along)
+                from safetensors.torch import save_file  # it brings torch along
 
                 parts.files[ARRAYS] = partial(save_file, parts.arrays)
             for name, write in parts.files.items():

@@ -147,7 +147,7 @@ class Outliers(ModelResult):
 
     def plot(self) -> go.Figure:
         """Histogram of patch norms, outliers apart, with the cut-off."""
-        from registerlens.viz.detection import norm_histogram  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.detection import norm_histogram
 
         return norm_histogram(self)
 

@@ -136,7 +136,7 @@ class Faithfulness(ModelResult):
 
     def plot(self) -> go.Figure:
         """Cosine and CKA of output and update, restriction by restriction."""
-        from registerlens.viz.sinks import faithfulness_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.sinks import faithfulness_figure
 
         return faithfulness_figure(self)
 

@@ -79,7 +79,7 @@ class LocalInformation(ModelResult):
 
     def plot(self) -> go.Figure:
         """Both measures, place by place."""
-        from registerlens.viz.observables import local_information_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.observables import local_information_figure
 
         return local_information_figure(self)
 

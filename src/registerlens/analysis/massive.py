@@ -107,7 +107,7 @@ class MassiveActivations(ModelResult):
 
     def plot(self) -> go.Figure:
         """Largest and median magnitude, kurtosis, and the top channels, place by place."""
-        from registerlens.viz.observables import massive_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.observables import massive_figure
 
         return massive_figure(self)
 

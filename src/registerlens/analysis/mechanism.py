@@ -109,7 +109,7 @@ class SinkEffects(ModelResult):
         Raises:
             ConfigError: there is no such measure.
         """
-        from registerlens.viz.sinks import effect_map  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.sinks import effect_map
 
         return effect_map(self, measure)
 

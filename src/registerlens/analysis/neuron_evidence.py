@@ -77,7 +77,7 @@ class ActivationDistributions(TopOutlierResult):
 
     def plot(self) -> go.Figure:
         """Both distributions, layer by layer, and the neurons listed one by one."""
-        from registerlens.viz.neuron_evidence import distributions_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.neuron_evidence import distributions_figure
 
         return distributions_figure(self)
 

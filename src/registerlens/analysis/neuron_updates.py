@@ -81,7 +81,7 @@ class NeuronUpdates(TopOutlierResult):
 
     def plot(self) -> go.Figure:
         """Distributions of norms and of cosines, register neurons against random sets, layer by layer."""
-        from registerlens.viz.neuron_evidence import updates_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.neuron_evidence import updates_figure
 
         return updates_figure(self)
 

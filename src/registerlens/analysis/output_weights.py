@@ -100,7 +100,7 @@ class OutputWeights(ModelResult):
 
     def plot(self) -> go.Figure:
         """Histograms of the weights over residual dimensions, the neurons against the others of their layer."""
-        from registerlens.viz.neuron_evidence import weights_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.neuron_evidence import weights_figure
 
         return weights_figure(self)
 

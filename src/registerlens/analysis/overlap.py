@@ -114,7 +114,7 @@ class Overlap(ModelResult):
 
     def plot(self) -> go.Figure:
         """Heat maps of the conditional shares, the Jaccard indices and the matched shares."""
-        from registerlens.viz.observables import overlap_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.observables import overlap_figure
 
         return overlap_figure(self)
 

@@ -229,7 +229,7 @@ class SingularDefects(ModelResult):
 
     def plot(self) -> go.Figure:
         """Angles of outliers and other patches block by block, and every neuron's alignment."""
-        from registerlens.viz.observables import defects_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.observables import defects_figure
 
         return defects_figure(self)
 

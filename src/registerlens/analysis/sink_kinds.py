@@ -156,7 +156,7 @@ class SinkKinds(ModelResult):
         Raises:
             ConfigError: the sweep has no such threshold.
         """
-        from registerlens.viz.sinks import sink_map  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.sinks import sink_map
 
         return sink_map(self, self.thresholds[0] if threshold is None else threshold)
 

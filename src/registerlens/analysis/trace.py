@@ -165,7 +165,7 @@ class Trace(ModelResult):
 
     def plot(self) -> go.Figure:
         """The two panels of figure 2: largest patch norm after attention and after the MLP; largest attention."""
-        from registerlens.viz.detection import trace_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.detection import trace_figure
 
         return trace_figure(self)
 

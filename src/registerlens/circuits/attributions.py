@@ -128,6 +128,6 @@ class Attributions(ModelResult):
 
     def plot(self) -> go.Figure:
         """Attributions by hook point, and against exact effects."""
-        from registerlens.viz.patching import attributions_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.patching import attributions_figure
 
         return attributions_figure(self)

@@ -132,7 +132,7 @@ class DirectContributions(ModelResult):
 
     def plot(self) -> go.Figure:
         """Contributions layer by layer, the heads' map, and the largest neurons."""
-        from registerlens.viz.heads import direct_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.heads import direct_figure
 
         return direct_figure(self)
 

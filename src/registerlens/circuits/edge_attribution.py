@@ -103,7 +103,7 @@ class EdgeAttribution(ModelResult):
 
     def plot(self) -> go.Figure:
         """A heat map, neurons by heads."""
-        from registerlens.viz.patching import edges_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.patching import edges_figure
 
         return edges_figure(self)
 

@@ -150,7 +150,7 @@ class HeadCircuits(ModelResult):
 
     def plot(self) -> go.Figure:
         """Maps of the scores and quantities, layer by head."""
-        from registerlens.viz.heads import heads_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.heads import heads_figure
 
         return heads_figure(self)
 

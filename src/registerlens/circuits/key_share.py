@@ -87,7 +87,7 @@ class KeyShare(ModelResult):
 
     def plot(self) -> go.Figure:
         """Maps of the advantage and the part of it along the direction, layer by head."""
-        from registerlens.viz.heads import key_share_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.heads import key_share_figure
 
         return key_share_figure(self)
 

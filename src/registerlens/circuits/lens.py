@@ -85,7 +85,7 @@ class PatchLens(ModelResult):
         Raises:
             ShapeError: there is no such image, or that direction was not kept.
         """
-        from registerlens.viz.heads import lens_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.heads import lens_figure
 
         return lens_figure(self, image, direction)
 

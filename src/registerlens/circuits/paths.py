@@ -111,7 +111,7 @@ class PathEffects(ModelResult):
 
     def plot(self) -> go.Figure:
         """Effects with their intervals, a bar a receiver."""
-        from registerlens.viz.patching import paths_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.patching import paths_figure
 
         return paths_figure(self)
 

@@ -149,7 +149,7 @@ class AttentionCircuit(ModelResult):
             >>> list(graph.successors("neuron 1:183"))
             ['outlier stream']
         """
-        import networkx as nx  # noqa: PLC0415  (torch brings it along; only this needs it)
+        import networkx as nx  # torch brings it along; only this needs it
 
         graph = nx.MultiDiGraph(model=self.model, reader=self.reader, block=self.block)
         for row in self.nodes.to_dict("records"):
@@ -160,7 +160,7 @@ class AttentionCircuit(ModelResult):
 
     def plot(self, mode: Literal["light", "dark"] = "light") -> go.Figure:
         """Layers from left to right; an edge's width is its share, its colour the sign; numbers on hovering."""
-        from registerlens.viz.circuit import circuit_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.circuit import circuit_figure
 
         return circuit_figure(self, mode)
 

@@ -203,7 +203,7 @@ class Screening(ModelResult):
 
     def plot(self) -> go.Figure:
         """Effects against their certainty, and screened against exact effects."""
-        from registerlens.viz.patching import screening_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.patching import screening_figure
 
         return screening_figure(self)
 

@@ -87,8 +87,8 @@ def ablate(
     known = read_neurons(neurons)
     make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
-    from registerlens.analysis.neurons import RegisterNeurons  # noqa: PLC0415
-    from registerlens.interventions.ablation import Ablate, Heads, Tokens  # noqa: PLC0415
+    from registerlens.analysis.neurons import RegisterNeurons
+    from registerlens.interventions.ablation import Ablate, Heads, Tokens
 
     with skips_named(stream):
         asked = Heads(pairs) if pairs else Tokens(*place) if place else None
@@ -142,9 +142,9 @@ def register(
     known = read_neurons(neurons)
     make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
-    from registerlens.interventions.attention_bias import AttentionBias  # noqa: PLC0415
-    from registerlens.interventions.registers import TestTimeRegisters  # noqa: PLC0415
-    from registerlens.viz.study import REGISTER  # noqa: PLC0415
+    from registerlens.interventions.attention_bias import AttentionBias
+    from registerlens.interventions.registers import TestTimeRegisters
+    from registerlens.viz.study import REGISTER
 
     with skips_named(stream):
         chosen = chosen_neurons(vit, stream, known, where)
@@ -189,9 +189,9 @@ def bake(
         raise typer.BadParameter("give a file or a published list; `neurons --out` makes one.", param_hint="--neurons")
     look_ahead(model)
     known = None if neurons is None else read_neurons(neurons)
-    from registerlens.interventions.attention_bias import AttentionBias  # noqa: PLC0415
-    from registerlens.interventions.bake import bake as save  # noqa: PLC0415
-    from registerlens.interventions.registers import TestTimeRegisters  # noqa: PLC0415
+    from registerlens.interventions.attention_bias import AttentionBias
+    from registerlens.interventions.bake import bake as save
+    from registerlens.interventions.registers import TestTimeRegisters
 
     if known is not None:
         folder = save(model, TestTimeRegisters(known, n=n), out)
@@ -205,7 +205,7 @@ def bake(
 def _evaluate(
     vit: HookedViT, stream: ImageStream, tested: dict[str, Intervention], where: dict[str, Any], no_controls: bool
 ) -> Evaluation:
-    from registerlens.evaluation.effects import evaluate_intervention  # noqa: PLC0415
+    from registerlens.evaluation.effects import evaluate_intervention
 
     return evaluate_intervention(vit, stream, tested, controls=not no_controls, **where)
 
@@ -221,9 +221,9 @@ def _write_register(
     samples: str,
     size: int | None,
 ) -> None:
-    from registerlens.analysis.trace import trace  # noqa: PLC0415
-    from registerlens.viz.report import FEW, write_report  # noqa: PLC0415
-    from registerlens.viz.study import RegisterStudy  # noqa: PLC0415
+    from registerlens.analysis.trace import trace
+    from registerlens.viz.report import FEW, write_report
+    from registerlens.viz.study import RegisterStudy
 
     study = RegisterStudy(neurons=neurons, intervention=edit, condition=name, evaluation=done, samples=samples)
     names, pixels, display = shown_images(vit, stream, FEW, size)

@@ -70,7 +70,7 @@ def kernels(
             param_hint="--neurons",
         )
     make_folder(out)
-    from registerlens.theory.kernels import check_kernels  # noqa: PLC0415
+    from registerlens.theory.kernels import check_kernels
 
     if images:
         vit, stream = load(model, images, size, batch_size, device)
@@ -133,8 +133,8 @@ def circuit(
     known = read_neurons(neurons)
     make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
-    from registerlens.analysis.detection import detect  # noqa: PLC0415
-    from registerlens.circuits.attention_circuit import attention_circuit  # noqa: PLC0415
+    from registerlens.analysis.detection import detect
+    from registerlens.circuits.attention_circuit import attention_circuit
 
     with skips_named(stream):
         chosen = chosen_neurons(vit, stream, known, where)

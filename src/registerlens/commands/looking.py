@@ -48,7 +48,7 @@ def trace_command(
     look_ahead(model)
     make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
-    from registerlens.analysis.trace import trace  # noqa: PLC0415
+    from registerlens.analysis.trace import trace
 
     with skips_named(stream):
         traced = trace(vit, stream)
@@ -93,9 +93,9 @@ def report(
     look_ahead(model)
     make_folder(out.parent)
     vit, stream = load(model, images, size, batch_size, device)
-    from registerlens.analysis.trace import trace  # noqa: PLC0415
-    from registerlens.viz.report import write_report  # noqa: PLC0415
-    from registerlens.viz.study import FOLLOWED, describe, explore_few, study_circuit  # noqa: PLC0415
+    from registerlens.analysis.trace import trace
+    from registerlens.viz.report import write_report
+    from registerlens.viz.study import FOLLOWED, describe, explore_few, study_circuit
 
     with skips_named(stream):
         traced = trace(vit, stream)
@@ -116,7 +116,7 @@ def report(
 
 def _study(vit: HookedViT, stream: ImageStream, evaluated: int, size: int | None) -> RegisterStudy | NoOutliersError:
     """Search in all images, evaluation on the first ones."""
-    from registerlens.viz.study import study_registers  # noqa: PLC0415
+    from registerlens.viz.study import study_registers
 
     n = len(stream.loaded)
     which = f"the first {evaluated} of them" if evaluated < n else "the same ones"
@@ -131,7 +131,7 @@ def _mechanism(
     vit: HookedViT, stream: ImageStream, study: RegisterStudy | NoOutliersError | None, explained: int, size: int | None
 ) -> Mechanism:
     """On the first images."""
-    from registerlens.viz.study import RegisterStudy, study_mechanism  # noqa: PLC0415
+    from registerlens.viz.study import RegisterStudy, study_mechanism
 
     neurons = study.neurons if isinstance(study, RegisterStudy) else study
     return study_mechanism(vit, _first(vit, stream, explained, size), neurons)
@@ -139,7 +139,7 @@ def _mechanism(
 
 def _first(vit: HookedViT, stream: ImageStream, n: int, size: int | None) -> ImageStream:
     """The first images that could be read, at most `n`."""
-    from registerlens.data.images import ImageStream  # noqa: PLC0415
+    from registerlens.data.images import ImageStream
 
     return ImageStream(list(stream.loaded)[:n], vit, batch_size=stream.batch_size, size=size)
 
@@ -178,7 +178,7 @@ def neurons(
     look_ahead(model, options["layer"], blocks=[lowest_layer, *([] if last == "auto" else [last])])
     make_folder(out)
     vit, stream = load(model, images, size, batch_size, device)
-    from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
+    from registerlens.interventions.search import find_register_neurons
 
     with skips_named(stream):
         ranking = find_register_neurons(vit, stream, **options)
@@ -186,7 +186,7 @@ def neurons(
     search = ranking.search
     if out is None or search is None:
         return
-    from registerlens.viz.report import write_neuron_maps  # noqa: PLC0415
+    from registerlens.viz.report import write_neuron_maps
 
     ranking.save(out)
     search.save(out / "neuron_search")

@@ -105,8 +105,8 @@ def read_neurons(text: str) -> RegisterNeurons | None:
     """
     if text == "auto":
         return None
-    from registerlens.analysis.neurons import RegisterNeurons  # noqa: PLC0415
-    from registerlens.errors import ConfigError  # noqa: PLC0415
+    from registerlens.analysis.neurons import RegisterNeurons
+    from registerlens.errors import ConfigError
 
     kind, _, name = text.partition(":")
     try:

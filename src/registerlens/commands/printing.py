@@ -21,7 +21,7 @@ LISTED = 50
 
 def print_trace(traced: Trace, layers: bool) -> None:
     """The verdict in words, and a table of the telling sublayers or of all."""
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     console = Console()
     colour = "red" if traced.verdict == "present" else "blue"
@@ -74,7 +74,7 @@ def _telling(traced: Trace) -> list[int]:
 
 def print_neurons(neurons: RegisterNeurons) -> None:
     """How they were found in words, the estimates of top_k, and a table with every score."""
-    from registerlens.viz.tables import brief, neuron_table  # noqa: PLC0415
+    from registerlens.viz.tables import brief, neuron_table
 
     search = neurons.search
     if search is not None:
@@ -97,9 +97,9 @@ def print_neurons(neurons: RegisterNeurons) -> None:
 
 def print_kernels(report: KernelReport) -> None:
     """What the conditions amount to, a table of them with numbers, nulls and verdicts, and what could not be asked."""
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
-    from registerlens.viz.tables import KERNEL_NOTE, kernel_table  # noqa: PLC0415
+    from registerlens.viz.tables import KERNEL_NOTE, kernel_table
 
     print_words(report.conclusion(), style="bold")
     images = f"{report.n_images} images" if report.n_images else "weights only"
@@ -121,10 +121,10 @@ def print_kernels(report: KernelReport) -> None:
 
 def print_evaluation(done: Evaluation, samples: str) -> None:
     """The verdicts in words, and a table of means with 95% intervals, controls included."""
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
-    from registerlens.evaluation.controls import ConditionKind  # noqa: PLC0415
-    from registerlens.viz.tables import evaluation_table  # noqa: PLC0415
+    from registerlens.evaluation.controls import ConditionKind
+    from registerlens.viz.tables import evaluation_table
 
     for name, verdict in done.verdicts.items():
         print_words(f"{name}: {verdict.words}", style="bold green" if verdict.worked else "bold yellow")
@@ -163,10 +163,10 @@ _HEADERS = {
 
 def print_sweep(result: SweepResult, n: int = 5) -> None:
     """For each metric the conditions that do most, with intervals and corrected p-values; skipped images."""
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
-    from registerlens.evaluation.controls import ConditionKind  # noqa: PLC0415
-    from registerlens.viz.tables import brief  # noqa: PLC0415
+    from registerlens.evaluation.controls import ConditionKind
+    from registerlens.viz.tables import brief
 
     frame: Any = result.to_dataframe()
     n_tested = sum(one.kind is ConditionKind.TESTED for one in result.conditions)
@@ -199,7 +199,7 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
 
 
 def _with_interval(row: dict[str, Any], name: str) -> str:
-    from registerlens.viz.tables import brief  # noqa: PLC0415
+    from registerlens.viz.tables import brief
 
     if row[name] != row[name]:
         return "-"
@@ -220,7 +220,7 @@ def print_criteria(criteria: EmergenceCriteria) -> None:
 
 def print_runs(table: pd.DataFrame, summary: pd.DataFrame) -> None:
     """Training runs, and below them their recipes."""
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text
 
     columns = ["run", "recipe", "seed", "ended", "outliers", "onset", "neurons", "criteria", "failing", "minutes"]
     for title, frame in (("Runs", table.reindex(columns=columns)), ("Recipes", summary)):
@@ -246,16 +246,16 @@ def print_words(text: str, style: str = "") -> None:
 
 def _console() -> Any:
     """A terminal as wide as it is; anything else is taken to be wide enough for the tables."""
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     console = Console()
     return console if console.is_terminal else Console(width=140)
 
 
 def _table(title: str, caption: str) -> Any:
-    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
 
     return Table(
         box=SIMPLE_HEAD,

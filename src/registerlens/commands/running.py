@@ -64,11 +64,11 @@ def run(
         raise typer.BadParameter("say where results are kept, or ask for --dry-run.", param_hint="--store")
     if ray is not None and workers:
         raise typer.BadParameter("give one of --ray and --workers.", param_hint="--workers")
-    from registerlens.sweep.yaml_config import SweepConfig  # noqa: PLC0415
+    from registerlens.sweep.yaml_config import SweepConfig
 
     asked = SweepConfig.from_file(config)
     look_ahead_of_sweep(asked)
-    from registerlens.sweep.from_config import prepare  # noqa: PLC0415  (torch, once the file is known to be right)
+    from registerlens.sweep.from_config import prepare  # torch, once the file is known to be right
 
     make_folder(out)
     models = {name: load_model(model, asked.device) for name, model in asked.named_models.items()}
@@ -92,14 +92,14 @@ def status(
     debug: Debug = False,
 ) -> None:
     """Say how far the sweep in a store is, without touching it."""
-    from registerlens.sweep.store import sweep_status  # noqa: PLC0415
+    from registerlens.sweep.store import sweep_status
 
     print_words(sweep_status(store).describe())
 
 
 def write_sweep(result: SweepResult, out: Path) -> None:
     """effects.parquet, the folder sweep, and every figure that the conditions allow, of each metric."""
-    from registerlens.viz.sweep import drawable  # noqa: PLC0415
+    from registerlens.viz.sweep import drawable
 
     result.save(out / "sweep")
     write_parquet(result.to_dataframe(), out / "effects.parquet")
@@ -133,13 +133,13 @@ def emerge(
     if config is not None and recipe is not None:
         raise typer.BadParameter("give --config or --recipe, not both", param_hint="--recipe")
     # Before torch is imported, for which wrong keys and names need not wait.
-    from registerlens.emergence.config import TrainingConfig  # noqa: PLC0415
-    from registerlens.emergence.config import recipe as recipe_called  # noqa: PLC0415
+    from registerlens.emergence.config import TrainingConfig
+    from registerlens.emergence.config import recipe as recipe_called
 
     asked = recipe_called(recipe or "default").config if config is None else TrainingConfig.from_file(config)
-    from registerlens.emergence.dynamics import training_dynamics  # noqa: PLC0415
-    from registerlens.emergence.research import judge_run  # noqa: PLC0415
-    from registerlens.emergence.training import train  # noqa: PLC0415
+    from registerlens.emergence.dynamics import training_dynamics
+    from registerlens.emergence.research import judge_run
+    from registerlens.emergence.training import train
 
     run = train(asked if seed is None else asked.changed(seed=seed), out)
     last = run.metrics().iloc[-1]
@@ -172,8 +172,8 @@ def runs(
 
     Runs that were not judged yet are judged now.
     """
-    from registerlens.emergence.research import results_table, summarise  # noqa: PLC0415
-    from registerlens.progress import track  # noqa: PLC0415
+    from registerlens.emergence.research import results_table, summarise
+    from registerlens.progress import track
 
     table = results_table(track(folders, "runs", len(folders)))
     print_runs(table, summarise(table))

@@ -30,8 +30,8 @@ def look_ahead(
 
     What only the model's library can tell is refused later.
     """
-    from registerlens.loading.sources import look_up  # noqa: PLC0415
-    from registerlens.model.sublayers import require_blocks, require_heads, sublayer_of  # noqa: PLC0415
+    from registerlens.loading.sources import look_up
+    from registerlens.model.sublayers import require_blocks, require_heads, sublayer_of
 
     if (family := look_up(model)) is None:
         return
@@ -56,8 +56,8 @@ def load(
     model: str, images: list[str], size: int | None, batch_size: int, device: str
 ) -> tuple[HookedViT, ImageStream]:
     """The model, and a stream of the images named."""
-    from registerlens.config import Preprocess  # noqa: PLC0415
-    from registerlens.data.images import ImageStream  # noqa: PLC0415
+    from registerlens.config import Preprocess
+    from registerlens.data.images import ImageStream
 
     vit = load_model(model, device)
     # Files of all folders and globs among the arguments, in the order given.
@@ -68,7 +68,7 @@ def load(
 
 def load_model(model: str, device: str) -> HookedViT:
     """The model alone."""
-    from registerlens.loading.pretrained import from_pretrained  # noqa: PLC0415
+    from registerlens.loading.pretrained import from_pretrained
 
     _check_device(device)
     return from_pretrained(model, device=device)
@@ -88,7 +88,7 @@ def skips_named(stream: ImageStream) -> Iterator[None]:
 
 def shown_images(vit: HookedViT, stream: ImageStream, n: int, size: int | None) -> tuple[list[str], Tensor, np.ndarray]:
     """The first images that could be read: their names, pixels for the model, pixels to look at."""
-    from registerlens.data.images import load_images, to_display  # noqa: PLC0415
+    from registerlens.data.images import load_images, to_display
 
     names = stream.loaded[:n]
     pixels = load_images(list(names), vit, size=size)
@@ -106,7 +106,7 @@ def chosen_neurons(
         known: those given.
         where: threshold and layer of the outliers.
     """
-    from registerlens.interventions.search import find_register_neurons  # noqa: PLC0415
+    from registerlens.interventions.search import find_register_neurons
 
     if known is not None:
         return known.check(vit.cfg)
@@ -125,7 +125,7 @@ def on_which_images(neurons: RegisterNeurons, n_images: int, found_here: bool) -
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     """A table, whole or not at all."""
-    from registerlens.files import whole_file  # noqa: PLC0415
+    from registerlens.files import whole_file
 
     with whole_file(path) as temporary:
         frame.to_parquet(temporary)
@@ -133,7 +133,7 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 def write_figure(figure: go.Figure, path: Path) -> None:
     """An interactive figure that needs no network, whole or not at all."""
-    from registerlens.viz.drawing import save_figure  # noqa: PLC0415
+    from registerlens.viz.drawing import save_figure
 
     save_figure(figure, path)
 
@@ -146,7 +146,7 @@ def write_evaluation(done: Evaluation, out: Path) -> None:
 
 
 def _check_device(device: str) -> None:
-    import torch  # noqa: PLC0415
+    import torch
 
     try:
         torch.empty(0, device=device)

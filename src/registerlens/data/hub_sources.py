@@ -260,7 +260,7 @@ def _read(path: str) -> bytes | str:
     """The bytes behind a path or URL of the library's; a local path is left for `decode` to open."""
     if Path(path).is_absolute():
         return path
-    from datasets.utils.file_utils import xopen  # noqa: PLC0415  (an extra)
+    from datasets.utils.file_utils import xopen  # an extra
 
     with xopen(path, "rb") as file:
         return file.read()
@@ -268,5 +268,5 @@ def _read(path: str) -> bytes | str:
 
 def _datasets() -> Any:
     with needing("datasets", "streams", "Reading a Hugging Face dataset"):
-        import datasets  # noqa: PLC0415  (an extra)
+        import datasets  # an extra
     return datasets

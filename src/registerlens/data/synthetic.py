@@ -79,8 +79,8 @@ def _photographs(n: int, patch: int, generator: torch.Generator) -> Tensor:
 @lru_cache(maxsize=2)
 def _backgrounds(patch: int) -> Float[Tensor, "n 3 height width"]:
     """The smoothest patches of every photograph at hand, brought to equal contrast."""
-    import numpy as np  # noqa: PLC0415  (only where photographs are asked for)
-    from PIL import Image  # noqa: PLC0415
+    import numpy as np  # only where photographs are asked for
+    from PIL import Image
 
     cuts = []
     for path in shipped_photographs():

@@ -294,5 +294,5 @@ def _local(url: str) -> Path | None:
 
 def _webdataset() -> Any:
     with needing("webdataset", "streams", "Reading webdataset shards"):
-        import webdataset  # noqa: PLC0415  (an extra)
+        import webdataset  # an extra
     return webdataset

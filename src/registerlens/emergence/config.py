@@ -94,7 +94,7 @@ class TrainingConfig(Settings):
     @property
     def vit_config(self) -> ViTConfig:
         """The architecture: the model's shape, fitted to the task's images and labels."""
-        from registerlens.config import ViTConfig  # noqa: PLC0415  (torch, which wrong keys need not wait for)
+        from registerlens.config import ViTConfig  # torch, which wrong keys need not wait for
 
         size = self.task.grid * self.task.patch
         return ViTConfig(

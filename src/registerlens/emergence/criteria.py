@@ -169,7 +169,7 @@ class EmergenceCriteria(ModelResult):
 
     def plot(self) -> go.Figure:
         """Norms along the depth, and who draws the attention: outliers, [CLS] or trained registers."""
-        from registerlens.viz.emergence import criteria_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.emergence import criteria_figure
 
         return criteria_figure(self)
 

@@ -131,7 +131,7 @@ class Dynamics(Result):
 
     def plot(self) -> go.Figure:
         """The three signs over the steps, and the neurons."""
-        from registerlens.viz.emergence import dynamics_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.emergence import dynamics_figure
 
         return dynamics_figure([self])
 

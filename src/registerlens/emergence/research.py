@@ -66,7 +66,7 @@ def results_table(folders: Iterable[str | Path], *, n_images: int = JUDGED) -> p
     Raises:
         ConfigError: a folder holds no run.
     """
-    import pandas as pd  # noqa: PLC0415
+    import pandas as pd
 
     return pd.DataFrame([_row(TrainingRun.open(folder), n_images) for folder in folders])
 
@@ -87,7 +87,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         >>> summarise(pd.DataFrame([row, row | {"seed": 1, "criteria": 18}])).iloc[0].to_dict()
         {'recipe': 'default', 'settings': '', 'seeds': '0 1', 'emerged': '2 of 2', 'criteria': '19 18', 'minutes': 5.0}
     """
-    import pandas as pd  # noqa: PLC0415
+    import pandas as pd
 
     rows = []
     for recipe, settings, mine in by_recipe(table):

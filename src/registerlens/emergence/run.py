@@ -146,7 +146,7 @@ class TrainingRun:
         Raises:
             ConfigError: there is no such checkpoint.
         """
-        from registerlens.loading.native import load  # noqa: PLC0415
+        from registerlens.loading.native import load
 
         steps = self.checkpoints
         step = steps[-1] if step is None and steps else step
@@ -156,7 +156,7 @@ class TrainingRun:
 
     def write_metrics(self, row: dict[str, Any]) -> None:
         """One row of the metrics, whole or not at all."""
-        import pandas as pd  # noqa: PLC0415
+        import pandas as pd
 
         with whole_file(self.folder / "metrics" / f"step_{row['step']:06d}.parquet") as temporary:
             pd.DataFrame([row]).to_parquet(temporary, index=False)
@@ -167,7 +167,7 @@ class TrainingRun:
         Raises:
             ConfigError: there is none yet.
         """
-        import pandas as pd  # noqa: PLC0415
+        import pandas as pd
 
         parts = sorted((self.folder / "metrics").glob("step_*.parquet"))
         if not parts:

@@ -87,7 +87,7 @@ def _bytes_of(job: Job) -> bytes:
         return pickle.dumps(packed)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         with suppress(ImportError):
-            import cloudpickle  # noqa: PLC0415  (comes with Ray; sends lambdas and a notebook's functions too)
+            import cloudpickle  # comes with Ray; sends lambdas and a notebook's functions too
 
             return cloudpickle.dumps(packed)
         raise ConfigError(

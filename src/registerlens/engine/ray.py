@@ -269,6 +269,6 @@ def _check_reachable(address: str | None) -> None:
 
 def _ray() -> Any:
     with needing("ray", "ray", "run_sweep(backend='ray')"):
-        import ray  # noqa: PLC0415  (an extra)
-        import ray.exceptions  # noqa: PLC0415
+        import ray  # an extra
+        import ray.exceptions
     return ray

@@ -88,7 +88,7 @@ class CausalOrder(TopOutlierResult):
 
     def plot(self) -> go.Figure:
         """Heat maps: edited layer against later neuron, for each kind of edit."""
-        from registerlens.viz.neuron_evidence import causal_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.neuron_evidence import causal_figure
 
         return causal_figure(self)
 

@@ -112,7 +112,7 @@ class InterventionMaps(Result):
         images: Sequence[int] | None = None,
     ) -> go.Figure:
         """A column a condition, a row an image and measure, over the photographs; `layer` None is the last block."""
-        from registerlens.viz.maps import conditions_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.maps import conditions_figure
 
         return conditions_figure(self, layer=layer, measures=measures, images=images)
 
@@ -123,7 +123,7 @@ class InterventionMaps(Result):
         images: Sequence[int] | None = None,
     ) -> go.Figure:
         """A column a block, a row an image and condition; `layers` None shows all."""
-        from registerlens.viz.maps import layers_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.maps import layers_figure
 
         return layers_figure(self, measure=measure, layers=layers, images=images)
 

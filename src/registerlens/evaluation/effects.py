@@ -116,7 +116,7 @@ class Evaluation(Result):
 
     def plot(self) -> go.Figure:
         """Norms and sinks layer by layer, and the telling metrics with intervals, for every condition."""
-        from registerlens.viz.evaluation import evaluation_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.evaluation import evaluation_figure
 
         return evaluation_figure(self)
 

@@ -74,7 +74,7 @@ class OutlierShift(Result):
 
     def plot(self) -> go.Figure:
         """Histograms of norm and attention, target against other patches."""
-        from registerlens.viz.evaluation import shift_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.evaluation import shift_figure
 
         return shift_figure(self)
 

@@ -122,7 +122,7 @@ def _default_cache() -> Path:
 
 
 def _transformers_encoder(target: str, device: torch.device) -> Encode:
-    from transformers import AutoModel, AutoTokenizer  # noqa: PLC0415  (slow to import)
+    from transformers import AutoModel, AutoTokenizer  # slow to import
 
     with network(target):
         model: Any = AutoModel.from_pretrained(target)
@@ -146,7 +146,7 @@ def _transformers_encoder(target: str, device: torch.device) -> Encode:
 
 def _open_clip_encoder(target: str, device: torch.device) -> Encode:
     with needing("open_clip_torch", "open-clip", f"The text side of {target!r}"):
-        import open_clip  # noqa: PLC0415  (optional dependency)
+        import open_clip  # optional dependency
     folder = Path(target).is_dir()
     name, _, tag = (f"local-dir:{target}", "", None) if folder else target.partition("/")
     with network(f"open_clip:{target}"):

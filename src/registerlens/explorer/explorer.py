@@ -111,7 +111,7 @@ class Explorer:
         Raises:
             MissingExtraError: anywidget is not installed.
         """
-        from registerlens.explorer.widget import make_widget  # noqa: PLC0415  (anywidget is optional)
+        from registerlens.explorer.widget import make_widget  # anywidget is optional
 
         return make_widget(self)
 
@@ -128,7 +128,7 @@ class Explorer:
         Raises:
             ConfigError: not even one map fits.
         """
-        from registerlens.explorer.page import write  # noqa: PLC0415
+        from registerlens.explorer.page import write
 
         return write(self, Path(path), max_bytes)
 
@@ -138,7 +138,7 @@ class Explorer:
         Raises:
             ConfigError: as for `to_html`.
         """
-        from registerlens.explorer.page import section  # noqa: PLC0415
+        from registerlens.explorer.page import section
 
         return section(self, max_bytes)
 

@@ -37,8 +37,8 @@ def make_widget(explorer: Explorer) -> AnyWidget:
         6
     """
     with needing("anywidget", "notebooks", "The live explorer"):
-        import anywidget  # noqa: PLC0415
-        import traitlets  # noqa: PLC0415
+        import anywidget
+        import traitlets
 
     class ExplorerWidget(anywidget.AnyWidget):
         _esm = script()

@@ -34,7 +34,7 @@ class TransformersAttention:
     name = "registerlens"
 
     def __init__(self, attention: nn.Module, apply: Apply) -> None:
-        from transformers import AttentionInterface  # noqa: PLC0415  (slow to import)
+        from transformers import AttentionInterface  # slow to import
 
         AttentionInterface.register(self.name, _edited_attention)
         self.attention: Any = attention
@@ -124,7 +124,7 @@ class TimmAttention:
         """Queries or keys [batch, head, pos, d_head] of patches turned by their positions, sines and cosines."""
         if rope is None:
             return x
-        from timm.layers.pos_embed_sincos import apply_rot_embed_cat  # noqa: PLC0415  (optional dependency)
+        from timm.layers.pos_embed_sincos import apply_rot_embed_cat  # optional dependency
 
         still, patches = x.tensor_split([self.attention.num_prefix_tokens], 2)
         return torch.cat([still, apply_rot_embed_cat(patches, rope, half=self.attention.rotate_half)], 2).type_as(x)

@@ -112,7 +112,7 @@ def _library(source: str, name: str) -> _Library:
 
 
 def _load_transformers(target: str) -> Any:
-    import transformers  # noqa: PLC0415
+    import transformers
 
     fetch = fetch_of(target)
     class_name, _ = huggingface.read_config(fetch)
@@ -123,7 +123,7 @@ def _load_transformers(target: str) -> Any:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """Without transformers' own progress bars, which it draws into pipes and logs too."""
-    from transformers.utils import logging  # noqa: PLC0415
+    from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -144,20 +144,20 @@ def _save_transformers(module: Any, target: str, folder: Path) -> None:
 
 def _load_timm(target: str) -> Any:
     with needing("timm", "timm", f"Loading {target!r}"):
-        import timm  # noqa: PLC0415
+        import timm
     with network(f"timm:{target}"):
         return timm.create_model(f"local-dir:{target}" if Path(target).is_dir() else target, pretrained=True)
 
 
 def _save_timm(module: Any, target: str, folder: Path) -> None:
-    from timm.models import save_for_hf  # noqa: PLC0415
+    from timm.models import save_for_hf
 
     save_for_hf(module, folder, safe_serialization=True)  # type: ignore[arg-type]
 
 
 def _load_open_clip(target: str) -> Any:
     with needing("open_clip_torch", "open-clip", f"Loading {target!r}"):
-        import open_clip  # noqa: PLC0415
+        import open_clip
     if Path(target).is_dir():
         return open_clip.create_model(f"local-dir:{target}", pretrained_text=False)
     name, _, tag = target.partition("/")
@@ -167,9 +167,9 @@ def _load_open_clip(target: str) -> Any:
 
 
 def _save_open_clip(module: Any, target: str, folder: Path) -> None:
-    import open_clip  # noqa: PLC0415
-    from open_clip.push_to_hf_hub import save_config_for_hf  # noqa: PLC0415
-    from safetensors.torch import save_file  # noqa: PLC0415
+    import open_clip
+    from open_clip.push_to_hf_hub import save_config_for_hf
+    from safetensors.torch import save_file
 
     name, _, tag = target.partition("/")
     config = open_clip.get_model_config(f"local-dir:{target}" if Path(target).is_dir() else name) or {}

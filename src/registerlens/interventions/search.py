@@ -127,7 +127,7 @@ class NeuronSearch(Result):
 
     def plot(self) -> go.Figure:
         """Sorted scores with the elbow, and the outliers left by the number of neurons moved."""
-        from registerlens.viz.detection import search_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.detection import search_figure
 
         return search_figure(self)
 

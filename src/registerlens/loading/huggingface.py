@@ -36,7 +36,7 @@ def read_config(fetch: Callable[[str], Path | None]) -> tuple[str, Any]:
     Raises:
         UnsupportedArchitectureError: the configuration is not that of a model transformers knows.
     """
-    from transformers import AutoConfig  # noqa: PLC0415  (slow to import)
+    from transformers import AutoConfig  # slow to import
 
     path = fetch("config.json")
     if path is None:
@@ -66,7 +66,7 @@ def find_tower(config: Any) -> tuple[str, Any, tuple[str, ...]] | None:
 
 def _base_class(config: Any) -> str:
     """The class that transformers' AutoModel makes of a configuration."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: PLC0415  (slow to import)
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # slow to import
 
     name = MODEL_MAPPING_NAMES.get(config.model_type, config.model_type)
     return name if isinstance(name, str) else name[0]

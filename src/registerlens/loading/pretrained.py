@@ -180,7 +180,7 @@ def _transformers_file(target: str, weights: Path, asked: Asked) -> HookedViT:
             f"A checkpoint file belongs to a class of transformers, and there is no family {target!r}."
             f"{close_matches(target, known)} Known: {known}."
         )
-    import transformers  # noqa: PLC0415  (slow to import)
+    import transformers  # slow to import
 
     kind = getattr(transformers, target).config_class
     config = asked.config
@@ -234,7 +234,7 @@ def _read_dict(config: Any, *keys: str) -> dict[str, Any]:
 
 def _load_timm(target: str, asked: Asked) -> HookedViT:
     with needing("timm", "timm", f"Loading {target!r}"):
-        import timm as library  # noqa: PLC0415  (optional dependency)
+        import timm as library  # optional dependency
     options = dict(asked.options) | ({} if asked.config is None else _read_dict(asked.config, "model_args"))
     weights, arch, tag = asked.weights, target.partition(".")[0], target.partition(".")[2]
     if weights is not None and ("timm", target) in FAMILIES:
@@ -264,7 +264,7 @@ def _load_timm(target: str, asked: Asked) -> HookedViT:
 
 def _load_open_clip(target: str, asked: Asked) -> HookedViT:
     with needing("open_clip_torch", "open-clip", f"Loading {target!r}"):
-        import open_clip as library  # noqa: PLC0415  (optional dependency)
+        import open_clip as library  # optional dependency
     if asked.weights is not None and ("open_clip", target) in FAMILIES:
         return _with_file(_open_clip_tower(asked), f"open_clip:{target}", asked.weights, asked)
     options = dict(asked.options) | ({} if asked.config is None else _read_dict(asked.config))
@@ -301,7 +301,7 @@ def _load_open_clip(target: str, asked: Asked) -> HookedViT:
 
 def _open_clip_tower(asked: Asked) -> nn.Module:
     """The vision tower of a model configuration, beside the smallest text tower there can be."""
-    import open_clip as library  # noqa: PLC0415  (optional dependency)
+    import open_clip as library  # optional dependency
 
     config = _read_dict(asked.config, "model_cfg") | dict(asked.options)
     if lacking := {"embed_dim", "vision_cfg"} - set(config):

@@ -132,7 +132,7 @@ _CONFIG_PARTS = (
 
 def parts_of_module(module: nn.Module) -> str:
     """What in a module keeps it from being a plain ViT, as a phrase; empty if nothing tells."""
-    from torch import nn  # noqa: PLC0415  (slow to import)
+    from torch import nn  # slow to import
 
     known = next((reason for part in module.modules() if (reason := _known(type(part).__name__))), "")
     if known:

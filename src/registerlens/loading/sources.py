@@ -236,8 +236,8 @@ def fetch_of(target: str, revision: str | None = None) -> Fetch:
 
 
 def _download(repo: str, revision: str | None, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415  (only where a hub is asked)
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # only where a hub is asked
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with network(repo):
         try:
@@ -259,7 +259,7 @@ def _download(repo: str, revision: str | None, name: str) -> Path | None:
 @contextmanager
 def network(name: str) -> Iterator[None]:
     """Turn whatever a hub client raises inside into one clear ModelNotFoundError."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     logger = logging.getLogger("huggingface_hub")
     level, limit = logger.level, socket.getdefaulttimeout()

@@ -157,7 +157,7 @@ def read_preprocess(module: Any) -> Preprocess | None:
     """
     if not getattr(module, "pretrained_cfg", None):
         return None
-    from timm.data.config import resolve_model_data_config  # noqa: PLC0415  (optional dependency)
+    from timm.data.config import resolve_model_data_config  # optional dependency
 
     data = resolve_model_data_config(module)
     if data["crop_mode"] not in _STEPS:

@@ -87,13 +87,13 @@ def join(pieces: Sequence[Piece]) -> Tensor:
 
 
 def _cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    import torch  # noqa: PLC0415  (slow to import)
+    import torch  # slow to import
 
     return torch.cat(list(tensors), axis)
 
 
 def _zeros(*shape: int) -> Tensor:
-    import torch  # noqa: PLC0415  (slow to import)
+    import torch  # slow to import
 
     return torch.zeros(shape)
 

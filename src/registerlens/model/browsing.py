@@ -146,7 +146,7 @@ def summarise(vit: HookedViT, size: tuple[int, int] | None = None) -> ModelSumma
         >>> found.parameters, found.flops, len(found.points)
         (318068, 24348672, 115)
     """
-    from registerlens.model.vit import HookedViT  # noqa: PLC0415  (the model stands on this module)
+    from registerlens.model.vit import HookedViT  # the model stands on this module
 
     size = vit.cfg.image_size if size is None else size
     with torch.device("meta"):

@@ -247,7 +247,7 @@ class HookedViT(Browsable):
             ...     print(vit(images, stop_at_layer=2).shape)
             torch.Size([1, 37, 64])
         """
-        from registerlens.interventions.base import edited  # noqa: PLC0415  (interventions stand on the model)
+        from registerlens.interventions.base import edited  # interventions stand on the model
 
         before = self.edits
         with edited(self, interventions):
@@ -377,31 +377,31 @@ class HookedViT(Browsable):
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> HookedViT:
         """Load a model by name or from a folder; see `rl.from_pretrained` for names and options."""
-        from registerlens.loading.pretrained import from_pretrained  # noqa: PLC0415  (loading stands on the model)
+        from registerlens.loading.pretrained import from_pretrained  # loading stands on the model
 
         return from_pretrained(name, **options)
 
     @classmethod
     def from_module(cls, module: nn.Module, preprocess: Preprocess | None = None) -> HookedViT:
         """A hooked copy of a transformers, timm or open_clip ViT; see `rl.from_module`."""
-        from registerlens.loading.modules import from_module  # noqa: PLC0415
+        from registerlens.loading.modules import from_module
 
         return from_module(module, preprocess)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors, which `from_pretrained(folder)` reads back; returns the folder."""
-        from registerlens.loading.native import save  # noqa: PLC0415
+        from registerlens.loading.native import save
 
         return save(self, Path(folder))
 
     def to_state_dict(self, family: str) -> dict[str, Tensor]:
         """The weights under a source library's names; see `rl.loading.to_state_dict`."""
-        from registerlens.loading.modules import to_state_dict  # noqa: PLC0415
+        from registerlens.loading.modules import to_state_dict
 
         return to_state_dict(self, family)
 
     def fold_layer_norm(self) -> HookedViT:
         """A new, equivalent model whose norms are folded into the weights that read them; see `model.folding`."""
-        from registerlens.model.folding import fold_layer_norm  # noqa: PLC0415  (it stands on this class)
+        from registerlens.model.folding import fold_layer_norm  # it stands on this class
 
         return fold_layer_norm(self)

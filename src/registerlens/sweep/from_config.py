@@ -263,7 +263,7 @@ def _random(maker: _Maker, n: int, of: str, layers: Layers) -> Sets:
 
 
 def _matched(maker: _Maker, n: int, of: str, layers: Layers) -> Sets:
-    from registerlens.evaluation.controls import neuron_activity  # noqa: PLC0415
+    from registerlens.evaluation.controls import neuron_activity
 
     listed = _listed(maker, of, layers)
     activity = neuron_activity(maker.vit, maker.images, list(listed.by_layer()), maker.config.batch_size)

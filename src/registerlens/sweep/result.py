@@ -98,7 +98,7 @@ class SweepResult(Result):
         Raises:
             StoreError: there is none, it is damaged, or of a newer version.
         """
-        from registerlens.sweep.run import read_sweep  # noqa: PLC0415  (stores stand on results)
+        from registerlens.sweep.run import read_sweep  # stores stand on results
 
         return read_sweep(store)
 
@@ -285,7 +285,7 @@ class SweepResult(Result):
         Raises:
             ConfigError: there is no such kind or metric, or the conditions lack the factors that it needs.
         """
-        from registerlens.viz.sweep import sweep_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.sweep import sweep_figure
 
         return sweep_figure(self, kind, metric, by)
 

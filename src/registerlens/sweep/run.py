@@ -219,7 +219,7 @@ def _backend(backend: str | Backend, workers: int, address: str | None) -> tuple
         n = workers or _cores()
         return ProcessBackend(workers=n), n
     if backend == "ray":
-        from registerlens.engine.ray import RayBackend  # noqa: PLC0415  (an extra)
+        from registerlens.engine.ray import RayBackend  # an extra
 
         # A worker that is asked for no threads gets one core of its node, whatever this machine has.
         return RayBackend(address=address, workers=workers or None), torch.get_num_threads()

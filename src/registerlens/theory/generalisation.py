@@ -110,7 +110,7 @@ class GeneralReport(SinkReport):
 
     def plot(self) -> go.Figure:
         """Attention to x_s per head with its limit, what x_s brings, and the deviation, with their bounds."""
-        from registerlens.viz.theory import generalisation_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.theory import generalisation_figure
 
         return generalisation_figure(self)
 

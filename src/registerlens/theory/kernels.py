@@ -163,13 +163,13 @@ class KernelReport(ModelResult):
 
     def plot(self) -> go.Figure:
         """Heat maps, layer by condition: how strongly each reader reads each vector, and whom queries seek."""
-        from registerlens.viz.theory import kernel_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.theory import kernel_figure
 
         return kernel_figure(self)
 
     def plot_weights(self) -> go.Figure:
         """What each neuron writes into each dimension (figure 25)."""
-        from registerlens.viz.theory import weight_figure  # noqa: PLC0415
+        from registerlens.viz.theory import weight_figure
 
         return weight_figure(self)
 

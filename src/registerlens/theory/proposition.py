@@ -189,7 +189,7 @@ class PropositionReport(SinkReport):
 
     def plot(self) -> go.Figure:
         """The convergence curve: attention elsewhere and deviation, with their bounds."""
-        from registerlens.viz.theory import proposition_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.theory import proposition_figure
 
         return proposition_figure(self)
 
@@ -364,7 +364,7 @@ class CorollaryReport(ExactReport):
 
     def plot(self) -> go.Figure:
         """Difference of the updates and of the outputs against the activation, with limit and bounds."""
-        from registerlens.viz.theory import corollary_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.theory import corollary_figure
 
         return corollary_figure(self)
 

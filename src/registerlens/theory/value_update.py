@@ -145,7 +145,7 @@ class ValueUpdate(ModelResult):
 
     def plot(self) -> go.Figure:
         """The cosines of table 8, and the attention to registers."""
-        from registerlens.viz.sinks import value_update_figure  # noqa: PLC0415  (viz stands on results)
+        from registerlens.viz.sinks import value_update_figure
 
         return value_update_figure(self)
 

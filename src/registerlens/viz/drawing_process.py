@@ -19,8 +19,8 @@ from typing import Any
 
 async def _draw(folder: Path) -> None:
     """The picture of what is asked for in a folder, there."""
-    from choreographer.browsers.chromium import Chromium  # noqa: PLC0415  (the extra that this is about)
-    from kaleido import Kaleido  # noqa: PLC0415
+    from choreographer.browsers.chromium import Chromium  # the extra that this is about
+    from kaleido import Kaleido
 
     class InThisGroup(Chromium):
         """A browser that is killed together with this process; it would have a group of its own."""
