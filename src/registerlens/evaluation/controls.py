@@ -241,7 +241,7 @@ def judge_effect(
         metrics, values: as in `Evaluation`.
         kinds: of the conditions by their names, in the order of `values`.
         name: of the condition to judge.
-        ablation: whether it is an ablation, whose effect is told without praise or blame.
+        ablation: whether it is an ablation, whose effect is stated without judging it.
 
     Example:
         >>> metrics = ["outliers", "old_outliers", "new_outliers", "sink_outliers", "sink_elsewhere"]
@@ -270,10 +270,10 @@ def judge_effect(
     weakest = min(left, default=float("nan"))
     unspecific = weakest < SPECIFIC
     took = mean("sink_register")
-    drawn = mean("sink_outliers", clean)
-    idle = took < TAKEN * drawn
+    attention = mean("sink_outliers", clean)
+    idle = took < TAKEN * attention
     elsewhere = mean("sink_elsewhere")
-    sink_moved = elsewhere > max(2 * mean("sink_elsewhere", clean), TAKEN * drawn)
+    sink_moved = elsewhere > max(2 * mean("sink_elsewhere", clean), TAKEN * attention)
     cosine = mean("cos_cls") if np.isfinite(mean("cos_cls")) else mean("cos_normal")
     changed = cosine < KEPT
     worked = gone and not (handed or missing or unspecific or idle or sink_moved or changed)
@@ -284,7 +284,7 @@ def judge_effect(
         parts.append(f"{mean('new_outliers'):.2f} per image at other patches" + (" (handed off)" if handed else ""))
     if np.isfinite(took):
         norm = f" at {mean('register_norm'):.1f} x the median norm" if np.isfinite(mean("register_norm")) else ""
-        parts.append(f"the extra key draws {took:.0%} of the attention{norm} (outliers drew {drawn:.0%})")
+        parts.append(f"the extra key draws {took:.0%} of the attention{norm} (outliers drew {attention:.0%})")
     if sink_moved:
         parts.append(f"a new sink has appeared at another patch ({elsewhere:.0%} of the attention)")
     if np.isfinite(cosine):

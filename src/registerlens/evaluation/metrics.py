@@ -194,14 +194,14 @@ def largest_norm(place: str) -> Metric:
 
 def outliers(place: str, cutoff: Cutoff) -> Metric:
     """How many patches are outliers; a relative cut-off counts in the clean image's median."""
-    words = f"outlier patches an image: above {_told(cutoff)} at {place}"
+    words = f"outlier patches an image: above {_in_words(cutoff)} at {place}"
     return Metric(name="outliers", measure=partial(_outliers, place, cutoff), norms=(place,), words=words)
 
 
 def sink_outliers(place: str, cutoff: Cutoff, layers: Sequence[int]) -> Metric:
     """Attention to all patches that are outliers in the clean run; NaN for an image that has none."""
     words = (
-        f"attention to all patches that in the clean run are outliers, above {_told(cutoff)} at {place}; mean over "
+        f"attention to all patches that in the clean run are outliers, above {_in_words(cutoff)} at {place}; mean over "
         f"heads and {_layers(layers)}, 0 to 1"
     )
     measure = partial(_sink_outliers, place, cutoff, tuple(layers))
@@ -215,7 +215,7 @@ def sink_patch(layers: Sequence[int]) -> Metric:
     return Metric(name="sink_patch", measure=measure, attention=tuple(layers), words=words)
 
 
-def _told(cutoff: Cutoff) -> str:
+def _in_words(cutoff: Cutoff) -> str:
     return f"{cutoff.value:.6g} x the clean image's median norm" if cutoff.relative else f"norm {cutoff.value:.6g}"
 
 

@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 from registerlens.config import Preprocess, ViTConfig
 from registerlens.display import html_card, line, size_text, text_table
 from registerlens.errors import HookNameError, close_matches
-from registerlens.model.cache import bytes_held, dtype_told, shape_rows
+from registerlens.model.cache import bytes_held, dtype_text, shape_rows
 from registerlens.model.names import NamesFilter, match_names, pooled
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def summarise(vit: HookedViT, size: tuple[int, int] | None = None) -> ModelSumma
         HookShape(
             name=name,
             shape=tuple(tensor.shape),
-            dtype=dtype_told(tensor),
+            dtype=dtype_text(tensor),
             n_bytes=tensor.nbytes,
             by_default=name in kept,
         )

@@ -39,7 +39,7 @@ class Cache(ActivationCache):
     def to_dataframe(self) -> pd.DataFrame:
         """One row an entry, in the order in which they were reached: name, shape, dtype, bytes."""
         rows = [
-            {"name": name, "shape": tuple(tensor.shape), "dtype": dtype_told(tensor), "bytes": tensor.nbytes}
+            {"name": name, "shape": tuple(tensor.shape), "dtype": dtype_text(tensor), "bytes": tensor.nbytes}
             for name, tensor in self.cache_dict.items()
         ]
         return pd.DataFrame(rows, columns=["name", "shape", "dtype", "bytes"])
@@ -103,7 +103,7 @@ class Cache(ActivationCache):
 
     def _table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         return ("name", "shape", "dtype", "size"), shape_rows(
-            {name: (tuple(tensor.shape), dtype_told(tensor), tensor.nbytes) for name, tensor in self.cache_dict.items()}
+            {name: (tuple(tensor.shape), dtype_text(tensor), tensor.nbytes) for name, tensor in self.cache_dict.items()}
         )
 
 
@@ -130,6 +130,6 @@ def bytes_held(tensors: Iterable[Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def dtype_told(tensor: Tensor) -> str:
+def dtype_text(tensor: Tensor) -> str:
     """The number type in a word: "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

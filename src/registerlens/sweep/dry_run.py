@@ -142,7 +142,7 @@ class SweepPlan(Shown):
         parts = [
             f"Conditions: {self.n_conditions:,}. Tasks: {self.n_tasks:,}. Rows: {self.n_rows:,}.",
             *(_summary(run) for run in self.runs),
-            f"Expected: {time_told(self.seconds)}, {self.share:.2f} of running the whole model for every condition. "
+            f"Expected: {time_text(self.seconds)}, {self.share:.2f} of running the whole model for every condition. "
             f"Timed: clean forward passes of {self.batch_size} images. A condition is taken to cost its blocks from "
             f"the first edited one on; the edits themselves, extra tokens, metrics, fitting, reading of images, and "
             f"what stacking conditions saves are not in it.",
@@ -306,11 +306,11 @@ def _summary(run: PlannedRun) -> str:
     return "\n".join([head, *filter(None, [fits]), *(f"  {a:>18}  {b:>10}  {c}".rstrip() for a, b, c in bars)])
 
 
-def time_told(seconds: float | int) -> str:
+def time_text(seconds: float | int) -> str:
     """Seconds in words.
 
     Example:
-        >>> time_told(0.25), time_told(75), time_told(7300), time_told(200_000)
+        >>> time_text(0.25), time_text(75), time_text(7300), time_text(200_000)
         ('0.25 s', '1 min 15 s', '2 h 2 min', '2 d 8 h')
     """
     if seconds < 60:

@@ -154,7 +154,7 @@ def check_conditions(model: TwoBlockModel, activation: float) -> tuple[Condition
     """Every condition of CONDITIONS, in their order, each measured so that it does not depend on the others.
 
     What concerns the token that fires (dominance, silence, alone) is measured at a token of x_s's length along u1, so
-    that a wrong alignment is told once.
+    that a wrong alignment is reported once.
 
     Example:
         >>> model = TwoBlockModel.build(broken={"dominance": 0.5})

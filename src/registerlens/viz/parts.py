@@ -90,7 +90,7 @@ def note(figure: go.Figure, text: str, x: Any, y: Any, side: Literal["left", "ce
         text: what they say.
         x, y: where, in units of the axes unless `where` has `xref` or `yref`.
         side: which of theirs stands there.
-        where: the panel's row and column, and more that an annotation can be told.
+        where: the panel's row and column, and further options of an annotation.
 
     Example:
         >>> figure = go.Figure()

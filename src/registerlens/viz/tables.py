@@ -249,8 +249,8 @@ def _(result: KernelReport, caption: str = "") -> Styler:
 
 @styled.register(ValueUpdate)
 def _(result: ValueUpdate, caption: str = "") -> Styler:
-    told = f"What registers write in block {result.layer} of {result.model}, {result.n_images} images."
-    return styled(value_update_table(result), caption or told)
+    about = f"What registers write in block {result.layer} of {result.model}, {result.n_images} images."
+    return styled(value_update_table(result), caption or about)
 
 
 @styled.register(Evaluation)
@@ -263,8 +263,8 @@ def _(result: Evaluation, caption: str = "") -> Styler:
             for name, cells in rows
         ]
     )
-    told = f"{result.model}, {result.n_images} images: mean and 95% interval. {COLUMN_NOTE}"
-    return styled(frame, caption or told)
+    about = f"{result.model}, {result.n_images} images: mean and 95% interval. {COLUMN_NOTE}"
+    return styled(frame, caption or about)
 
 
 def _digits(column: Any) -> Callable[[float], str]:

@@ -262,7 +262,7 @@ def _kernel_panel(
 ) -> tuple[str, go.Heatmap, int]:
     conditions = [name for name in KERNELS if name in set(rows["condition"])]
 
-    def told(cell: pd.DataFrame) -> tuple[float, str, str]:
+    def describe_cell(cell: pd.DataFrame) -> tuple[float, str, str]:
         value = float(np.sqrt(np.mean(cell["effect"].to_numpy() ** 2)))
         verdict, random_p, neurons_p = _verdict(report, cell, value)
         words = (
@@ -272,7 +272,7 @@ def _kernel_panel(
         )
         return value, f"{value:.2f} {_MARKS[verdict]}", words
 
-    z, text, hover = _cells(rows, [{"condition": one} for one in conditions], layers, told)
+    z, text, hover = _cells(rows, [{"condition": one} for one in conditions], layers, describe_cell)
     heatmap = go.Heatmap(z=z, x=[_name(report, layer) for layer in layers], y=[_ROWS[name] for name in conditions])
     heatmap.update(customdata=hover, hovertemplate="%{y}, block %{x}: %{z:.3g}<br>%{customdata}<extra></extra>")
     heatmap.update(colorscale="RdBu_r", zmin=0, zmax=2, xgap=1, ygap=1)
@@ -284,13 +284,13 @@ def _key_panel(
 ) -> tuple[str, go.Heatmap, int]:
     heads = sorted(set(rows["head"]))
 
-    def told(cell: pd.DataFrame) -> tuple[float, str, str]:
+    def describe_cell(cell: pd.DataFrame) -> tuple[float, str, str]:
         value = float(np.median(cell["value"]))
         verdict, random_p, neurons_p = _verdict(report, cell, value)
         words = f"{verdict}<br>random directions p = {random_p:.2g}, other neurons p = {neurons_p:.2g}"
         return value, f"{value:+.1f} {_MARKS[verdict]}", words
 
-    z, text, hover = _cells(rows, [{"head": head} for head in heads], layers, told)
+    z, text, hover = _cells(rows, [{"head": head} for head in heads], layers, describe_cell)
     reach = max(float(np.nanmax(np.abs(z))), float(np.log(report.n_tokens)))
     heatmap = go.Heatmap(z=z, x=[_name(report, layer) for layer in layers], y=[f"head {head}" for head in heads])
     heatmap.update(customdata=hover, hovertemplate="%{y}, block %{x}: %{z:+.3g} nats<br>%{customdata}<extra></extra>")
@@ -302,16 +302,16 @@ def _cells(
     rows: pd.DataFrame,
     chosen: Sequence[dict[str, Any]],
     layers: Sequence[int],
-    told: Callable[[pd.DataFrame], tuple[float, str, str]],
+    describe_cell: Callable[[pd.DataFrame], tuple[float, str, str]],
 ) -> tuple[Float[np.ndarray, "row layer"], np.ndarray, np.ndarray]:
-    """Values, labels and hover texts: what is told of the table's rows of each choice and layer, if there are any."""
+    """Values, labels and hover texts: what describes the rows of each choice and layer, where there are any."""
     values = np.full((len(chosen), len(layers)), np.nan)
     labels, hovers = np.full(values.shape, "", dtype=object), np.full(values.shape, "", dtype=object)
     for i, which in enumerate(chosen):
         for j, layer in enumerate(layers):
             cell = select(rows, layer=layer, **which)
             if len(cell):
-                values[i, j], labels[i, j], hovers[i, j] = told(cell)
+                values[i, j], labels[i, j], hovers[i, j] = describe_cell(cell)
     return values, labels, hovers
 
 
