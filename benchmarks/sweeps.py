@@ -27,7 +27,7 @@ def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Ablations of single neurons everywhere, in the last quarter, in the last layer; then what stacking gives."""
     vit, (size, _) = dinov2(scale), scale.sizes[0]
     images, last = pixels(size, IMAGES), vit.cfg.n_layers
-    metrics = default_metrics(vit, detect(vit, images, threshold=1.0))
+    metrics = default_metrics(vit, detection=detect(vit, images, threshold=1.0))
     n = last if scale.tiny else CONDITIONS
     quarter = range(last - max(1, last // 4), last)
     for where, layers, at_most in (

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache, partial
+from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
+from pkgutil import iter_modules
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -545,7 +547,14 @@ def decode(kind: type[Any], stored: Any, parts: Parts) -> Any:
 
 
 def concrete(kind: type[Any]) -> Iterator[type[Any]]:
-    """The dataclasses among a class and all that are derived from it."""
+    """The dataclasses among a class and all that are derived from it.
+
+    Python knows of derived classes once their modules are imported: those beside an abstract class are imported here.
+    """
+    room = kind.__module__.rpartition(".")[0]
+    if isabstract(kind) and room.startswith("registerlens."):
+        for module in iter_modules(import_module(room).__path__, f"{room}."):
+            import_module(module.name)
     if is_dataclass(kind) and not isabstract(kind):
         yield kind
     for derived in kind.__subclasses__():

@@ -74,7 +74,8 @@ def test_a_task_that_always_ends_its_worker_is_named_and_the_rest_is_kept(tmp_pa
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="runs on Linux: workers are forked from a server there")
-def test_a_fork_server_that_is_stopped_is_not_waited_for():
+def test_a_fork_server_that_is_stopped_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(processes, "STARTING", 0.3)
     _context()
     forkserver.ensure_running()
     server = forkserver._forkserver._forkserver_pid

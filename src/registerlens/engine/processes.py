@@ -29,6 +29,8 @@ RETRIES = 3
 """How often a task is given to a new worker after one died or hung on it."""
 GRACE = 10.0
 """Seconds in which a process that closed its pipe, or was killed, has to end."""
+STARTING = 120.0
+"""Seconds in which a worker has to start, at least: before the first, the server it is forked from imports torch."""
 GONE = (EOFError, ConnectionError, BrokenPipeError)
 """How a pipe says that there is nobody at its other end."""
 AT_WORK, DEAD = None, "dead"
@@ -142,10 +144,10 @@ class _Launcher:
         beat = beat_of(self.patience)
         process = context.Process(target=_work, args=(its, beat), daemon=True, name="registerlens-worker")
         try:
-            answer(process.start, seconds=self.patience)
+            answer(process.start, seconds=max(self.patience, STARTING))
         except TimeoutError as error:
             raise BackendError(
-                f"No worker process could be started within {self.patience:g} s: the server that they are forked from "
+                f"No worker process could be started within {max(self.patience, STARTING):g} s: the server that they are forked from "
                 "gives no answer. Was it stopped? Start this program anew, or give the backend more `patience`."
             ) from error
         its.close()  # so that its end is closed when it dies

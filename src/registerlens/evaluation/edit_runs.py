@@ -33,7 +33,7 @@ def measure_edits(
     conditions: Sequence[Sequence[Intervention]],
     metrics: Sequence[Metric],
     *,
-    labels: Int[Tensor, "image ..."] | None = None,
+    labels: Int[Tensor, "label ..."] | None = None,
     batch_size: int,
     stack: int,
 ) -> Float[Tensor, "condition image metric"]:
