@@ -173,3 +173,14 @@ def test_no_image_is_refused_and_the_purpose_named(vit, nothing):
 def test_labels_that_do_not_fit_are_refused(vit, images, n, text):
     with pytest.raises(ShapeError, match=text):
         stream(vit, images, [At("hook_embed")], labels=torch.zeros(n, dtype=torch.long), description="looking")
+
+
+@pytest.mark.parametrize("layer", [0, 5])
+def test_an_edit_behind_what_is_watched_fires_all_the_same(layer):
+    """Also in the MLP of the last block, which nobody watches: else leaving the edit would say that it never fired."""
+    vit, images = rl.from_pretrained("registerlens:tiny"), torch.rand(3, 3, 48, 48)
+    neurons = rl.RegisterNeurons.from_pairs([(layer, 3)])
+    with vit.edit(rl.TestTimeRegisters(neurons)):
+        rl.analysis.classify_sinks(vit, images)
+        rl.Ablate.fit(vit, images, rl.RegisterNeurons.from_pairs([(0, 1)]), "mean")
+    assert rl.AttentionBias.fit(vit, images, neurons).n_keys == 1

@@ -220,6 +220,8 @@ def batches(
 def run_until_seen(vit: HookedViT, images: Float[Tensor, "batch channel height width"], hooks: Sequence[Hook]) -> None:
     """A forward pass that ends, within a block if need be, as soon as each of the hook points has been reached.
 
+    With edits in force it goes to the end.
+
     Example:
         >>> import registerlens as rl
         >>> vit, seen = rl.HookedViT.from_pretrained("registerlens:tiny"), []
@@ -228,6 +230,10 @@ def run_until_seen(vit: HookedViT, images: Float[Tensor, "batch channel height w
         >>> seen
         ['blocks.0.hook_mlp_out']
     """
+    if vit.edits:  # they may lie deeper than what is watched, and an edit that never fires is an error
+        with vit.hooks(hooks):
+            vit(images)
+        return
     exact = [(name, hook) for names, hook in hooks for name in match_names(names, vit.hook_dict)]
     left = {name for name, _ in exact}
 
