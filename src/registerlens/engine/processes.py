@@ -141,13 +141,13 @@ class _Launcher:
     def start(self, worker: Worker) -> None:
         context = _context(self.module)
         mine, its = context.Pipe()
-        beat = beat_of(self.patience)
+        beat, limit = beat_of(self.patience), max(self.patience, STARTING)
         process = context.Process(target=_work, args=(its, beat), daemon=True, name="registerlens-worker")
         try:
-            answer(process.start, seconds=max(self.patience, STARTING))
+            answer(process.start, seconds=limit)
         except TimeoutError as error:
             raise BackendError(
-                f"No worker process could be started within {max(self.patience, STARTING):g} s: the server that they are forked from "
+                f"No worker process could be started within {limit:g} s: the server that they are forked from "
                 "gives no answer. Was it stopped? Start this program anew, or give the backend more `patience`."
             ) from error
         its.close()  # so that its end is closed when it dies

@@ -54,12 +54,12 @@ def manifest(explorer: Explorer) -> dict[str, Any]:
             }
             for name, edits in explorer.conditions.items()
         ],
-        "sublayers": list(trace.sublayers),
+        "sublayers": [str(place) for place in trace.sublayers],  # notebooks send plain text only
         "neurons": [list(pair) for pair in neurons],
         "outliers": {
             "verdict": trace.verdict,
             "words": trace.describe(),
-            "sublayer": trace.strongest,
+            "sublayer": str(trace.strongest),
             "threshold": explorer.threshold,
         },
         "colours": base64.b64encode(colour_bar(256, 1)[0].tobytes()).decode(),

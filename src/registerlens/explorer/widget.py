@@ -41,8 +41,8 @@ def make_widget(explorer: Explorer) -> AnyWidget:
         import traitlets
 
     class ExplorerWidget(anywidget.AnyWidget):
-        _esm = script()
-        _css = style()
+        _esm = str(script())
+        _css = str(style())
         manifest = traitlets.Dict().tag(sync=True)
 
     widget = ExplorerWidget(manifest=manifest(explorer))
