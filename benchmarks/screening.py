@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Row, Scale, in_pairs
-from benchmarks.models import dinov2, pixels
+from benchmarks.models import focus_vit, pixels
 from registerlens.circuits.screening import Mode, Screening, screen_neurons
 from registerlens.model.vit import HookedViT
 
@@ -18,7 +18,7 @@ from registerlens.model.vit import HookedViT
 def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Two rows a size: a metric at the end, and the largest norm of the last block; and one of mean ablation."""
     with torch.inference_mode(False):  # weights made in inference mode cannot take part in a graph
-        vit = dinov2(scale)
+        vit = focus_vit(scale)
     last = f"largest_norm@{vit.cfg.n_layers - 1}.mlp"
     for size, batch in scale.sizes:
         yield _against_forward(vit, pixels(size, batch), "cls", "zero", pairs)

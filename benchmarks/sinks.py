@@ -7,14 +7,14 @@ import io
 from collections.abc import Iterator
 
 from benchmarks.harness import FULL, TINY, Row, Scale, Task, flat_memory, in_pairs
-from benchmarks.models import dinov2, pixels
+from benchmarks.models import focus_vit, pixels
 from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
 from registerlens.model.vit import HookedViT
 
 
 def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """One row a size, one with every head's most attended key an event, and one of memory."""
-    vit = dinov2(scale)
+    vit = focus_vit(scale)
     for size, batch in scale.sizes:
         yield _against_forward(vit, size, batch, pairs)
     yield _against_forward(vit, *scale.sizes[0], pairs, everything=True)
@@ -43,7 +43,7 @@ def _against_forward(vit: HookedViT, size: int, batch: int, pairs: int, everythi
 def stream(tiny: bool, n_images: int) -> Task:
     """Sinks of batches that are made on the fly."""
     scale = TINY if tiny else FULL
-    vit = dinov2(scale)
+    vit = focus_vit(scale)
     size, batch = scale.sizes[0]
 
     def task() -> SinkKinds:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import registerlens as rl
 from benchmarks.harness import Row, Scale, check_equal, in_pairs
-from benchmarks.models import dinov2, pixels
+from benchmarks.models import focus_vit, pixels
 from registerlens.analysis.detection import detect
 from registerlens.data.sources import Shard
 from registerlens.engine.views import View, Watched, run_from
@@ -25,7 +25,7 @@ IMAGES, CONDITIONS = 4, 36
 
 def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """Ablations of single neurons everywhere, in the last quarter, in the last layer; then what stacking gives."""
-    vit, (size, _) = dinov2(scale), scale.sizes[0]
+    vit, (size, _) = focus_vit(scale), scale.sizes[0]
     images, last = pixels(size, IMAGES), vit.cfg.n_layers
     metrics = default_metrics(vit, detection=detect(vit, images, threshold=1.0))
     n = last if scale.tiny else CONDITIONS

@@ -13,12 +13,12 @@ from PIL import Image
 
 import registerlens as rl
 from benchmarks.harness import FULL, TINY, Row, Scale, Task, in_pairs, peak_memory
-from benchmarks.models import dinov2, pixels
+from benchmarks.models import focus_vit, pixels
 
 
 def run(scale: Scale, pairs: int) -> Iterator[Row]:
     """One row a size, and two of memory."""
-    vit = dinov2(scale)
+    vit = focus_vit(scale)
     for size, batch in scale.sizes:
         images = pixels(size, batch)
         # No progress bar beside our own table: `trace` draws one only if stderr is a terminal.
@@ -58,7 +58,7 @@ _KINDS = {"peak": "peak memory of the process", "growth": "peak memory above the
 def stream(tiny: bool, n_images: int) -> Task:
     """A trace of image files, decoded on the fly; the files are eight photograph-sized pictures over and over."""
     scale = TINY if tiny else FULL
-    vit = dinov2(scale)
+    vit = focus_vit(scale)
     size, batch = scale.sizes[0]
     folder = tempfile.TemporaryDirectory()
     rng = np.random.default_rng(0)

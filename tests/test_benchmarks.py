@@ -154,10 +154,10 @@ def test_peak_memory_sees_the_task_and_nothing_before_it(
 def test_the_matrix_products_add_up(benchmarks: ModuleType) -> None:
     from benchmarks.forward import MatmulLimit
     from benchmarks.harness import TINY
-    from benchmarks.models import dinov2, pixels
+    from benchmarks.models import focus_vit, pixels
 
     with torch.inference_mode():
-        limit = MatmulLimit(dinov2(TINY), pixels(42, 2))
+        limit = MatmulLimit(focus_vit(TINY), pixels(42, 2))
         with FlopCounterMode(display=False) as counter:
             limit()
     assert counter.get_total_flops() == limit.flop()

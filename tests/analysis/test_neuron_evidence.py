@@ -294,10 +294,10 @@ def test_register_neurons_of_the_tiny_model(tiny, tiny_neurons):
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_without_outliers_it_is_refused_with_the_evidence(measure, dinov2_small):
+def test_without_outliers_it_is_refused_with_the_evidence(measure, focus_vit):
     images = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(0))
     with pytest.raises(NoOutliersError, match="needs outlier tokens") as caught:
-        measure(dinov2_small, images, rl.RegisterNeurons.from_pairs([(9, 3)]))
+        measure(focus_vit, images, rl.RegisterNeurons.from_pairs([(9, 3)]))
     assert caught.value.evidence.verdict == "absent"
 
 

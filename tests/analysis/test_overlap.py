@@ -183,15 +183,15 @@ def test_batching_and_registers_at_test_time_do_not_disturb(planted):
     assert edited.n_patches == one.n_patches
 
 
-def test_without_outliers_it_is_refused_with_the_evidence_unless_a_norm_is_given(dinov2_small):
+def test_without_outliers_it_is_refused_with_the_evidence_unless_a_norm_is_given(focus_vit):
     images = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(0))
     with pytest.raises(NoOutliersError, match="The overlap of the observables") as caught:
-        observable_overlap(dinov2_small, images)
+        observable_overlap(focus_vit, images)
     assert caught.value.evidence.verdict == "absent"
-    found = observable_overlap(dinov2_small, images, threshold=1.0, layer=9)
+    found = observable_overlap(focus_vit, images, threshold=1.0, layer=9)
     assert found.counts[0, 0] == 50 and found.matched_share.min() == 1.0  # every patch
     with pytest.raises(ImageError, match="None of the 2 images has a norm outlier"):
-        observable_overlap(dinov2_small, images, threshold=1e9, layer=9)
+        observable_overlap(focus_vit, images, threshold=1e9, layer=9)
 
 
 def test_bad_input_is_named(planted):

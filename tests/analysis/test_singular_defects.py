@@ -314,10 +314,10 @@ def test_a_detector_with_a_threshold_is_invisible_to_the_linearisation():
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
-def test_without_outliers_only_the_measurement_is_refused(dinov2_small):
+def test_without_outliers_only_the_measurement_is_refused(focus_vit):
     images = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(0))
     with pytest.raises(NoOutliersError, match="Measuring the angle of outliers") as caught:
-        singular_defects(dinov2_small, images)
+        singular_defects(focus_vit, images)
     assert caught.value.evidence.verdict == "absent"
     found = singular_defects(model(11), n_samples=FEW)
     assert np.isnan(found.outlier_angle).all() and "Without images nothing says" in found.describe()

