@@ -37,10 +37,10 @@ def a_job(metrics=METRICS, source=None):
 
 
 def test_the_same_bits_as_in_one_process(tmp_path):
-    sweep(tmp_path / "one", threads=1)
-    result = sweep(tmp_path / "two", backend="processes", workers=2, threads=1)
+    sweep(tmp_path / "one")
+    result = sweep(tmp_path / "two", backend="processes", workers=2)
     assert part_bits(tmp_path / "two") == part_bits(tmp_path / "one")
-    assert bits(result.table) == bits(sweep(None, threads=1).table)
+    assert bits(result.table) == bits(sweep(None).table)
 
 
 def slow(*values):
@@ -52,8 +52,8 @@ def test_a_worker_that_dies_or_hangs_is_replaced_and_its_task_done_again(tmp_pat
     deaths = tmp_path / "deaths"
     deaths.mkdir()
     backend = ProcessBackend(workers=2, patience=300 if how == "SIGKILL" else 10)
-    sweep(tmp_path / "store", images=DeadlyOnce(deaths, times, how=how), backend=backend, threads=1)
-    sweep(tmp_path / "one", threads=1)
+    sweep(tmp_path / "store", images=DeadlyOnce(deaths, times, how=how), backend=backend)
+    sweep(tmp_path / "one")
     assert len(list(deaths.iterdir())) == times
     assert part_bits(tmp_path / "store") == part_bits(tmp_path / "one")
 
@@ -68,7 +68,7 @@ def test_a_task_that_always_ends_its_worker_is_named_and_the_rest_is_kept(tmp_pa
     monkeypatch.setattr(processes, "RETRIES", 1)
     deadly = DeadlyOnce(deaths, times=99, shard=4, how=how)
     with pytest.raises(BackendError, match=fate.replace(".*", r".* 2 times in \d+ s on the task g00000-s000004 .*", 1)):
-        sweep(tmp_path / "store", images=deadly, backend=ProcessBackend(workers=1, patience=patience), threads=1)
+        sweep(tmp_path / "store", images=deadly, backend=ProcessBackend(workers=1, patience=patience))
     assert sorted(part_bits(tmp_path / "store")) == [f"g00000-s00000{shard}" for shard in range(4)]
     assert not any(psutil.pid_exists(int(path.name.split("-")[0])) for path in deaths.iterdir())
 
@@ -173,7 +173,8 @@ def test_an_error_in_a_worker_is_raised_here_and_names_the_task(tmp_path, measur
 def test_a_lambda_is_sent_or_refused(monkeypatch):
     job = a_job([Metric(name="drift", measure=lambda edited, clean: edited.output[:, 0])])
     ((_, table),) = ProcessBackend(workers=1).run(job, [Task(0, 1)])
-    assert bits(table) == bits(job.perform(Task(0, 1)))
+    ((_, local),) = LocalBackend().run(job, [Task(0, 1)])
+    assert bits(table) == bits(local)
     monkeypatch.setitem(__import__("sys").modules, "cloudpickle", None)
     with pytest.raises(ConfigError, match=r"top level of a module \(no lambda\)"):
         list(ProcessBackend(workers=1).run(job, [Task(0, 0)]))
