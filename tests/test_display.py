@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import pickle
 import re
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -327,3 +329,13 @@ def test_a_notebook_shows_models_caches_and_results(tiny):
     for value in (vit, cache, vit.summary(), rl.RegisterNeurons.from_pairs([(1, 183)])):
         shown, _ = formatter.format(value)
         assert shown["text/html"].startswith("<div>") and shown["text/plain"] == repr(value)
+
+
+SOURCES = [path.read_text() for path in Path(rl.__file__).parent.rglob("*.py")]
+DRAWN = {name for source in SOURCES for name in re.findall(r'= drawn_by\("(.*)"\)', source)}
+
+
+@pytest.mark.parametrize("name", sorted(DRAWN))
+def test_what_draws_a_result_is_there(name):
+    module, _, function = name.rpartition(".")
+    assert callable(getattr(import_module(f"registerlens.viz.{module}"), function))

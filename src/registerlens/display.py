@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import MISSING, Field, fields, is_dataclass
+from importlib import import_module
 from typing import Any
 
 from markupsafe import Markup
@@ -41,6 +42,24 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return card(self)
+
+
+def drawn_by(name: str) -> Any:
+    """A result's `plot`: a function of `registerlens.viz`, which is loaded when it is called.
+
+    Example:
+        >>> class Kernels:
+        ...     plot = drawn_by("theory.kernel_figure")
+        >>> Kernels.plot.__doc__
+        'What `registerlens.viz.theory.kernel_figure` draws of the result.'
+    """
+    module, _, function = f"registerlens.viz.{name}".rpartition(".")
+
+    def plot(result: Any) -> Any:
+        return getattr(import_module(module), function)(result)
+
+    plot.__doc__ = f"What `{module}.{function}` draws of the result."
+    return plot
 
 
 def line(value: Any) -> str:

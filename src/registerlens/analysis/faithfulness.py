@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,13 +15,11 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, patch_norms
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 RESTRICTIONS = {
     "patches": "all patches",
@@ -134,11 +132,8 @@ class Faithfulness(ModelResult):
         """One row a restriction."""
         return pd.DataFrame({"restriction": self.restrictions} | {name: getattr(self, name) for name in _ARRAYS})
 
-    def plot(self) -> go.Figure:
-        """Cosine and CKA of output and update, restriction by restriction."""
-        from registerlens.viz.sinks import faithfulness_figure
-
-        return faithfulness_figure(self)
+    plot = drawn_by("sinks.faithfulness_figure")
+    """Cosine and CKA of output and update, restriction by restriction."""
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ImageError
 from registerlens.model.block import Block
@@ -23,9 +24,6 @@ from registerlens.model.sublayers import EVERYWHERE, sublayer_of, sublayers
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import ModelResult
 from registerlens.seeds import generator_of
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 GROUPS = ("outliers", "normal patches")
 """Whose tokens are read: the outliers, and as many normal patches of the same images, at random."""
@@ -77,11 +75,8 @@ class LocalInformation(ModelResult):
             f"to {fitted} outliers, {fitted / width:.1f} for each of {width} dimensions; more would read more."
         )
 
-    def plot(self) -> go.Figure:
-        """Both measures, place by place."""
-        from registerlens.viz.observables import local_information_figure
-
-        return local_information_figure(self)
+    plot = drawn_by("observables.local_information_figure")
+    """Both measures, place by place."""
 
 
 def local_information(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,13 +13,11 @@ from torch import Tensor
 
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import NonFiniteError
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import FINITE, ModelResult
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 ABSOLUTE, RELATIVE = 100.0, 1000.0
 """An activation is massive above this magnitude, and above so many times the median one (Sun et al. 2024)."""
@@ -105,11 +103,8 @@ class MassiveActivations(ModelResult):
             f"images, where they stand in {' and '.join(carriers)} token(s) an image. {strongest}"
         )
 
-    def plot(self) -> go.Figure:
-        """Largest and median magnitude, kurtosis, and the top channels, place by place."""
-        from registerlens.viz.observables import massive_figure
-
-        return massive_figure(self)
+    plot = drawn_by("observables.massive_figure")
+    """Largest and median magnitude, kurtosis, and the top channels, place by place."""
 
 
 def massive_activations(vit: HookedViT, images: Images, *, batch_size: int = 16) -> MassiveActivations:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -18,14 +18,12 @@ from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, TopOutlierResult, located, random_sets
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
 from registerlens.model.block import Block, require_linear_output
 from registerlens.model.vit import HookedViT
 from registerlens.stats.histograms import count_signed
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 COSINE_BINS = 40
 """Histograms of cosines have bins of 0.05 from -1 to 1."""
@@ -79,11 +77,8 @@ class NeuronUpdates(TopOutlierResult):
                 f"{row['cosine_random_largest']:.3f}, p = {row['cosine_p_value']:.2g})."
             )
 
-    def plot(self) -> go.Figure:
-        """Distributions of norms and of cosines, register neurons against random sets, layer by layer."""
-        from registerlens.viz.neuron_evidence import updates_figure
-
-        return updates_figure(self)
+    plot = drawn_by("neuron_evidence.updates_figure")
+    """Distributions of norms and of cosines, register neurons against random sets, layer by layer."""
 
 
 def neuron_updates(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -15,14 +15,12 @@ from torch import Tensor
 from registerlens.analysis.massive import kurtosis
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons, random_sets
+from registerlens.display import drawn_by
 from registerlens.errors import NonFiniteError
 from registerlens.model.block import Block, require_linear_output
 from registerlens.model.vit import HookedViT
 from registerlens.results import FINITE, ModelResult
 from registerlens.stats.histograms import count_signed
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 TOP = 3
 """Residual dimensions that a table names."""
@@ -98,11 +96,8 @@ class OutputWeights(ModelResult):
             f"{np.median(self.kurtosis):.1f}, percentile {np.median(self.kurtosis_percentile):.0f} of their layer."
         )
 
-    def plot(self) -> go.Figure:
-        """Histograms of the weights over residual dimensions, the neurons against the others of their layer."""
-        from registerlens.viz.neuron_evidence import weights_figure
-
-        return weights_figure(self)
+    plot = drawn_by("neuron_evidence.weights_figure")
+    """Histograms of the weights over residual dimensions, the neurons against the others of their layer."""
 
 
 def output_weights(vit: HookedViT, neurons: RegisterNeurons, *, draws: int = 1000, seed: int = 0) -> OutputWeights:

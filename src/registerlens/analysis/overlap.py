@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,15 +17,13 @@ from registerlens.analysis.detection import Detection, Threshold, detect, requir
 from registerlens.analysis.massive import ABSOLUTE, RELATIVE, is_massive, magnitudes_of
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ImageError, NonFiniteError
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import ModelResult
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 SINK = 0.3
 """A patch is a sink if a head gives it more than this share of its attention (Gu et al. 2025)."""
@@ -112,11 +110,8 @@ class Overlap(ModelResult):
             sentences.append(f"Ranked by '{name}' {self.matched_share[0, j]:.0%} of the first are norm outliers.")
         return " ".join([*sentences, f"By chance it would be {self.chance:.1%}."])
 
-    def plot(self) -> go.Figure:
-        """Heat maps of the conditional shares, the Jaccard indices and the matched shares."""
-        from registerlens.viz.observables import overlap_figure
-
-        return overlap_figure(self)
+    plot = drawn_by("observables.overlap_figure")
+    """Heat maps of the conditional shares, the Jaccard indices and the matched shares."""
 
 
 def observable_overlap(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from registerlens.analysis.detection import Detection, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from registerlens.model.block import Block, require_linear_output, require_softmax
@@ -31,9 +32,6 @@ from registerlens.model.parts import token_norms
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.progress import track
 from registerlens.results import FINITE, ModelResult
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 _AT_ONCE = 1024
 """Inputs that go through an MLP together."""
@@ -227,11 +225,8 @@ class SingularDefects(ModelResult):
             f"below {self.random_angle:.0f}."
         )
 
-    def plot(self) -> go.Figure:
-        """Angles of outliers and other patches block by block, and every neuron's alignment."""
-        from registerlens.viz.observables import defects_figure
-
-        return defects_figure(self)
+    plot = drawn_by("observables.defects_figure")
+    """Angles of outliers and other patches block by block, and every neuron's alignment."""
 
 
 def singular_defects(

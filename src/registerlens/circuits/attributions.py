@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
+from registerlens.display import drawn_by
 from registerlens.results import ModelResult
 from registerlens.stats.moments import RankCorrelation, rank_correlation
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 POOR = 0.8
 """A rank correlation with exact patching below which attributions are called poor."""
@@ -126,8 +123,5 @@ class Attributions(ModelResult):
         warning = f" That is poor on {' and '.join(poor)}: {more}." if poor else ""
         return f"Spearman's rank correlation with exact patching: {words}.{warning} {sums}"
 
-    def plot(self) -> go.Figure:
-        """Attributions by hook point, and against exact effects."""
-        from registerlens.viz.patching import attributions_figure
-
-        return attributions_figure(self)
+    plot = drawn_by("patching.attributions_figure")
+    """Attributions by hook point, and against exact effects."""

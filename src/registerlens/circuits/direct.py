@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, detect
 from registerlens.circuits.readings import Direction, Readout, Space, pool_weights
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import batches
 from registerlens.model.block import Block, require_linear_output
 from registerlens.model.norms import Norm
@@ -22,9 +23,6 @@ from registerlens.model.parts import at_least_float32, token_norms
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 KEYS = (
     "[CLS]",
@@ -130,11 +128,8 @@ class DirectContributions(ModelResult):
             sentences[-1] += "."
         return " ".join(sentences)
 
-    def plot(self) -> go.Figure:
-        """Contributions layer by layer, the heads' map, and the largest neurons."""
-        from registerlens.viz.heads import direct_figure
-
-        return direct_figure(self)
+    plot = drawn_by("heads.direct_figure")
+    """Contributions layer by layer, the heads' map, and the largest neurons."""
 
 
 def direct_contributions(

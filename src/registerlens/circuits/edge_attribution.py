@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import frozen_weights, not_differentiable, paused_runs
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import batches
 from registerlens.engine.views import mapped
 from registerlens.errors import ConfigError, InterventionError, check_choice
@@ -33,9 +34,6 @@ from registerlens.model.sublayers import require_heads
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Norm = Literal["frozen", "differentiated"]
 _ATTENTION = {
@@ -101,11 +99,8 @@ class EdgeAttribution(ModelResult):
             }
         )
 
-    def plot(self) -> go.Figure:
-        """A heat map, neurons by heads."""
-        from registerlens.viz.patching import edges_figure
-
-        return edges_figure(self)
+    plot = drawn_by("patching.edges_figure")
+    """A heat map, neurons by heads."""
 
 
 def attribute_edges(

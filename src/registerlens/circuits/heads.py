@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
+from registerlens.display import drawn_by
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError
 from registerlens.model.attention import HeadNorm
 from registerlens.model.block import Block, require_linear_output
@@ -23,9 +24,6 @@ from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 from registerlens.theory.readers import centred, dimensions, fold
 from registerlens.theory.readers import directions as unit_directions
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 QUANTITIES = ("key_gain", "query_reading", "ov_gain", "ov_cosine")
 """What is computed for the direction and each head."""
@@ -148,11 +146,8 @@ class HeadCircuits(ModelResult):
             sentences.append(f"It is sought most by head {top[0]}.{top[1]}: {reading[top]:+.3g} in the score.")
         return " ".join(sentences)
 
-    def plot(self) -> go.Figure:
-        """Maps of the scores and quantities, layer by head."""
-        from registerlens.viz.heads import heads_figure
-
-        return heads_figure(self)
+    plot = drawn_by("heads.heads_figure")
+    """Maps of the scores and quantities, layer by head."""
 
 
 def head_circuits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from registerlens.circuits.heads import directions_met
 from registerlens.circuits.neuron_effects import frozen_weights
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import Batch, batches, run_until_seen
 from registerlens.errors import ConfigError
 from registerlens.model.attention import final_point
@@ -28,9 +29,6 @@ from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments
 from registerlens.theory.readers import directions as unit_directions
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,11 +83,8 @@ class KeyShare(ModelResult):
             f"{len(table)} heads the part is larger than along 97.5% of random directions."
         )
 
-    def plot(self) -> go.Figure:
-        """Maps of the advantage and the part of it along the direction, layer by head."""
-        from registerlens.viz.heads import key_share_figure
-
-        return key_share_figure(self)
+    plot = drawn_by("heads.key_share_figure")
+    """Maps of the advantage and the part of it along the direction, layer by head."""
 
 
 def key_share(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from registerlens.circuits.sites import (
 )
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count
+from registerlens.display import drawn_by
 from registerlens.engine.views import View, Watched, run_clean, run_from
 from registerlens.errors import ConfigError
 from registerlens.evaluation.metrics import Metric, measured
@@ -33,9 +34,6 @@ from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.results import ModelResult
 from registerlens.stats.intervals import mean_intervals, resample
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 N_BOOT = 2000
 """Bootstrap samples of an interval."""
@@ -109,11 +107,8 @@ class PathEffects(ModelResult):
             sentences.append(f"{self.identical.sum()} pairs are one image twice.")
         return " ".join(sentences)
 
-    def plot(self) -> go.Figure:
-        """Effects with their intervals, a bar a receiver."""
-        from registerlens.viz.patching import paths_figure
-
-        return paths_figure(self)
+    plot = drawn_by("patching.paths_figure")
+    """Effects with their intervals, a bar a receiver."""
 
 
 def path_patching(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from registerlens.circuits.neuron_effects import (
 )
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_choice
 from registerlens.evaluation.metrics import Metric
@@ -39,9 +40,6 @@ from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 from registerlens.stats.moments import Moments, RankCorrelation, rank_correlation
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Mode = Literal["zero", "mean"]
 Method = Literal["first_order", "integrated_gradients"]
@@ -201,11 +199,8 @@ class Screening(ModelResult):
             }
         )
 
-    def plot(self) -> go.Figure:
-        """Effects against their certainty, and screened against exact effects."""
-        from registerlens.viz.patching import screening_figure
-
-        return screening_figure(self)
+    plot = drawn_by("patching.screening_figure")
+    """Effects against their certainty, and screened against exact effects."""
 
 
 def screen_neurons(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from registerlens.analysis.detection import Detection, after_onset
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace, trace
 from registerlens.config import ViTConfig
+from registerlens.display import drawn_by
 from registerlens.emergence.evidence import (
     CONDITIONS,
     FIRES,
@@ -33,9 +34,6 @@ from registerlens.errors import ConfigError, ShapeError
 from registerlens.evaluation.controls import GONE
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -167,11 +165,8 @@ class EmergenceCriteria(ModelResult):
         columns = {name: getattr(self, name) for name in MEASURED}
         return pd.DataFrame({"condition": names, **columns})
 
-    def plot(self) -> go.Figure:
-        """Norms along the depth, and who draws the attention: outliers, [CLS] or trained registers."""
-        from registerlens.viz.emergence import criteria_figure
-
-        return criteria_figure(self)
+    plot = drawn_by("emergence.criteria_figure")
+    """Norms along the depth, and who draws the attention: outliers, [CLS] or trained registers."""
 
     def describe(self) -> str:
         """The result in words."""

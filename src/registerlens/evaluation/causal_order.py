@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,14 +17,12 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import AtTopOutliers, NormsAndActivations, TokenPairs, TopOutlierResult, located
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import stream
 from registerlens.errors import InterventionError
 from registerlens.evaluation.controls import DRAWS, random_neurons
 from registerlens.interventions.ablation import Ablate
 from registerlens.model.vit import Hook, HookedViT
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 CONDITIONS = ("zero", "mean", "random, zero")
 """How a layer's register neurons are edited: to zero, to their mean over images and patches; and, as a control, as many
@@ -86,11 +84,8 @@ class CausalOrder(TopOutlierResult):
             ]
             yield f"Zeroing the register neurons of block {layer} changes those of {', '.join(effects)}."
 
-    def plot(self) -> go.Figure:
-        """Heat maps: edited layer against later neuron, for each kind of edit."""
-        from registerlens.viz.neuron_evidence import causal_figure
-
-        return causal_figure(self)
+    plot = drawn_by("neuron_evidence.causal_figure")
+    """Heat maps: edited layer against later neuron, for each kind of edit."""
 
 
 def causal_order(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, batches, run_until_seen
 from registerlens.errors import InterventionError, NonFiniteError, ShapeError
@@ -22,7 +23,7 @@ from registerlens.model.vit import HookedViT
 from registerlens.results import Result
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
+    pass
 
 _ARRAYS = ("target_norm", "other_norm", "target_attention", "other_attention")
 
@@ -72,11 +73,8 @@ class OutlierShift(Result):
         """One row an image."""
         return pd.DataFrame({name: getattr(self, name) for name in _ARRAYS})
 
-    def plot(self) -> go.Figure:
-        """Histograms of norm and attention, target against other patches."""
-        from registerlens.viz.evaluation import shift_figure
-
-        return shift_figure(self)
+    plot = drawn_by("evaluation.shift_figure")
+    """Histograms of norm and attention, target against other patches."""
 
 
 @dataclass(frozen=True)

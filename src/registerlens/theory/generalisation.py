@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from registerlens.display import drawn_by
 from registerlens.theory.conditions import (
     ACTIVATION_GRID,
     Activations,
@@ -23,9 +24,6 @@ from registerlens.theory.conditions import (
 from registerlens.theory.general import ExactLayerNorm, GeneralModel
 from registerlens.theory.proposition import SinkReport
 from registerlens.theory.two_block import CLS
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 STILL = 1e-12
 """A token whose growth per unit of activation is below this does not grow, but for rounding."""
@@ -108,11 +106,8 @@ class GeneralReport(SinkReport):
                 columns[name] = np.repeat(values, n_heads)
         return pd.DataFrame(columns)
 
-    def plot(self) -> go.Figure:
-        """Attention to x_s per head with its limit, what x_s brings, and the deviation, with their bounds."""
-        from registerlens.viz.theory import generalisation_figure
-
-        return generalisation_figure(self)
+    plot = drawn_by("theory.generalisation_figure")
+    """Attention to x_s per head with its limit, what x_s brings, and the deviation, with their bounds."""
 
 
 def verify_generalisation(model: GeneralModel, activations: Activations = ACTIVATION_GRID) -> GeneralReport:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.encoding import table_of
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.model.block import require_linear_output, require_softmax
@@ -161,11 +162,8 @@ class KernelReport(ModelResult):
         """
         return self.table.copy()
 
-    def plot(self) -> go.Figure:
-        """Heat maps, layer by condition: how strongly each reader reads each vector, and whom queries seek."""
-        from registerlens.viz.theory import kernel_figure
-
-        return kernel_figure(self)
+    plot = drawn_by("theory.kernel_figure")
+    """Heat maps, layer by condition: how strongly each reader reads each vector, and whom queries seek."""
 
     def plot_weights(self) -> go.Figure:
         """What each neuron writes into each dimension (figure 25)."""

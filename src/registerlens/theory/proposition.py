@@ -42,7 +42,7 @@ the pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -50,6 +50,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from registerlens.display import drawn_by
 from registerlens.results import FINITE, Result
 from registerlens.theory.conditions import (
     ACTIVATION_GRID,
@@ -65,9 +66,6 @@ from registerlens.theory.conditions import (
     spectral,
 )
 from registerlens.theory.two_block import CLS, TwoBlockModel
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Report = TypeVar("Report", bound="ExactReport")
 
@@ -187,11 +185,8 @@ class PropositionReport(SinkReport):
             }
         )
 
-    def plot(self) -> go.Figure:
-        """The convergence curve: attention elsewhere and deviation, with their bounds."""
-        from registerlens.viz.theory import proposition_figure
-
-        return proposition_figure(self)
+    plot = drawn_by("theory.proposition_figure")
+    """The convergence curve: attention elsewhere and deviation, with their bounds."""
 
 
 def verify_proposition(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> PropositionReport:
@@ -362,11 +357,8 @@ class CorollaryReport(ExactReport):
             }
         )
 
-    def plot(self) -> go.Figure:
-        """Difference of the updates and of the outputs against the activation, with limit and bounds."""
-        from registerlens.viz.theory import corollary_figure
-
-        return corollary_figure(self)
+    plot = drawn_by("theory.corollary_figure")
+    """Difference of the updates and of the outputs against the activation, with limit and bounds."""
 
 
 def verify_corollary(model: TwoBlockModel, activations: Activations = ACTIVATION_GRID) -> CorollaryReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -17,15 +17,13 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.block import Block, require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 _ARRAYS = ("cosine", "rest_cosine", "output_cosine", "share", "attention")
 
@@ -143,11 +141,8 @@ class ValueUpdate(ModelResult):
         columns: dict[str, Any] = {"condition": self.conditions, "reference": self.references}
         return pd.DataFrame(columns | {name: getattr(self, name) for name in _ARRAYS})
 
-    def plot(self) -> go.Figure:
-        """The cosines of table 8, and the attention to registers."""
-        from registerlens.viz.sinks import value_update_figure
-
-        return value_update_figure(self)
+    plot = drawn_by("sinks.value_update_figure")
+    """The cosines of table 8, and the attention to registers."""
 
 
 def value_update(
