@@ -50,7 +50,7 @@ def test_pickling_keeps_the_evidence():
     numbers = dict.fromkeys(
         ("largest_over_median", "gap", "threshold", "typical", "share_of_images", "share_of_patches"), 1.0
     )
-    evidence = OutlierEvidence(verdict="absent", reason="none", **numbers)
+    evidence = OutlierEvidence(verdict="too few images", reason="none", more_images=3, **numbers)
     assert pickle.loads(pickle.dumps(errors.NoOutliersError("None.", evidence))).evidence == evidence
 
 

@@ -248,6 +248,13 @@ def test_require_outliers_lets_a_threshold_of_ones_own_pass(tiny, batch):
     require_outliers(detect(tiny, batch.images), "Anything")
 
 
+def test_require_outliers_says_how_many_images_to_add(tiny, batch):
+    detection = detect(tiny, batch.images, layer=0)
+    few = dataclasses.replace(detection.evidence, verdict="too few images", more_images=12)
+    with pytest.raises(NoOutliersError, match=r"too few to tell whether .* at 0\.mlp: .* about 12 more"):
+        require_outliers(dataclasses.replace(detection, evidence=few), "Anything")
+
+
 def test_detection_in_a_trace(tiny, batch):
     traced = rl.trace(tiny, batch.images)
     for sublayer, evidence in zip(traced.sublayers, traced.evidence, strict=True):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from registerlens.analysis.outliers import OutlierEvidence
+from registerlens.analysis.outliers import Answer, OutlierEvidence
 from registerlens.analysis.trace import Trace, trace
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
@@ -71,7 +71,9 @@ class Detection:
     rule: Rule
     """How the cut-off was chosen."""
     onset: Sublayer | None
-    """The sublayer at which outliers first appear; None when absent."""
+    """The sublayer at which the outliers there first arise; None where there are none or norms only drift apart."""
+    onsets: tuple[Sublayer, ...]
+    """Every onset of the whole model, whatever the place; `Trace.onsets` has their jumps."""
     evidence: OutlierEvidence
     """What the norms at that place say, whatever the rule."""
 
@@ -100,7 +102,7 @@ class Outliers(ModelResult):
     """Patches along height and width."""
 
     @property
-    def verdict(self) -> Literal["present", "absent"]:
+    def verdict(self) -> Answer:
         """Whether the norms form a mode of outliers, whatever threshold was asked for."""
         return self.detection.evidence.verdict
 
@@ -175,7 +177,7 @@ def find_outliers(
         batch_size: images at once when a tensor is given.
 
     Returns:
-        the mask with its evidence. When the verdict is "absent", the rule "gap" flags nothing.
+        the mask with its evidence. Unless the verdict is "present", the rule "gap" flags nothing.
 
     Raises:
         ImageError: there are no images, or they could be iterated only once.
@@ -250,6 +252,7 @@ def detection_in(traced: Trace, sublayer: Sublayer | None = None) -> Detection:
         cutoff=Cutoff(value=evidence.threshold if evidence.present else float("inf"), relative=True),
         rule="gap",
         onset=traced.onset_before(sublayer),
+        onsets=tuple(one.sublayer for one in traced.onsets),
         evidence=evidence,
     )
 
@@ -258,14 +261,21 @@ def require_outliers(detection: Detection, purpose: str) -> None:
     """Go on only where there are outliers, or where the caller insists on a threshold of their own.
 
     Raises:
-        NoOutliersError: outliers are absent, and the cut-off is not a number the caller gave.
+        NoOutliersError: outliers are absent or the images too few to tell, and the cut-off is not a number the caller
+            gave.
     """
-    if detection.evidence.present or detection.rule == "fixed":
+    evidence = detection.evidence
+    if evidence.present or detection.rule == "fixed":
         return
+    if evidence.more_images:
+        found = f"these images are too few to tell whether there are any at {detection.sublayer}"
+        todo = f"Give about {evidence.more_images} more, or"
+    else:
+        found, todo = f"there are none at {detection.sublayer}", "See rl.trace(vit, images).plot() for every layer, or"
     raise NoOutliersError(
-        f"{purpose} needs outlier tokens, and there are none at {detection.sublayer}: {detection.evidence.reason}. "
-        f"See rl.trace(vit, images).plot() for every layer, or insist on a cut-off of your own with threshold=<norm>.",
-        detection.evidence,
+        f"{purpose} needs outlier tokens, and {found}: {evidence.reason}. {todo} insist on a cut-off of your own with "
+        f"threshold=<norm>.",
+        evidence,
     )
 
 

@@ -29,13 +29,19 @@ LEAK = 0.2
 """The gap counts as empty while it holds at most this many tokens per outlier."""
 MIN_SURPRISE = 10.0
 """Were the outliers the normal mode's tail, a gap so empty would have a probability of at most e to minus this."""
+MIN_HINT = 3.0
+"""From this surprise on more images might show a mode; below, a gap is what the largest few of any norms have."""
+
+
+Answer = Literal["present", "absent", "too few images"]
+"""Are there outliers? "too few images": a gap is there, but the patches beyond it are too few to be no tail."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierEvidence:
     """What the patch norms at one place of the residual stream say."""
 
-    verdict: Literal["present", "absent"]
+    verdict: Answer
     """Whether the norms form a separate outlier mode."""
     reason: str
     """The verdict in words."""
@@ -51,11 +57,18 @@ class OutlierEvidence:
     """Share of images with a token beyond the gap."""
     share_of_patches: float
     """Share of patches beyond the gap."""
+    more_images: int
+    """How many more images like these would make the verdict "present" where these are too few; else 0."""
 
     @property
     def present(self) -> bool:
         """Whether the verdict is "present"."""
         return self.verdict == "present"
+
+    @property
+    def strength(self) -> tuple[int, float]:
+        """What orders evidence from different places: present beats too few images beats absent, then the wider gap."""
+        return ("absent", "too few images", "present").index(self.verdict), self.gap
 
 
 def judge(
@@ -104,16 +117,21 @@ def judge(
         "typical": typical,
         "share_of_images": float(images_beyond[cut] / n_images),
         "share_of_patches": float(beyond[cut] / n_patches),
+        "more_images": 0,
     }
     if gap < MIN_GAP or typical < MIN_TYPICAL:
         reason = f"the largest norms ({typical:.1f} x the median, gap {gap:.2f}) continue the others"
         return OutlierEvidence(verdict="absent", reason=reason, **numbers)
-    if _surprise(counts, int(start), int(stop)) < MIN_SURPRISE:
+    surprise = _surprise(counts, int(start), int(stop))
+    if surprise < MIN_SURPRISE:
+        few = surprise >= MIN_HINT
         reason = (
             f"the norms beyond the widest gap ({typical:.1f} x the median, gap {gap:.2f}) are few enough to be the "
             f"tail of the others: {beyond[cut]} of {n_patches} patches"
         )
-        return OutlierEvidence(verdict="absent", reason=reason, **numbers)
+        # The surprise grows in proportion to the images.
+        numbers["more_images"] = math.ceil(n_images * (MIN_SURPRISE / surprise - 1)) if few else 0
+        return OutlierEvidence(verdict="too few images" if few else "absent", reason=reason, **numbers)
     reason = (
         f"{numbers['share_of_patches']:.1%} of patches, in {numbers['share_of_images']:.0%} of images, form a mode of "
         f"their own at {typical:.1f} x the median norm (gap {gap:.1f})"
@@ -178,4 +196,5 @@ def _absent(reason: str, largest_over_median: float) -> OutlierEvidence:
         typical=nan,
         share_of_images=0.0,
         share_of_patches=0.0,
+        more_images=0,
     )

@@ -328,7 +328,7 @@ class SinkSums(Sums):
         """Counts, means, and the norm above which a patch counts as an outlier: fields of `SinkKinds`."""
         means = self.means()
         norms = [means.pop(name) for name in ("histogram", "largest_histogram", "largest_over_median")]
-        evidence = max(judge_each(*norms), key=lambda found: (found.present, found.gap))
+        evidence = max(judge_each(*norms), key=lambda found: found.strength)
         patch_norms, places = means.pop("patch_norms"), means["places"].copy()
         if evidence.present:
             outliers = patch_norms[..., bin_edges()[:-1] >= evidence.threshold].sum(-1)

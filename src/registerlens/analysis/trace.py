@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from registerlens.analysis.outliers import OutlierEvidence, judge_each
+from registerlens.analysis.outliers import Answer, OutlierEvidence, judge_each
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.attention_received import attention_hooks
@@ -29,6 +29,25 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """Levels of `Trace.norm_quantiles`."""
+
+
+MIN_JUMP = 1.3
+"""At an onset the largest patch norm over the median becomes at least this many times what it was."""
+MIN_GROWTH = 1.5
+"""So much where outliers are there already: their norms may grow, and are no new ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onset:
+    """A place in the residual stream where outliers are that were not there before."""
+
+    sublayer: Sublayer
+    """The attention or MLP that brings them, or the embedding."""
+    before: float
+    """Largest patch norm over the image's median before it, mean over the images that have outliers; 1 before the
+    embedding. The larger of the two sublayers before counts, so that a dip is no new beginning."""
+    after: float
+    """The same after it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,8 +93,7 @@ class Trace(ModelResult):
 
     @cached_property
     def _strongest(self) -> int:
-        # Present beats absent; among equals the widest gap counts. The last sublayer is no special case.
-        return max(range(len(self.sublayers)), key=lambda i: (self.evidence[i].present, self.evidence[i].gap))
+        return max(range(len(self.sublayers)), key=lambda i: self.evidence[i].strength)
 
     @property
     def strongest(self) -> Sublayer:
@@ -83,23 +101,61 @@ class Trace(ModelResult):
         return self.sublayers[self._strongest]
 
     @property
-    def verdict(self) -> Literal["present", "absent"]:
+    def verdict(self) -> Answer:
         """Whether the model has outlier tokens on these images."""
         return self.evidence[self._strongest].verdict
 
+    @cached_property
+    def onsets(self) -> tuple[Onset, ...]:
+        """Every place where outliers are that were not there before, first to last; none where norms only drift apart.
+
+        The largest norm jumps there and then stays beyond the gap until a place where outliers are present, mostly that
+        same one.
+        """
+        found: list[Onset] = []
+        for i, place in enumerate(self.sublayers):
+            if (k := self._next_present(i)) is None:
+                break
+            largest, threshold = self._largest(k), self.evidence[k].threshold
+            before = float(largest[max(i - 2, 0) : i].max(initial=1.0))
+            jump = MIN_JUMP if before < threshold else MIN_GROWTH
+            if largest[i] >= jump * before and self._beyond(i):
+                found.append(Onset(sublayer=place, before=before, after=float(largest[i])))
+        return tuple(found)
+
     @property
     def onset(self) -> Sublayer | None:
-        """The first sublayer from which the norms stay separate up to where that is strongest; None when absent."""
-        return self.onset_before(self.strongest)
+        """The first place at which outliers arise; None where they do not, or where norms only drift apart."""
+        return self.onsets[0].sublayer if self.onsets else None
 
     def onset_before(self, sublayer: str) -> Sublayer | None:
-        """The first sublayer from which the norms stay separate up to this one; None where they are not separate."""
-        first = self.sublayers.index(sublayer)
-        if not self.evidence[first].present:
+        """The first onset of the outliers that are present at a place; None where there are none.
+
+        Earlier ones that two sublayers in a row had lost again do not count; a dip of one sublayer is no loss.
+        """
+        place = self.sublayers.index(sublayer)
+        if not self.evidence[place].present:
             return None
-        while first > 0 and self.evidence[first - 1].present:
-            first -= 1
-        return self.sublayers[first]
+        there = [evidence.present or self._beyond(i) for i, evidence in enumerate(self.evidence[: place + 1])]
+        lost = max((i for i in range(1, place) if not (there[i - 1] or there[i])), default=-1)
+        later = [onset.sublayer for onset in self.onsets if lost < self.sublayers.index(onset.sublayer) <= place]
+        return later[0] if later else None
+
+    def _next_present(self, i: int) -> int | None:
+        """The first place from this one on where outliers are present."""
+        return next((k for k in range(i, len(self.sublayers)) if self.evidence[k].present), None)
+
+    def _largest(self, k: int) -> Float[np.ndarray, " sublayer"]:
+        """Largest norms over the median everywhere, mean over as many images as have outliers at one place."""
+        n = max(round(self.evidence[k].share_of_images * self.n_images), 1)
+        from_top = np.minimum(self.largest_histogram[:, ::-1].cumsum(1), n)
+        centres = np.sqrt(bin_edges()[:-1] * bin_edges()[1:])[::-1]
+        return np.diff(from_top, prepend=0, axis=1) @ centres / n
+
+    def _beyond(self, i: int) -> bool:
+        """Whether the largest norms lie beyond the gap from here to where outliers are next present."""
+        k = self._next_present(i)
+        return k is not None and bool(self._largest(k)[i : k + 1].min() >= self.evidence[k].threshold)
 
     @property
     def onset_layer(self) -> int | None:
@@ -110,7 +166,7 @@ class Trace(ModelResult):
     def sink_is_outlier(self) -> Float[np.ndarray, " layer"]:
         """How often (0 to 1) the most attended patch of a layer enters it as an outlier; NaN when absent."""
         threshold = self.evidence[self._strongest].threshold
-        if self.verdict == "absent":
+        if self.verdict != "present":
             return np.full(self.n_layers, np.nan)
         beyond = self.sink_histogram[:, bin_edges()[:-1] >= threshold].sum(1)
         return beyond / self.n_images
@@ -127,17 +183,26 @@ class Trace(ModelResult):
                 f"Nowhere in the residual stream do patch norms separate: {evidence.reason}. "
                 f"The largest patch norm is at most {self.largest_over_median.max():.1f} x the median."
             )
-        if self.onset is None or self.onset == "embed":
+        if self.verdict == "too few images":
+            return f"At {self.strongest}, where norms separate most, {evidence.reason}."
+        return f"{self._arising()} Where they are clearest ({self.strongest}), {evidence.reason}."
+
+    def _arising(self) -> str:
+        if not self.onsets:
+            return "No single sublayer brings them: norms drift apart from one to the next."
+        first, *later = self.onsets
+        if first.sublayer == "embed":
             where = "They are there in the embedding, before any block."
         else:
-            index = self.sublayers.index(self.onset)
-            before, after = self.largest_over_median[index - 1], self.largest_over_median[index]
-            writer = "MLP" if self.onset.kind == "mlp" else "attention"
+            writer = "MLP" if first.sublayer.kind == "mlp" else "attention"
             where = (
-                f"They arise in block {self.onset.layer}, after its {writer}: the largest patch norm goes from "
-                f"{before:.1f} to {after:.1f} x the median."
+                f"They arise in block {first.sublayer.layer}, after its {writer}: the largest patch norm goes from "
+                f"{first.before:.2g} to {first.after:.2g} x the median."
             )
-        return f"{where} Where they are clearest ({self.strongest}), {evidence.reason}."
+        if later:
+            jumps = ", ".join(f"{one.sublayer} (from {one.before:.2g} to {one.after:.2g})" for one in later)
+            where += f" More arise at {jumps}."
+        return where
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a sublayer: norms, evidence, and for attention rows the sinks of that layer."""

@@ -100,7 +100,7 @@ def report(
     with skips_named(stream):
         traced = trace(vit, stream)
         names, pixels, display = shown_images(vit, stream, max(shown, explored), size)
-        study = None if traced.verdict == "absent" else _study(vit, stream, evaluated, size)
+        study = None if traced.verdict != "present" else _study(vit, stream, evaluated, size)
         parts: dict[str, Any] = {"study": study}
         if explained:
             parts["mechanism"] = _mechanism(vit, stream, study, explained, size)

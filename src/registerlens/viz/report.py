@@ -104,14 +104,14 @@ def write_report(
         sections.trace_section(trace),
         sections.images_section(trace, maps, display, names),
     ]
-    if trace.verdict == "absent":
+    if trace.verdict != "present":
         body.append(sections.no_neurons_section(trace))
     elif isinstance(study, RegisterStudy):
         few = images[:FEW], display[:FEW], names[:FEW]
         body += [_neurons(vit, study.neurons, trace, *few), _register(vit, study, *few)]
     if mechanism is not None:
         body += sections.mechanism_sections(mechanism)
-    if trace.verdict == "absent":
+    if trace.verdict != "present":
         body.append(sections.no_circuit_section(trace))
     elif circuit is not None:
         body.append(sections.circuit_section(circuit))
