@@ -134,6 +134,8 @@ class ModelResult(Result, ABC):
     """Where the model came from."""
     config: ViTConfig
     """Its architecture."""
+    fingerprint: str
+    """Of its weights: `vit.fingerprint`."""
 
 
 class ResultFile(Result):

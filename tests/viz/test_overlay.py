@@ -111,6 +111,7 @@ def maps_of(layers, side, pixels, images=1, conditions=("original", "with regist
     shape = (len(conditions), layers, images, side, side)
     return InterventionMaps(
         model="random",
+        fingerprint="",
         conditions=conditions,
         interventions=("",) * len(conditions),
         layers=tuple(range(layers)),

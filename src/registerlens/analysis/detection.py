@@ -197,8 +197,7 @@ def find_outliers(
     detection = detect(vit, images, layer=layer, threshold=threshold, batch_size=batch_size)
     norms, grid = _norms_at(vit, images, detection.sublayer, batch_size)
     return Outliers(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         detection=detection,
         mask=detection.cutoff.above(norms),
         norms=norms,

@@ -190,7 +190,7 @@ def faithfulness(
                     keys = allowed.expand(len(batch), -1)[there]
                     one.add(full, _last(vit, resid[there], layout, keys), keys, there)
     arrays = {name: np.array([one.result()[name] for one in sums.values()]) for name in _ARRAYS}
-    return Faithfulness(model=vit.source, config=vit.cfg, restrictions=tuple(sums), **arrays)
+    return Faithfulness(**vit.identity, restrictions=tuple(sums), **arrays)
 
 
 def _restrictions(

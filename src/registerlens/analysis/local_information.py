@@ -201,8 +201,7 @@ class _PixelSums(Sums):
         likeness = (self.totals["units"].square().sum(-1) - every) / (every * (every - 1))
         readable = [[self._readable(group, at) for at in range(len(self.places))] for group in range(len(GROUPS))]
         return LocalInformation(
-            model=vit.source,
-            config=vit.cfg,
+            **vit.identity,
             detection=self.detection,
             sublayers=self.places,
             readable=np.array(readable),

@@ -178,7 +178,7 @@ class MassiveSums(Sums):
 
     def __init__(self, vit: HookedViT) -> None:
         super().__init__()
-        self.model, self.config = vit.source, vit.cfg
+        self.identity = vit.identity
         self.places = ("embed", *(f"{layer}.mlp" for layer in range(vit.cfg.n_layers)))
 
     def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
@@ -220,6 +220,4 @@ class MassiveSums(Sums):
 
     def result(self) -> MassiveActivations:
         """Everything, as means over the images."""
-        return MassiveActivations(
-            model=self.model, config=self.config, n_images=self.n_images, places=self.places, **self.means()
-        )
+        return MassiveActivations(**self.identity, n_images=self.n_images, places=self.places, **self.means())

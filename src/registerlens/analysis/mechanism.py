@@ -174,8 +174,7 @@ def sink_no_op(
     sums = _EffectSums(vit, bank, edits)
     [effects] = stream(vit, measured, [sums], description="editing sinks", batch_size=batch_size)
     return SinkEffects(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         n_images=sums.n_images,
         n_reference=bank.n_images,
         threshold=float(threshold),

@@ -146,8 +146,7 @@ def output_weights(vit: HookedViT, neurons: RegisterNeurons, *, draws: int = 100
     statistics = np.array([by_pair[pair] for pair in neurons.pairs])
     scale = (ordered.norm(dim=1, keepdim=True) / math.sqrt(vit.cfg.d_model)).clamp_min(1e-30)
     return OutputWeights(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         neurons=neurons,
         layers=tuple(neurons.by_layer()),
         rows=ordered.numpy(),

@@ -232,7 +232,7 @@ class OverlapSums(Sums):
 
     def __init__(self, vit: HookedViT, detection: Detection, sink_layers: range) -> None:
         super().__init__()
-        self.model, self.config, self.detection, self.sink_layers = vit.source, vit.cfg, detection, sink_layers
+        self.identity, self.detection, self.sink_layers = vit.identity, detection, sink_layers
         self.cutoffs = {
             NORM: f"above {detection.cutoff} at {detection.sublayer}",
             MASSIVE: f"a channel above {ABSOLUTE:g} and {RELATIVE:g} x the median at {detection.sublayer}",
@@ -283,8 +283,7 @@ class OverlapSums(Sums):
             raise ImageError(f"None of the {self.n_images} images has a norm outlier. Give more, or lower threshold=.")
         counts = self.means()
         return Overlap(
-            model=self.model,
-            config=self.config,
+            **self.identity,
             detection=self.detection,
             observables=tuple(self.cutoffs),
             cutoffs=tuple(self.cutoffs.values()),

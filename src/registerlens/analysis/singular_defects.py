@@ -301,8 +301,7 @@ def singular_defects(
         sums = _AngleSums(vit, directions, detection)
         [measured] = stream(vit, images, [sums], batch_size=batch_size, description="measuring angles")
     return SingularDefects(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         n_samples=2 * len(samples),
         directions=directions.numpy(),
         singular_values=values.numpy(),

@@ -216,4 +216,4 @@ def classify_sinks(
         raise ConfigError(f"queries is a share of all queries, above 0 and at most 1; got {queries}.")
     sums = SinkSums(vit, swept, queries)
     [kinds] = stream(vit, images, [sums], batch_size=batch_size, description="classifying sinks")
-    return SinkKinds(model=vit.source, config=vit.cfg, thresholds=swept, queries=float(queries), **kinds)
+    return SinkKinds(**vit.identity, thresholds=swept, queries=float(queries), **kinds)

@@ -165,7 +165,7 @@ class AtTopOutliers(Sums, ABC):
     ) -> None:
         """In the layers of these neurons; the generator draws normal patches, one number an image in every batching."""
         super().__init__()
-        self.model, self.config, self.neurons = vit.source, vit.cfg, neurons
+        self.identity, self.neurons = vit.identity, neurons
         self.layers, self.detection, self.generator = tuple(neurons.by_layer()), detection, generator
 
     @abstractmethod
@@ -193,8 +193,8 @@ class AtTopOutliers(Sums, ABC):
             ImageError: no image had an outlier.
         """
         n = need_some(self.n_images, self.count("n_with_outliers"))
-        named = ("model", "config", "neurons", "detection", "n_images", "layers")
-        return {name: getattr(self, name) for name in named} | {"n_with_outliers": n}
+        named = ("neurons", "detection", "n_images", "layers")
+        return {**self.identity, "n_with_outliers": n} | {name: getattr(self, name) for name in named}
 
 
 def pick(

@@ -268,7 +268,7 @@ class TraceSums(Sums):
 
     def __init__(self, vit: HookedViT) -> None:
         super().__init__()
-        self.model, self.config = vit.source, vit.cfg
+        self.identity = vit.identity
         self.sublayers = sublayers(vit.cfg.n_layers)
         self.sizes: dict[tuple[int, int], None] = {}  # an ordered set
 
@@ -329,11 +329,10 @@ class TraceSums(Sums):
     def result(self) -> Trace:
         """Everything, as means over the images."""
         return Trace(
-            model=self.model,
-            config=self.config,
+            **self.identity,
             image_sizes=tuple(self.sizes),
             sublayers=self.sublayers,
-            sink_query="cls" if self.config.class_token else "mean",
+            sink_query="cls" if self.identity["config"].class_token else "mean",
             n_images=self.n_images,
             **self.means(),
         )

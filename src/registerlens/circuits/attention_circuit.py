@@ -139,8 +139,7 @@ def attention_circuit(
     parts = parts_table(measured, nodes)
     edges = edges_table(measured, nodes, parts, effects, min_share)
     return AttentionCircuit(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         detection=detection,
         neurons=neurons,
         block=block,

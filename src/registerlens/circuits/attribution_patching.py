@@ -112,8 +112,7 @@ def attribution_patching(
     true, whole = _exactly(estimate, clean, corrupted, labels, batch_size, checked)
     _check_slope(one, steps, by_unit.mean[checked], true)
     return Attributions(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         metric=one.name,
         words=one.words,
         steps=steps,

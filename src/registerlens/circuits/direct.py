@@ -199,8 +199,7 @@ def direct_contributions(
     single = ("value", "embedding", "position", "constant", "remainder")
     arrays = ("attn_bias", "mlp_bias", "heads", "neurons", "by_key")
     return DirectContributions(
-        model=vit.source,
-        config=cfg,
+        **vit.identity,
         direction=readout.words,
         detection=detection,
         n_images=n,

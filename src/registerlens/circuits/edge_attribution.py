@@ -180,8 +180,7 @@ def attribute_edges(
     n_used = int(values.n.max())
     need_some(n, n_used)
     return EdgeAttribution(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         neurons=neurons,
         layers=tuple(wanted),
         quantity=quantity if isinstance(quantity, str) else reader.name,

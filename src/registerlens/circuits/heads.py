@@ -205,8 +205,7 @@ def head_circuits(
     levels = torch.tensor(LEVELS, dtype=torch.float64)
     quantiles = torch.stack([values.quantile(levels, -1) for values in null])  # layer level quantity head
     return HeadCircuits(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         direction=words,
         qk_spectrum=torch.view_as_real(torch.stack(qk)).numpy(),
         ov_spectrum=torch.view_as_real(torch.stack(ov)).numpy(),

@@ -157,8 +157,7 @@ def key_share(
     need_some(n, n_used)
     null = np.quantile(np.abs(parts.mean[..., 1:]), 0.975, axis=-1)
     return KeyShare(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         direction=words,
         detection=detection,
         n_images=n,

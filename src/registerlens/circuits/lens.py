@@ -163,8 +163,7 @@ def patch_lens(
     grid = layout.grid
     best = torch.stack([torch.cat(parts, 1) for parts in tops]).unflatten(-1, grid).numpy()
     return PatchLens(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         sublayers=places,
         unit=reader.unit,
         n_directions=reader.n,

@@ -175,8 +175,7 @@ def path_patching(
             for name, values in _patched(vit, plan, one, pair).items():
                 columns[name].append(values)
     return PathEffects(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         metric=one.name,
         words=one.words,
         sender=plan.sender.label,

@@ -285,8 +285,7 @@ def screen_neurons(
     checked, is_candidate, is_sample = _to_check(effects.mean, chosen, exact, sample, seed)
     true = exact_effects(vit, images, measured, checked, replacement, labels=labels, batch_size=batch_size, stack=stack)
     return Screening(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         metric=measured.name,
         words=measured.words,
         mode=mode,

@@ -242,8 +242,7 @@ def emergence_criteria(
         result = measured.result() | {"neurons": neurons}
         values |= _judged(traced, detection, result, vit.cfg) | measured.of_chosen_patch()
     return EmergenceCriteria(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         detection=detection,
         n_selected_on=half,
         n_evaluated_on=len(others),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _MEASURED = ("norms", "attention", "register_norm", "register_attention")
+_MODELS = ("model", "fingerprint")
 Measure = Literal["norms", "attention"]
 
 
@@ -31,6 +32,8 @@ class InterventionMaps(Result):
 
     model: str
     """Where the model came from; of several, joined by " | "."""
+    fingerprint: str
+    """Of its weights (`vit.fingerprint`); of several, joined like that."""
     conditions: tuple[str, ...]
     """Names, in the order in which they are shown."""
     interventions: tuple[str, ...]
@@ -65,9 +68,9 @@ class InterventionMaps(Result):
         joined = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _MEASURED}
         return replace(
             self,
-            model=self.model if self.model == other.model else f"{self.model} | {other.model}",
             conditions=self.conditions + other.conditions,
             interventions=self.interventions + other.interventions,
+            **{name: " | ".join(dict.fromkeys((getattr(self, name), getattr(other, name)))) for name in _MODELS},
             **joined,
         )
 
@@ -175,6 +178,7 @@ def compare_maps(
     first = next(iter(by_name.values()))
     return InterventionMaps(
         model=vit.source,
+        fingerprint=vit.fingerprint,
         conditions=tuple(by_name),
         interventions=tuple("" if edits is None else repr(edits) for edits in conditions.values()),
         layers=first.layers,

@@ -30,7 +30,7 @@ from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 from registerlens.stats.intervals import mean_intervals, resample
 
 if TYPE_CHECKING:
@@ -40,11 +40,9 @@ CLEAN = "clean"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation(Result):
+class Evaluation(ModelResult):
     """What interventions and their controls do to a model."""
 
-    model: str
-    """Where the model came from."""
     detection: Detection
     """Where outliers were counted, and above which norm."""
     conditions: tuple[str, ...]
@@ -211,7 +209,7 @@ def evaluate_intervention(
         for name, one in tested.items()
     }
     return Evaluation(
-        model=vit.source,
+        **vit.identity,
         detection=detection,
         conditions=tuple(done),
         kinds=tuple(kinds.values()),

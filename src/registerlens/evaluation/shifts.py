@@ -20,7 +20,7 @@ from registerlens.errors import InterventionError, NonFiniteError, ShapeError
 from registerlens.interventions.base import Intervention, Scene
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result
+from registerlens.results import ModelResult
 
 if TYPE_CHECKING:
     pass
@@ -29,11 +29,9 @@ _ARRAYS = ("target_norm", "other_norm", "target_attention", "other_attention")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OutlierShift(Result):
+class OutlierShift(ModelResult):
     """For each image, the largest norm and attention at the target of an intervention, and at any other patch."""
 
-    model: str
-    """Where the model came from."""
     intervention: str
     """What was done, in words."""
     layer: int
@@ -152,7 +150,7 @@ def measure_shift(
             f"float16, use bfloat16 or float32."
         )
     return OutlierShift(
-        model=vit.source,
+        **vit.identity,
         intervention=repr(intervention),
         layer=layer,
         sink_query="cls" if vit.cfg.class_token else "mean",

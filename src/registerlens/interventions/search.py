@@ -25,7 +25,7 @@ from registerlens.errors import ConfigError, NoOutliersError, check_choice
 from registerlens.interventions.choosing_k import MOST, find_elbow, sweep
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
-from registerlens.results import Result, as_json
+from registerlens.results import ModelResult, as_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -38,11 +38,9 @@ HELD_OUT = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronSearch(Result):
+class NeuronSearch(ModelResult):
     """How register neurons were found: everything that was measured and chosen on the way."""
 
-    model: str
-    """Where the model came from."""
     detection: Detection
     """Where outliers were looked for, above which norm, and the evidence on the first images."""
     scores: NeuronScores
@@ -97,6 +95,7 @@ class NeuronSearch(Result):
         correlation = self.rank_correlation
         return {
             "model": self.model,
+            "fingerprint": self.fingerprint,
             "score": self.score,
             "lowest_layer": self.lowest_layer,
             "top_layer": self.top_layer,
@@ -209,7 +208,7 @@ def find_register_neurons(
     if not chosen:
         raise ConfigError(f"How many neurons cannot be told from the AUC alone ({swept.note}). Give top_k.")
     search = NeuronSearch(
-        model=vit.source,
+        **vit.identity,
         detection=detection,
         scores=scores,
         score=score,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pandas as pd
 import torch
@@ -19,6 +20,7 @@ from registerlens.display import html_card, line, size_text, text_table
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.cache import bytes_held, dtype_text, shape_rows
 from registerlens.model.names import NamesFilter, match_names, pooled
+from registerlens.model.parts import tensor_hash
 
 if TYPE_CHECKING:
     from registerlens.interventions.base import Intervention
@@ -210,6 +212,17 @@ def _count(n: int) -> str:
     return f"{n / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
 
 
+class Identity(TypedDict):
+    """What a result says of the model that it was found in."""
+
+    model: str
+    """Where the weights came from."""
+    config: ViTConfig
+    """The architecture."""
+    fingerprint: str
+    """Of the weights."""
+
+
 class Browsable(HookedRootModule):
     """What a hooked model can be asked about itself."""
 
@@ -219,6 +232,7 @@ class Browsable(HookedRootModule):
     """Where the weights came from."""
     preprocess: Preprocess
     """What `load_images` does."""
+    _hashed: tuple[list[Any], str] | None = None
     edits: tuple[Intervention, ...] = ()
     """Interventions in force, in the order in which they are applied."""
 
@@ -262,6 +276,43 @@ class Browsable(HookedRootModule):
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self.hook_dict)
+
+    @property
+    def identity(self) -> Identity:
+        """Where the weights came from, the architecture, and the fingerprint: what every `ModelResult` keeps."""
+        return Identity(model=self.source, config=self.cfg, fingerprint=self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these weights from others: a hash of names, shapes, and values in bfloat16.
+
+        Equal for equal weights on any device, from any library, and in float32, float64 and bfloat16; a float16 copy
+        rounds in another way and has its own. An edit counts once a weight rounds to another bfloat16. The hash is made
+        when first asked for (half a second for ViT-L) and again once a weight was replaced or edited in place; an edit
+        through `.data`, which PyTorch does not count, goes unseen.
+
+        Example:
+            >>> import torch, registerlens as rl
+            >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+            >>> before = vit.fingerprint
+            >>> vit.bfloat16().fingerprint == before
+            True
+            >>> with torch.no_grad():
+            ...     _ = vit.blocks[3].mlp.b_in[5].add_(1e-3)
+            >>> vit.fingerprint == before
+            False
+        """
+        weights = self.state_dict()
+        state = [(w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for w in weights.values()]
+        if self._hashed is None or self._hashed[0] != state:
+            rounded = [(name, list(w.shape), tensor_hash(w.to(torch.bfloat16))) for name, w in weights.items()]
+            self._hashed = state, hashlib.sha256(repr(rounded).encode()).hexdigest()[:16]
+        return self._hashed[1]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Browsable:
+        """Also what moves and casts a model, which may put other weights where the old ones were."""
+        self._hashed = None
+        return super()._apply(fn, recurse)
 
     def summary(self, size: tuple[int, int] | None = None) -> ModelSummary:
         """Hook points with shapes, parameters and FLOPs of each part, memory of a cache; for one image, nothing is run.

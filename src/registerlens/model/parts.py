@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -104,3 +105,14 @@ def token_norms(resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch
         tensor([1., 1.])
     """
     return torch.linalg.vector_norm(resid, dim=-1, dtype=at_least_float32(resid.dtype)).float()
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, wherever it is.
+
+    Example:
+        >>> tensor_hash(torch.zeros(2)) == tensor_hash(torch.zeros(2)) != tensor_hash(torch.ones(2))
+        True
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

@@ -23,6 +23,7 @@ from registerlens.interventions.attention_bias import AttentionBias
 from registerlens.interventions.base import Edit, Host, Intervention, Scene, plan
 from registerlens.interventions.choices import Mode
 from registerlens.interventions.targets import Target
+from registerlens.model.parts import tensor_hash
 
 
 def content_hash(value: Any) -> str:
@@ -67,17 +68,6 @@ def content(value: Any) -> Any:
         f"A {type(value).__name__} has no content that could be hashed, so that a sweep could not be resumed with it. "
         f"Give patch indices or a grid of booleans in place of a function, and dataclasses in place of other objects."
     )
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, wherever it is.
-
-    Example:
-        >>> tensor_hash(torch.zeros(2)) == tensor_hash(torch.zeros(2)) != tensor_hash(torch.ones(2))
-        True
-    """
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 CLEAN = "clean"

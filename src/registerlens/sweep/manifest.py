@@ -15,7 +15,7 @@ from registerlens.engine.backends import Task, tasks_of
 from registerlens.errors import StoreError
 from registerlens.evaluation.metrics import Metric
 from registerlens.model.vit import HookedViT
-from registerlens.sweep.conditions import Condition, content, content_hash, tensor_hash
+from registerlens.sweep.conditions import Condition, content, content_hash
 from registerlens.sweep.job import part_schema
 from registerlens.version import __version__
 
@@ -154,8 +154,7 @@ def model_hash(vit: HookedViT) -> str:
         >>> model_hash(vit) == before
         False
     """
-    weights = {name: [str(tensor.dtype), tensor_hash(tensor)] for name, tensor in vit.state_dict().items()}
-    return content_hash([vit.cfg.to_dict(), weights])
+    return content_hash([vit.cfg.to_dict(), vit.state_dict()])
 
 
 def extended(stored: Manifest, asked: Manifest, where: str) -> Manifest:

@@ -247,8 +247,7 @@ def check_kernels(
     others = torch.cat([subject.others for subject in subjects if subject.vector == "u2"])
     u2 = {pair: weights_of(vit, pair[0], torch.tensor([pair[1]]))["u2"][0] for pair in neurons.pairs}
     return KernelReport(
-        model=vit.source,
-        config=vit.cfg,
+        **vit.identity,
         neurons=neurons,
         table=with_verdicts(table, n_tokens),
         written=torch.stack(list(u2.values())).cpu().numpy(),

@@ -207,7 +207,7 @@ def value_update(
     means = sums.means()
     arrays = dict(zip(_ARRAYS, np.stack([means[name] for name in references], 1), strict=True))
     described = {"conditions": tuple(references), "references": tuple(references.values())}
-    return ValueUpdate(model=vit.source, config=vit.cfg, layer=layer, n_images=sums.n_images, **described, **arrays)
+    return ValueUpdate(**vit.identity, layer=layer, n_images=sums.n_images, **described, **arrays)
 
 
 Condition = tuple[str, str, Update]
