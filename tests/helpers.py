@@ -1,11 +1,13 @@
-"""Helpers for tests: random weights everywhere, how far two tensors are apart, and the public rooms."""
+"""Helpers for tests: random weights everywhere, distances of tensors, the explorer's codes read, the public rooms."""
 
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import registerlens
+from registerlens.explorer.codes import LEVELS
 
 
 def randomise(module: nn.Module, seed: int = 0, std: float = 0.25) -> nn.Module:
@@ -29,3 +31,18 @@ def rooms() -> list[ModuleType]:
     """The public rooms: `rl.analysis`, `rl.circuits` and so on."""
     values = [getattr(registerlens, name) for name in registerlens.__all__]
     return [value for value in values if isinstance(value, ModuleType)]
+
+
+def decode(codes: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """The inverse of the explorer's `encode`, as its JavaScript does it."""
+    return (codes.astype(np.float32) / LEVELS) ** 2 * largest[:, None]
+
+
+def decoding_error(rows: np.ndarray) -> np.ndarray:
+    """How far each decoded value may be from the true one.
+
+    A square root is off by at most half a step, h = 1 / (2 * 255); its square by 2 h sqrt(share) + h^2 at most.
+    """
+    half = 1 / (2 * LEVELS)
+    largest = rows.max(1, keepdims=True)
+    return 2 * half * np.sqrt(rows * largest) + half**2 * largest

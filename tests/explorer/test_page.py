@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import NASTY
+from helpers import decode, decoding_error
 
 import registerlens as rl
 from registerlens.config import TokenLayout
 from registerlens.errors import ConfigError
 from registerlens.explorer import page as module
-from registerlens.explorer.codes import bound, decode
 from registerlens.explorer.explorer import explore
 from registerlens.explorer.page import Cells, collect, order
 from registerlens.explorer.recording import record
@@ -48,7 +48,7 @@ def test_every_map_of_a_small_model_is_there(page, explorer):
         for layer, head in ((2, "mean"), (5, "rollout")):
             expected = attention.whole(layer, head).numpy()
             got = map_of(data, f"1/{index}/{layer}/{head}", len(expected))
-            assert (np.abs(got - expected) <= bound(expected) + 1e-6).all()
+            assert (np.abs(got - expected) <= decoding_error(expected) + 1e-6).all()
 
 
 def test_facts_are_exact(page, explorer):

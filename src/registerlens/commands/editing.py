@@ -7,33 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from registerlens.commands.options import (
-    BatchSize,
-    Debug,
-    Device,
-    Images,
-    LayerText,
-    Model,
-    NeuronsText,
-    Size,
-    ThresholdText,
-    make_folder,
-    read_heads,
-    read_layer,
-    read_neurons,
-    read_threshold,
-    read_tokens,
-)
+from registerlens.commands import options, shared
 from registerlens.commands.printing import print_evaluation, print_words
-from registerlens.commands.shared import (
-    chosen_neurons,
-    load,
-    look_ahead,
-    on_which_images,
-    shown_images,
-    skips_named,
-    write_evaluation,
-)
 
 if TYPE_CHECKING:
     from registerlens.analysis.neurons import RegisterNeurons
@@ -48,31 +23,27 @@ ABLATED, BIAS = "ablated", "attention bias"
 
 
 def ablate(
-    model: Model,
-    images: Images,
-    neurons: NeuronsText = "auto",
+    model: options.Model,
+    images: options.Images,
+    neurons: options.NeuronsText = "auto",
     heads: Annotated[
-        str | None, typer.Option("--heads", metavar="LAYER.HEAD,...", help="Attention heads in place of neurons")
+        str | None, typer.Option(metavar="LAYER.HEAD,...", help="Attention heads in place of neurons")
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(
-            "--tokens", metavar="LAYER:cls|trained_registers|PATCH,...", help="Tokens after a block in place of neurons"
-        ),
+        typer.Option(metavar="LAYER:cls|trained_registers|PATCH,...", help="Tokens after a block in place of neurons"),
     ] = None,
     mode: Annotated[
-        Literal["zero", "mean", "noise", "shuffle", "resample"], typer.Option("--mode", help="What they are set to")
+        Literal["zero", "mean", "noise", "shuffle", "resample"], typer.Option(help="What they are set to")
     ] = "zero",
-    threshold: ThresholdText = "auto",
-    layer: LayerText = "auto",
+    threshold: options.ThresholdText = "auto",
+    layer: options.LayerText = "auto",
     no_controls: NoControls = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the evaluation, its figure and the ablation here")
-    ] = None,
-    size: Size = None,
-    batch_size: BatchSize = 16,
-    device: Device = "cpu",
-    debug: Debug = False,
+    out: Annotated[Path | None, typer.Option(help="Write the evaluation, its figure and the ablation here")] = None,
+    size: options.Size = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "cpu",
+    debug: options.Debug = False,
 ) -> None:
     """Ablate register neurons, heads or tokens of MODEL and measure on IMAGES what that does, beside controls.
 
@@ -80,79 +51,78 @@ def ablate(
     """
     if sum((neurons != "auto", heads is not None, tokens is not None)) > 1:
         raise typer.BadParameter("give one of --neurons, --heads and --tokens.", param_hint="--heads")
-    where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
-    pairs = [] if heads is None else read_heads(heads)
-    place = None if tokens is None else read_tokens(tokens)
-    look_ahead(model, where["layer"], blocks=[place[0]] if place else [], heads=pairs)
-    known = read_neurons(neurons)
-    make_folder(out)
-    vit, stream = load(model, images, size, batch_size, device)
+    where = {"threshold": options.read_threshold(threshold), "layer": options.read_layer(layer)}
+    pairs = [] if heads is None else options.read_heads(heads)
+    place = None if tokens is None else options.read_tokens(tokens)
+    shared.look_ahead(model, where["layer"], blocks=[place[0]] if place else [], heads=pairs)
+    known = options.read_neurons(neurons)
+    options.make_folder(out)
+    vit, stream = shared.load(model, images, size, batch_size, device)
     from registerlens.analysis.neurons import RegisterNeurons
     from registerlens.interventions.ablation import Ablate, Heads, Tokens
 
-    with skips_named(stream):
+    with shared.skips_named(stream):
         asked = Heads(pairs) if pairs else Tokens(*place) if place else None
-        target = asked or chosen_neurons(vit, stream, known, where)
+        target = asked or shared.chosen_neurons(vit, stream, known, where)
         ablation = Ablate(target) if mode == "zero" else Ablate.fit(vit, stream, target, mode)
         done = _evaluate(vit, stream, {ABLATED: ablation}, where, no_controls)
     print_words(f"Ablated: {target}")
-    samples = on_which_images(target, done.n_images, known is None) if isinstance(target, RegisterNeurons) else ""
+    of_neurons = isinstance(target, RegisterNeurons)
+    samples = shared.on_which_images(target, done.n_images, known is None) if of_neurons else ""
     print_evaluation(done, samples)
     if out is not None:
-        write_evaluation(done, out)
+        shared.write_evaluation(done, out)
         ablation.save(out / "ablation")
         typer.echo(f"Wrote evaluation and ablation (folders), evaluation.parquet and figure.html to {out}")
 
 
 def register(
-    model: Model,
-    images: Images,
-    neurons: NeuronsText = "auto",
-    n: Annotated[int, typer.Option("--n", min=1, help="How many test-time registers")] = 1,
-    init: Annotated[
-        Literal["zero", "gaussian", "mean"], typer.Option("--init", help="What they are before block 0")
-    ] = "zero",
+    model: options.Model,
+    images: options.Images,
+    neurons: options.NeuronsText = "auto",
+    n: Annotated[int, typer.Option(min=1, help="How many test-time registers")] = 1,
+    init: Annotated[Literal["zero", "gaussian", "mean"], typer.Option(help="What they are before block 0")] = "zero",
     assign: Annotated[
-        Literal["all", "random"], typer.Option("--assign", help="Each neuron to all of them, or to one at random")
+        Literal["all", "random"], typer.Option(help="Each neuron to all of them, or to one at random")
     ] = "all",
     extreme: Annotated[
-        Literal["per_neuron", "shared"], typer.Option("--extreme", help="Each neuron's own maximum, or a layer's one")
+        Literal["per_neuron", "shared"], typer.Option(help="Each neuron's own maximum, or a layer's one")
     ] = "per_neuron",
     clear: Annotated[
-        Literal["all", "patches", "outliers", "none"], typer.Option("--clear", help="Which tokens lose the activation")
+        Literal["all", "patches", "outliers", "none"], typer.Option(help="Which tokens lose the activation")
     ] = "all",
     bias: Annotated[bool, typer.Option("--bias", help="Use the attention bias fitted on IMAGES instead")] = False,
-    threshold: ThresholdText = "auto",
-    layer: LayerText = "auto",
+    threshold: options.ThresholdText = "auto",
+    layer: options.LayerText = "auto",
     no_controls: NoControls = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write the page with maps before and after, the evaluation and the neurons here"),
+        typer.Option(help="Write the page with maps before and after, the evaluation and the neurons here"),
     ] = None,
-    size: Size = None,
-    batch_size: BatchSize = 16,
-    device: Device = "cpu",
-    debug: Debug = False,
+    size: options.Size = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "cpu",
+    debug: options.Debug = False,
 ) -> None:
     """Give MODEL a test-time register that takes its outliers over, and measure before and after on IMAGES."""
     if bias and n != 1:
         raise typer.BadParameter(f"--bias stands for one test-time register, not for {n}.", param_hint="--n")
-    where = {"threshold": read_threshold(threshold), "layer": read_layer(layer)}
-    look_ahead(model, where["layer"])
-    known = read_neurons(neurons)
-    make_folder(out)
-    vit, stream = load(model, images, size, batch_size, device)
+    where = {"threshold": options.read_threshold(threshold), "layer": options.read_layer(layer)}
+    shared.look_ahead(model, where["layer"])
+    known = options.read_neurons(neurons)
+    options.make_folder(out)
+    vit, stream = shared.load(model, images, size, batch_size, device)
     from registerlens.interventions.attention_bias import AttentionBias
     from registerlens.interventions.registers import TestTimeRegisters
     from registerlens.viz.study import REGISTER
 
-    with skips_named(stream):
-        chosen = chosen_neurons(vit, stream, known, where)
+    with shared.skips_named(stream):
+        chosen = shared.chosen_neurons(vit, stream, known, where)
         edit: Any = TestTimeRegisters(chosen, n, init=init, assign=assign, extreme=extreme, clear=clear)
         edit = AttentionBias.fit(vit, stream, chosen, register=edit) if bias else edit
         name = BIAS if bias else REGISTER if n == 1 else f"{n} {REGISTER}s"
         done = _evaluate(vit, stream, {name: edit}, where, no_controls)
-    samples = on_which_images(chosen, done.n_images, known is None)
+    samples = shared.on_which_images(chosen, done.n_images, known is None)
     if bias:
         samples += f" The bias was fitted on these {done.n_images} images, too."
     print_words(str(chosen))
@@ -162,22 +132,21 @@ def register(
 
 
 def bake(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", help="A new folder for the model")],
+    model: options.Model,
+    out: Annotated[Path, typer.Option(help="A new folder for the model")],
     neurons: Annotated[
         str | None,
-        typer.Option("--neurons", metavar="FILE|published:NAME", help="Register neurons, for a test-time register"),
+        typer.Option(metavar="FILE|published:NAME", help="Register neurons, for a test-time register"),
     ] = None,
     bias: Annotated[
         Path | None,
         typer.Option(
-            "--bias",
             metavar="FOLDER",
             help="A fitted attention bias instead (`register --bias --out`)",
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many test-time registers")] = 1,
-    debug: Debug = False,
+    n: Annotated[int, typer.Option(min=1, help="How many test-time registers")] = 1,
+    debug: options.Debug = False,
 ) -> None:
     """Save MODEL, of transformers, timm or open_clip, with a test-time register in it, and a small loader.
 
@@ -187,8 +156,8 @@ def bake(
         raise typer.BadParameter("give one of --neurons and --bias.", param_hint="--neurons")
     if neurons == "auto":
         raise typer.BadParameter("give a file or a published list; `neurons --out` makes one.", param_hint="--neurons")
-    look_ahead(model)
-    known = None if neurons is None else read_neurons(neurons)
+    shared.look_ahead(model)
+    known = None if neurons is None else options.read_neurons(neurons)
     from registerlens.interventions.attention_bias import AttentionBias
     from registerlens.interventions.bake import bake as save
     from registerlens.interventions.registers import TestTimeRegisters
@@ -226,11 +195,11 @@ def _write_register(
     from registerlens.viz.study import RegisterStudy
 
     study = RegisterStudy(neurons=neurons, intervention=edit, condition=name, evaluation=done, samples=samples)
-    names, pixels, display = shown_images(vit, stream, FEW, size)
+    names, pixels, display = shared.shown_images(vit, stream, FEW, size)
     write_report(
         out / "report.html", vit, pixels, display, trace(vit, stream), names=names, title=vit.source, study=study
     )
-    write_evaluation(done, out)
+    shared.write_evaluation(done, out)
     neurons.save(out)
     files = "report.html, evaluation (a folder), evaluation.parquet, figure.html, register_neurons.json"
     if name == BIAS:

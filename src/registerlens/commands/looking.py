@@ -7,22 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from registerlens.commands.options import (
-    BatchSize,
-    Debug,
-    Device,
-    Images,
-    LayerText,
-    Model,
-    Size,
-    ThresholdText,
-    make_folder,
-    read_auto_or_integer,
-    read_layer,
-    read_threshold,
-)
+from registerlens.commands import options, shared
 from registerlens.commands.printing import print_neurons, print_trace, print_words
-from registerlens.commands.shared import load, look_ahead, shown_images, skips_named, write_figure, write_parquet
 
 if TYPE_CHECKING:
     from registerlens.data.images import ImageStream
@@ -35,54 +21,53 @@ MAPS = 4
 
 
 def trace_command(
-    model: Model,
-    images: Images,
+    model: options.Model,
+    images: options.Images,
     layers: Annotated[bool, typer.Option("--layers", help="Print every sublayer, not only the telling ones")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the trace, trace.parquet, figure.html here")] = None,
-    size: Size = None,
-    batch_size: BatchSize = 16,
-    device: Device = "cpu",
-    debug: Debug = False,
+    out: Annotated[Path | None, typer.Option(help="Write the trace, trace.parquet, figure.html here")] = None,
+    size: options.Size = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "cpu",
+    debug: options.Debug = False,
 ) -> None:
     """Follow patch norms and sinks through MODEL on IMAGES: which norm, which layer?"""
-    look_ahead(model)
-    make_folder(out)
-    vit, stream = load(model, images, size, batch_size, device)
+    shared.look_ahead(model)
+    options.make_folder(out)
+    vit, stream = shared.load(model, images, size, batch_size, device)
     from registerlens.analysis.trace import trace
 
-    with skips_named(stream):
+    with shared.skips_named(stream):
         traced = trace(vit, stream)
     print_trace(traced, layers)
     if out is not None:
         traced.save(out / "trace")
-        write_parquet(traced.to_dataframe(), out / "trace.parquet")
-        write_figure(traced.plot(), out / "figure.html")
+        shared.write_parquet(traced.to_dataframe(), out / "trace.parquet")
+        shared.write_figure(traced.plot(), out / "figure.html")
         typer.echo(f"Wrote trace (a folder), trace.parquet and figure.html to {out}")
 
 
 def report(
-    model: Model,
-    images: Images,
-    out: Annotated[Path, typer.Option("--out", help="The HTML file")] = Path("registerlens-report.html"),
-    shown: Annotated[int, typer.Option("--shown", min=1, help="How many images to show maps of")] = 8,
+    model: options.Model,
+    images: options.Images,
+    out: Annotated[Path, typer.Option(help="The HTML file")] = Path("registerlens-report.html"),
+    shown: Annotated[int, typer.Option(min=1, help="How many images to show maps of")] = 8,
     evaluated: Annotated[
-        int, typer.Option("--evaluated", min=1, help="On how many images a test-time register is evaluated, at most")
+        int, typer.Option(min=1, help="On how many images a test-time register is evaluated, at most")
     ] = 64,
     explained: Annotated[
         int,
         typer.Option(
-            "--explained",
             min=0,
             help="On how many images kernels, sinks and neurons are examined, at most; 0: not at all, and no circuit",
         ),
     ] = 64,
     explored: Annotated[
-        int, typer.Option("--explored", min=0, help="How many images can be looked at by hand, at most; 0: none")
+        int, typer.Option(min=0, help="How many images can be looked at by hand, at most; 0: none")
     ] = 3,
-    size: Size = None,
-    batch_size: BatchSize = 16,
-    device: Device = "cpu",
-    debug: Debug = False,
+    size: options.Size = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "cpu",
+    debug: options.Debug = False,
 ) -> None:
     """Write one self-contained HTML page about MODEL on IMAGES: outliers, register neurons, a register, mechanism.
 
@@ -90,16 +75,16 @@ def report(
     """
     if out.is_dir():
         raise typer.BadParameter(f"{out} is a folder; name the HTML file.", param_hint="--out")
-    look_ahead(model)
-    make_folder(out.parent)
-    vit, stream = load(model, images, size, batch_size, device)
+    shared.look_ahead(model)
+    options.make_folder(out.parent)
+    vit, stream = shared.load(model, images, size, batch_size, device)
     from registerlens.analysis.trace import trace
     from registerlens.viz.report import write_report
     from registerlens.viz.study import FOLLOWED, describe, explore_few, study_circuit
 
-    with skips_named(stream):
+    with shared.skips_named(stream):
         traced = trace(vit, stream)
-        names, pixels, display = shown_images(vit, stream, max(shown, explored), size)
+        names, pixels, display = shared.shown_images(vit, stream, max(shown, explored), size)
         study = None if traced.verdict != "present" else _study(vit, stream, evaluated, size)
         parts: dict[str, Any] = {"study": study}
         if explained:
@@ -145,43 +130,41 @@ def _first(vit: HookedViT, stream: ImageStream, n: int, size: int | None) -> Ima
 
 
 def neurons(
-    model: Model,
-    images: Images,
+    model: options.Model,
+    images: options.Images,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write register_neurons.json, all scores, figures and maps here")
+        Path | None, typer.Option(help="Write register_neurons.json, all scores, figures and maps here")
     ] = None,
-    threshold: ThresholdText = "auto",
-    layer: LayerText = "auto",
-    lowest_layer: Annotated[int, typer.Option("--lowest-layer", min=0, help="First block searched")] = 0,
+    threshold: options.ThresholdText = "auto",
+    layer: options.LayerText = "auto",
+    lowest_layer: Annotated[int, typer.Option(min=0, help="First block searched")] = 0,
     top_layer: Annotated[
-        str, typer.Option("--top-layer", metavar="auto|N", help="Last block searched; auto: where outliers emerge")
+        str, typer.Option(metavar="auto|N", help="Last block searched; auto: where outliers emerge")
     ] = "auto",
-    top_k: Annotated[str, typer.Option("--top-k", metavar="auto|N", help="How many neurons")] = "auto",
-    score: Annotated[
-        Literal["mean", "mean_abs", "contrast", "auc"], typer.Option("--score", help="What ranks them")
-    ] = "mean",
-    size: Size = None,
-    batch_size: BatchSize = 16,
-    device: Device = "cpu",
-    debug: Debug = False,
+    top_k: Annotated[str, typer.Option(metavar="auto|N", help="How many neurons")] = "auto",
+    score: Annotated[Literal["mean", "mean_abs", "contrast", "auc"], typer.Option(help="What ranks them")] = "mean",
+    size: options.Size = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "cpu",
+    debug: options.Debug = False,
 ) -> None:
     """Find the register neurons of MODEL on IMAGES: those that decide where outliers appear."""
-    options: dict[str, Any] = {
-        "threshold": read_threshold(threshold),
-        "layer": read_layer(layer),
+    how: dict[str, Any] = {
+        "threshold": options.read_threshold(threshold),
+        "layer": options.read_layer(layer),
         "lowest_layer": lowest_layer,
-        "top_layer": read_auto_or_integer(top_layer, "--top-layer", 0),
-        "top_k": read_auto_or_integer(top_k, "--top-k", 1),
+        "top_layer": options.read_auto_or_integer(top_layer, "--top-layer", 0),
+        "top_k": options.read_auto_or_integer(top_k, "--top-k", 1),
         "score": score,
     }
-    last = options["top_layer"]
-    look_ahead(model, options["layer"], blocks=[lowest_layer, *([] if last == "auto" else [last])])
-    make_folder(out)
-    vit, stream = load(model, images, size, batch_size, device)
+    last = how["top_layer"]
+    shared.look_ahead(model, how["layer"], blocks=[lowest_layer, *([] if last == "auto" else [last])])
+    options.make_folder(out)
+    vit, stream = shared.load(model, images, size, batch_size, device)
     from registerlens.interventions.search import find_register_neurons
 
-    with skips_named(stream):
-        ranking = find_register_neurons(vit, stream, **options)
+    with shared.skips_named(stream):
+        ranking = find_register_neurons(vit, stream, **how)
     print_neurons(ranking)
     search = ranking.search
     if out is None or search is None:
@@ -190,9 +173,9 @@ def neurons(
 
     ranking.save(out)
     search.save(out / "neuron_search")
-    write_parquet(search.to_dataframe(), out / "neurons.parquet")
-    write_figure(search.plot(), out / "figure.html")
-    names, pixels, display = shown_images(vit, stream, MAPS, size)
+    shared.write_parquet(search.to_dataframe(), out / "neurons.parquet")
+    shared.write_figure(search.plot(), out / "figure.html")
+    names, pixels, display = shared.shown_images(vit, stream, MAPS, size)
     block = max(search.detection.layer, 0)
     write_neuron_maps(out / "maps.html", vit, pixels, display, ranking, names=names, block=block)
     typer.echo(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ def print_trace(traced: Trace, layers: bool) -> None:
         frame = frame.iloc[_telling(traced)]
     query = "[CLS]" if traced.sink_query == "cls" else "the average query"
     caption = f"Norms are of patches in the residual stream. Sink: attention that {query} pays its favourite patch."
-    table = _table(f"{traced.model}, {traced.n_images} images", caption)
     headers = (
         "after",
         "largest\nnorm",
@@ -43,8 +44,8 @@ def print_trace(traced: Trace, layers: bool) -> None:
         "sink,\nmean",
         "sink is\noutlier",
     )
-    for header in headers:
-        table.add_column(header, justify="left" if header == "after" else "right", no_wrap=True, vertical="bottom")
+    title = f"{traced.model}, {traced.n_images} images"
+    table = _table(title, caption, headers, left=("after",), no_wrap=True, vertical="bottom")
     for row in frame.to_dict("records"):
         attention = row["after"] == "attn"
         marked = row["verdict"] == "present"
@@ -84,9 +85,8 @@ def print_neurons(neurons: RegisterNeurons) -> None:
         print_words(f"Estimates of top_k: elbow {elbow}; sweep {sweep}; taken {search.top_k}.")
     frame = neuron_table(neurons)
     scores = [name for name in frame.columns if name not in ("layer", "neuron")]
-    table = _table(f"{len(neurons)} register neurons, best first", "")
-    for header in ("rank", "block", "neuron", *(name.replace("_", " ") for name in scores)):
-        table.add_column(header, justify="right", no_wrap=True)
+    headers = ("rank", "block", "neuron", *(name.replace("_", " ") for name in scores))
+    table = _table(f"{len(neurons)} register neurons, best first", "", headers, no_wrap=True)
     for rank, row in enumerate(frame.head(LISTED).to_dict("records"), start=1):
         cells = (f"{row['layer']:.0f}", f"{row['neuron']:.0f}", *(brief(row[name]) for name in scores))
         table.add_row(str(rank), *cells)
@@ -103,9 +103,9 @@ def print_kernels(report: KernelReport) -> None:
 
     print_words(report.conclusion(), style="bold")
     images = f"{report.n_images} images" if report.n_images else "weights only"
-    table = _table(f"{report.model}, {len(report.neurons)} neurons, {images}", KERNEL_NOTE)
-    for header in ("condition", "number", "random\ndirections", "other\nneurons", "verdict"):
-        table.add_column(header, justify="left", vertical="top")
+    headers = ("condition", "number", "random\ndirections", "other\nneurons", "verdict")
+    title = f"{report.model}, {len(report.neurons)} neurons, {images}"
+    table = _table(title, KERNEL_NOTE, headers, left=headers)
     colours = {"holds": "green", "holds approximately": "yellow", "fails": "red"}
     for row in kernel_table(report).to_dict("records"):
         number = f"{row['number']}\n{row['unit']}"
@@ -124,7 +124,7 @@ def print_evaluation(done: Evaluation, samples: str) -> None:
     from rich.text import Text
 
     from registerlens.evaluation.controls import ConditionKind
-    from registerlens.viz.tables import evaluation_table
+    from registerlens.viz.tables import COLUMNS, evaluation_table
 
     for name, verdict in done.verdicts.items():
         print_words(f"{name}: {verdict.words}", style="bold green" if verdict.worked else "bold yellow")
@@ -136,29 +136,14 @@ def print_evaluation(done: Evaluation, samples: str) -> None:
         "Below the means: 95% bootstrap intervals. * in units of the clean median patch norm. Attention: mean of "
         "heads, in the blocks after the onset. Cosines, KL: to the clean run."
     )
-    table = _table(f"{done.model}, {n} images, outliers above {done.detection.cutoff} at {place}", caption)
-    table.add_column("condition", vertical="top", min_width=10)
-    for metric in metrics:
-        table.add_column(_HEADERS[metric], justify="right")
+    title = f"{done.model}, {n} images, outliers above {done.detection.cutoff} at {place}"
+    headers = ("condition", *(fill(COLUMNS[metric], 12) for metric in metrics))
+    table = _table(title, caption, headers, left=("condition",))
+    table.columns[0].min_width = 10
     for (name, cells), kind in zip(rows, done.kinds, strict=True):
         texts = (f"{cell}\n{cell.interval}" if cell else "-" for cell in map(cells.get, metrics))
         table.add_row(Text(name), *texts, style="bold" if kind is ConditionKind.TESTED else "")
     _console().print(table)
-
-
-_HEADERS = {
-    "outliers": "outliers",
-    "new_outliers": "of these\nnew",
-    "largest_norm": "largest\nnorm *",
-    "register_norm": "register\nnorm *",
-    "sink_patch": "attention\nto a patch",
-    "sink_register": "attention\nto register",
-    "cos_cls": "cosine\nof [CLS]",
-    "cos_normal": "cosine,\nnormal",
-    "kl": "KL, nats",
-    "accuracy": "accuracy",
-}
-"""Short headings of the metrics."""
 
 
 def print_sweep(result: SweepResult, n: int = 5) -> None:
@@ -174,9 +159,9 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
         "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% bootstrap "
         f"intervals. p: sign-flip permutation test, Holm-corrected over the {n_tested} conditions that were tested."
     )
-    table = _table(f"Largest effects of {n_tested} conditions on {result.n_images} images", caption)
-    for header in ("metric", "condition", "mean", "difference", "p (Holm)", "vs controls", "p (Holm)"):
-        table.add_column(header, justify="left" if header in ("metric", "condition") else "right", vertical="top")
+    headers = ("metric", "condition", "mean", "difference", "p (Holm)", "vs controls", "p (Holm)")
+    title = f"Largest effects of {n_tested} conditions on {result.n_images} images"
+    table = _table(title, caption, headers, left=headers[:2])
     shared = {one.model for one in result.conditions}, {one.images for one in result.conditions}
     for metric in result.metrics:
         tested = frame[(frame["metric"] == metric) & (frame["kind"] == ConditionKind.TESTED)]
@@ -209,9 +194,7 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
 def print_criteria(criteria: EmergenceCriteria) -> None:
     """The criteria of emergence in words and as a table."""
     print_words(criteria.describe(), style="bold")
-    table = _table("", "")
-    for header in ("criterion", "value", "threshold", "holds"):
-        table.add_column(header, justify="left" if header == "criterion" else "right")
+    table = _table("", "", ("criterion", "value", "threshold", "holds"), left=("criterion",))
     for row in criteria.to_dataframe().to_dict("records"):
         value = "-" if row["value"] != row["value"] else f"{row['value']:.3f}"
         table.add_row(row["criterion"], value, row["threshold"], "[green]yes" if row["holds"] else "[red]no")
@@ -224,9 +207,7 @@ def print_runs(table: pd.DataFrame, summary: pd.DataFrame) -> None:
 
     columns = ["run", "recipe", "seed", "ended", "outliers", "onset", "neurons", "criteria", "failing", "minutes"]
     for title, frame in (("Runs", table.reindex(columns=columns)), ("Recipes", summary)):
-        grid = _table(title, "")
-        for header in frame.columns:
-            grid.add_column(header, vertical="top")
+        grid = _table(title, "", frame.columns, left=frame.columns)
         for cells in frame.itertuples(index=False):
             grid.add_row(*(Text(_cell(value)) for value in cells))
         _console().print(grid)
@@ -252,15 +233,19 @@ def _console() -> Any:
     return console if console.is_terminal else Console(width=140)
 
 
-def _table(title: str, caption: str) -> Any:
+def _table(title: str, caption: str, headers: Iterable[str], *, left: Collection[str] = (), **look: Any) -> Any:
+    """An empty table; columns of numbers, which are all but those on the `left`, are flush right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    return Table(
+    table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
         title=Text(title) if title else None,
         caption=caption or None,
     )
+    for header in headers:
+        table.add_column(header, justify="left" if header in left else "right", **look)
+    return table

@@ -40,22 +40,20 @@ app = typer.Typer(
 def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to run; the documentation explains it")],
     store: Annotated[
-        str | None, typer.Option("--store", metavar="DIR|URL", help="Where results are kept: a folder or an fsspec URL")
+        str | None, typer.Option(metavar="DIR|URL", help="Where results are kept: a folder or an fsspec URL")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the sweep in the store, or add new conditions to it")
     ] = False,
     ray: Annotated[
-        str | None, typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster; 'auto' or 'local' too")
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; 'auto' or 'local' too")
     ] = None,
-    workers: Annotated[
-        int, typer.Option("--workers", min=0, help="Worker processes, for CPUs; 0 works in this process")
-    ] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes, for CPUs; 0 works in this process")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many conditions there are and the cost")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the table of effects, the raw numbers and figures here")
+        Path | None, typer.Option(help="Write the table of effects, the raw numbers and figures here")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -113,16 +111,16 @@ def write_sweep(result: SweepResult, out: Path) -> None:
 
 
 def emerge(
-    out: Annotated[Path, typer.Option("--out", help="The run's folder: checkpoints, metrics, criteria")],
+    out: Annotated[Path, typer.Option(help="The run's folder: checkpoints, metrics, criteria")],
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="YAML or JSON; default: the recipe of registerlens:tiny"),
+        typer.Option(metavar="FILE", help="YAML or JSON; default: the recipe of registerlens:tiny"),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="NAME", help="One of the research, by name: 'cls', 'gelu-4e-3', ..."),
+        typer.Option(metavar="NAME", help="One of the research, by name: 'cls', 'gelu-4e-3', ..."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Instead of the configuration's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the configuration's")] = None,
     debug: Debug = False,
 ) -> None:
     """Train a tiny ViT from scratch and say whether register neurons have emerged in it.
@@ -165,7 +163,7 @@ def emerge(
 
 def runs(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Of runs that emerge trained")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The whole table, as .parquet")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The whole table, as .parquet")] = None,
     debug: Debug = False,
 ) -> None:
     """List training runs: recipe, seeds, how often register neurons emerged, which criteria hold; failures too.

@@ -12,19 +12,8 @@ from posixpath import basename
 from typing import Any
 
 from registerlens.config import Preprocess
+from registerlens.data import sources
 from registerlens.data.images import IMAGE_SUFFIXES, HasPreprocess, Skipped, preprocess_of
-from registerlens.data.sources import (
-    NO_LABEL,
-    Check,
-    Shard,
-    check_shard_size,
-    check_unchanged,
-    fingerprints,
-    hash_of,
-    preprocess_text,
-    read_shard,
-    size_of,
-)
 from registerlens.errors import ImageError, SourceError, close_matches, needing
 from registerlens.waiting import answer, each
 
@@ -78,9 +67,9 @@ class HuggingFaceSource:
         data_files: str | Sequence[str] | None = None,
         shards: int | None = None,
         size: int | tuple[int, int] | None = None,
-        check: Check = "content",
+        check: sources.Check = "content",
     ) -> None:
-        check_shard_size(shards or 1)
+        sources.check_shard_size(shards or 1)
         self.preprocess, self.check = preprocess_of(model, size), check
         files = (data_files,) if isinstance(data_files, str) else tuple(data_files or ())
         self._place = _Place(str(name), config, split, revision, files)
@@ -94,7 +83,7 @@ class HuggingFaceSource:
         self._cut = -(-wanted // n_files) if wanted > n_files else 1
         self.n_shards = n_files * self._cut if self._cut > 1 else wanted
         self._origins = opened.origins
-        self._sizes = {path: size_of(Path(path)) for path, origin in opened.origins if not origin}
+        self._sizes = {path: sources.size_of(Path(path)) for path, origin in opened.origins if not origin}
 
     n_images: int | None
     """How many images there are, usable or not, where the dataset says so."""
@@ -109,15 +98,15 @@ class HuggingFaceSource:
         """SHA-256 of local files' names and contents (or times), of the Hub's commit, and of how all is read."""
         local = [path for path, origin in self._origins if not origin]
         root = os.path.commonpath([Path(path).parent for path in local]) if local else ""
-        marks = dict(zip(local, fingerprints(list(map(Path, local)), self.check), strict=True))
+        marks = dict(zip(local, sources.fingerprints(list(map(Path, local)), self.check), strict=True))
         files = [
             f"{path} {origin}" if origin else f"{os.path.relpath(path, root)} {marks[path]}"
             for path, origin in self._origins
         ]
-        how = [self._place.split, self.image_column, str(self.label_column), preprocess_text(self.preprocess)]
-        return hash_of([*files, *how], self.n_shards)
+        how = [self._place.split, self.image_column, str(self.label_column), sources.preprocess_text(self.preprocess)]
+        return sources.hash_of([*files, *how], self.n_shards)
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> sources.Shard:
         """One shard.
 
         Raises:
@@ -128,7 +117,7 @@ class HuggingFaceSource:
         labels: dict[str, int] = {}
         try:
             named = each(self._named(index, labels, skipped))
-            return read_shard(named, self.preprocess, labels if self.label_column else None, skipped)
+            return sources.read_shard(named, self.preprocess, labels if self.label_column else None, skipped)
         except (SourceError, ImageError):
             raise
         except Exception as error:  # what a network, a file system or a reader raises is theirs to choose
@@ -143,7 +132,7 @@ class HuggingFaceSource:
             path = image.get("path") or ""
             name = f"{index:05d}/{number:05d}" + (f" {basename(path)}" if path else "")
             label = row[self.label_column] if self.label_column else None
-            labels[name] = NO_LABEL if label is None else int(label)
+            labels[name] = sources.NO_LABEL if label is None else int(label)
             if image.get("bytes") is not None:
                 yield name, image["bytes"]
             elif path:
@@ -153,7 +142,7 @@ class HuggingFaceSource:
 
     def _rows(self, index: int) -> Iterator[dict[str, Any]]:
         for path, size in self._sizes.items():
-            check_unchanged(Path(path), size)
+            sources.check_unchanged(Path(path), size)
         opened = _open(self._place)
         if [path for path, _ in opened.origins] != [path for path, _ in self._origins]:
             raise SourceError(f"{self!r} no longer has the files that it had. {_SAME_FILES}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -359,6 +359,25 @@ class LastShard:
             self._last = None
             self._last = index, self.source.shard(index)
         return self._last[1]
+
+
+@dataclass(frozen=True, eq=False)
+class SourceBatches:
+    """A source's images in batches, as often as they are asked for."""
+
+    source: Source
+    batch_size: int
+
+    @property
+    def n_images(self) -> int | None:
+        """How many there are, where that is known."""
+        return self.source.n_images
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.source.n_shards):
+            images = self.source.shard(index).images
+            if len(images):
+                yield from images.split(self.batch_size)
 
 
 def preprocess_text(preprocess: Preprocess) -> str:

@@ -14,19 +14,8 @@ from posixpath import basename
 from typing import Any
 
 from registerlens.config import Preprocess
+from registerlens.data import sources
 from registerlens.data.images import HasPreprocess, Skipped, preprocess_of
-from registerlens.data.sources import (
-    MISSING,
-    NO_LABEL,
-    Check,
-    Shard,
-    check_unchanged,
-    fingerprints,
-    hash_of,
-    preprocess_text,
-    read_shard,
-    size_of,
-)
 from registerlens.errors import ConfigError, ImageError, SourceError, needing
 from registerlens.waiting import answer
 
@@ -72,7 +61,7 @@ class WebDatasetSource:
         label_key: str | None = "cls",
         parts: int = 1,
         size: int | tuple[int, int] | None = None,
-        check: Check = "content",
+        check: sources.Check = "content",
     ) -> None:
         if parts < 1:
             raise ConfigError(f"parts must be at least 1, got {parts}.")
@@ -82,9 +71,11 @@ class WebDatasetSource:
         self.urls = tuple(url for pattern in patterns for url in _webdataset().shardlists.expand_urls(str(pattern)))
         if not self.urls or len(set(self.urls)) < len(self.urls):
             raise ImageError(f"Expected the addresses of one or more tar files, each once, got {urls!r}.")
-        self._sizes = tuple(MISSING if (path := _local(url)) is None else size_of(path) for url in self.urls)
+        self._sizes = tuple(
+            sources.MISSING if (path := _local(url)) is None else sources.size_of(path) for url in self.urls
+        )
         for url, listed in zip(self.urls, self._sizes, strict=True):
-            if _local(url) is not None and listed == MISSING:
+            if _local(url) is not None and listed == sources.MISSING:
                 raise SourceError(f"There is no '{url}'. Relative paths start at '{Path.cwd()}'. Check the path.")
         short = [basename(url) for url in self.urls]
         self._tars = tuple(short) if len(set(short)) == len(short) else self.urls
@@ -105,12 +96,12 @@ class WebDatasetSource:
     def identity(self) -> str:
         """SHA-256 of local tars' names and contents (or times), of other addresses, and of how they are read."""
         local = {url: path for url in self.urls if (path := _local(url)) is not None}
-        marks = dict(zip(local, fingerprints(list(local.values()), self.check), strict=True))
+        marks = dict(zip(local, sources.fingerprints(list(local.values()), self.check), strict=True))
         files = [f"{name} {marks.get(url, '')}" for name, url in zip(self._tars, self.urls, strict=True)]
-        how = [";".join(self.image_keys), str(self.label_key), preprocess_text(self.preprocess)]
-        return hash_of([*files, *how], self.parts)
+        how = [";".join(self.image_keys), str(self.label_key), sources.preprocess_text(self.preprocess)]
+        return sources.hash_of([*files, *how], self.parts)
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> sources.Shard:
         """One shard.
 
         Raises:
@@ -121,7 +112,7 @@ class WebDatasetSource:
         skipped: list[Skipped] = []
         labels: dict[str, int] = {}
         named = self._named(tar, part, labels, skipped)
-        return read_shard(named, self.preprocess, labels if self.label_key else None, skipped)
+        return sources.read_shard(named, self.preprocess, labels if self.label_key else None, skipped)
 
     def _named(
         self, tar: int, part: int, labels: dict[str, int], skipped: list[Skipped]
@@ -129,7 +120,7 @@ class WebDatasetSource:
         """Name and bytes of each image of one part; labels and what is wrong are noted on the way."""
         url, any_good = self.urls[tar], False
         if (path := _local(url)) is not None:
-            check_unchanged(path, self._sizes[tar])
+            sources.check_unchanged(path, self._sizes[tar])
         names: set[str] = set()
         for number, sample in enumerate(_samples(url, {*self.image_keys, self.label_key})):
             any_good |= not sample.damage
@@ -139,7 +130,7 @@ class WebDatasetSource:
             if number % self.parts != part:
                 continue
             image = next((sample.files[key] for key in self.image_keys if key in sample.files), None)
-            label = sample.files.get(self.label_key or "", str(NO_LABEL).encode()).strip()
+            label = sample.files.get(self.label_key or "", str(sources.NO_LABEL).encode()).strip()
             reason = sample.damage
             if not reason and repeated:
                 reason = "the tar has an earlier sample of this name"

@@ -30,18 +30,3 @@ def encode(rows: Float[np.ndarray, "row value"]) -> tuple[UInt8[np.ndarray, "row
     largest = rows.max(1)
     share = rows / np.where(largest > 0, largest, 1)[:, None]
     return np.rint(np.sqrt(share) * LEVELS).astype(np.uint8), largest.astype(np.float32)
-
-
-def decode(codes: UInt8[np.ndarray, "row value"], largest: Float[np.ndarray, " row"]) -> Float[np.ndarray, "row value"]:
-    """The inverse of `encode`, as the JavaScript does it."""
-    return (codes.astype(np.float32) / LEVELS) ** 2 * largest[:, None]
-
-
-def bound(rows: Float[np.ndarray, "row value"]) -> Float[np.ndarray, "row value"]:
-    """How far each decoded value may be from the true one.
-
-    A square root is off by at most half a step, h = 1 / (2 * 255); its square by 2 h sqrt(share) + h^2 at most.
-    """
-    half = 1 / (2 * LEVELS)
-    largest = rows.max(1, keepdims=True)
-    return 2 * half * np.sqrt(rows * largest) + half**2 * largest

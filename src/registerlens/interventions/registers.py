@@ -24,33 +24,60 @@ Positions = int | Sequence[int] | Bool[Tensor, "grid_h grid_w"] | Callable[[Tens
 that gives indices [batch, n] or booleans [batch, grid_h, grid_w] or [batch, patch]."""
 
 
+Target = Callable[[int, Scene], Tensor]
+"""From a layer and the batch to the tokens that receive activations: booleans [batch, pos] or [batch, pos, neuron]."""
+
+
 @dataclass(frozen=True)
-class Shift:
-    """How activations move: the options that both interventions share. Made by them; there is no need to make one.
+class Shift(Intervention):
+    """What both interventions share: register neurons, and how their activations move.
 
     Example:
         >>> post = torch.tensor([[[5.0], [1.0], [2.0]]])  # one image: [CLS] and two patches, one neuron
         >>> target = torch.tensor([[False, False, True]])
-        >>> Shift().move(post, target, TokenLayout(grid=(1, 2), n_prefix=1))[0, :, 0]
+        >>> shift = MoveOutliers(RegisterNeurons.from_pairs([(0, 0)]), 1)
+        >>> shift._moved(post, target, TokenLayout(grid=(1, 2), n_prefix=1))[0, :, 0]
         tensor([0., 0., 5.])
     """
 
+    neurons: RegisterNeurons
+    _: KW_ONLY
     extreme: Extreme = "per_neuron"
     source: Literal["all", "patches"] = "all"
     clear: Clear = "all"
     fill: Literal["zero", "mean"] = "zero"
+    maxima_of: RegisterNeurons | None = None
 
-    def check(self) -> None:
-        """Refuse options that do not exist.
-
-        Raises:
-            ConfigError: one does not.
-        """
+    def __post_init__(self) -> None:
         known = {"extreme": get_args(Extreme), "source": ("all", "patches"), "clear": get_args(Clear)}
         for name, values in (known | {"fill": ("zero", "mean")}).items():
             check_choice(name, getattr(self, name), values)
+        if self.maxima_of is not None:
+            ours, theirs = (
+                {layer: len(n) for layer, n in which.by_layer().items()} for which in (self.neurons, self.maxima_of)
+            )
+            if ours != theirs:
+                raise ConfigError(f"maxima_of needs as many neurons in each layer: {theirs} for {ours}.")
 
-    def values(self, post: Float[Tensor, "batch pos neuron"], layout: TokenLayout) -> Float[Tensor, "batch 1 neuron"]:
+    def _shifts(self, host: Host, target: Target) -> tuple[Edit, ...]:
+        """One edit for each layer that has neurons."""
+        maxima = self.maxima_of.by_layer() if self.maxima_of is not None else {}
+
+        def change(layer: int, listed: list[int], post: Tensor, scene: Scene) -> Tensor:
+            index = torch.tensor(listed, device=post.device)
+            values = None
+            if layer in maxima:
+                values = self._values(post[..., torch.tensor(maxima[layer], device=post.device)], scene.layout)
+            aim = target(layer, scene).to(post.device)
+            moved = self._moved(post[..., index], aim, scene.layout, values)
+            return post.index_copy(-1, index, moved.to(post.dtype))
+
+        return tuple(
+            Edit(f"blocks.{layer}.mlp.hook_post", partial(change, layer, list(listed)))
+            for layer, listed in self.neurons.check(host.cfg).by_layer().items()
+        )
+
+    def _values(self, post: Float[Tensor, "batch pos neuron"], layout: TokenLayout) -> Float[Tensor, "batch 1 neuron"]:
         """What the target receives: the extreme of each neuron, or the one signed extreme of all of them."""
         candidates = post[:, layout.patches] if self.source == "patches" else post
         if self.extreme == "per_neuron":
@@ -60,7 +87,7 @@ class Shift:
         signed = flat.gather(1, flat.abs().argmax(1, keepdim=True))
         return signed[..., None].expand(-1, 1, post.shape[-1])
 
-    def move(
+    def _moved(
         self,
         post: Float[Tensor, "batch pos neuron"],
         target: Bool[Tensor, "#batch pos"] | Bool[Tensor, "#batch pos neuron"],
@@ -68,7 +95,7 @@ class Shift:
         values: Float[Tensor, "batch 1 neuron"] | None = None,
     ) -> Float[Tensor, "batch pos neuron"]:
         """Activations with the extremes at the target and the other tokens cleared; images without target stay."""
-        values = self.values(post, layout) if values is None else values
+        values = self._values(post, layout) if values is None else values
         target = target[..., None] if target.ndim == 2 else target
         rest = post
         if self.clear != "none":
@@ -89,7 +116,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class MoveOutliers(Intervention):
+class MoveOutliers(Shift):
     """Make outliers appear at chosen patches: register neurons fire there, with their maxima, and nowhere else.
 
     Args:
@@ -114,25 +141,16 @@ class MoveOutliers(Intervention):
         tensor([7, 7])
     """
 
-    neurons: RegisterNeurons
     positions: Positions
-    _: KW_ONLY
-    extreme: Extreme = "per_neuron"
-    source: Literal["all", "patches"] = "all"
-    clear: Clear = "all"
-    fill: Literal["zero", "mean"] = "zero"
-    maxima_of: RegisterNeurons | None = None
 
     def __post_init__(self) -> None:
-        Shift(self.extreme, self.source, self.clear, self.fill).check()
-        check_maxima(self.neurons, self.maxima_of)
+        super().__post_init__()
         if not callable(self.positions):
             _mask_of(self.positions, None)
 
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """The shift in every layer that has neurons."""
-        shift = Shift(self.extreme, self.source, self.clear, self.fill)
-        return shift_edits(self.neurons.check(host.cfg), self.maxima_of, shift, lambda _, scene: self._target(scene))
+        return self._shifts(host, lambda _, scene: self._target(scene))
 
     def aim(self, scene: Scene) -> Bool[Tensor, "#batch patch"]:
         """The chosen patches; one row for all images where they do not depend on the image."""
@@ -155,7 +173,7 @@ class MoveOutliers(Intervention):
 
 
 @dataclass(frozen=True)
-class TestTimeRegisters(Intervention):
+class TestTimeRegisters(Shift):
     """Append tokens that take the outliers over: register neurons fire there, with their maxima, and nowhere else.
 
     Args:
@@ -184,22 +202,15 @@ class TestTimeRegisters(Intervention):
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
-    neurons: RegisterNeurons
     n: int = 1
     _: KW_ONLY
-    extreme: Extreme = "per_neuron"
-    source: Literal["all", "patches"] = "all"
-    clear: Clear = "all"
-    fill: Literal["zero", "mean"] = "zero"
     init: Start = "zero"
     assign: Assign = "all"
     before_ln_pre: bool = False
-    maxima_of: RegisterNeurons | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        Shift(self.extreme, self.source, self.clear, self.fill).check()
-        check_maxima(self.neurons, self.maxima_of)
+        super().__post_init__()
         if self.n < 0:
             raise ConfigError(f"n, the number of test-time registers, must be at least 0, got {self.n}.")
         check_choice("init", self.init, get_args(Start))
@@ -214,15 +225,14 @@ class TestTimeRegisters(Intervention):
 
     def edits(self, host: Host, first_register: int) -> Sequence[Edit]:
         """Appending the tokens, and the shift in every layer that has neurons."""
-        neurons = self.neurons.check(host.cfg)
+        self.neurons.check(host.cfg)
         if not self.n:
             return ()
         if self.before_ln_pre and host.ln_pre is None:
             raise InterventionError("before_ln_pre is for CLIP models; this one has no norm before block 0.")
         own = slice(first_register, first_register + self.n)
-        shift = Shift(self.extreme, self.source, self.clear, self.fill)
-        target = partial(self._target, own, self._assignment())
-        return Edit(TOKENS, partial(self._append, host)), *shift_edits(neurons, self.maxima_of, shift, target)
+        shifts = self._shifts(host, partial(self._target, own, self._assignment()))
+        return Edit(TOKENS, partial(self._append, host)), *shifts
 
     def _append(
         self, host: Host, tokens: Float[Tensor, "batch pos d_model"], scene: Scene
@@ -262,43 +272,6 @@ class TestTimeRegisters(Intervention):
             return target
         register = positions[assignment[layer]]
         return (torch.arange(scene.layout.n_tokens)[:, None] == register)[None]
-
-
-Target = Callable[[int, Scene], Tensor]
-
-
-def shift_edits(
-    neurons: RegisterNeurons, maxima_of: RegisterNeurons | None, shift: Shift, target: Target
-) -> tuple[Edit, ...]:
-    """One edit for each layer that has neurons; `target(layer, scene)` gives booleans [batch, pos(, neuron)]."""
-    maxima = maxima_of.by_layer() if maxima_of is not None else {}
-
-    def change(layer: int, listed: list[int], post: Tensor, scene: Scene) -> Tensor:
-        index = torch.tensor(listed, device=post.device)
-        values = None
-        if layer in maxima:
-            values = shift.values(post[..., torch.tensor(maxima[layer], device=post.device)], scene.layout)
-        aim = target(layer, scene).to(post.device)
-        moved = shift.move(post[..., index], aim, scene.layout, values)
-        return post.index_copy(-1, index, moved.to(post.dtype))
-
-    return tuple(
-        Edit(f"blocks.{layer}.mlp.hook_post", partial(change, layer, list(listed)))
-        for layer, listed in neurons.by_layer().items()
-    )
-
-
-def check_maxima(neurons: RegisterNeurons, maxima_of: RegisterNeurons | None) -> None:
-    """Refuse maxima of a set with another number of neurons in some layer.
-
-    Raises:
-        ConfigError: the numbers differ.
-    """
-    if maxima_of is None:
-        return
-    ours, theirs = ({layer: len(n) for layer, n in which.by_layer().items()} for which in (neurons, maxima_of))
-    if ours != theirs:
-        raise ConfigError(f"maxima_of needs as many neurons in each layer: {theirs} for {ours}.")
 
 
 def _mask_of(chosen: Any, layout: TokenLayout | None, batched: bool = False) -> Bool[Tensor, "batch patch"]:

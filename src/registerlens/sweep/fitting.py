@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from registerlens.data.batches import Images
-from registerlens.data.sources import Source, TensorSource
+from registerlens.data.sources import Source, SourceBatches, TensorSource
 from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError, ImageError
 from registerlens.interventions.ablation import NEEDS_BANK, Ablate, Fitter, Reference
@@ -282,18 +282,4 @@ def _batches(references: References | None, model: str, n: int, batch_size: int)
             f"Fitting is needed for {n} of the edits of the model '{model}' (to means, noise, other images' "
             f"activations, or as an attention bias). Give run_sweep the images to fit on: reference_images=..."
         )
-    return _ShardBatches(images, batch_size) if isinstance(images, Source) else images
-
-
-@dataclass(frozen=True)
-class _ShardBatches:
-    """A source's images in batches, as often as they are asked for."""
-
-    source: Source
-    batch_size: int
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for index in range(self.source.n_shards):
-            images = self.source.shard(index).images
-            if len(images):
-                yield from images.split(self.batch_size)
+    return SourceBatches(images, batch_size) if isinstance(images, Source) else images

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from registerlens.analysis.detection import Cutoff, Detection, detect
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.data.sources import Source
+from registerlens.data.sources import Source, SourceBatches
 from registerlens.errors import ConfigError, ImageError
 from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.interventions.ablation import Scale
@@ -44,30 +42,13 @@ Sets = dict[Any, Any]
 """Label -> Level, or what the label stands for."""
 
 
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """The images of a source, batch by batch, as often as they are needed."""
-
-    source: Source
-    batch_size: int
-
-    @property
-    def n_images(self) -> int | None:
-        """How many there are, where that is known."""
-        return self.source.n_images
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for index in range(self.source.n_shards):
-            yield from self.source.shard(index).images.split(self.batch_size)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Maker:
     """What the grids of one model are made from."""
 
     config: SweepConfig
     vit: HookedViT
-    images: Batches
+    images: SourceBatches
     """The images on which neurons are searched for, and activity and outliers measured."""
     found: dict[str, RegisterNeurons] = field(default_factory=dict)
     """Lists by the name of their source, so that each is read or found once."""
@@ -213,7 +194,7 @@ def _conditions(
     config: SweepConfig, name: str, vit: HookedViT, reference: Source, images: list[str]
 ) -> Iterable[Condition]:
     """Every condition of one model, its clean run first."""
-    maker = _Maker(config=config, vit=vit, images=Batches(reference, config.batch_size))
+    maker = _Maker(config=config, vit=vit, images=SourceBatches(reference, config.batch_size))
     mine = Conditions((Condition(),))
     for i, spec in enumerate(config.conditions):
         with config.at("conditions", i):
@@ -341,16 +322,12 @@ def _attention_bias(maker: _Maker, axes: Mapping[str, Any]) -> Conditions:
 
 
 def _interpolate(maker: _Maker, axes: Mapping[str, Any]) -> Conditions:
-    layers, cutoff = axes.get("layers"), axes.get("cutoff")
-    if layers is None or cutoff is None:
-        detection = detect(maker.vit, maker.images, batch_size=maker.config.batch_size)
-        if layers is None:
-            edit = InterpolateOutliers(
-                detection.sublayer, Cutoff(value=cutoff, relative=False) if cutoff else detection.cutoff
-            )
-            return Conditions.of([("neighbours", edit)])
-        return grid(lambda layer: InterpolateOutliers(layer, detection.cutoff), layer=list(layers))
-    return grid(lambda layer: InterpolateOutliers(layer, Cutoff(value=cutoff, relative=False)), layer=list(layers))
+    layers, norm = axes.get("layers"), axes.get("cutoff")
+    detection = detect(maker.vit, maker.images, batch_size=maker.config.batch_size)
+    cutoff = detection.cutoff if norm is None else Cutoff(value=norm, relative=False)
+    if layers is None:
+        return Conditions.of([("neighbours", InterpolateOutliers(detection.sublayer, cutoff))])
+    return grid(lambda layer: InterpolateOutliers(layer, cutoff), layer=list(layers))
 
 
 KINDS: dict[str, Callable[[_Maker, Mapping[str, Any]], Conditions]] = {

@@ -190,8 +190,6 @@ def describe(study: RegisterStudy | NoOutliersError) -> str:
 
 # Why the outliers act as they do ------------------------------------------------------------------------------------
 
-EXPLAINED = 64
-"""Images that the commands take for this, at most."""
 FEW = 8
 """Images for what runs the model many times; a third of them, or half if there are fewer, only give values."""
 HEADS = 4
