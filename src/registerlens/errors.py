@@ -155,6 +155,30 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ConfigError(f"{name} must be one of {choices}, got {value!r}.{close_matches(str(value), choices)}")
 
 
+def check_at_least(least: int, **options: float | int) -> None:
+    """Refuse options that are too small.
+
+    Example:
+        >>> check_at_least(1, steps=8, batch_size=0)
+        Traceback (most recent call last):
+        registerlens.errors.ConfigError: batch_size must be at least 1, got 0.
+        ...
+    """
+    for name, value in options.items():
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_finite(values: Any, what: str, suspects: str = "the images") -> None:
+    """Refuse a tensor with NaN or infinity; `what` says so, and where it was met.
+
+    Raises:
+        NonFiniteError: it has some; the message says what to look at.
+    """
+    if not values.isfinite().all():
+        raise NonFiniteError(f"{what}. Check {suspects}; if the model is in float16, use bfloat16 or float32.")
+
+
 def kinds() -> list[type[RegisterLensError]]:
     """Every class of error, the base class first."""
     classes = [

@@ -13,7 +13,7 @@ from registerlens.analysis.mechanism import MEASURES, SinkEffects, sink_no_op
 from registerlens.analysis.sink_edits import EDITS, edit_sink
 from registerlens.analysis.sink_events import strongest_key
 from registerlens.data.synthetic import synthetic_images
-from registerlens.errors import ConfigError, ImageError
+from registerlens.errors import ConfigError, ImageError, InterventionError
 
 CFG = rl.ViTConfig(
     n_layers=3, d_model=16, n_heads=2, d_mlp=24, image_size=(24, 32), patch_size=(8, 8), layer_scale=True, d_out=5
@@ -245,7 +245,7 @@ def test_bad_input_is_refused():
         sink_no_op(vit, images[:1])
     with pytest.raises(ConfigError, match="edits"):
         sink_no_op(vit, images, edits=[])
-    with pytest.raises(ConfigError, match=r"\(3, 0\).*0 to 2"):
+    with pytest.raises(InterventionError, match=r"\(3, 0\).*0 to 2"):
         sink_no_op(vit, images, heads=[(3, 0)])
     with pytest.raises(ConfigError, match="threshold"):
         sink_no_op(vit, images, threshold=0.0)

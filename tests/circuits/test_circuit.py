@@ -490,9 +490,11 @@ def test_bad_input_is_told(tiny):
     with pytest.raises(ImageError, match="None of the 1 images has an outlier"):
         high = dataclasses.replace(detection.cutoff, value=1e6)
         attention_circuit(vit, images[:1], KNOWN, detection=dataclasses.replace(detection, cutoff=high))
-    for options, named in (({"min_share": 1.0}, "min_share"), ({"n_boot": 0}, "n_boot"), ({"target": 99}, "target")):
+    for options, named in (({"min_share": 1.0}, "min_share"), ({"n_boot": 0}, "n_boot")):
         with pytest.raises(ConfigError, match=named):
             attention_circuit(vit, images, KNOWN, **known, **options)
+    with pytest.raises(ShapeError, match="Class 99 does not exist"):
+        attention_circuit(vit, images, KNOWN, **known, target=99)
 
 
 def test_what_weights_cannot_explain_is_refused(tiny):

@@ -16,7 +16,7 @@ from registerlens.analysis.detection import Detection, patch_norms
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
-from registerlens.engine.stream import batches
+from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
@@ -30,7 +30,8 @@ RESTRICTIONS = {
     "cls": "[CLS] itself: what the residual stream alone gives",
 }
 """Keys that the last layer's [CLS] may attend to; attention among them is renormalised."""
-_ARRAYS = ("n_images", "attention", "cosine", "update_cosine", "cka", "update_cka")
+_MEANS = ("attention", "cosine", "update_cosine")
+_ARRAYS = ("n_images", *_MEANS, "cka", "update_cka")
 
 
 # CKA -----------------------------------------------------------------------------------------------------------------
@@ -68,8 +69,7 @@ class CKASums:
     def __init__(self) -> None:
         self.n = 0
         self._shift: tuple[Tensor, Tensor] | None = None
-        self._sum: Tensor | None = None
-        self._moments: Tensor | None = None
+        self._sum = self._moments = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "image feature"], y: Float[Tensor, "image other"]) -> None:
         """Take in a batch."""
@@ -80,12 +80,12 @@ class CKASums:
             self._shift = (x.mean(0), y.mean(0))
         joined = torch.cat([x - self._shift[0], y - self._shift[1]], 1)
         self.n += len(joined)
-        self._sum = joined.sum(0) + (0 if self._sum is None else self._sum)
-        self._moments = joined.T @ joined + (0 if self._moments is None else self._moments)
+        self._sum = self._sum + joined.sum(0)
+        self._moments = self._moments + joined.T @ joined
 
     def result(self) -> float:
         """CKA of all images so far; NaN for fewer than two."""
-        if self._shift is None or self._sum is None or self._moments is None or self.n < 2:
+        if self._shift is None or self.n < 2:
             return float("nan")
         covariance = self._moments - torch.outer(self._sum, self._sum) / self.n
         d = len(self._shift[0])
@@ -174,7 +174,7 @@ def faithfulness(
             f"{vit.source} has no [CLS], so that there is no [CLS] output to restrict. What its output rests on can be "
             f"tested with rl.Ablate(rl.Tokens(layer, patches)), its sinks with sink_no_op(vit, images)."
         )
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, _RestrictionSums] = {}
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, "restricting [CLS]"):
             layout = batch.layout
@@ -184,12 +184,13 @@ def faithfulness(
             resid = vit(batch.images, stop_at_layer=vit.cfg.n_layers - 1)
             full = _last(vit, resid, layout, None)
             for name, allowed in _restrictions(layout, mask, resid.device).items():
-                there = allowed.expand(len(batch), -1).any(1)
-                one = sums.setdefault(name, _Sums())
+                keys = allowed.expand(len(batch), -1)
+                there = keys.any(1)
+                restricted = sums.setdefault(name, _RestrictionSums())
                 if there.any():
-                    keys = allowed.expand(len(batch), -1)[there]
-                    one.add(full, _last(vit, resid[there], layout, keys), keys, there)
-    arrays = {name: np.array([one.result()[name] for one in sums.values()]) for name in _ARRAYS}
+                    restricted.take(full.of(there), _last(vit, resid[there], layout, keys[there]), keys[there])
+    results = [restricted.result() for restricted in sums.values()]
+    arrays = {name: np.array([result[name] for result in results]) for name in _ARRAYS}
     return Faithfulness(**vit.identity, restrictions=tuple(sums), **arrays)
 
 
@@ -221,6 +222,10 @@ class _Cls:
     output: Float[Tensor, "batch d_model"]
     update: Float[Tensor, "batch d_model"]
     attention: Float[Tensor, "batch key"]
+
+    def of(self, images: Bool[Tensor, " batch"]) -> _Cls:
+        """The same of some images."""
+        return _Cls(self.output[images], self.update[images], self.attention[images])
 
 
 def _last(
@@ -256,31 +261,26 @@ def _last(
     return _Cls(tokens[:, layout.cls].float(), recorded["update"], recorded["attention"])
 
 
-class _Sums:
+class _RestrictionSums(Sums):
     """One restriction over all images."""
 
     def __init__(self) -> None:
-        self.n, self.attention, self.cosine, self.update_cosine = 0, 0.0, 0.0, 0.0
+        super().__init__()
         self.cka, self.update_cka = CKASums(), CKASums()
 
-    def add(self, full: _Cls, restricted: _Cls, keys: Bool[Tensor, "some pos"], there: Bool[Tensor, " batch"]) -> None:
-        output, update = full.output[there], full.update[there]
-        self.n += len(output)
-        self.attention += float((full.attention[there][:, : keys.shape[1]] * keys).sum())
-        self.cosine += float(F.cosine_similarity(restricted.output, output, dim=1).sum())
-        self.update_cosine += float(F.cosine_similarity(restricted.update, update, dim=1).sum())
-        self.cka.add(restricted.output, output)
-        self.update_cka.add(restricted.update, update)
+    def take(self, full: _Cls, restricted: _Cls, keys: Bool[Tensor, "some pos"]) -> None:
+        """Images that have such tokens."""
+        self.add(
+            n_images=len(keys),
+            attention=(full.attention[:, : keys.shape[1]] * keys).sum(),
+            cosine=F.cosine_similarity(restricted.output, full.output, dim=1).sum(),
+            update_cosine=F.cosine_similarity(restricted.update, full.update, dim=1).sum(),
+        )
+        self.cka.add(restricted.output, full.output)
+        self.update_cka.add(restricted.update, full.update)
 
     def result(self) -> dict[str, float | int]:
-        def mean(total: float) -> float:
-            return total / self.n if self.n else float("nan")
-
-        return {
-            "n_images": self.n,
-            "attention": mean(self.attention),
-            "cosine": mean(self.cosine),
-            "update_cosine": mean(self.update_cosine),
-            "cka": self.cka.result(),
-            "update_cka": self.update_cka.result(),
-        }
+        """Means, NaN where no image has such tokens."""
+        n, nothing = self.n_images, torch.tensor(torch.nan)
+        means = {name: float(self.totals.get(name, nothing)) / max(n, 1) for name in _MEANS}
+        return means | {"n_images": n, "cka": self.cka.result(), "update_cka": self.update_cka.result()}

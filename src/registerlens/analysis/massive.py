@@ -15,7 +15,7 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.stream import Batch, Sums, stream
-from registerlens.errors import NonFiniteError
+from registerlens.errors import check_finite
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import FINITE, ModelResult
 
@@ -189,11 +189,7 @@ class MassiveSums(Sums):
             magnitudes, median = magnitudes_of(resid)
             by_channel = magnitudes.amax(1)
             largest = by_channel.amax(-1)
-            if not largest.isfinite().all():
-                raise NonFiniteError(
-                    f"The residual stream is NaN or infinite at {self.places[len(self.found)]}. Check the images; if "
-                    f"the model is in float16, use bfloat16 or float32."
-                )
+            check_finite(largest, f"The residual stream is NaN or infinite at {self.places[len(self.found)]}")
             massive = is_massive(magnitudes, median)
             tokens = massive.any(-1)
             peaked = kurtosis(resid)

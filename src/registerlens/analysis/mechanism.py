@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError
 from registerlens.model.block import require_linear_output, require_softmax
+from registerlens.model.sublayers import require_heads
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import ModelResult
 
@@ -148,9 +150,9 @@ def sink_no_op(
         batch_size: images at once when a tensor is given.
 
     Raises:
-        ConfigError: an edit, head, threshold or share does not exist, or images that are no tensor come without
-            `reference`.
+        ConfigError: an edit, threshold or share does not exist, or images that are no tensor come without `reference`.
         ImageError: there are too few images.
+        InterventionError: a head does not exist.
         UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Fesser et al. 2026 (2606.08105), the edits at fixed A; Parodi et al. 2026 (2604.14433), why not zero alone.
@@ -192,13 +194,10 @@ def _checked(
         raise ConfigError(f"edits must be some of {list(EDITS)}, got {list(edits)}.")
     if not (0 < threshold <= 1 and 0 < queries <= 1):
         raise ConfigError(f"threshold and queries are shares above 0 and at most 1; got {threshold} and {queries}.")
-    every = {(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)}
-    chosen = every if heads is None else {(int(layer), int(head)) for layer, head in heads}
-    if wrong := sorted(chosen - every):
-        raise ConfigError(
-            f"Heads {wrong[:5]} do not exist: the model has blocks 0 to {cfg.n_layers - 1} with heads 0 to "
-            f"{cfg.n_heads - 1} each."
-        )
+    if heads is None:
+        return set(itertools.product(range(cfg.n_layers), range(cfg.n_heads)))
+    chosen = {(int(layer), int(head)) for layer, head in heads}
+    require_heads(sorted(chosen), cfg.n_layers, cfg.n_heads)
     return chosen
 
 

@@ -20,7 +20,7 @@ from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, TopOut
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.stream import stream
-from registerlens.errors import ConfigError
+from registerlens.errors import check_at_least
 from registerlens.model.block import Block, require_linear_output
 from registerlens.model.vit import HookedViT
 from registerlens.stats.histograms import count_signed
@@ -125,8 +125,7 @@ def neuron_updates(
         (True, [0.01])
     """
     require_linear_output(vit.cfg, "The split of an update by neurons")
-    if draws < 1:
-        raise ConfigError(f"draws must be at least 1, got {draws}.")
+    check_at_least(1, draws=draws)
     detection = located(vit, images, neurons, detection, "Measuring updates at outliers", batch_size)
     sums = _UpdateSums(vit, neurons, detection, draws, torch.Generator().manual_seed(seed))
     [updates] = stream(vit, images, [sums], batch_size=batch_size, description="comparing updates")

@@ -20,7 +20,7 @@ from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
-from registerlens.errors import ImageError, NonFiniteError
+from registerlens.errors import ImageError, check_finite
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import ModelResult
@@ -213,8 +213,7 @@ def _in_stream(
     """Flags and scores of what shows in the residual stream."""
     patches = resid[:, layout.patches]
     norms = token_norms(patches)
-    if not norms.isfinite().all():
-        raise NonFiniteError(f"Patch norms are NaN or infinite at {detection.sublayer}. Check the images.")
+    check_finite(norms, f"Patch norms are NaN or infinite at {detection.sublayer}")
     magnitudes, median = magnitudes_of(resid)
     of_patches = magnitudes[:, layout.patches]
     shows = {

@@ -15,7 +15,7 @@ from registerlens.analysis.outliers import count_ratios, judge_each
 from registerlens.config import TokenLayout
 from registerlens.engine.attention_received import pattern_hooks
 from registerlens.engine.stream import Batch, Sums
-from registerlens.errors import NonFiniteError
+from registerlens.errors import check_finite
 from registerlens.model.block import Block
 from registerlens.model.parts import at_least_float32, token_norms
 from registerlens.model.vit import Hook, HookedViT
@@ -190,21 +190,26 @@ class Events:
     """What a patch brings into the layer, over the image's median."""
 
 
-class SinkWatch:
-    """One batch, layer by layer: hooks on q, k, v and z, and nothing kept of a layer but its events."""
+class SinkSums(Sums):
+    """Counts and sums of sinks; events are counted in place, a threshold and a layer at a time."""
 
-    def __init__(self, layout: TokenLayout, factors: list[Tensor], swept: tuple[float, ...], queries: float) -> None:
-        self.layout, self.factors, self.swept, self.queries = layout, factors, swept, queries
+    def __init__(self, vit: HookedViT, thresholds: tuple[float, ...], queries: float) -> None:
+        super().__init__()
+        self.thresholds, self.queries, self.factors = thresholds, queries, output_factors(vit)
+        cells = (len(thresholds), vit.cfg.n_layers, vit.cfg.n_heads)
+        self.totals |= {name: torch.zeros(2, *cells, dtype=torch.float64) for name in PER_EVENT}  # sum, and of how many
+        self.totals["mechanisms"] = torch.zeros(len(MECHANISMS), *cells, dtype=torch.int64)
+        self.totals["places"] = torch.zeros(len(PLACES), *cells, dtype=torch.int64)
+        self.totals["patch_norms"] = torch.zeros(*cells, N_BINS, dtype=torch.int64)
+
+    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
+        """Of each layer in turn q, k, v and z are looked at, and nothing is kept but counts."""
+        self.layout, self.n_keys = layout, layout.n_tokens
         self.norms: list[Tensor] = []
         self.received: list[Tensor] = []
         self.drawn: list[Tensor] = []
-        self.events: list[Events] = []
-        self.n_keys = layout.n_tokens
         self._values: Tensor | None = None
         self._key: StrongestKey | None = None
-
-    def hooks(self, vit: HookedViT) -> list[Any]:
-        """To be put in force around one forward pass."""
         return [
             ("blocks.*.hook_resid_pre", self._norm),
             ("blocks.*.attn.hook_v", self._value),
@@ -227,35 +232,30 @@ class SinkWatch:
     def _take(self, layer: int, key: StrongestKey, n_keys: int) -> None:
         self._key, self.n_keys = key, n_keys
         self.received.append(key.received)
-        self.drawn.append(torch.stack([(key.column >= threshold).float().mean(-1) for threshold in self.swept]))
-        if not key.received.isfinite().all():
-            raise NonFiniteError(
-                f"The attention of block {layer} is NaN. Check the images; if the model is in float16, use "
-                f"bfloat16 or float32."
-            )
+        self.drawn.append(torch.stack([(key.column >= threshold).float().mean(-1) for threshold in self.thresholds]))
+        check_finite(key.received, f"The attention of block {layer} is NaN")
 
     def _output(self, z: Float[Tensor, "batch query head d_head"], hook: Any) -> None:
         v, key = cast(Tensor, self._values), cast(StrongestKey, self._key)
         self._values = self._key = None
-        image, head = (key.strength >= self.swept[-1]).nonzero(as_tuple=True)
+        image, head = (key.strength >= self.thresholds[-1]).nonzero(as_tuple=True)
         factor = self.factors[hook.layer()][head].mT  # event d_head rank
         position = key.position[image, head]
         values, mixed = v[image, :, head].to(factor.dtype), z[image, :, head].to(factor.dtype)
         relative = self.norms[-1] / medians(self.norms[-1])
-        place = self._places(position)
         patch = (position - self.layout.patches.start).clamp(0, self.layout.n_patches - 1)
-        self.events.append(
-            Events(
-                layer=hook.layer(),
-                head=head,
-                strength=key.strength[image, head],
-                output_ratio=norm_over_others(token_norms(values @ factor), position),
-                value_ratio=norm_over_others(token_norms(values), position),
-                stable_rank=stable_rank(mixed @ factor),
-                place=place,
-                norm=relative[image, patch],
-            )
+        events = Events(
+            layer=hook.layer(),
+            head=head,
+            strength=key.strength[image, head],
+            output_ratio=norm_over_others(token_norms(values @ factor), position),
+            value_ratio=norm_over_others(token_norms(values), position),
+            stable_rank=stable_rank(mixed @ factor),
+            place=self._places(position),
+            norm=relative[image, patch],
         )
+        for at, threshold in enumerate(self.thresholds):
+            self._count(at, events, (events.strength >= threshold).nonzero()[:, 0])
 
     def _places(self, position: Int[Tensor, " event"]) -> Int[Tensor, " event"]:
         layout = self.layout
@@ -271,39 +271,17 @@ class SinkWatch:
                 place[position == at] = PLACES.index(name)
         return place
 
-
-class SinkSums(Sums):
-    """Counts and sums of sinks; events are counted in place, a threshold and a layer at a time."""
-
-    def __init__(self, vit: HookedViT, thresholds: tuple[float, ...], queries: float) -> None:
-        super().__init__()
-        self.thresholds, self.queries, self.factors = thresholds, queries, output_factors(vit)
-        cells = (len(thresholds), vit.cfg.n_layers, vit.cfg.n_heads)
-        self.totals |= {name: torch.zeros(2, *cells, dtype=torch.float64) for name in PER_EVENT}  # sum, and of how many
-        self.totals["mechanisms"] = torch.zeros(len(MECHANISMS), *cells, dtype=torch.int64)
-        self.totals["places"] = torch.zeros(len(PLACES), *cells, dtype=torch.int64)
-        self.totals["patch_norms"] = torch.zeros(*cells, N_BINS, dtype=torch.int64)
-
-    def hooks(self, vit: HookedViT, layout: TokenLayout) -> list[Hook]:
-        """Those of a watch of the batch."""
-        self.watch = SinkWatch(layout, self.factors, self.thresholds, self.queries)
-        return self.watch.hooks(vit)
-
     def update(self, batch: Batch) -> None:
         """Take in one batch."""
-        watch = self.watch
-        received = torch.stack(watch.received).double().cpu()  # layer batch head
+        received = torch.stack(self.received).double().cpu()  # layer batch head
         self.add(
             n_images=len(batch),
             received=received.sum(1),
-            excess=(received - 1 / watch.n_keys).sum(1),
+            excess=(received - 1 / self.n_keys).sum(1),
             gu_rate=(received > GU_SINK).double().sum(1),
-            drawn=torch.stack(watch.drawn, 1).sum(2),  # threshold layer head
-            **count_ratios(torch.stack(watch.norms)),
+            drawn=torch.stack(self.drawn, 1).sum(2),  # threshold layer head
+            **count_ratios(torch.stack(self.norms)),
         )
-        for events in watch.events:
-            for at, threshold in enumerate(self.thresholds):
-                self._count(at, events, (events.strength >= threshold).nonzero()[:, 0])
 
     def _count(self, at: int, events: Events, chosen: Int[Tensor, " event"]) -> None:
         layer, head = events.layer, events.head[chosen].cpu()

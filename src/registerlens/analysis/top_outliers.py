@@ -16,7 +16,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums
-from registerlens.errors import ImageError, InterventionError, NonFiniteError
+from registerlens.errors import ImageError, InterventionError, check_finite
 from registerlens.model.block import Block
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import Sublayer
@@ -65,11 +65,7 @@ class NormsAndActivations:
             NonFiniteError: one is NaN or infinite.
         """
         norms = self._norms[Sublayer(place).hook_name]
-        if not norms.isfinite().all():
-            raise NonFiniteError(
-                f"Patch norms are NaN or infinite at {place}. Check the images; if the model is in float16, use "
-                f"bfloat16 or float32."
-            )
+        check_finite(norms, f"Patch norms are NaN or infinite at {place}")
         return norms
 
     def activations(

@@ -29,11 +29,11 @@ from registerlens.circuits.graph import (
     paths_table,
     select,
 )
-from registerlens.circuits.readings import check_target, output_words, why_no_output
+from registerlens.circuits.readings import check_output, output_words, why_no_output
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
-from registerlens.errors import ConfigError, ImageError, InterventionError
+from registerlens.errors import ConfigError, ImageError, InterventionError, check_at_least
 from registerlens.interventions.targets import Heads
 from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
@@ -92,7 +92,7 @@ def attention_circuit(
         InterventionError: no neuron, or one that does not exist or comes after `block`; no head comes after it; parts
             do not add up because an edit in force changes what the weights say.
         NoOutliersError: the model has no outliers on these images.
-        ShapeError: images are no batch, or smaller than a patch.
+        ShapeError: images are no batch, or smaller than a patch, or there is no such output.
         UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
     Source: Elhage et al. 2021 (frozen norms, direct contributions); Jiang et al. 2025, section 3 (the path); Wang et
@@ -109,9 +109,12 @@ def attention_circuit(
     """
     require_softmax(vit.cfg, "A circuit")
     require_linear_output(vit.cfg, "A circuit")
-    _check_options(min_share, n_boot)
+    check_at_least(1, n_boot=n_boot)
+    if not 0 <= min_share < 1:
+        raise ConfigError(f"min_share is a share from 0 to below 1, got {min_share}.")
     check_neurons(vit, neurons)
-    check_target(vit.cfg, target)
+    if target is not None:
+        check_output(vit, target)
     detection = detection or detect(vit, images, threshold=threshold, batch_size=batch_size)
     require_outliers(detection, "A circuit from neurons over outlier tokens to [CLS]")
     block = _block(vit, neurons, detection, block)
@@ -158,13 +161,6 @@ def attention_circuit(
         paths=paths_table(measured, nodes, effects),
         parts=parts,
     )
-
-
-def _check_options(min_share: float, n_boot: int) -> None:
-    if not 0 <= min_share < 1:
-        raise ConfigError(f"min_share is a share from 0 to below 1, got {min_share}.")
-    if n_boot < 1:
-        raise ConfigError(f"n_boot must be at least 1 bootstrap sample, got {n_boot}.")
 
 
 def _onset(detection: Detection, block: int) -> int:

@@ -18,7 +18,7 @@ from registerlens.circuits.sites import PairBatch, Site, TokenKind, block_of, fi
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images, count
 from registerlens.engine.views import View, Watched, mapped, run_clean, run_from
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError
+from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_at_least
 from registerlens.evaluation.metrics import Metric, measured
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.parts import at_least_float32
@@ -86,9 +86,8 @@ def attribution_patching(
         >>> found.names[0], found.by_unit.shape, found.by_position.shape
         ('blocks.0.mlp.hook_post', (1536,), (6, 36))
     """
-    for name, value, least in (("steps", steps, 1), ("exact", exact, 0), ("sample", sample, 0)):
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}.")
+    check_at_least(1, steps=steps)
+    check_at_least(0, exact=exact, sample=sample)
     sites = [Site(name, positions=positions) for name in match_names(names, vit.hook_dict)]
     order = firing_order(vit, first_image(clean), sites)
     sites.sort(key=lambda site: order[site.name])

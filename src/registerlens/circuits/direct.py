@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -175,19 +176,7 @@ def direct_contributions(
     require_linear_output(vit.cfg, "The direct contributions of heads and neurons")
     readout = Readout.of(vit, direction, space)
     detection = detection or detect(vit, images, batch_size=batch_size)
-    cfg = vit.cfg
-    sums: dict[str, Moments] = {
-        "value": Moments(),
-        "remainder": Moments(),
-        "embedding": Moments(),
-        "position": Moments(),
-        "constant": Moments(),
-        "attn_bias": Moments(cfg.n_layers),
-        "mlp_bias": Moments(cfg.n_layers),
-        "heads": Moments(cfg.n_layers, cfg.n_heads),
-        "neurons": Moments(cfg.n_layers, cfg.d_mlp),
-        "by_key": Moments(len(KEYS), cfg.n_layers, cfg.n_heads),
-    }
+    sums: dict[str, Moments] = defaultdict(Moments)
     largest, n = 0.0, 0
     with torch.inference_mode():
         for batch in batches(vit, images, batch_size, "taking the output apart"):
@@ -196,8 +185,7 @@ def direct_contributions(
             for name, values in parts.items():
                 sums[name].add(values)
             largest = max(largest, float(parts["remainder"].abs().max()))
-    single = ("value", "embedding", "position", "constant", "remainder")
-    arrays = ("attn_bias", "mlp_bias", "heads", "neurons", "by_key")
+    means: dict[str, Any] = {name: m.mean if m.mean.ndim else float(m.mean) for name, m in sums.items()}
     return DirectContributions(
         **vit.identity,
         direction=readout.words,
@@ -206,8 +194,7 @@ def direct_contributions(
         largest_remainder=largest,
         heads_error=sums["heads"].standard_error,
         neurons_error=sums["neurons"].standard_error,
-        **cast(Any, {name: float(sums[name].mean) for name in single}),
-        **cast(Any, {name: sums[name].mean for name in arrays}),
+        **means,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
 from registerlens.display import drawn_by
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError
+from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_at_least
 from registerlens.model.attention import HeadNorm
 from registerlens.model.block import Block, require_linear_output
 from registerlens.model.norms import LayerNorm
@@ -187,8 +187,7 @@ def head_circuits(
         ((6, 1), True)
     """
     require_linear_output(vit.cfg, "The reading of weights")
-    if n_null < 20:
-        raise ConfigError(f"n_null must be at least 20 for a 95% range, got {n_null}.")
+    check_at_least(20, n_null=n_null)  # for a 95% range
     along, words = directions_met(vit, direction)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(n_null, vit.cfg.d_model, generator=generator, dtype=torch.float64)

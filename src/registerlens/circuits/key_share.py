@@ -21,7 +21,7 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.stream import Batch, batches, run_until_seen
-from registerlens.errors import ConfigError
+from registerlens.errors import check_at_least
 from registerlens.model.attention import final_point
 from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.parts import token_norms
@@ -132,8 +132,7 @@ def key_share(
     """
     require_softmax(vit.cfg, "The share of a key in the scores")
     require_linear_output(vit.cfg, "The share of a key in the scores")
-    if n_null < 20:
-        raise ConfigError(f"n_null must be at least 20, got {n_null}.")
+    check_at_least(20, n_null=n_null)
     met, words = directions_met(vit, direction)
     detection = detection or detect(vit, images, batch_size=batch_size)
     require_outliers(detection, "The share of outliers' keys")

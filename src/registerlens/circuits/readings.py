@@ -74,8 +74,17 @@ def check_class(vit: HookedViT, index: int) -> None:
             f"{vit.cfg.d_model} numbers, such as a row of a probe, or one of rl.evaluation.zero_shot_head for a "
             "CLIP-like model."
         )
+    check_output(vit, index)
+
+
+def check_output(vit: HookedViT, index: int) -> None:
+    """Refuse an output that the model does not have; of one without a head, the dimensions of what it pools count.
+
+    Raises:
+        ShapeError: there are not so many.
+    """
     if not 0 <= index < output_width(vit):
-        raise ShapeError(f"Class {index} does not exist: the model has classes 0 to {output_width(vit) - 1}.")
+        raise ShapeError(f"Class {index} does not exist: the model's output has 0 to {output_width(vit) - 1}.")
 
 
 def pool_weights(part: str, layout: TokenLayout) -> Float[Tensor, " pos"]:
@@ -307,17 +316,6 @@ def output_words(cfg: ViTConfig, target: int | None) -> str:
     """What of the output is measured, in words."""
     what = "the output's own direction" if target is None else f"output {target}"
     return f"{what}{' before its tanh' if cfg.head_act else ''}"
-
-
-def check_target(cfg: ViTConfig, target: int | None) -> None:
-    """Raise a ConfigError unless the output has that class."""
-    if target is None:
-        return
-    width = cfg.d_out or cfg.d_pooled
-    if not 0 <= target < width:
-        raise ConfigError(
-            f"target must be an output from 0 to {width - 1}, or None for its own direction, got {target}."
-        )
 
 
 def run_head(

@@ -34,7 +34,7 @@ from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.stream import batches
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_choice
+from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_at_least, check_choice
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
 from registerlens.model.vit import HookedViT
@@ -358,9 +358,8 @@ def _layers(cfg: ViTConfig, layers: Iterable[int] | None) -> tuple[int, ...]:
 def _check_options(mode: str, method: str, steps: int, exact: int, sample: int, stack: int) -> None:
     check_choice("mode", mode, get_args(Mode))
     check_choice("method", method, get_args(Method))
-    for name, value, least in (("steps", steps, 1), ("exact", exact, 0), ("sample", sample, 0), ("stack", stack, 1)):
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}.")
+    check_at_least(1, steps=steps, stack=stack)
+    check_at_least(0, exact=exact, sample=sample)
 
 
 def _means(vit: HookedViT, layers: tuple[int, ...], images: Images, batch_size: int) -> Reference | None:

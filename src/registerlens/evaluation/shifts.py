@@ -16,9 +16,10 @@ from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, batches, run_until_seen
-from registerlens.errors import InterventionError, NonFiniteError, ShapeError
+from registerlens.errors import InterventionError, ShapeError, check_finite
 from registerlens.interventions.base import Intervention, Scene
 from registerlens.model.parts import token_norms
+from registerlens.model.sublayers import sublayer_of
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 
@@ -137,31 +138,23 @@ def measure_shift(
         >>> measure_shift(vit, images, rl.MoveOutliers(neurons, anywhere), layer=1).taken
         1.0
     """
-    if not -vit.cfg.n_layers <= layer < vit.cfg.n_layers:
-        raise ShapeError(f"Layer {layer} does not exist: the model has blocks 0 to {vit.cfg.n_layers - 1}.")
-    layer %= vit.cfg.n_layers
+    layer = sublayer_of(layer, vit.cfg.n_layers).layer
     target = "test-time register" if intervention.n_registers else "chosen patches"
     with torch.inference_mode(), vit.edit(intervention):
         rows = [_measured(vit, batch, intervention, layer) for batch in batches(vit, images, batch_size, "shifting")]
-    values = np.concatenate(rows, axis=1)
-    if not np.isfinite(values).all():
-        raise NonFiniteError(
-            f"Norms or attention are NaN or infinite after block {layer}. Check the images; if the model is in "
-            f"float16, use bfloat16 or float32."
-        )
+    values = torch.cat(rows, 1)
+    check_finite(values, f"Norms or attention are NaN or infinite after block {layer}")
     return OutlierShift(
         **vit.identity,
         intervention=repr(intervention),
         layer=layer,
         sink_query="cls" if vit.cfg.class_token else "mean",
         target=target,
-        **dict(zip(_ARRAYS, values, strict=True)),
+        **dict(zip(_ARRAYS, values.numpy(), strict=True)),
     )
 
 
-def _measured(
-    vit: HookedViT, batch: Batch, intervention: Intervention, layer: int
-) -> Float[np.ndarray, "measure batch"]:
+def _measured(vit: HookedViT, batch: Batch, intervention: Intervention, layer: int) -> Float[Tensor, "measure batch"]:
     layout = batch.layout
     norms: list[Tensor] = []
     received: list[Tensor] = []
@@ -171,7 +164,7 @@ def _measured(
     aimed, other = _sides(intervention, layout, batch.images)
     values = [norms[0].cpu(), received[0][:, : layout.n_tokens].cpu()]
     largest = [value.masked_fill(~side, -torch.inf).amax(1) for value in values for side in (aimed, other)]
-    return torch.stack(largest).float().numpy()
+    return torch.stack(largest).float()
 
 
 def _sides(

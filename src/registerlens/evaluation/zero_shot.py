@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from registerlens.errors import ConfigError, UnsupportedArchitectureError, needing
+from registerlens.errors import ConfigError, UnsupportedArchitectureError, check_at_least, needing
 from registerlens.files import read_tensors, whole_file
 from registerlens.loading.sources import network, source_of
 from registerlens.progress import track
@@ -100,8 +100,7 @@ def _check(class_names: list[str], templates: list[str], batch_size: int) -> Non
     for template in templates:
         if template.count("{}") != 1:
             raise ConfigError(f"A template has exactly one '{{}}' for the class, got {template!r}.")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}.")
+    check_at_least(1, batch_size=batch_size)
 
 
 def _identity(target: str) -> list[Any]:

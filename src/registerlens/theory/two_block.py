@@ -19,7 +19,7 @@ from torch import Tensor
 
 from registerlens.config import Activation
 from registerlens.display import Shown
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_choice, close_matches
+from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_at_least, check_choice, close_matches
 from registerlens.model.parts import ACTIVATIONS
 
 CLS = 0
@@ -282,16 +282,10 @@ class TwoBlockModel(Shown):
 def _check_options(
     n: int, d_model: int, d_mlp: int, d_out: int, rank: int, others_fire: float, broken: dict[str, float]
 ) -> None:
-    least = {
-        "n": (n, 2 if "alone" in broken else 1),
-        "d_model": (d_model, 3),
-        "d_mlp": (d_mlp, 1 + len(broken.keys() & {"dominance", "silence"})),
-        "d_out": (d_out, 1),
-        "rank": (rank, 1),
-    }
-    for name, (value, bound) in least.items():
-        if value < bound:
-            raise ConfigError(f"{name} must be at least {bound} here, got {value}.")
+    check_at_least(1, d_out=d_out, rank=rank)
+    check_at_least(3, d_model=d_model)
+    check_at_least(1 + ("alone" in broken), n=n)  # the strongest of the other patches
+    check_at_least(1 + len(broken.keys() & {"dominance", "silence"}), d_mlp=d_mlp)
     if not 0 <= others_fire < 1:
         raise ConfigError(f"others_fire must be at least 0 and below 1, got {others_fire}.")
     for name, amount in broken.items():

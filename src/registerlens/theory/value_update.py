@@ -19,9 +19,10 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.stream import Sums, batches
-from registerlens.errors import ConfigError, ShapeError
+from registerlens.errors import ConfigError
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.block import Block, require_linear_output, require_softmax
+from registerlens.model.sublayers import sublayer_of
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 
@@ -188,13 +189,11 @@ def value_update(
     """
     require_softmax(vit.cfg, "The split of the value update")
     require_linear_output(vit.cfg, "The split of the value update")
-    if not -vit.cfg.n_layers <= layer < vit.cfg.n_layers:
-        raise ShapeError(f"Layer {layer} does not exist: the model has blocks 0 to {vit.cfg.n_layers - 1}.")
+    layer = sublayer_of(layer, vit.cfg.n_layers).layer
     if neurons is None and vit.cfg.n_trained_registers < 2:
         raise ConfigError("Nothing to compare: give register neurons, or a model with several trained registers.")
     if neurons is not None and (not registers or min(registers) < 1):
         raise ConfigError(f"registers are numbers of tokens to append, each at least 1; got {list(registers)}.")
-    layer %= vit.cfg.n_layers
     appended = [] if neurons is None else [TestTimeRegisters(neurons, n, assign=assign, seed=seed) for n in registers]
     sums, references = Sums(), dict[str, str]()
     with torch.inference_mode():
