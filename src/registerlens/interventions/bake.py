@@ -17,25 +17,8 @@ from registerlens.interventions.attach import attach
 from registerlens.interventions.base import Intervention
 from registerlens.loading import huggingface
 from registerlens.loading.sources import fetch_of, network, source_of
+from registerlens.markup import asset
 from registerlens.version import __version__
-
-_LOADER = '''"""{model} with {kind} in place, made by RegisterLens {version}.
-
-Needs: pip install registerlens{extra}
-
-    from load import load_model
-    model = load_model()
-"""
-
-from pathlib import Path
-
-from registerlens.interventions.bake import load_baked
-
-
-def load_model():
-    """The {library} model of this folder, edited, in evaluation mode."""
-    return load_baked(Path(__file__).parent)
-'''
 
 
 def bake(name: str, intervention: Intervention, folder: str | Path) -> Path:
@@ -73,7 +56,8 @@ def bake(name: str, intervention: Intervention, folder: str | Path) -> Path:
         intervention.save(draft / "intervention")
         write_json(draft / "baked.json", {"version": __version__, "source": source, "model": name})
         record = {"model": name, "kind": type(intervention).__name__, "version": __version__, "library": source}
-        (draft / "load.py").write_text(_LOADER.format(extra=library.extra, **record))
+        loader = str(asset("bake/load.py.txt"))
+        (draft / "load.py").write_text(loader.format(extra=library.extra, **record))
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)

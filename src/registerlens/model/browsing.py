@@ -98,21 +98,11 @@ class ModelSummary:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a hook point: name, shape, dtype, bytes, whether it is cached by default."""
-        return pd.DataFrame(
-            {
-                "name": [point.name for point in self.points],
-                "shape": [point.shape for point in self.points],
-                "dtype": [point.dtype for point in self.points],
-                "bytes": [point.n_bytes for point in self.points],
-                "by_default": [point.by_default for point in self.points],
-            }
-        )
+        return pd.DataFrame(self.points).rename(columns={"n_bytes": "bytes"})
 
     def parts_to_dataframe(self) -> pd.DataFrame:
         """One row a part: name, parameters, FLOPs."""
-        return pd.DataFrame(
-            {name: [getattr(part, name) for part in self.parts] for name in ("name", "parameters", "flops")}
-        )
+        return pd.DataFrame(self.parts)
 
     def __repr__(self) -> str:
         return "\n".join([self.describe(), *(text_table(*table) for table in self._tables())])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
+import yaml
 
 from registerlens.analysis.maps import NeuronMaps
 from registerlens.analysis.neuron_evidence import ActivationDistributions
@@ -16,9 +17,10 @@ from registerlens.analysis.neuron_updates import NeuronUpdates
 from registerlens.analysis.output_weights import OutputWeights
 from registerlens.analysis.trace import Trace
 from registerlens.errors import ConfigError
-from registerlens.evaluation.comparison import InterventionMaps, Measure
+from registerlens.evaluation.comparison import InterventionMaps
 from registerlens.evaluation.effects import Evaluation
 from registerlens.evaluation.shifts import OutlierShift
+from registerlens.markup import asset
 from registerlens.viz.detection import trace_figure
 from registerlens.viz.evaluation import norms_figure, shift_figure
 from registerlens.viz.maps import conditions_figure, layers_figure, neurons_figure
@@ -124,158 +126,42 @@ def _article(name: str) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-_COMPARED = "rl.evaluation.compare_maps(vit, images, {'original': None, %s})"
-_REGISTER = "'with register': rl.TestTimeRegisters(neurons)"
-_BIAS = "'attention bias': rl.AttentionBias.fit(vit, images, neurons)"
 _CHOSEN = ("size", "images", "layer")
-_RANDOM = "random_neurons(neurons, vit.cfg.d_mlp, torch.Generator())"
-_WHENCE = "random_neurons is registerlens.evaluation.controls's."
 
 
-def _maps(title: str, *conditions: str, measures: tuple[Measure, ...] = ("attention",), note: str = "") -> PaperFigure:
-    """Photographs and conditions, after one block."""
-    return PaperFigure(
-        title=title,
-        takes={InterventionMaps: _COMPARED % ", ".join(conditions)},
-        draw=partial(conditions_figure, measures=measures),
-        options=(*_CHOSEN, "measures"),
-        note=note,
-    )
+def _layers(maps: InterventionMaps, *, half: Literal["all", "first", "second"] = "all", **options: Any) -> go.Figure:
+    """Photographs and conditions, block by block, of all blocks or of a half of them."""
+    middle = -(-len(maps.layers) // 2)
+    shown = {"all": maps.layers, "first": maps.layers[:middle], "second": maps.layers[middle:]}[half]
+    return layers_figure(maps, **{"layers": shown, **options})
 
 
-def _layers(title: str, part: Callable[[int, int], bool] = lambda _i, _n: True) -> PaperFigure:
-    """Photographs and conditions, block by block; `part` says whether the i-th of n blocks is shown."""
-
-    def draw(maps: InterventionMaps, **options: Any) -> go.Figure:
-        layers = [layer for i, layer in enumerate(maps.layers) if part(i, len(maps.layers))]
-        return layers_figure(maps, **{"layers": layers, **options})
-
-    takes: dict[type, str] = {InterventionMaps: _COMPARED % _REGISTER}
-    return PaperFigure(title=title, takes=takes, draw=draw, options=("size", "images", "layers", "measure"))
-
-
-def _neurons(title: str, pairs: str) -> PaperFigure:
-    """Photographs, norms and the activations of neurons."""
-    takes = {
-        InterventionMaps: "rl.evaluation.compare_maps(vit, images, {'original': None})",
-        NeuronMaps: f"rl.analysis.neuron_maps(vit, images, {pairs})",
-    }
-    return PaperFigure(title=title, takes=takes, draw=neurons_figure, options=_CHOSEN)
-
-
-def _shift(title: str, intervention: str, note: str = "") -> PaperFigure:
-    """Histograms of norm and attention, target against other patches."""
-    takes: dict[type, str] = {OutlierShift: f"rl.evaluation.measure_shift(vit, images, {intervention})"}
-    return PaperFigure(title=title, takes=takes, draw=shift_figure, note=note)
-
-
-def _one(title: str, kind: type, call: str, draw: Callable[..., go.Figure], note: str = "") -> PaperFigure:
-    """Drawn by a function that other pages use too."""
-    return PaperFigure(title=title, takes={kind: call}, draw=draw, note=note)
-
-
-_ANYWHERE = "rl.evaluation.RandomPatches(vit.cfg.patch_size)"
-_ACTIVATIONS = "rl.analysis.activation_distributions(vit, images, neurons)"
-_MEAN_HEADS = "Attention is the mean over heads."
-
-FIGURES: dict[int, PaperFigure] = {
-    1: _maps(
-        "Outliers of the original model, shifted to chosen patches, and moved into a test-time register",
-        "'shifted': rl.MoveOutliers(neurons, positions)",
-        _REGISTER,
-        measures=("norms", "attention"),
-    ),
-    2: _one(
-        "OpenCLIP: outliers appear after MLPs, attention sinks right after them",
-        Trace,
-        "rl.trace(vit, images)",
-        trace_figure,
-    ),
-    3: _neurons(
-        "OpenCLIP: neurons that fire at the top outlier fire at all outliers", "[(6, 980), (6, 61), (6, 2372)]"
-    ),
-    4: _shift(
-        "OpenCLIP: register neurons shift outliers to random patches",
-        f"rl.MoveOutliers(neurons, {_ANYWHERE})",
-        _MEAN_HEADS,
-    ),
-    5: _maps(
-        "DINOv2: attention maps with trained registers and with a test-time register",
-        _REGISTER,
-        note="Trained registers are another model's: add its maps with "
-        "`| rl.evaluation.compare_maps(other, images, {...})`.",
-    ),
-    7: _maps("OpenCLIP: attention maps with an attention bias made from registers", _BIAS, _REGISTER),
-    8: _one(
-        "OpenCLIP: with an attention bias no outlier norm is left in any layer",
-        Evaluation,
-        f"rl.evaluate_intervention(vit, images, {{{_BIAS}}})",
-        norms_figure,
-    ),
-    9: _maps("OpenCLIP: an attention bias cleans attention maps as a test-time register does", _BIAS, _REGISTER),
-    12: _maps(
-        "DINOv2: one test-time register is enough, several change little",
-        "**{f'{n} registers': rl.TestTimeRegisters(neurons, n, assign='random') for n in (1, 2, 3, 4, 5)}",
-    ),
-    13: _maps(
-        "DINOv2: how a test-time register starts does not matter",
-        "**{init: rl.TestTimeRegisters(neurons, init=init) for init in ('zero', 'gaussian', 'mean')}",
-    ),
-    14: _maps("InternViT-6B: attention map with a test-time register", _REGISTER),
-    15: _maps(
-        "OpenAI CLIP: outliers moved onto written text",
-        "'shifted': rl.MoveOutliers(neurons, positions_of_text)",
-        measures=("norms",),
-        note="The paper also prints the predicted class.",
-    ),
-    16: _layers("OpenCLIP: attention maps of all layers with a test-time register"),
-    17: _layers("DINOv2: attention maps of the first half of the layers", lambda i, n: 2 * i < n),
-    18: _layers("DINOv2: attention maps of the second half of the layers", lambda i, n: 2 * i >= n),
-    19: _neurons("OpenCLIP: neurons before the onset that fire at outliers", "[(5, 599), (4, 1468), (3, 1074)]"),
-    20: _one(
-        "OpenCLIP: activations of a layer's neurons at the top outlier and at a normal patch",
-        ActivationDistributions,
-        _ACTIVATIONS,
-        distributions_figure,
-        "The paper's horizontal axis is linear.",
-    ),
-    21: _one(
-        "OpenCLIP: outlier neurons write much, in a constant direction",
-        NeuronUpdates,
-        "rl.analysis.neuron_updates(vit, images, neurons)",
-        updates_figure,
-    ),
-    22: _shift("OpenCLIP: outliers shifted to a test-time register", "rl.TestTimeRegisters(neurons)", _MEAN_HEADS),
-    23: _shift(
-        "OpenCLIP: random neurons do not shift outliers",
-        f"rl.MoveOutliers({_RANDOM}, {_ANYWHERE})",
-        f"{_MEAN_HEADS} {_WHENCE}",
-    ),
-    24: _shift(
-        "OpenCLIP: nor do random neurons that get the register neurons' maxima",
-        f"rl.MoveOutliers({_RANDOM}, {_ANYWHERE}, maxima_of=neurons)",
-        f"{_MEAN_HEADS} {_WHENCE}",
-    ),
-    25: _one(
-        "OpenCLIP: register neurons write into the same few dimensions",
-        OutputWeights,
-        "rl.analysis.output_weights(vit, neurons)",
-        weights_figure,
-        "Weights are signed and relative; other neurons of the layer are behind each, not in a row of their own.",
-    ),
-    26: _one("DINOv2: as figure 2", Trace, "rl.trace(vit, images)", trace_figure),
-    27: _one("DINOv2: as figure 20", ActivationDistributions, _ACTIVATIONS, distributions_figure),
-    28: _neurons("DINOv2: as figure 3", "[(17, 884), (17, 133), (17, 1427)]"),
-    29: _shift("DINOv2: as figure 4", f"rl.MoveOutliers(neurons, {_ANYWHERE})", _MEAN_HEADS),
+_DRAWN_AS: dict[str, tuple[Callable[..., go.Figure], tuple[str, ...]]] = {
+    "conditions": (partial(conditions_figure, measures=("attention",)), (*_CHOSEN, "measures")),
+    "layers": (_layers, ("size", "images", "layers", "measure")),
+    "neurons": (neurons_figure, _CHOSEN),
+    "shift": (shift_figure, ()),
+    "trace": (trace_figure, ()),
+    "norms": (norms_figure, ()),
+    "distributions": (distributions_figure, ()),
+    "updates": (updates_figure, ()),
+    "weights": (weights_figure, ()),
 }
-"""What can be drawn, by number. Captions are those of version 5 on arXiv, restated."""
+"""Ways to draw, and what else can be asked of each."""
+_OF_NEURONS = (NeuronMaps, ActivationDistributions, NeuronUpdates, OutputWeights)
+_RESULTS = {kind.__name__: kind for kind in (InterventionMaps, OutlierShift, Trace, Evaluation, *_OF_NEURONS)}
+"""Classes of results that figures are drawn from."""
 
-NOT_DRAWN: dict[int, str] = {
-    6: "attention of LLaVA's language model to the visual tokens, which needs that language model.",
-    10: "a drawing of algorithm 1; `rl.find_register_neurons` runs it, and its result has a plot of its own.",
-    11: "a drawing of algorithm 2; `rl.TestTimeRegisters` carries it out.",
-    30: "intermediate steps of LOST; rl.viz.overlay draws any map over a photograph.",
-    31: "LOST scores by kind of feature; rl.viz.overlay draws any map over a photograph.",
-    32: "more of figure 6, which needs LLaVA's language model.",
-}
+
+def _listed(*, title: str, drawn_as: str, takes: dict[str, str], note: str = "", **options: Any) -> PaperFigure:
+    """A figure as the catalogue lists it; further entries are options that it is always drawn with."""
+    draw, may_be_asked = _DRAWN_AS[drawn_as]
+    calls: dict[type, str] = {_RESULTS[name]: call for name, call in takes.items()}
+    return PaperFigure(title=title, takes=calls, draw=partial(draw, **options), options=may_be_asked, note=note)
+
+
+_CATALOGUE = yaml.safe_load(str(asset("paper/figures.yaml")))
+FIGURES: dict[int, PaperFigure] = {number: _listed(**entry) for number, entry in _CATALOGUE["drawn"].items()}
+"""What can be drawn, by number."""
+NOT_DRAWN: dict[int, str] = _CATALOGUE["not_drawn"]
 """What cannot, and why."""

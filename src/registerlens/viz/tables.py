@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
@@ -14,6 +15,7 @@ import pandas as pd
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.errors import ConfigError
 from registerlens.evaluation.effects import Evaluation
+from registerlens.markup import asset
 from registerlens.theory.kernels import KernelReport
 from registerlens.theory.readers import KERNELS
 from registerlens.theory.value_update import ValueUpdate
@@ -63,20 +65,7 @@ KERNEL_NOTE = (
 )
 
 # Nothing has a colour of its own, so that a notebook's theme decides; lines are the text's colour, thinned.
-_LOOK: Any = [
-    {
-        "selector": "caption",
-        "props": "caption-side: top; text-align: left; font-weight: 600; padding: 0.4em 0; max-width: 60em",
-    },
-    {"selector": "", "props": "border-collapse: collapse; font-variant-numeric: tabular-nums; background: transparent"},
-    {"selector": "th", "props": "text-align: left; vertical-align: bottom; padding: 0.3em 0.8em; max-width: 12em"},
-    {"selector": "td", "props": "text-align: right; vertical-align: top; padding: 0.3em 0.8em"},
-    {"selector": "thead th", "props": "border-bottom: 1.5px solid currentColor; background: transparent"},
-    {
-        "selector": "tbody tr",
-        "props": "background: transparent !important; border-bottom: 1px solid rgba(127,127,127,0.35)",
-    },
-]
+_LOOK: Any = json.loads(asset("page/tables.json"))
 
 
 def neuron_table(neurons: RegisterNeurons) -> pd.DataFrame:
