@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from registerlens.markup import render
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 _LONGEST = 48
 """Characters of a text in a line."""
@@ -60,6 +64,22 @@ def drawn_by(name: str) -> Any:
 
     plot.__doc__ = f"What `{module}.{function}` draws of the result."
     return plot
+
+
+def grid_table(axes: Mapping[str, Sequence[Any] | np.ndarray], **columns: Any) -> pd.DataFrame:
+    """One row a cell of a grid of these axes, the last axis fastest; columns are arrays to be broadcast over it.
+
+    Example:
+        >>> import numpy as np
+        >>> grid_table({"layer": [3, 4], "head": ["a", "b"]}, share=np.array([[1.0], [2.0]])).values.tolist()
+        [[3, 'a', 1.0], [3, 'b', 1.0], [4, 'a', 2.0], [4, 'b', 2.0]]
+    """
+    import numpy as np  # slow to import, as pandas
+    import pandas as pd
+
+    shape = [len(labels) for labels in axes.values()]
+    labels = pd.MultiIndex.from_product(axes.values(), names=list(axes)).to_frame(index=False)
+    return labels.assign(**{name: np.broadcast_to(values, shape).ravel() for name, values in columns.items()})
 
 
 def line(value: Any) -> str:

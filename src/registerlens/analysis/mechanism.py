@@ -28,6 +28,7 @@ from registerlens.analysis.sink_edits import (
 from registerlens.analysis.sink_events import QUERIES
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.data.batches import Images
+from registerlens.display import grid_table
 from registerlens.engine.stream import Batch, Sums, stream
 from registerlens.errors import ConfigError, ImageError
 from registerlens.model.block import require_linear_output, require_softmax
@@ -100,10 +101,9 @@ class SinkEffects(ModelResult):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an edit, layer and head."""
-        edit, layer, head = (axis.ravel() for axis in np.indices(self.effects.shape[1:]))
-        columns: dict[str, Any] = {"edit": np.array(self.edits)[edit], "layer": layer, "head": head}
-        columns["events"] = self.events[layer, head]
-        return pd.DataFrame(columns | {name: self.effects[i].ravel() for i, name in enumerate(MEASURES)})
+        n_layers, n_heads = self.events.shape
+        axes = {"edit": self.edits, "layer": range(n_layers), "head": range(n_heads)}
+        return grid_table(axes, events=self.events, **dict(zip(MEASURES, self.effects, strict=True)))
 
     def plot(self, measure: str = "output") -> go.Figure:
         """Maps layer x head of one measure, a panel for each edit.

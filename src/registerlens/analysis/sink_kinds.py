@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from registerlens.analysis.sink_events import (
     SinkSums,
 )
 from registerlens.data.batches import Images
+from registerlens.display import grid_table
 from registerlens.engine.stream import stream
 from registerlens.errors import ConfigError
 from registerlens.model.block import require_linear_output, require_softmax
@@ -140,14 +141,12 @@ class SinkKinds(ModelResult):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a threshold, layer and head."""
-        at, layer, head = (axis.ravel() for axis in np.indices(self.events.shape))
-        columns: dict[str, Any] = {"threshold": np.array(self.thresholds)[at], "layer": layer, "head": head}
-        columns["events"] = self.events.ravel()
-        columns |= {name: self.mechanisms[i].ravel() for i, name in enumerate(MECHANISMS)}
-        columns |= {name: getattr(self, name).ravel() for name in (*PER_EVENT, "drawn")}
-        columns |= {f"at_{name}": self.places[i].ravel() for i, name in enumerate(PLACES)}
-        columns |= {name: getattr(self, name)[layer, head] for name in ("received", "excess", "gu_rate")}
-        return pd.DataFrame(columns)
+        n_layers, n_heads = self.received.shape
+        axes = {"threshold": self.thresholds, "layer": range(n_layers), "head": range(n_heads)}
+        columns = {"events": self.events, **dict(zip(MECHANISMS, self.mechanisms, strict=True))}
+        columns |= {name: getattr(self, name) for name in (*PER_EVENT, "drawn")}
+        columns |= {f"at_{name}": events for name, events in zip(PLACES, self.places, strict=True)}
+        return grid_table(axes, **columns, received=self.received, excess=self.excess, gu_rate=self.gu_rate)
 
     def plot(self, threshold: float | None = None) -> go.Figure:
         """Maps layer x head of NOPs, broadcasts and other sinks; default: the threshold of Fesser et al., 0.5, or the

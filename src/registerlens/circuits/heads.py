@@ -15,7 +15,7 @@ from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
-from registerlens.display import drawn_by
+from registerlens.display import drawn_by, grid_table
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_at_least
 from registerlens.model.attention import HeadNorm
 from registerlens.model.block import Block, require_linear_output
@@ -108,13 +108,11 @@ class HeadCircuits(ModelResult):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a head: copying and matching scores, and each quantity with the 95% range of its null."""
-        layer, head = np.indices(self.copying.shape)
-        columns: dict[str, Any] = {"layer": layer.ravel(), "head": head.ravel()}
-        columns |= {"copying": self.copying.ravel(), "matching": self.matching.ravel()}
-        for i, quantity in enumerate(QUANTITIES):
-            columns[quantity] = self.observed[i].ravel()
-            columns[f"{quantity}_low"], columns[f"{quantity}_high"] = (self.null[i, ..., k].ravel() for k in (0, -1))
-        return pd.DataFrame(columns)
+        n_layers, n_heads = self.copying.shape
+        columns = {"copying": self.copying, "matching": self.matching}
+        for quantity, observed, null in zip(QUANTITIES, self.observed, self.null, strict=True):
+            columns |= {quantity: observed, f"{quantity}_low": null[..., 0], f"{quantity}_high": null[..., -1]}
+        return grid_table({"layer": range(n_layers), "head": range(n_heads)}, **columns)
 
     def describe(self) -> str:
         """The result in words."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from registerlens.circuits.readings import Space, check_class, output_width, space_of
 from registerlens.config import TokenLayout
+from registerlens.display import grid_table
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ImageError, ShapeError, close_matches
 from registerlens.model.sublayers import Sublayer
@@ -56,14 +57,13 @@ class PatchLens(ModelResult):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a sublayer and kept direction: mean and largest value over patches and images, share of patches where
         it is on top, and share of patches whose top one is that of the last sublayer."""
-        rows = []
-        for i, place in enumerate(self.sublayers):
-            for j, direction in enumerate(self.chosen):
-                values = self.values[i, :, j]
-                on_top = (self.top[i] == direction).mean()
-                row = {"sublayer": place, "direction": direction, "mean": values.mean(), "largest": values.max()}
-                rows.append(row | {"on_top": on_top, "settled": self.settled[i]})
-        return pd.DataFrame(rows)
+        return grid_table(
+            {"sublayer": self.sublayers, "direction": self.chosen},
+            mean=self.values.mean((1, 3, 4)),
+            largest=self.values.max((1, 3, 4)),
+            on_top=np.stack([(self.top == direction).mean((1, 2, 3)) for direction in self.chosen], 1),
+            settled=self.settled[:, None],
+        )
 
     def describe(self) -> str:
         """The result in words."""

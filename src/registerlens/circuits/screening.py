@@ -32,7 +32,7 @@ from registerlens.circuits.neuron_effects import (
 )
 from registerlens.config import ViTConfig
 from registerlens.data.batches import Images
-from registerlens.display import drawn_by
+from registerlens.display import drawn_by, grid_table
 from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_at_least, check_choice
 from registerlens.evaluation.metrics import Metric
@@ -171,19 +171,10 @@ class Screening(ModelResult):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron, effect, magnitude, standard error, exact effect (NaN where not checked)."""
-        axes = np.meshgrid(self.layers, np.arange(self.effects.shape[1]), indexing="ij")
-        layer, neuron = (axis.ravel() for axis in axes)
-        table = pd.DataFrame(
-            {
-                "layer": layer,
-                "neuron": neuron,
-                "effect": self.effects.ravel(),
-                "magnitude": self.magnitude.ravel(),
-                "standard_error": self.standard_error.ravel(),
-            }
-        )
+        axes = {"layer": self.layers, "neuron": range(self.effects.shape[1])}
+        columns = {"effect": self.effects, "magnitude": self.magnitude, "standard_error": self.standard_error}
         checked = self.checked_dataframe()[["layer", "neuron", "exact"]]
-        return table.merge(checked, on=["layer", "neuron"], how="left")
+        return grid_table(axes, **columns).merge(checked, on=["layer", "neuron"], how="left")
 
     def checked_dataframe(self) -> pd.DataFrame:
         """One row a neuron ablated exactly: layer, neuron, screened, exact, its standard error, candidate, sample."""

@@ -17,7 +17,7 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import AtTopOutliers, NormsAndActivations, TokenPairs, TopOutlierResult, located
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
-from registerlens.display import drawn_by
+from registerlens.display import drawn_by, grid_table
 from registerlens.engine.stream import stream
 from registerlens.errors import InterventionError
 from registerlens.evaluation.controls import DRAWS, random_neurons
@@ -55,24 +55,17 @@ class CausalOrder(TopOutlierResult):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a condition, edited layer and later neuron: clean and edited activation, and relative change."""
-        rows = []
-        change = self.change
-        for c, condition in enumerate(CONDITIONS):
-            for i, source in enumerate(self.layers):
-                for j, (layer, neuron) in enumerate(self.neurons.pairs):
-                    if layer > source:
-                        rows.append(
-                            {
-                                "condition": condition,
-                                "edited_layer": source,
-                                "layer": layer,
-                                "neuron": neuron,
-                                "clean": self.clean[j],
-                                "edited": self.edited[c, i, j],
-                                "change": change[c, i, j],
-                            }
-                        )
-        return pd.DataFrame(rows)
+        layers, neurons = zip(*self.neurons.pairs, strict=True)
+        table = grid_table(
+            {"condition": CONDITIONS, "edited_layer": self.layers, "listed": range(len(self.neurons))},
+            layer=layers,
+            neuron=neurons,
+            clean=self.clean,
+            edited=self.edited,
+            change=self.change,
+        )
+        later = table[table["layer"] > table["edited_layer"]]
+        return later.drop(columns="listed").reset_index(drop=True)
 
     def _findings(self) -> Iterator[str]:
         changes = {condition: self.between(condition) for condition in CONDITIONS}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from registerlens.analysis.maps import PatchMaps, patch_maps
 from registerlens.data.images import to_display
+from registerlens.display import grid_table
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.interventions.base import Edits, several
 from registerlens.model.vit import HookedViT
@@ -95,17 +96,12 @@ class InterventionMaps(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a condition, block and image: the largest patch norm and attention, and the register's."""
-        condition, layer, image = (axis.ravel() for axis in np.indices(self.register_norm.shape))
-        return pd.DataFrame(
-            {
-                "condition": np.array(self.conditions)[condition],
-                "layer": np.array(self.layers)[layer],
-                "image": np.array(self.names)[image],
-                "largest_norm": self.norms.max((3, 4)).ravel(),
-                "largest_attention": self.attention.max((3, 4)).ravel(),
-                "register_norm": self.register_norm.ravel(),
-                "register_attention": self.register_attention.ravel(),
-            }
+        return grid_table(
+            {"condition": self.conditions, "layer": self.layers, "image": self.names},
+            largest_norm=self.norms.max((3, 4)),
+            largest_attention=self.attention.max((3, 4)),
+            register_norm=self.register_norm,
+            register_attention=self.register_attention,
         )
 
     def plot(

@@ -179,9 +179,9 @@ def default_metrics(vit: HookedViT, *, detection: Detection | None = None, label
             sink_outliers(place, detection.cutoff, layers),
             sink_patch(layers),
         ]
-    chosen += [_COSINES["cos_cls"]] if cfg.layout().cls is not None else []
-    chosen += [_COSINES["cos_patches"]]
-    chosen += [_COSINES["cos_output"]] if cfg.pooling else []
+    chosen += [_COS_CLS] if cfg.layout().cls is not None else []
+    chosen += [_COS_PATCHES]
+    chosen += [_COS_OUTPUT] if cfg.pooling else []
     chosen += _PREDICTIONS if labels or classifies(cfg) else []
     return tuple(chosen + (_LABELLED if labels else []))
 
@@ -292,32 +292,19 @@ def _accuracy(edited: View, clean: View) -> Float[Tensor, " batch"]:
     return accuracy(edited.output, _labels(edited))
 
 
-_COSINES = {
-    "cos_cls": Metric(
-        name="cos_cls", measure=_cos_cls, words="cosine of the final [CLS] token to the clean run, -1 to 1"
-    ),
-    "cos_patches": Metric(
-        name="cos_patches",
-        measure=_cos_patches,
-        words="cosine of the final patch tokens to the clean run, mean over patches, -1 to 1",
-    ),
-    "cos_output": Metric(
-        name="cos_output", measure=_cos_output, words="cosine of the pooled output to the clean run, -1 to 1"
-    ),
-}
+def _named(measure: Callable[[View, View], Tensor], words: str) -> Metric:
+    return Metric(name=measure.__name__.removeprefix("_"), measure=measure, words=words)
+
+
+_COS_CLS = _named(_cos_cls, "cosine of the final [CLS] token to the clean run, -1 to 1")
+_COS_PATCHES = _named(_cos_patches, "cosine of the final patch tokens to the clean run, mean over patches, -1 to 1")
+_COS_OUTPUT = _named(_cos_output, "cosine of the pooled output to the clean run, -1 to 1")
+_DIVERGENCE = "Kullback-Leibler divergence of the predictions (those with labels, if any) from the clean run, in nats"
 _PREDICTIONS = [
-    Metric(
-        name="kl",
-        measure=_kl,
-        words="Kullback-Leibler divergence of the predictions (those with labels, if any) from the clean run, in nats",
-    ),
-    Metric(
-        name="agreement",
-        measure=_agreement,
-        words="share of predictions whose most likely class is the clean run's, 0 to 1",
-    ),
+    _named(_kl, _DIVERGENCE),
+    _named(_agreement, "share of predictions whose most likely class is the clean run's, 0 to 1"),
 ]
 _LABELLED = [
-    Metric(name="cross_entropy", measure=_cross_entropy, words="cross-entropy of the labels, in nats"),
-    Metric(name="accuracy", measure=_accuracy, words="share of labels predicted, 0 to 1"),
+    _named(_cross_entropy, "cross-entropy of the labels, in nats"),
+    _named(_accuracy, "share of labels predicted, 0 to 1"),
 ]

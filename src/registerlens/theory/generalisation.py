@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from registerlens.display import drawn_by
+from registerlens.display import drawn_by, grid_table
 from registerlens.theory.conditions import (
     ACTIVATION_GRID,
     Activations,
@@ -90,21 +90,17 @@ class GeneralReport(SinkReport):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an activation and head: [CLS]'s attention to x_s, its limit, and what is not per head repeated."""
-        n_heads, n = self.beside.shape[1], len(self.activations)
         columns: dict[str, Any] = {
-            "activation": np.repeat(self.activations, n_heads),
-            "head": np.tile(np.arange(n_heads), n),
-            "sink_cls": 1 - self.beside[..., CLS].ravel(),
-            "beside_cls": self.beside[..., CLS].ravel(),
-            "beside_cls_bound": self.beside_bound[..., CLS].ravel(),
+            "sink_cls": 1 - self.beside[..., CLS],
+            "beside_cls": self.beside[..., CLS],
+            "beside_cls_bound": self.beside_bound[..., CLS],
         }
         if self.limit_sink is not None and self.from_limit_bound is not None:
-            columns["limit_cls"] = np.tile(self.limit_sink[:, CLS], n)
-            columns["limit_cls_bound"] = self.from_limit_bound[..., CLS].ravel()
+            columns |= {"limit_cls": self.limit_sink[:, CLS], "limit_cls_bound": self.from_limit_bound[..., CLS]}
         for name in ("key_distance", "key_bound", "brought", "brought_bound", "deviation", "deviation_bound"):
             if (values := getattr(self, name)) is not None:
-                columns[name] = np.repeat(values, n_heads)
-        return pd.DataFrame(columns)
+                columns[name] = values[:, None]
+        return grid_table({"activation": self.activations, "head": range(self.beside.shape[1])}, **columns)
 
     plot = drawn_by("theory.generalisation_figure")
     """Attention to x_s per head with its limit, what x_s brings, and the deviation, with their bounds."""

@@ -50,7 +50,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from registerlens.display import drawn_by
+from registerlens.display import drawn_by, grid_table
 from registerlens.results import FINITE, Result
 from registerlens.theory.conditions import (
     ACTIVATION_GRID,
@@ -343,18 +343,14 @@ class CorollaryReport(ExactReport):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an activation and token: the difference, also as a share of a, its limit and the distance from it."""
-        n_tokens = len(self.attends)
-        return pd.DataFrame(
-            {
-                "activation": np.repeat(self.activations, n_tokens),
-                "token": np.tile(np.arange(n_tokens), len(self.activations)),
-                "attends": np.tile(self.attends, len(self.activations)),
-                "difference": self.difference.ravel(),
-                "relative_difference": (self.difference / self.activations[:, None]).ravel(),
-                "limit": np.repeat(self.limit, n_tokens),
-                "from_limit": self.from_limit.ravel(),
-                "from_limit_bound": self.from_limit_bound.ravel(),
-            }
+        return grid_table(
+            {"activation": self.activations, "token": range(len(self.attends))},
+            attends=self.attends,
+            difference=self.difference,
+            relative_difference=self.difference / self.activations[:, None],
+            limit=self.limit[:, None],
+            from_limit=self.from_limit,
+            from_limit_bound=self.from_limit_bound,
         )
 
     plot = drawn_by("theory.corollary_figure")
