@@ -7,6 +7,8 @@ import os
 import pkgutil
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -272,7 +274,7 @@ def _dies(*_, **__):
 
 
 @EVERY
-@pytest.mark.parametrize("at", ["the second file", "the renaming"])
+@pytest.mark.parametrize("at", ["the second file", "the exchange", "the second renaming"])
 def test_a_crash_leaves_the_old_result_whole_and_nothing_half(name, at, saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in (saved.iterdir() if saved.is_dir() else [saved])}
     if at == "the second file":
@@ -280,6 +282,7 @@ def test_a_crash_leaves_the_old_result_whole_and_nothing_half(name, at, saved, m
     elif saved.is_dir():
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda a, b: rename(a, b) if "old" in a.name + b.name else _dies())
+        monkeypatch.setattr("registerlens.files.exchanged", _dies if at == "the exchange" else lambda *_: False)
     else:
         monkeypatch.setattr(Path, "replace", _dies)
     for place in (saved, saved.with_name("new") / saved.name):
@@ -290,6 +293,41 @@ def test_a_crash_leaves_the_old_result_whole_and_nothing_half(name, at, saved, m
     left = {path.name for path in saved.parent.iterdir()} - {saved.name}
     assert left <= {"new"} and not any(saved.with_name("new").glob("*"))
     same(example(name), KINDS[name].load(saved))
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+from registerlens import files
+
+def kill(*_, **__):
+    os.kill(os.getpid(), 9)
+
+rename, folder, at = Path.rename, Path(sys.argv[1]), sys.argv[2]
+if at == "between two renamings":
+    files.exchanged = lambda *_: False
+    Path.rename = lambda a, b: (rename(a, b), kill())
+elif at == "before the exchange":
+    files.exchanged = kill
+else:
+    files.shutil.rmtree = kill
+with files.whole_folder(folder) as whole:
+    (whole / "result.json").write_text("half")
+"""
+
+
+@pytest.mark.parametrize("at", ["between two renamings", "before the exchange", "after the exchange"])
+def test_a_process_killed_while_it_replaces_a_folder_leaves_one_that_is_whole(at, tmp_path):
+    saved = shutil.copytree(_saved("Trace"), tmp_path / "the [trace]")
+    killed = subprocess.run([sys.executable, "-c", _KILLED, saved, at], capture_output=True, timeout=60)
+    assert killed.returncode == -9, killed.stderr.decode()
+    if at == "after the exchange":
+        assert (saved / JSON).read_text() == "half"
+        return
+    assert saved.exists() == (at == "before the exchange")
+    same(example("Trace"), KINDS["Trace"].load(saved))
+    assert example("Trace").save(saved) == saved
+    assert not list(tmp_path.glob(".*.old"))
 
 
 @EVERY

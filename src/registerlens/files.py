@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import json
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 _DEEPEST = 64
 """Levels of a JSON file that are read: its parser recurses, and what is ours has some ten."""
+_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)', re.DOTALL)
 
 
@@ -42,23 +46,44 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place at the end; after an exception all is as it was."""
     path = path.resolve()
+    restore(path)
     temporary = _beside(path)
-    old = temporary.with_name(f"{temporary.name}.old")
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if path.exists():
             shutil.copymode(path, temporary)  # a private folder stays private
-            path.rename(old)  # nothing portable exchanges two folders: a kill here leaves the older one as .NAME.….old
-        try:
+            if not exchanged(temporary, path):
+                _replace(path, temporary)
+        else:
             temporary.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore(path: Path) -> None:
+    """Put a folder back that a process was about to replace when it was killed, where that takes two steps."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        if not path.exists():
+            old.rename(path)
+
+
+def exchanged(a: Path, b: Path) -> bool:
+    """Whether two folders now stand in each other's place, which Linux does in one step on most file systems."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return bool(renameat2) and not renameat2(_WORKING_FOLDER, bytes(a), _WORKING_FOLDER, bytes(b), _EXCHANGE)
+
+
+def _replace(path: Path, new: Path) -> None:
+    """The same in two steps, between which only the older folder is there, as .NAME.….old."""
+    old = new.with_name(f"{new.name}.old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:

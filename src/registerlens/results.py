@@ -17,7 +17,7 @@ from registerlens.config import ViTConfig
 from registerlens.display import Shown
 from registerlens.encoding import ARRAYS, JSON, Misfit, Parts, Place, concrete, decode, encode
 from registerlens.errors import ConfigError
-from registerlens.files import read_json, read_tensors, whole_file, whole_folder, write_json
+from registerlens.files import read_json, read_tensors, restore, whole_file, whole_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,7 @@ class Saved:
             ConfigError: a file is missing, damaged, or another class's; it names the file and the field.
         """
         folder = Path(folder)
+        restore(folder)
         stored = read_json(folder / JSON)
         try:
             kind = _kind(cls, stored)
