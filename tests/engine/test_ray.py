@@ -281,6 +281,33 @@ def test_a_task_that_waits_for_ever_is_named(connected, impatient, vit):
         list(RayBackend(retries=0, workers=1).run(job, tasks))
 
 
+class UnpackedLate:
+    """A metric that waits when it is unpacked for the first time, as a module on a file system that hangs does."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        if not (self.folder / "once").exists():
+            (self.folder / "once").write_text(str(os.getpid()))
+            threading.Event().wait()
+
+    def __call__(self, edited, clean):
+        return edited.output.flatten(1).norm(dim=-1)
+
+
+def test_a_worker_that_waits_for_ever_while_it_starts_is_replaced(connected, impatient, vit, tmp_path):
+    job, tasks = job_of(vit, [drift(), Metric(name="largest", measure=UnpackedLate(tmp_path))])
+    results = by_task(RayBackend(workers=1).run(job, tasks))
+    first = int((tmp_path / "once").read_text())
+    assert psutil.wait_procs([psutil.Process(first)] if psutil.pid_exists(first) else [], timeout=10)[1] == []
+    assert_equal_bits(results, by_task(LocalBackend().run(job, tasks)))
+    (tmp_path / "once").unlink()
+    with pytest.raises(BackendError, match=r"none could be started.* was lost with no sign of work for 10 s"):
+        list(RayBackend(workers=1, retries=0).run(job, tasks))
+
+
 class NoRay:
     """As much of Ray as losing a worker needs."""
 

@@ -85,7 +85,10 @@ def folder_at(where: str | os.PathLike[str]) -> Folder:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder of this machine: written beside, flushed to the disk, renamed, and the folder flushed too."""
+    """A folder of this machine: written beside, flushed to the disk, renamed, and the folder flushed too.
+
+    One on a network file system that hangs is waited for: the system's calls cannot be ended from inside a process.
+    """
 
     root: Path
 

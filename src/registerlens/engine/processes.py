@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -53,7 +55,8 @@ class ProcessBackend:
     """How many; each uses `Job.threads` torch threads."""
     patience: float | int = 300.0
     """Seconds for which a worker with a task may use no processor. After them it counts as hung, and is killed: it was
-    stopped, say, or waits for a server."""
+    stopped, say, or waits for a server. A task that computes has no limit, since nobody but you knows how long it may
+    take; a run that is interrupted goes on later from what is stored."""
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -143,12 +146,13 @@ class _Launcher:
         mine, its = context.Pipe()
         beat, limit = beat_of(self.patience), max(self.patience, STARTING)
         process = context.Process(target=_work, args=(its, beat), daemon=True, name="registerlens-worker")
+        _wake_server()
         try:
             answer(process.start, seconds=limit)
         except TimeoutError as error:
             raise BackendError(
                 f"No worker process could be started within {limit:g} s: the server that they are forked from "
-                "gives no answer. Was it stopped? Start this program anew, or give the backend more `patience`."
+                "gives no answer. Start this program anew, or give the backend more `patience`."
             ) from error
         its.close()  # so that its end is closed when it dies
         worker.handle, worker.ready = _Process(process, mine), True  # a task waits until the job has been sent
@@ -201,6 +205,12 @@ def _context(*modules: str) -> Any:
     # torch._dynamo takes seconds to import, which PyTorch does where a model is built without memory for its weights.
     context.set_forkserver_preload([__name__, *modules, "torch._dynamo"])
     return context
+
+
+def _wake_server() -> None:
+    """Let the server that workers are forked from go on if it was stopped; a new one could not end their processes."""
+    if (server := forkserver._forkserver._forkserver_pid) is not None:  # type: ignore[attr-defined]
+        os.kill(server, signal.SIGCONT)
 
 
 # The worker's side ---------------------------------------------------------------------------------------------------

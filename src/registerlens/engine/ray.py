@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -23,6 +24,9 @@ from registerlens.errors import BackendError, ConfigError, needing
 
 AHEAD = 2
 """Tasks a worker has at most: one it works on, and one that waits so that it need not."""
+
+NOT_SEEN = math.inf
+"""When a worker showed life last of which there is no sign yet: the cluster may have no room for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,9 @@ class RayBackend:
     """How often a task is given out again after the worker that did it died, and a worker that dies while it starts is
     replaced."""
     patience: float | int = 300.0
-    """Seconds to wait for a worker when there is none, and for which one with a task may use no processor. After them
-    it counts as hung, and is killed: it was stopped, say, or waits for a server."""
+    """Seconds to wait for a worker when there is none, and for which one with a task, or that loads the job, may use no
+    processor. After them it counts as hung, and is killed: it was stopped, say, or waits for a server. A task that
+    computes has no limit, see `ProcessBackend`."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -92,21 +97,28 @@ class _Actor:
     clock = time.CLOCK_PROCESS_CPUTIME_ID
     used = 0.0
 
-    def load(self, job: Job, device: str, versions: dict[str, str]) -> None:
+    def load(self, boxed: list[Any], device: str, versions: dict[str, str]) -> None:
+        self.clock = _clock_of_this_thread()
         here = _versions()
         if here != versions:
             raise ConfigError(f"A worker has {here}, but the sweep was started with {versions}: the tables may differ.")
+        job = _ray().get(boxed[0])  # boxed, so that it is unpacked here and not before
         torch.set_num_threads(job.threads)
         self.job = job.unpacked(device)
 
     def perform(self, task: Task) -> pa.Table:
-        self.clock = time.pthread_getcpuclockid(threading.get_ident())  # of this thread: Ray's own are never at rest
+        self.clock = _clock_of_this_thread()
         return self.job.perform(task)
 
     def pulse(self) -> bool:
         """Whether it has worked since it was asked last; in a thread of its own, beside the task."""
         before, self.used = self.used, time.clock_gettime(self.clock)
         return self.used - before > WORKED
+
+
+def _clock_of_this_thread() -> int:
+    """Of its processor time; of the process it would tell nothing, since Ray's own threads are never at rest."""
+    return time.pthread_getcpuclockid(threading.get_ident())
 
 
 _ADVICE = (
@@ -126,12 +138,12 @@ class _Launcher:
         self.pulses: dict[Any, Worker] = {}
         self.hung_after, self.beat = how.patience, beat_of(how.patience)
         self.clock = self.manned = self.felt = 0.0
-        """Seconds for which it has listened; when, on this clock, a worker had a task last; when pulses were felt."""
+        """Seconds for which it has listened; when, on this clock, there was a worker last; when pulses were felt."""
 
     def start(self, worker: Worker) -> None:
-        worker.handle = self.actor_class.remote()
+        worker.handle, worker.last = self.actor_class.remote(), NOT_SEEN
         device = "cuda" if self.how.num_gpus else "cpu"
-        self.awaited[worker.handle.load.remote(self.job, device, _versions())] = worker, None
+        self.awaited[worker.handle.load.remote([self.job], device, _versions())] = worker, None
 
     def give(self, worker: Worker, task: Task) -> None:
         if worker.tasks == [task]:
@@ -141,8 +153,10 @@ class _Launcher:
     def wait(self, workers: Sequence[Worker]) -> tuple[Worker, Task | None, Answer]:
         while True:
             if (silent := self._feel(workers)) is not None:
-                return silent, silent.tasks[0], hung(self.hung_after)
-            if any(worker.tasks for worker in workers):
+                lost = hung(self.hung_after)
+                self.last_loss = f" A worker was lost {lost.why}."
+                return silent, next(iter(silent.tasks), None), lost
+            if any(worker.tasks or worker.last < NOT_SEEN for worker in workers):
                 self.manned = self.clock
             elif not self.awaited or self.clock - self.manned > self.how.patience:
                 waited = f"for {self.how.patience:g} s" if self.awaited else "and none could be started"
@@ -161,14 +175,14 @@ class _Launcher:
             for ref in done:
                 worker = self.pulses.pop(ref)
                 with suppress(self.ray.exceptions.RayError):  # it died: what it worked on tells
-                    worker.last = self.clock if self.ray.get(ref) else worker.last
+                    worker.last = self.clock if self.ray.get(ref) or worker.last == NOT_SEEN else worker.last
 
     def _feel(self, workers: Sequence[Worker]) -> Worker | None:
-        """Once a beat ask all that have a task for a sign of life; returns one that gave none for too long."""
+        """Once a beat ask all that have work for a sign of life; returns one that gave none for too long."""
         if self.clock < self.felt + self.beat:
             return None
         self.felt = self.clock
-        for worker in (worker for worker in workers if worker.tasks):
+        for worker in (worker for worker in workers if worker.tasks or not worker.ready):
             if self.clock - worker.last > self.hung_after:
                 return worker
             if worker not in self.pulses.values():
