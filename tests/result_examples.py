@@ -84,7 +84,7 @@ MAKERS = {
     "Overlap": lambda: rl.analysis.observable_overlap(tiny(), images()),
     "SingularDefects": lambda: rl.analysis.singular_defects(tiny(), images(), n_samples=512),
     "SinkKinds": lambda: rl.analysis.classify_sinks(tiny(), images()),
-    "AttentionCircuit": lambda: rl.attention_circuit(tiny(), images(4), NEURONS, n_boot=50),
+    "AttentionCircuit": lambda: rl.attention_circuit(tiny(), images(4), NEURONS),
     "Attributions": lambda: rl.circuits.attribution_patching(
         tiny(), images()[:3], images()[3:6], "blocks.1.mlp.hook_post", metric="largest_norm", exact=2, sample=2
     ),

@@ -18,7 +18,7 @@ OTHER_NAMES = {
     "detection_layer": "layer",
     "outliers": "detection",
 }
-BY_NAME = {"detection", "threshold", "batch_size", "n_boot"}
+BY_NAME = {"detection", "threshold", "batch_size"}
 
 
 def signatures() -> Iterator[tuple[str, inspect.Signature]]:

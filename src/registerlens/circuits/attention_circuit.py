@@ -33,12 +33,11 @@ from registerlens.circuits.readings import check_output, output_words, why_no_ou
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
-from registerlens.errors import ConfigError, ImageError, InterventionError, check_at_least
+from registerlens.errors import ConfigError, ImageError, InterventionError
 from registerlens.interventions.targets import Heads
 from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
-from registerlens.stats.intervals import resample
 
 TOLERANCE = 1e-4
 """Parts add up to the whole within this share of it."""
@@ -55,8 +54,6 @@ def attention_circuit(
     target: int | None = None,
     detection: Detection | None = None,
     threshold: Threshold = "auto",
-    n_boot: int = 1000,
-    seed: int = 0,
     batch_size: int = 16,
 ) -> AttentionCircuit:
     """The path from register neurons to [CLS], as contributions that add up, each edge cut once to see its effect.
@@ -83,7 +80,6 @@ def attention_circuit(
         target: which output (a class); default: the projection on the output's own direction.
         detection: which patches are outliers; default: found here.
         threshold: how they are found, as for `find_outliers`.
-        n_boot, seed: bootstrap samples of images for the intervals.
         batch_size: images at once when a tensor is given.
 
     Raises:
@@ -109,7 +105,6 @@ def attention_circuit(
     """
     require_softmax(vit.cfg, "A circuit")
     require_linear_output(vit.cfg, "A circuit")
-    check_at_least(1, n_boot=n_boot)
     if not 0 <= min_share < 1:
         raise ConfigError(f"min_share is a share from 0 to below 1, got {min_share}.")
     check_neurons(vit, neurons)
@@ -129,9 +124,8 @@ def attention_circuit(
         if "stream" not in collected:
             raise ImageError(_nothing(n, detection))
         _check_sums(vit, collected.error)
-        times = resample(len(collected["stream_norm"]), n_boot, seed)
         reader = "[CLS]" if reads_by_cls(vit.cfg) else "mean patch"
-        measured = Measured(vit.cfg, neurons, block, reader, collected, times)
+        measured = Measured(vit.cfg, neurons, block, reader, collected)
         nodes = select(measured, min_share)
         effects = None
         if check:
@@ -150,7 +144,7 @@ def attention_circuit(
         output=output_words(vit.cfg, target) if no_output is None else None,
         min_share=float(min_share),
         n_images=n,
-        n_used=len(times),
+        n_used=measured.n_images,
         checked=check,
         sum_error=collected.error,
         neuron_share=_neuron_share(measured, range(block + 1)),

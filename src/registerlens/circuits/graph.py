@@ -42,8 +42,11 @@ class Measured:
     block: int
     reader: str
     found: Collected
-    times: Float[np.ndarray, "image sample"]
-    """Bootstrap samples, as `intervals.resample` makes them."""
+
+    @property
+    def n_images(self) -> int:
+        """Images that were measured."""
+        return len(self.found["stream_norm"])
 
     def mean(self, name: str) -> np.ndarray:
         """Mean over images of one array."""
@@ -95,14 +98,11 @@ def select(measured: Measured, min_share: float) -> ShownNodes:
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
-def tabulate(rows: Sequence[Row], times: np.ndarray, columns: Sequence[str], value: str = "value") -> pd.DataFrame:
-    """Rows of columns, then the mean of their numbers with its interval, which one image does not have."""
+def tabulate(rows: Sequence[Row], n_images: int, columns: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """Rows of columns, then the mean of their numbers with its interval."""
     frame = pd.DataFrame([labels for labels, _ in rows], columns=list(columns))
-    numbers = np.stack([numbers for _, numbers in rows]) if rows else np.zeros((0, len(times)))
-    intervals = np.stack(mean_intervals(numbers, times))
-    if len(times) < 2:
-        intervals[1:] = np.nan
-    frame[value], frame["low"], frame["high"] = intervals
+    numbers = np.stack([numbers for _, numbers in rows]) if rows else np.zeros((0, n_images))
+    frame[value], frame["low"], frame["high"] = mean_intervals(numbers)
     return frame
 
 
@@ -124,7 +124,7 @@ def parts_table(measured: Measured, nodes: ShownNodes) -> pd.DataFrame:
         for i, via in enumerate(VIA):
             add(receiver, names, heads[..., i].reshape(len(heads), -1), via)
         add(receiver, rest if receiver != OUTPUT else [*rest, "other tokens"], measured.field(receiver, "rest"))
-    frame = tabulate(rows, measured.times, ("receiver", "part", "via"))
+    frame = tabulate(rows, measured.n_images, ("receiver", "part", "via"))
     frame["share"] = frame["value"] / _gross(frame)
     return frame
 
@@ -139,7 +139,7 @@ def edges_table(
 ) -> pd.DataFrame:
     """Every shown edge, and for each node one from the rest, so that the inflow adds up to the node's quantity."""
     rows, cut = list[Row](), list[Float[np.ndarray, "image norm"]]()
-    unknown = np.full((len(measured.times), len(NORMS)), np.nan)
+    unknown = np.full((measured.n_images, len(NORMS)), np.nan)
     gross = _gross(parts).groupby(parts["receiver"]).first()
 
     def add(sender: str, receiver: str, values: np.ndarray, effect: np.ndarray, via: str = "") -> None:
@@ -169,9 +169,11 @@ def edges_table(
                     cutting = effect("output" if receiver == OUTPUT else "reader", column, i)
                     add(head_name(layer, head), receiver, values[:, i], cutting, via)
         close(receiver, measured.field(receiver, "whole"))
-    frame = tabulate(rows, measured.times, ("sender", "receiver", "via"))
+    frame = tabulate(rows, measured.n_images, ("sender", "receiver", "via"))
     frame["share"] = frame["value"] / gross[frame["receiver"]].to_numpy()
-    live, held = (tabulate([({}, effect[:, i]) for effect in cut], measured.times, (), "effect") for i in (LIVE, HELD))
+    live, held = (
+        tabulate([({}, effect[:, i]) for effect in cut], measured.n_images, (), "effect") for i in (LIVE, HELD)
+    )
     frame = frame.assign(effect=live["effect"], effect_low=live["low"], effect_high=live["high"])
     return frame.assign(effect_held=held["effect"])
 
@@ -182,7 +184,7 @@ _NOTHING = 1e-12
 
 def nodes_table(measured: Measured, nodes: ShownNodes, edges: pd.DataFrame, effects: Collected | None) -> pd.DataFrame:
     """Every node with its quantity, in the order of the path."""
-    found, unknown = measured.found, np.full(len(measured.times), np.nan)
+    found, unknown = measured.found, np.full(measured.n_images, np.nan)
     rows: list[Row] = []
 
     def add(
@@ -212,7 +214,7 @@ def nodes_table(measured: Measured, nodes: ShownNodes, edges: pd.DataFrame, effe
         add(receiver, kind, measured.field(receiver, "whole"), "projection" if kind == "output" else "norm")
     for sender in edges["sender"][edges["sender"].str.startswith(REST)]:
         add(sender, "rest", unknown, "")
-    return tabulate(rows, measured.times, columns, "whole")
+    return tabulate(rows, measured.n_images, columns, "whole")
 
 
 _CUT = ("effect", "effect_attention", "effect_held")
@@ -237,6 +239,6 @@ def paths_table(measured: Measured, nodes: ShownNodes, effects: Collected | None
             labels |= dict(zip(_CUT, changes, strict=True))
             rows.append((labels, measured.found["scores"][:, i, at, head]))
     columns = ("layer", "neuron", "head_layer", "head", "share", "attention", "strength", *_CUT)
-    frame = tabulate(rows, measured.times, columns, "score")
+    frame = tabulate(rows, measured.n_images, columns, "score")
     order = np.argsort(-np.abs(frame["strength"].to_numpy(dtype=float)), kind="stable")
     return frame.iloc[order].reset_index(drop=True)

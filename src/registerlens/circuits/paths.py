@@ -33,10 +33,8 @@ from registerlens.evaluation.metrics import Metric, measured
 from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.results import ModelResult
-from registerlens.stats.intervals import mean_intervals, resample
+from registerlens.stats.intervals import interval_words, mean_intervals
 
-N_BOOT = 2000
-"""Bootstrap samples of an interval."""
 TOGETHER, TOTAL = "all receivers", "the whole corrupted image"
 
 
@@ -62,8 +60,6 @@ class PathEffects(ModelResult):
     """The same where all receivers do; without receivers, the effect of plain activation patching."""
     identical: Bool[np.ndarray, " pair"]
     """Pairs that are one image twice: their effects are zero."""
-    seed: int
-    """Seed of the bootstrap samples."""
 
     @property
     def total(self) -> Float[np.ndarray, " pair"]:
@@ -77,7 +73,7 @@ class PathEffects(ModelResult):
         name = self.receivers[0] if len(self.receivers) == 1 else TOGETHER if self.receivers else "everything later"
         rows = [*alone, (name, self.together), (TOTAL, self.total)]
         values = np.stack([row for _, row in rows])
-        mean, low, high = mean_intervals(values, resample(values.shape[1], N_BOOT, self.seed))
+        mean, low, high = mean_intervals(values)
         share = mean / mean[-1] if mean[-1] else np.full_like(mean, np.nan)
         return pd.DataFrame(
             {"receiver": [row for row, _ in rows], "effect": mean, "low": low, "high": high, "share": share}
@@ -93,10 +89,11 @@ class PathEffects(ModelResult):
         table = self.to_dataframe()
         whole, total = table.iloc[-2], table.iloc[-1]
         way = f"by way of {whole['receiver']} alone" if self.receivers else "patched, with everything later free"
+        ends = interval_words(whole["low"], whole["high"])
         sentences = [
             f"{self.sender} of the corrupted image, {way}, changes {self.words or self.metric} by "
-            f"{whole['effect']:+.3g} [{whole['low']:.3g}, {whole['high']:.3g}] on {len(self.clean)} pairs; the whole "
-            f"corrupted image by {total['effect']:+.3g}."
+            f"{whole['effect']:+.3g} ({ends}) on {len(self.clean)} pairs; the whole corrupted image by "
+            f"{total['effect']:+.3g}."
         ]
         if len(self.receivers) > 1:
             alone = table.iloc[:-2]
@@ -121,7 +118,6 @@ def path_patching(
     metric: str | Metric | Measure,
     labels: Int[Tensor, "pair ..."] | None = None,
     batch_size: int = 16,
-    seed: int = 0,
 ) -> PathEffects:
     """The effect of a sender's corrupted activation on a metric, along the direct paths to some receivers alone.
 
@@ -144,7 +140,6 @@ def path_patching(
             (edited, clean) that gives one number an image.
         labels: one a pair, where the metric wants them.
         batch_size: pairs at once when tensors are given.
-        seed: of the bootstrap intervals.
 
     Raises:
         ConfigError: the sender is several points, or a receiver comes before it.
@@ -180,7 +175,6 @@ def path_patching(
         words=one.words,
         sender=plan.sender.label,
         receivers=tuple(site.label for site in plan.receivers),
-        seed=seed,
         **{name: torch.cat(values, -1).numpy() for name, values in columns.items()},
     )
 

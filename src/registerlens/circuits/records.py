@@ -74,7 +74,7 @@ class AttentionCircuit(ModelResult):
             numbers=("value", *_INTERVAL, "share", "effect", "effect_low", "effect_high", "effect_held"),
         )
     )
-    """sender, receiver, via (the group of keys that a head took it from), value, low, high (95% bootstrap interval),
+    """sender, receiver, via (the group of keys that a head took it from), value, low, high (95% interval),
     share (of all magnitudes that flow into the receiver), effect (by how much the receiver's quantity falls when this
     edge alone is cut, and its norms take their scales anew; NaN if unchecked), effect_low, effect_high, effect_held
     (the same with scales and directions held, where it must be the value)."""

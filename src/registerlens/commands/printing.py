@@ -133,8 +133,8 @@ def print_evaluation(done: Evaluation, samples: str) -> None:
     metrics, rows = evaluation_table(done)
     n, place = done.n_images, done.detection.sublayer
     caption = (
-        "Below the means: 95% bootstrap intervals. * in units of the clean median patch norm. Attention: mean of "
-        "heads, in the blocks after the onset. Cosines, KL: to the clean run."
+        "Below the means: 95% intervals, from 8 images on. * in units of the clean median patch norm. Attention: "
+        "mean of heads, in the blocks after the onset. Cosines, KL: to the clean run."
     )
     title = f"{done.model}, {n} images, outliers above {done.detection.cutoff} at {place}"
     headers = ("condition", *(fill(COLUMNS[metric], 12) for metric in metrics))
@@ -156,8 +156,8 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
     frame: Any = result.to_dataframe()
     n_tested = sum(one.kind is ConditionKind.TESTED for one in result.conditions)
     caption = (
-        "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% bootstrap "
-        f"intervals. p: sign-flip permutation test, Holm-corrected over the {n_tested} conditions that were tested."
+        "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% intervals, "
+        f"from 8 images on. p: sign-flip permutation test, Holm-corrected over the {n_tested} tested conditions."
     )
     headers = ("metric", "condition", "mean", "difference", "p (Holm)", "vs controls", "p (Holm)")
     title = f"Largest effects of {n_tested} conditions on {result.n_images} images"
@@ -188,7 +188,8 @@ def _with_interval(row: dict[str, Any], name: str) -> str:
 
     if row[name] != row[name]:
         return "-"
-    return f"{brief(row[name])}\n{brief(row[f'{name}_low'])} to {brief(row[f'{name}_high'])}"
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return brief(row[name]) + ("" if math.isnan(low) else f"\n{brief(low)} to {brief(high)}")
 
 
 def print_criteria(criteria: EmergenceCriteria) -> None:

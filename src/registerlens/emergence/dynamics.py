@@ -24,7 +24,7 @@ from registerlens.model.vit import HookedViT
 from registerlens.progress import track
 from registerlens.results import Result
 from registerlens.stats.histograms import medians
-from registerlens.stats.intervals import LEVEL, resample
+from registerlens.stats.intervals import LEAST_IMAGES, LEVEL, interval_words, resample
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -96,7 +96,7 @@ class Dynamics(Result):
         Rule: a sign sets in when the mean over images is first halfway from its value at the first checkpoint to that
         at the last one (`step`), interpolated between checkpoints. It may fall back: `lasting` is the step from which
         it is beyond halfway for good. Intervals (of `step`) are percentiles over `n_boot` bootstrap samples of the
-        images; `first` is the share of samples in which a sign set in before the other two.
+        images, from 8 images on; `first` is the share of samples in which a sign set in before the other two.
         """
         steps, times = np.array(self.steps), resample(self.n_images, n_boot, seed)
         samples = np.stack([_halfway(steps, self.course(sign) @ times / self.n_images)[0] for sign in SIGNS])
@@ -105,7 +105,7 @@ class Dynamics(Result):
         rows = []
         for i, sign in enumerate(SIGNS):
             step, lasting = _halfway(steps, self.course(sign).mean(1, keepdims=True))[:, 0]
-            low, high = np.percentile(samples[i], LEVEL)
+            low, high = np.percentile(samples[i], LEVEL) if self.n_images >= LEAST_IMAGES else (np.nan, np.nan)
             row = {"run": self.run, "seed": self.seed, "sign": sign, "step": step, "low": low, "high": high}
             rows.append(row | {"lasting": lasting, "first": alone[i].mean()})
         return pd.DataFrame(rows)
@@ -124,10 +124,10 @@ class Dynamics(Result):
         onsets = self.onsets().sort_values("step")
         columns = ["sign", "step", "low", "high", "lasting"]
         order = "; ".join(
-            f"{sign} at {step:.0f} ({low:.0f} to {high:.0f}), for good from {lasting:.0f}"
+            f"{sign} at {step:.0f} ({interval_words(low, high)}), for good from {lasting:.0f}"
             for sign, step, low, high, lasting in onsets[columns].itertuples(index=False)
         )
-        return f"{self.run}, step at which each sign was halfway, with its 95% interval: {order}."
+        return f"{self.run}, step at which each sign was halfway: {order}."
 
     def plot(self) -> go.Figure:
         """The three signs over the steps, and the neurons."""

@@ -31,7 +31,7 @@ from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
-from registerlens.stats.intervals import mean_intervals, resample
+from registerlens.stats.intervals import mean_intervals
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -91,19 +91,18 @@ class Evaluation(ModelResult):
         values = self.of(metric, condition)
         return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
-    def to_dataframe(self, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """One row a condition and metric: mean, its 95% interval, and the same of the difference to the clean run.
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a condition and metric: mean, its 95% interval, the same of the difference to the clean run.
 
-        Intervals are percentiles of `n_boot` bootstrap samples of the images; differences are paired.
+        Differences are paired, image by image. Intervals are those of `mean_intervals`; below 8 images there are none.
         """
-        times = resample(self.n_images, n_boot, seed)
         frame = pd.DataFrame({"condition": self.conditions, "kind": self.kinds})
         parts = []
         for m, metric in enumerate(self.metrics):
             values = self.values[:, m]
-            columns = dict(zip(("mean", "low", "high"), mean_intervals(values, times), strict=True))
+            columns = dict(zip(("mean", "low", "high"), mean_intervals(values), strict=True))
             names = ("difference", "difference_low", "difference_high")
-            columns |= dict(zip(names, mean_intervals(values - values[0], times), strict=True))
+            columns |= dict(zip(names, mean_intervals(values - values[0]), strict=True))
             part = frame.assign(metric=metric, **columns)
             parts.append(part[~np.isnan(values).all(axis=1)])
         return pd.concat(parts, ignore_index=True)

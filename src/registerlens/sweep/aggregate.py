@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from registerlens.display import Shown
 from registerlens.errors import ConfigError
 from registerlens.evaluation.controls import ConditionKind
-from registerlens.stats.intervals import CHUNK, mean_intervals, resample
-from registerlens.stats.permutation import holm, least_p, n_flips, sign_flip_p
+from registerlens.stats.intervals import interval_words, mean_intervals
+from registerlens.stats.permutation import CHUNK, holm, least_p, sign_flip_p
 from registerlens.sweep.conditions import Condition, Factor
 
 if TYPE_CHECKING:
@@ -136,18 +136,14 @@ NUMBERS = (
 """Columns of numbers, after those."""
 
 
-def aggregate(result: SweepResult, n_boot: int, seed: int, flips: int | None) -> pd.DataFrame:
+def aggregate(result: SweepResult, seed: int) -> pd.DataFrame:
     """The table of `SweepResult.to_dataframe`, which explains it."""
     tested = np.array([condition.kind is ConditionKind.TESTED for condition in result.conditions])
-    flips = n_flips(int(tested.sum())) if flips is None else flips
-    times = {name: resample(len(places.names), n_boot, seed) for name, places in result.places.items() if places.names}
     blocks = []
     for metric in result.metrics:
         columns = {name: np.full(len(result.conditions), np.nan) for name in NUMBERS if name != "metric"}
-        for name, samples in times.items():
-            places = result.places[name]
-            part = _measure(result, places, result.values(metric, name), samples, flips, seed)
-            for column, values in part.items():
+        for name, places in result.places.items():
+            for column, values in _measure(result, places, result.values(metric, name), seed).items():
                 columns[column][places.conditions] = values
         for column in ("p", "p_controls"):
             columns[f"{column}_holm"] = holm(np.where(tested, columns[column], np.nan))
@@ -185,24 +181,28 @@ def _measure(
     result: SweepResult,
     places: Places,
     values: Float[np.ndarray, "condition image"],
-    times: Float[np.ndarray, "image sample"],
-    flips: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
     """Every number of one metric on one set of images, but for Holm's corrections."""
     swept = [result.conditions[i] for i in places.conditions]
     clean = _clean_rows(swept)
     columns: dict[str, np.ndarray] = {"n_images": np.isfinite(values).sum(1)}
-    columns |= dict(zip(_MEAN, mean_intervals(values, times), strict=True))
-    columns |= {name: np.full(len(swept), np.nan) for name in (*_DIFFERENCE, "p", "p_least", *_CONTROLS, "p_controls")}
+    columns |= {
+        name: np.full(len(swept), np.nan) for name in (*_MEAN, *_DIFFERENCE, "p", "p_least", *_CONTROLS, "p_controls")
+    }
+
+    def average(rows: Int[np.ndarray, " row"], numbers: Float[np.ndarray, "row image"], into: tuple) -> None:
+        for name, found in zip(into, mean_intervals(numbers), strict=True):
+            columns[name][rows] = found
 
     def compare(
         rows: Int[np.ndarray, " row"], differences: Float[np.ndarray, "row image"], into: tuple, p: str
     ) -> None:
-        for name, numbers in zip(into, mean_intervals(differences, times), strict=True):
-            columns[name][rows] = numbers
-        columns[p][rows] = sign_flip_p(differences, flips, seed)
+        average(rows, differences, into)
+        columns[p][rows] = sign_flip_p(differences, seed)
 
+    for rows in _chunks(np.arange(len(swept)), values.shape[1]):
+        average(rows, values[rows], _MEAN)
     for rows in _chunks(np.flatnonzero(clean >= 0), values.shape[1]):
         differences = values[rows] - values[clean[rows]]
         compare(rows, differences, _DIFFERENCE, "p")
@@ -260,7 +260,7 @@ class Comparison(Shown):
     difference: float
     """Mean of a minus b."""
     low: float
-    """Lower end of its 95% bootstrap interval."""
+    """Lower end of its 95% interval; NaN below 8 images."""
     high: float
     """Upper end."""
     p: float
@@ -277,7 +277,7 @@ class Comparison(Shown):
         """The comparison in words."""
         return (
             f"{self.metric}: {self.a} {self.mean_a:.4g}, {self.b} {self.mean_b:.4g}; difference {self.difference:+.4g} "
-            f"(95% interval {self.low:.4g} to {self.high:.4g}), p = {self.p:.3g} on {self.n_images} images "
+            f"({interval_words(self.low, self.high)}), p = {self.p:.3g} on {self.n_images} images "
             f"(at least {self.p_least:.2g} is possible)."
         )
 
@@ -286,7 +286,7 @@ class Comparison(Shown):
         return pd.DataFrame({"image": self.names, "difference": self.differences})
 
 
-def compare(result: SweepResult, a: Any, b: Any, metric: str, n_boot: int, seed: int) -> Comparison:
+def compare(result: SweepResult, a: Any, b: Any, metric: str, seed: int) -> Comparison:
     """The comparison of `SweepResult.compare`, which explains it."""
     first, second = (result.conditions[result.index(one)] for one in (a, b))
     series = [pd.Series(result.of(metric, one), index=result.places[one.images].names) for one in (first, second)]
@@ -298,7 +298,7 @@ def compare(result: SweepResult, a: Any, b: Any, metric: str, n_boot: int, seed:
             f"in common that has a {metric!r}; only conditions on the same images can be compared in pairs."
         )
     differences = (both[0] - both[1]).to_numpy()[None]
-    mean, low, high = mean_intervals(differences, resample(len(both), n_boot, seed))
+    mean, low, high = mean_intervals(differences)
     return Comparison(
         a=first.label,
         b=second.label,
@@ -310,6 +310,6 @@ def compare(result: SweepResult, a: Any, b: Any, metric: str, n_boot: int, seed:
         difference=float(mean[0]),
         low=float(low[0]),
         high=float(high[0]),
-        p=float(sign_flip_p(differences, n_flips(1), seed)[0]),
+        p=float(sign_flip_p(differences, seed)[0]),
         p_least=float(least_p(np.array([len(both)]))[0]),
     )

@@ -177,7 +177,7 @@ class SweepResult(Result):
         left_out = f" {len(self.skipped)} images could not be used." if self.skipped else ""
         return f"{', '.join(self.metrics)} under {counts} conditions on {self.n_images} images.{left_out}"
 
-    def to_dataframe(self, n_boot: int = 1000, seed: int = 0, flips: int | None = None) -> pd.DataFrame:
+    def to_dataframe(self, seed: int = 0) -> pd.DataFrame:
         """One row a condition and metric.
 
         Columns: what the condition is (`condition` (key), `label`, `kind`: clean, control or tested, `model`, `images`,
@@ -187,21 +187,18 @@ class SweepResult(Result):
         mean of the condition's controls, with the same columns, and their number `n_controls`.
 
         All is paired, image by image; an image without a finite number on either side is left out. Intervals are
-        percentiles of bootstrap means, p-values those of `sign_flip_p`. `p_holm` is corrected within the metric over
-        all tested conditions: neither clean runs nor controls count. NaN stands where there is nothing to compare with.
+        those of `mean_intervals` (none below 8 images), p-values those of `sign_flip_p`. `p_holm` is corrected within
+        the metric over all tested conditions: neither clean runs nor controls count. NaN stands where there is nothing
+        to compare with.
 
         Args:
-            n_boot: bootstrap samples, the same for all conditions.
-            seed: of the samples and of the permutations.
-            flips: permutations at most; None takes so many that the smallest p-value can survive Holm's correction.
+            seed: of the permutations.
         """
-        if (n_boot, seed, flips) == (1000, 0, None):
-            return self._aggregates.copy()
-        return aggregate(self, n_boot, seed, flips)
+        return aggregate(self, seed) if seed else self._aggregates.copy()
 
     @cached_property
     def _aggregates(self) -> pd.DataFrame:
-        return aggregate(self, 1000, 0, None)
+        return aggregate(self, 0)
 
     def top(self, metric: str, n: int = 10, by: str = "difference") -> pd.DataFrame:
         """The tested conditions that do most, or of which a p-value is lowest.
@@ -230,20 +227,19 @@ class SweepResult(Result):
         return rows.loc[key.sort_values(kind="stable").index[:n]].reset_index(drop=True)
 
     def compare(
-        self, a: str | Swept | Condition, b: str | Swept | Condition, metric: str, *, n_boot: int = 1000, seed: int = 0
+        self, a: str | Swept | Condition, b: str | Swept | Condition, metric: str, *, seed: int = 0
     ) -> Comparison:
         """Two conditions beside each other, paired by the names of their images.
 
         Args:
             a, b: conditions, their keys or their labels; they may be of different models.
             metric: its name.
-            n_boot: bootstrap samples.
-            seed: of the samples and of the permutations.
+            seed: of the permutations.
 
         Raises:
             ConfigError: there is no such condition or metric, a label means several, or no image has both numbers.
         """
-        return compare(self, a, b, metric, n_boot, seed)
+        return compare(self, a, b, metric, seed)
 
     def select(self, **factors: Factor | Collection[Factor]) -> SweepResult:
         """The part of the result whose factors have these values, with its clean runs and controls.

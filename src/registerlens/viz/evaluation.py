@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from registerlens.evaluation.controls import ConditionKind
 from registerlens.evaluation.effects import Evaluation
 from registerlens.evaluation.shifts import OutlierShift
+from registerlens.stats.intervals import interval_words
 from registerlens.viz.parts import bars, beside, curve, dots, finished, interval, legend, note, ticks_of_blocks
 from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PALETTE, PURPLE, RED, SKY, Mode, ink
 
@@ -75,7 +76,7 @@ def groups_of(evaluation: Evaluation, mode: Mode = "light") -> list[Group]:
 def evaluation_figure(evaluation: Evaluation, mode: Mode = "light") -> go.Figure:
     """Above: the largest patch norm and the largest attention to a patch (mean over heads); dashed: the register's own.
 
-    Below: the telling metrics of every condition, mean over images with a 95% bootstrap interval. Baselines and
+    Below: the telling metrics of every condition, mean over images with a 95% interval. Baselines and
     controls are thin, the clean model is wide; draws of the same control share a colour and a line of the legend.
 
     Source: Jiang et al. 2025, figures 8, 22, 23 and 24.
@@ -242,9 +243,8 @@ def _dots(evaluation: Evaluation, frame: pd.DataFrame, row: int, group: Group, a
     mine = frame.set_index("condition").reindex(names)
     spread = np.linspace(-0.2, 0.2, len(names)) if len(names) > 1 else np.zeros(1)
     middle, low, high = mine["mean"], mine["low"], mine["high"]
-    text = [
-        f"{one[0]}: {one[1]:.4g} [{one[2]:.4g}, {one[3]:.4g}]" for one in zip(names, middle, low, high, strict=True)
-    ]
+    ends = map(interval_words, low, high)
+    text = [f"{name}: {mean:.4g} ({words})" for name, mean, words in zip(names, middle, ends, strict=True)]
     error = interval(middle, low, high, symmetric=False, thickness=1.2, width=3)
     size = 6 if group.width < 2 else 9
     marks = dots(middle, row + spread, None, group.colour, size, "%{text}", text=text, error_x=error, showlegend=False)

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from registerlens.errors import ConfigError, close_matches
+from registerlens.stats.intervals import interval_words
 from registerlens.sweep.result import SweepResult
 from registerlens.viz.parts import curve, dots, finished, interval, legend, sentence
 from registerlens.viz.sweep_effects import BYS, Effects, effects_of
@@ -105,11 +106,11 @@ def _needed() -> str:
 
 def _curve(rows: Any, x: str, name: str, number: int, label: str) -> go.Scatter:
     middle, low, high = (rows[column].to_numpy() for column in ("value", "low", "high"))
-    hover = f"{label} %{{x}}: %{{y:.4g}} (%{{customdata[0]:.3g}} to %{{customdata[1]:.3g}}), %{{customdata[2]}} images"
+    hover = f"{label} %{{x}}: %{{y:.4g}} (%{{customdata[0]}}), %{{customdata[1]}} images"
     line = curve(rows[x].to_numpy(), middle, name, _COLOURS[number], f"{hover}<extra>{name}</extra>")
     line.update(error_y=interval(middle, low, high, thickness=1.2, width=3))
     line.update(marker={"symbol": _SYMBOLS[number], "size": 7})
-    return line.update(customdata=np.stack([low, high, rows["n_images"]], axis=1))
+    return line.update(customdata=list(zip(map(interval_words, low, high), rows["n_images"], strict=True)))
 
 
 def layers_figure(effects: Effects, mode: Mode) -> go.Figure:
@@ -206,13 +207,13 @@ def heads_figure(effects: Effects, mode: Mode) -> go.Figure:
     diverging = effects.by.zero is not None
     for column, (_, part) in panels:
         z = np.full((len(layers), len(heads)), np.nan)
-        extra = np.full((*z.shape, 3), np.nan)
+        extra = np.full((*z.shape, 2), None, dtype=object)
         at = part["layer"].to_numpy(int), part["head"].to_numpy(int)
         z[at] = part["value"]
         holm = part["p_holm"].to_numpy() if "p_holm" in part else np.full(len(part), np.nan)
-        extra[at] = np.stack([part["low"], part["high"], holm], axis=1)
+        extra[at] = list(zip(map(interval_words, part["low"], part["high"]), holm, strict=True))
         cells = go.Heatmap(z=z, x=heads, y=layers, customdata=extra, coloraxis="coloraxis", xgap=1, ygap=1)
-        hover = "head %{y}.%{x}: %{z:.4g} (%{customdata[0]:.3g} to %{customdata[1]:.3g})<br>Holm p %{customdata[2]:.3g}"
+        hover = "head %{y}.%{x}: %{z:.4g} (%{customdata[0]})<br>Holm p %{customdata[1]:.3g}"
         figure.add_trace(cells.update(hovertemplate=f"{hover}<extra></extra>"), 1, column)
         sure = holm < _LEVEL
         look = {"color": ink("light"), "size": 5, "line": {"color": paper("light"), "width": 1}}
