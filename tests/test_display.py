@@ -309,7 +309,7 @@ def test_results_of_a_model_are_shown_and_otherwise_as_before(tiny, tmp_path):
     vit, _ = tiny
     found = rl.trace(vit, torch.rand(2, 3, 48, 48))
     assert re.fullmatch(
-        r"Trace\(model='registerlens:tiny', image_sizes=\(\(48, 48\),\), 13 sublayers, sink_query='mean', n_images=2; "
+        r"Trace\(model='registerlens:tiny', fingerprint='\w+', image_sizes=\(\(48, 48\),\), 13 sublayers, sink_query='mean', n_images=2; "
         r"9 arrays up to \[13, \d+\], [\d.]+ kB\)",
         repr(found),
     )
