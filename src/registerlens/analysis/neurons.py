@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import index
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,23 +23,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]
 
-_DINOV2_VITL14 = {
-    17: "884 133 1427 3464 2373 2436 841 3574 2129 3355 4047 3341 1330 4031 844 944 464",
-    16: "2301 3576 1940 3463 1244 407 3152 2517 3465",
-    15: "1714 3507 2492 2680 131 720 3499 3062 2625",
-    14: "2110 1510 1082 2711 2464 147 543 581",
-    13: "2400",
-    12: "3168",
-}
-_OPENCLIP_VITB16 = {6: "980 61 2372", 5: "599 1869 1419 846", 4: "1468", 3: "1074"}
-
-_PUBLISHED = {
-    "dinov2_vitl14": (_DINOV2_VITL14, "Jiang et al. 2025, the 45 neurons of DINOv2 ViT-L/14"),
-    "openclip_vitb16": (
-        _OPENCLIP_VITB16,
-        "Jiang et al. 2025, the neurons of OpenCLIP ViT-B/16 that figures 3, 19, 25 and 28 name (not their ten)",
-    ),
-}
+_PUBLISHED = {path.stem: path for path in sorted((Path(__file__).parents[1] / "assets" / "neurons").glob("*.json"))}
+"""Files of published lists by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +106,7 @@ class RegisterNeurons(ResultFile):
             raise ConfigError(
                 f"No published list {name!r}.{close_matches(name, _PUBLISHED)} There are: {sorted(_PUBLISHED)}."
             )
-        table, source = _PUBLISHED[name]
-        return cls.from_pairs([(layer, int(n)) for layer, text in table.items() for n in text.split()], source)
+        return cls.load(_PUBLISHED[name])
 
     # Reading ---------------------------------------------------------------------------------------------------------
 

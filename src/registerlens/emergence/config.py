@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from registerlens.config_parts import Activation, AttentionKind
 from registerlens.data.synthetic_task import SyntheticTask
 from registerlens.errors import ConfigError, close_matches
+from registerlens.markup import asset
 from registerlens.settings import READ, AboveZero, AtLeastZero, Count, Expected, Flag, Index, Settings
 
 if TYPE_CHECKING:
@@ -160,45 +162,11 @@ class Recipe:
     """The training; the seed is 0."""
 
 
-def _model(**changes: Any) -> dict[str, Any]:
-    return {"model": changes}
-
-
-def _flats(*content: str) -> dict[str, Any]:
-    return {"task": {"flat_content": list(content)}}
-
-
 NO_SETTING = ("seed", "log_every", "checkpoint_every")
 """What changes nothing of a recipe."""
-_ALL = ("gradient", "soft_noise", "photographs")
-_LONGER = {"steps": 6000}
-
 RECIPES: dict[str, Recipe] = {
-    name: Recipe(name=name, question=question, config=TrainingConfig.model_validate(changes))
-    for name, question, changes in (
-        ("default", "How often and how cleanly does it emerge?", {}),
-        (
-            "gelu-2e-3",
-            "GELU, twice as long: half the learning rate",
-            _model(act_fn="gelu") | _LONGER | {"learning_rate": 2e-3},
-        ),
-        ("gelu-4e-3", "GELU, twice as long: the same learning rate", _model(act_fn="gelu") | _LONGER),
-        ("swiglu", "SwiGLU of as many weights", _model(act_fn="silu", gated_mlp=True, d_mlp=172)),
-        ("cls", "A [CLS] token with a label of its own: where do outliers go?", _model(class_token=True)),
-        ("registers", "4 trained registers: where do outliers go?", _model(n_trained_registers=4)),
-        ("gradients", "Flat patches show a ramp: is it overwritten?", _flats("gradient")),
-        ("soft-noise", "Flat patches show soft noise: is it overwritten?", _flats("soft_noise")),
-        ("photographs", "Flat patches show backgrounds of photographs: are they overwritten?", _flats("photographs")),
-        ("mixed", "Flat patches show ramps, soft noise and backgrounds", _flats(*_ALL)),
-        ("mixed-long", "The same, longer", _flats(*_ALL) | {"steps": 5000}),
-        ("deep", "8 blocks: does the onset move to mid-depth?", _model(n_layers=8)),
-        ("no-look-up", "Control: no patch needs another one", {"task": {"n_triggers": 0}}),
-        ("sigmoid", "Control: attention that need not sum to 1", _model(attention="sigmoid")),
-        ("sigmoid-long", "The same, longer", _model(attention="sigmoid") | {"steps": 8000}),
-        ("sandwich", "Control: norms after the sublayers too", _model(norm_after=True)),
-        ("sgd", "Control: SGD with momentum", {"optimiser": "sgd", "learning_rate": 0.1, "weight_decay": 5e-4}),
-        ("no-decay", "Control: no weight decay", {"weight_decay": 0.0}),
-    )
+    name: Recipe(name=name, question=changes.pop("question"), config=TrainingConfig.model_validate(changes))
+    for name, changes in yaml.safe_load(str(asset("recipes.yaml"))).items()
 }
 """By name; `registerlens emerge --recipe NAME --seed N` trains one."""
 

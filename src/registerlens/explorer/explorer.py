@@ -13,7 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.trace import Trace, trace
+from registerlens.analysis.trace import Trace
+from registerlens.analysis.trace import trace as trace_model
 from registerlens.data.images import to_display
 from registerlens.errors import ConfigError, ImageError, InterventionError, ShapeError
 from registerlens.explorer.attention import RecordedAttention
@@ -216,12 +217,8 @@ def explore(
         names=tuple(map(str, names)),
         conditions=conditions,
         neurons=neurons,
-        trace=_traced(vit, images) if trace is None else trace,
+        trace=trace_model(vit, images) if trace is None else trace,
     )
-
-
-def _traced(vit: HookedViT, images: Tensor) -> Trace:
-    return trace(vit, images)
 
 
 def _usual(vit: HookedViT, images: Tensor, neurons: RegisterNeurons | None) -> dict[str, Intervention]:

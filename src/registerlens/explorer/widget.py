@@ -168,22 +168,14 @@ def token_view(attention: RecordedAttention, index: int, role: Role, layer: int,
         (torch.Size([36]), torch.Size([13]), 8)
     """
     recording = attention.recording
-    is_token = index < recording.layout.n_tokens
-    neurons = (
-        zip(
-            recording.strongest[index].tolist(),
-            recording.strongest_activation[index].tolist(),
-            recording.strongest_written[index].tolist(),
-            strict=True,
-        )
-        if is_token
-        else ()
-    )
+    rows = slice(index, index + 1) if index < recording.layout.n_tokens else slice(0)  # the key of a bias is no token
+    strongest = (recording.strongest, recording.strongest_activation, recording.strongest_written)
+    neurons = zip(*(part[rows].flatten(0, 1).tolist() for part in strongest), strict=True)
     return TokenView(
         attention=attention.of(index, role, layer, head),
         reference=attention.reference(layer, head),
-        norms=recording.norms[:, index] if is_token else recording.norms[:0, 0],
+        norms=recording.norms[:, rows].flatten(),
         medians=recording.patch_medians,
         strongest=tuple(Neuron(layer=at, neuron=n, activation=a, written=w) for (at, n), a, w in neurons),
-        chosen=recording.chosen_activation[index] if is_token else recording.chosen_activation[0, :0],
+        chosen=recording.chosen_activation[rows].flatten(),
     )

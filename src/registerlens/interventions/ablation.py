@@ -159,11 +159,7 @@ class Ablate(Intervention):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, RegisterNeurons | Heads | Tokens):
-            raise ConfigError(
-                f"Ablate takes a RegisterNeurons, rl.Heads or rl.Tokens, got {type(self.target).__name__}. For a list "
-                f"of (layer, neuron) use rl.RegisterNeurons.from_pairs."
-            )
+        _check_target("Ablate", self.target)
         check_choice("mode", self.mode, get_args(Mode))
         if self.mode != "zero" and self.reference is None:
             raise ConfigError(
@@ -254,6 +250,14 @@ class Ablate(Intervention):
         return self.reference
 
 
+def _check_target(kind: str, target: object) -> None:
+    if not isinstance(target, RegisterNeurons | Heads | Tokens):
+        raise ConfigError(
+            f"{kind} takes a RegisterNeurons, rl.Heads or rl.Tokens, got {type(target).__name__}. For a list of "
+            f"(layer, neuron) use rl.RegisterNeurons.from_pairs."
+        )
+
+
 def _check_length(n_tokens: int, layout: TokenLayout) -> None:
     """Whole activations of other images fit a sequence of as many tokens only."""
     if n_tokens != layout.n_tokens:
@@ -289,11 +293,7 @@ class Scale(Intervention):
     factor: float | int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, RegisterNeurons | Heads | Tokens):
-            raise ConfigError(
-                f"Scale takes a RegisterNeurons, rl.Heads or rl.Tokens, got {type(self.target).__name__}. For a list "
-                f"of (layer, neuron) use rl.RegisterNeurons.from_pairs."
-            )
+        _check_target("Scale", self.target)
         if not (isinstance(self.factor, int | float) and math.isfinite(self.factor)):
             raise ConfigError(f"The factor must be a finite number, got {self.factor!r}.")
         object.__setattr__(self, "factor", float(self.factor))  # 1 and 1.0 are the same edit, and have the same hash

@@ -35,20 +35,24 @@ _NORMS = ("layer_norm1", "layer_norm2")
 _TEXT_SIDE = ("text_model.*", "text_projection.*", "logit_scale")
 """What a model of images and texts has beside its tower."""
 
+_TOWER = {
+    "embed.W_pos": positions("embeddings.position_embedding.weight", flat=True),
+    **norm("ln_final", "post_layernorm"),
+    **block("encoder.layers.{i}", _NORMS, _ATTENTION, FC),
+}
+"""What CLIP and SigLIP call the same."""
 _CLIP = Family(
     library="transformers",
     source_class="CLIPVisionModel",
     example="openai/clip-vit-large-patch14",
     prefixes=("vision_model.",),
     config=COMMON | {"patch_bias": fixed(False), "ln_pre": fixed(True)},
-    weights={
+    weights=_TOWER
+    | {
         "embed.patch.weight": take("embeddings.patch_embedding.weight"),
         "embed.prefix": tokens("embeddings.class_embedding", flat=True),
-        "embed.W_pos": positions("embeddings.position_embedding.weight", flat=True),
-    }
-    | norm("ln_pre", "pre_layrnorm")
-    | norm("ln_final", "post_layernorm")
-    | block("encoder.layers.{i}", _NORMS, _ATTENTION, FC),
+        **norm("ln_pre", "pre_layrnorm"),
+    },
     sites=Sites(
         images="embeddings",
         ln_pre="pre_layrnorm",
@@ -135,27 +139,18 @@ _POOL_WEIGHTS = (
     | linear("head.attn.mlp.out", "head.mlp.fc2")
 )
 _POOLED = "the pooling head's output if the model has one, else the mean over normalised patches"
-_SIGLIP = Family(
-    library="transformers",
+_SIGLIP = replace(
+    _CLIP,
     source_class="SiglipVisionModel",
     example="google/siglip-base-patch16-224",
-    prefixes=("vision_model.",),
     config=COMMON
     | {
         "class_token": fixed(False),
         "attn_pool": _siglip_pool,
         "pooling": lambda source: ("attention",) if source.get("vision_use_head", True) else ("mean",),
     },
-    weights={
-        "embed.prefix": tokens(),
-        "embed.W_pos": positions("embeddings.position_embedding.weight", flat=True),
-    }
-    | linear("embed.patch", "embeddings.patch_embedding")
-    | norm("ln_final", "post_layernorm")
-    | _POOL_WEIGHTS
-    | block("encoder.layers.{i}", _NORMS, _ATTENTION, FC),
+    weights=_TOWER | {"embed.prefix": tokens()} | linear("embed.patch", "embeddings.patch_embedding") | _POOL_WEIGHTS,
     sites=replace(_CLIP.sites, ln_pre=None),
-    ignore=("embeddings.position_ids",),
     preprocess=square(224, fit="exact", interpolation="bicubic", **HALF),
     note=_POOLED,
 )
@@ -236,11 +231,10 @@ def _aimv2_pool(source: SourceModel) -> AttentionPoolConfig | None:
 
 
 _AT = "encoder.layers.{i}"
-_AIMV2 = Family(
-    library="transformers",
+_AIMV2 = replace(
+    _CLIP,
     source_class="Aimv2VisionModel",
     example="apple/aimv2-large-patch14-224",
-    prefixes=("vision_model.",),
     config=COMMON
     | {
         "norm": fixed("rms"),
@@ -280,8 +274,6 @@ _AIMV2 = Family(
     sites=Sites(
         images="embeddings", blocks="encoder.layers", norm="rms_norm1", attention="attention", mlp_out="ffn.down_proj"
     ),
-    ignore=("embeddings.position_ids",),
-    preprocess=square(224, crop=(224, 224), **CLIP),
     note=_POOLED,
 )
 _AIMV2_WHOLE = replace(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from registerlens.errors import ModelNotFoundError, UnsupportedArchitectureError, close_matches
@@ -91,28 +90,23 @@ def _refused() -> list[str]:
         for library, listed in parts.items()
         if listed
     ]
-    known = groupby(sorted((reason, start) for start, reason in REFUSED.items()), key=lambda pair: pair[0])
-    others = [f"{', '.join(f'`{start}...`' for _, start in group)} ({why})" for why, group in known]
+    others = [f"{', '.join(f'`{start}...`' for start in sorted(starts))} ({why})" for why, starts in REFUSED.items()]
     return [*lines, f"- transformers' classes {', '.join(others)}."]
 
 
-REFUSED: dict[str, str] = {
-    "Qwen2VL": "a tower of patches in space and time whose neighbours are merged at the end",
-    "Qwen2_5_VL": "windowed attention in a tower of patches in space and time",
-    "Qwen3VL": "a tower of patches in space and time that feeds several layers of the text model",
-    "MLCD": "a learned rotary position for [CLS]",
-    "Pixio": "several [CLS] tokens, whose mean is the output",
-    "Swin": "windowed attention",
-    "DINOv3ConvNext": "a convolutional backbone",
-    "ConvNext": "a convolutional backbone",
-    "Beit": "relative position biases",
-    "Data2VecVision": "relative position biases",
-    "Idefics2": "positions by each image's fractional coordinates",
-    "Idefics3": "positions by each image's fractional coordinates",
-    "SmolVLM": "positions by each image's fractional coordinates",
-    "Pixtral": "rotary positions for images of mixed sizes packed into one sequence",
+REFUSED: dict[str, tuple[str, ...]] = {
+    "a convolutional backbone": ("DINOv3ConvNext", "ConvNext"),
+    "a learned rotary position for [CLS]": ("MLCD",),
+    "a tower of patches in space and time that feeds several layers of the text model": ("Qwen3VL",),
+    "a tower of patches in space and time whose neighbours are merged at the end": ("Qwen2VL",),
+    "positions by each image's fractional coordinates": ("Idefics2", "Idefics3", "SmolVLM"),
+    "relative position biases": ("Beit", "Data2VecVision"),
+    "rotary positions for images of mixed sizes packed into one sequence": ("Pixtral",),
+    "several [CLS] tokens, whose mean is the output": ("Pixio",),
+    "windowed attention": ("Swin",),
+    "windowed attention in a tower of patches in space and time": ("Qwen2_5_VL",),
 }
-"""Beginnings of transformers' class names -> why those models cannot be loaded."""
+"""Why models cannot be loaded -> beginnings of the names of such classes of transformers."""
 
 # Class-name fragments, most telling first.
 _PARTS = (
@@ -150,7 +144,7 @@ def parts_of_module(module: nn.Module) -> str:
 
 
 def _known(class_name: str) -> str:
-    return next((reason for start, reason in REFUSED.items() if class_name.startswith(start)), "")
+    return next((why for why, starts in REFUSED.items() if class_name.startswith(starts)), "")
 
 
 def parts_of_config(config: object, class_name: str = "") -> str:

@@ -202,12 +202,12 @@ def plan_sweep(
         groups.setdefault((group[0].model, group[0].images), []).append(group)
     runs = tuple(_run(place, models, sources, mine, batch_size) for place, mine in groups.items())
     (_, first_images), first_groups = next(iter(groups.items()))
-    first_shard = _first_shard(sources[first_images])
-    raw, stored = _row_bytes(first_groups[0], first_shard.names, names)
+    shard = first_shard(sources[first_images])
+    raw, stored = _row_bytes(first_groups[0], shard.names, names)
     return SweepPlan(
         runs=runs,
         n_metrics=len(names),
-        batch_size=min(batch_size, len(first_shard.names)),
+        batch_size=min(batch_size, len(shard.names)),
         raw_row_bytes=raw,
         stored_row_bytes=stored,
     )
@@ -221,7 +221,7 @@ def _run(
     batch_size: int,
 ) -> PlannedRun:
     vit, source = models[place[0]], sources[place[1]]
-    shard = _first_shard(source)
+    shard = first_shard(source)
     mine = [one for group in groups for one in group]
     return PlannedRun(
         model=place[0],
@@ -237,7 +237,7 @@ def _run(
     )
 
 
-def _first_shard(source: Source) -> Shard:
+def first_shard(source: Source) -> Shard:
     """The first shard that has a usable image."""
     for index in range(source.n_shards):
         shard = source.shard(index)

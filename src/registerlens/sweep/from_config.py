@@ -10,7 +10,7 @@ from typing import Any
 from registerlens.analysis.detection import Cutoff, Detection, detect
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.sources import Source, SourceBatches
-from registerlens.errors import ConfigError, ImageError
+from registerlens.errors import ConfigError
 from registerlens.evaluation.metrics import Metric, default_metrics
 from registerlens.interventions.ablation import Scale
 from registerlens.interventions.attention_bias import AttentionBias
@@ -32,7 +32,7 @@ from registerlens.sweep.axes import (
 from registerlens.sweep.conditions import Condition, ablation
 from registerlens.sweep.config_sources import source_of, sources_of
 from registerlens.sweep.controls import with_controls
-from registerlens.sweep.dry_run import SweepPlan, plan_sweep
+from registerlens.sweep.dry_run import SweepPlan, first_shard, plan_sweep
 from registerlens.sweep.grid import Conditions, grid
 from registerlens.sweep.result import SweepResult
 from registerlens.sweep.run import run_sweep
@@ -179,10 +179,7 @@ def _same(one: Metric, other: Metric | None) -> bool:
 
 
 def _metrics(vit: HookedViT, source: Source, batch_size: int) -> dict[str, Metric]:
-    shards = (source.shard(index) for index in range(source.n_shards))
-    shard = next((one for one in shards if len(one.names)), None)
-    if shard is None:
-        raise ImageError("No image could be read. Check the paths in the file.")
+    shard = first_shard(source)
     detection: Detection = detect(vit, shard.images, batch_size=batch_size)
     return {one.name: one for one in default_metrics(vit, detection=detection, labels=shard.labels is not None)}
 

@@ -121,7 +121,7 @@ def layers_figure(effects: Effects, mode: Mode) -> go.Figure:
     for name in many:
         of[effects.tested[name].notna()] = f"{name}s"
     effects = replace(effects, tested=effects.tested.assign(of=of), factors=(*effects.factors, "of"))
-    series = effects.limited("layers", len(_COLOURS), "layer", *many)
+    series = effects.series("layers", len(_COLOURS), "layer", *many)
     figure = go.Figure()
     for number, (label, part) in enumerate(series.items()):
         rows = part.sort_values("layer", kind="stable")
@@ -152,7 +152,7 @@ def dose_figure(effects: Effects, mode: Mode) -> go.Figure:
     effects = effects.having(dose)
     # A set of neurons is named after its number; such a name is no series of its own.
     names = [one for one in ("neurons", "target") if one in effects.factors and _named_after(effects.tested, one, dose)]
-    series = effects.limited("dose", len(_COLOURS), dose, *names)
+    series = effects.series("dose", len(_COLOURS), dose, *names)
     figure = go.Figure()
     for number, (label, part) in enumerate(series.items()):
         rows = part.sort_values(dose, kind="stable")
@@ -191,7 +191,7 @@ def _named_after(rows: Any, name: str, dose: str) -> bool:
 
 def _panels(effects: Effects, kind: str, *used: str) -> tuple[go.Figure, Iterator[tuple[int, tuple[str, Any]]]]:
     """A figure with a panel for each series, and what belongs into each, with its name."""
-    series = effects.limited(kind, _PANELS, *used)
+    series = effects.series(kind, _PANELS, *used)
     titles = tuple(series) if len(series) > 1 else None
     figure = make_subplots(1, len(series), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
     return figure, iter(enumerate(series.items(), start=1))

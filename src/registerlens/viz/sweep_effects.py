@@ -55,26 +55,20 @@ class Effects:
         """Title of the axis."""
         return f"{self.metric}: {self.by.words}"
 
-    def series(self, *used: str) -> dict[str, Any]:
-        """The tested conditions, apart by every factor that varies and is not `used`; with a name for each part."""
-        apart = [name for name in ("model", "images", *self.factors) if name not in used]
-        varying = [name for name in apart if self.tested[name].nunique(dropna=False) > 1]
-        if not varying:
-            return {"": self.tested}
-        groups = self.tested.groupby(varying, dropna=False, sort=False)
-        named = {}
-        for values, rows in groups:
-            labels = zip(varying, values, strict=True)
-            named[" ".join(f"{name}={value}" for name, value in labels if not pd.isna(value))] = rows
-        return named
-
-    def limited(self, kind: str, most: int, *used: str) -> dict[str, Any]:
-        """As `series`, if there are not too many.
+    def series(self, kind: str, most: int, *used: str) -> dict[str, Any]:
+        """The tested conditions, apart by every factor that varies and is not `used`; with a name for each part.
 
         Raises:
             ConfigError: there are more than `most`.
         """
-        series = self.series(*used)
+        apart = [name for name in ("model", "images", *self.factors) if name not in used]
+        varying = [name for name in apart if self.tested[name].nunique(dropna=False) > 1]
+        if not varying:
+            return {"": self.tested}
+        series = {}
+        for values, rows in self.tested.groupby(varying, dropna=False, sort=False):
+            labels = zip(varying, values, strict=True)
+            series[" ".join(f"{name}={value}" for name, value in labels if not pd.isna(value))] = rows
         if len(series) > most:
             raise ConfigError(
                 f"The figure {kind!r} would need {len(series)} series, at most {most} can be told apart: "
