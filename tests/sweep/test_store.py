@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 import duckdb
+import fsspec
 import pandas as pd
 import polars as pl
 import pytest
@@ -378,6 +379,13 @@ def test_storage_that_never_answers_is_an_error(monkeypatch, ask):
     monkeypatch.setenv("REGISTERLENS_PATIENCE", "0.1")
     with pytest.raises(StoreError, match=r"'deaf://x/.*' cannot be .* No answer came within 0\.1 s; .*_PATIENCE"):
         ask(RemoteFolder(Deaf(), "x", "deaf://x"))
+
+
+def test_storage_that_never_lets_anybody_in_is_an_error(monkeypatch):
+    monkeypatch.setenv("REGISTERLENS_PATIENCE", "0.1")
+    monkeypatch.setattr(fsspec.core, "url_to_fs", Deaf().ls)
+    with pytest.raises(StoreError, match=r"'deaf://x' cannot be reached: No answer came within 0\.1 s; .*_PATIENCE"):
+        folder_at("deaf://x")
 
 
 def test_a_dead_run_on_a_url_is_taken_over(memory):

@@ -68,15 +68,15 @@ def folder_at(where: str | os.PathLike[str]) -> Folder:
     """The folder at a path or an fsspec URL such as "s3://bucket/sweep".
 
     Raises:
-        StoreError: no such kind of URL, or the package that reaches it is not installed.
+        StoreError: no such kind of URL, the package that reaches it is not installed, or no answer comes from there.
 
     Example:
         >>> type(folder_at("sweeps/mine")).__name__, type(folder_at("memory://sweeps/mine")).__name__
         ('LocalFolder', 'RemoteFolder')
     """
     try:
-        system, path = fsspec.core.url_to_fs(os.fspath(where))
-    except (ValueError, ImportError) as error:
+        system, path = answer(fsspec.core.url_to_fs, os.fspath(where))
+    except (ValueError, ImportError, OSError) as error:
         raise StoreError(f"The store '{where}' cannot be reached: {error}") from error
     if isinstance(system, LocalFileSystem):
         return LocalFolder(Path(path))
