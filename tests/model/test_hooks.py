@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import relative
 from jaxtyping import TypeCheckError
 from small_vits import CONFIGS, build, images
+from torch import nn
 
 from registerlens.errors import HookNameError, RegisterLensError
 from registerlens.model import attention
@@ -467,3 +468,57 @@ def test_a_deep_copy_has_hook_points_of_its_own():
     assert fired == []
     twin(images(vit))
     assert fired == ["hook_tokens"]
+
+
+KINDS = {
+    "register_forward_hook": lambda heard: lambda module, args, output: heard.append(module),
+    "register_forward_pre_hook": lambda heard: lambda module, args: heard.append(module),
+    "register_full_backward_hook": lambda heard: lambda module, grad_input, grad_output: heard.append(module),
+    "register_full_backward_pre_hook": lambda heard: lambda module, grad_output: heard.append(module),
+}
+"""PyTorch's own hooks, as captum, nnsight and Grad-CAM libraries put them on modules."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hooks_of_pytorch_are_heard_at_every_point_and_module(name, kind):
+    """Once a pass, whoever put them there: tensors that are made only for listeners are made for them."""
+    vit = build(name, n_layers=1)
+    x, modules = images(vit), dict(vit.named_modules())
+    modules = {key: module for key, module in modules.items() if key in vit.hook_dict or isinstance(module, nn.Linear)}
+    for key, module in modules.items():
+        heard = []
+        handle = getattr(module, kind)(KINDS[kind](heard))
+        with torch.set_grad_enabled("backward" in kind):
+            out = vit(x)
+            if "backward" in kind:
+                out.square().sum().backward()
+        handle.remove()
+        constant = (
+            key == "hook_pos_embed" and vit.embed.W_pos is None and vit.ln_pre is None
+        )  # so that it has no gradient
+        expected = [] if constant and "backward" in kind else [module]
+        assert heard == expected, key
+        with torch.no_grad():
+            vit(x)
+        assert heard == expected, key
+
+
+@pytest.mark.slow
+def test_a_compiled_model_hears_hooks_that_come_later_and_forgets_those_that_went():
+    torch.compiler.reset()
+    vit = build("plain", n_layers=1)
+    x, compiled = images(vit), torch.compile(vit, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = compiled(x)
+        for hook in ("blocks.0.hook_resid_pre", "blocks.0.attn.hook_pattern"):
+            for factor in (0.0, 2.0):  # another hook at the same place
+                with vit.hooks([(hook, lambda act, hook, factor=factor: act * factor)]):
+                    torch.testing.assert_close(compiled(x), vit(x))
+                    assert relative(compiled(x), expected) > 1e-3
+            heard = []
+            handle = vit[hook].register_forward_hook(KINDS["register_forward_hook"](heard))
+            compiled(x)
+            handle.remove()
+            torch.testing.assert_close(compiled(x), expected)
+            assert heard == [vit[hook]]

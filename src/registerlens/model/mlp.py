@@ -57,9 +57,8 @@ class MLP(nn.Module):
 
     @property
     def watched(self) -> bool:
-        """Whether anything listens inside the hidden layer."""
-        norm = () if self.ln is None else (self.hook_mid, self.ln.hook_scale, self.ln.hook_normalized)
-        return listening(self.hook_post, *(getattr(self, point) for point in self.points), *norm)
+        """Whether anything listens inside the MLP."""
+        return listening(*(part for part in self.modules() if part is not self))
 
     def neurons(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
         """The neurons' activations for a normalised stream, past all hook points: what `hook_post` has unedited."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config_parts import Activation, AttentionKind
@@ -50,9 +52,23 @@ PATTERNS: dict[AttentionKind, Callable[[Tensor, torch.dtype], Tensor]] = {"softm
 """What makes a pattern of scores [..., key], in a number type; the kinds of `ViTConfig.attention`."""
 
 
-def listening(*points: HookPoint) -> bool:
-    """Whether any of these hook points has a hook, forward or backward: only then is its tensor worth making."""
-    return any(point.has_hooks() for point in points)
+def listening(*modules: nn.Module) -> bool:
+    """Whether any of these has a hook, TransformerLens's or PyTorch's: only then is its tensor worth making."""
+    return any(map(len, hooks_of(modules))) or _has_any_global_hook()
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> list[Mapping[int, Callable[..., Any]]]:
+    """The tables of hooks of some modules, of every kind that PyTorch has; TransformerLens's are among them."""
+    return [
+        table
+        for module in modules
+        for table in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        )
+    ]
 
 
 def editable(x: Float[Tensor, "..."], point: HookPoint) -> Float[Tensor, "..."]:

@@ -21,7 +21,7 @@ from registerlens.model.cache import Cache
 from registerlens.model.ends import Embedding, Head
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.norms import NORMS, Norm
-from registerlens.model.parts import listening
+from registerlens.model.parts import hooks_of, listening
 
 if TYPE_CHECKING:
     from registerlens.interventions.base import Intervention
@@ -66,6 +66,7 @@ class HookedViT(Browsable):
         self.ln_final = final(cfg.d_model, cfg.norm_eps) if cfg.final_norm else nn.Identity()
         self.head = Head(cfg)
         self.setup()
+        self._hook_tables = hooks_of(self.modules())
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -93,6 +94,8 @@ class HookedViT(Browsable):
             ShapeError: the input does not fit the model, or the layer does not exist.
             ConfigError: the return type is neither of the two.
         """
+        if torch.compiler.is_compiling():
+            [*map(tuple, self._hook_tables)]  # looked at, so that torch.compile compiles anew when hooks come and go
         start = 0 if start_at_layer is None else self._layer(start_at_layer)
         stop = self.cfg.n_layers if stop_at_layer is None else self._layer(stop_at_layer)
         if start > stop:
