@@ -54,7 +54,7 @@ PATTERNS: dict[AttentionKind, Callable[[Tensor, torch.dtype], Tensor]] = {"softm
 
 def listening(*modules: nn.Module) -> bool:
     """Whether any of these has a hook, TransformerLens's or PyTorch's: only then is its tensor worth making."""
-    return any(map(len, hooks_of(modules))) or _has_any_global_hook()
+    return any(map(len, hooks_of(modules))) or bool(_has_any_global_hook())
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> list[Mapping[int, Callable[..., Any]]]:

@@ -95,7 +95,7 @@ class HookedViT(Browsable):
             ConfigError: the return type is neither of the two.
         """
         if torch.compiler.is_compiling():
-            [*map(tuple, self._hook_tables)]  # looked at, so that torch.compile compiles anew when hooks come and go
+            list(map(tuple, self._hook_tables))  # looked at, so that torch.compile compiles anew when hooks come and go
         start = 0 if start_at_layer is None else self._layer(start_at_layer)
         stop = self.cfg.n_layers if stop_at_layer is None else self._layer(stop_at_layer)
         if start > stop:
