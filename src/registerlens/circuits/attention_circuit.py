@@ -22,7 +22,6 @@ from registerlens.circuits.contributions import (
 from registerlens.circuits.edge_checks import Collected, check_edges
 from registerlens.circuits.graph import (
     Measured,
-    ShownNodes,
     edges_table,
     nodes_table,
     parts_table,
@@ -122,14 +121,17 @@ def attention_circuit(
             if run is not None:
                 collected.add(contributions(vit, run, neurons, target, **options))
         if "stream" not in collected:
-            raise ImageError(_nothing(n, detection))
+            raise ImageError(
+                f"None of the {n} images has an outlier patch above {detection.cutoff} at {detection.sublayer} beside "
+                f"an ordinary one. Give more images, or another threshold."
+            )
         _check_sums(vit, collected.error)
         reader = "[CLS]" if reads_by_cls(vit.cfg) else "mean patch"
         measured = Measured(vit.cfg, neurons, block, reader, collected)
         nodes = select(measured, min_share)
         effects = None
         if check:
-            effects, some = Collected(), _some(neurons, nodes)
+            effects, some = Collected(), RegisterNeurons.from_pairs([neurons.pairs[i] for i in nodes.neurons])
             for _, batch, run in _runs(vit, images, detection, block, batch_size, "cutting edges"):
                 if run is not None:
                     effects.add(check_edges(vit, batch, run, some, Heads(nodes.heads), target, **options))
@@ -192,13 +194,6 @@ def _runs(
         yield len(batch), some, None if tokens is None else look(vit, some, tokens, block)
 
 
-def _nothing(n: int, detection: Detection) -> str:
-    return (
-        f"None of the {n} images has an outlier patch above {detection.cutoff} at {detection.sublayer} beside an "
-        f"ordinary one. Give more images, or another threshold."
-    )
-
-
 def _check_sums(vit: HookedViT, error: float) -> None:
     """Half precision rounds the stream at every block: there the difference is part of the rest, and reported."""
     if at_least_float32(vit.dtype) == vit.dtype and not error <= TOLERANCE:
@@ -207,10 +202,6 @@ def _check_sums(vit: HookedViT, error: float) -> None:
             f"they would explain nothing. Does an edit or hook in force change queries, keys, values or the stream? "
             f"Measure the circuit without it."
         )
-
-
-def _some(neurons: RegisterNeurons, nodes: ShownNodes) -> RegisterNeurons:
-    return RegisterNeurons.from_pairs([neurons.pairs[i] for i in nodes.neurons])
 
 
 def _neuron_share(measured: Measured, blocks: Any) -> float:

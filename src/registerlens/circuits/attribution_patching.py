@@ -12,13 +12,19 @@ from torch import Tensor
 
 from registerlens.circuits.attributions import Attributions
 from registerlens.circuits.differentiable import Measure, metric_of
-from registerlens.circuits.neuron_effects import STATIONARY, frozen_weights
-from registerlens.circuits.paths import keep, labels_alone, patch
-from registerlens.circuits.sites import PairBatch, Site, TokenKind, block_of, firing_order, first_image, paired
-from registerlens.config import TokenLayout
+from registerlens.circuits.neuron_effects import (
+    STATIONARY,
+    check_gradient,
+    frozen_weights,
+    no_slope,
+    not_differentiable,
+    value_of,
+)
+from registerlens.circuits.paths import CleanRun
+from registerlens.circuits.sites import PairBatch, Site, TokenKind, firing_order, first_image, paired
 from registerlens.data.batches import Images, count
-from registerlens.engine.views import View, Watched, mapped, run_clean, run_from
-from registerlens.errors import ConfigError, NonFiniteError, ShapeError, check_at_least
+from registerlens.engine.views import mapped, run_from
+from registerlens.errors import NonFiniteError, ShapeError, check_at_least
 from registerlens.evaluation.metrics import Metric, measured
 from registerlens.model.names import NamesFilter, match_names
 from registerlens.model.parts import at_least_float32
@@ -136,7 +142,6 @@ class _Estimate:
 
     def __init__(self, vit: HookedViT, sites: list[Site], metric: Metric, steps: int) -> None:
         self.vit, self.sites, self.metric, self.steps = vit, sites, metric, steps
-        self.watched = Watched.by([metric])
         self.units: dict[str, tuple[int, str]] = {}
         self.shape: torch.Size | None = None
 
@@ -150,25 +155,16 @@ class _Estimate:
             )
         self.shape = pair.clean.shape[1:]
         names = [site.name for site in self.sites]
-        blocks = {site.name: block_of(site.name, vit) for site in self.sites}
-        starts = {block for block in blocks.values() if block is not None}
-        was, wanted = {}, {}
         with torch.no_grad():
-            with vit.hooks([(names, keep(was))]):
-                clean, resid = run_clean(vit, pair.clean, pair.labels, self.watched, starts)
-            with vit.hooks([(names, keep(wanted))]):
-                corrupted = run_from(vit, pair.corrupted, None, layout, self.watched, before=labels_alone(clean))
-            values = [measured([self.metric], view, clean)[0] for view in (corrupted, clean)]
+            clean = CleanRun.of(vit, pair, self.metric, self.sites, names)
+            corrupted, wanted = clean.corrupted(names)
+            values = [measured([self.metric], view, clean.view)[0] for view in (corrupted, clean.view)]
         there = torch.stack(values).isfinite().all(0)
         units, tokens = [], {}
-        for site, gradient in self._gradients(pair, clean, resid, layout, was, wanted):
-            change = (wanted[site.name] - was[site.name]).to(at_least_float32(vit.dtype))
+        for site, gradient in self._gradients(clean, wanted):
+            change = (wanted[site.name] - clean.at[site.name]).to(at_least_float32(vit.dtype))
             each = torch.where(site.mask(change, layout, pair.rows), change * gradient.to(change), 0.0)
-            if not each[there.to(each.device)].isfinite().all():
-                raise NonFiniteError(
-                    f"The gradient of metric '{self.metric.name}' is NaN or infinite at {site.name}. Check the images "
-                    f"and the metric (a square root at 0, 0 / 0); if the model is in float16, use bfloat16 or float32."
-                )
+            check_gradient(each[there.to(each.device)], self.metric.name, f" at {site.name}")
             each = torch.where(there.to(each.device).reshape(-1, *[1] * (each.ndim - 1)), each, torch.nan)
             head, pos = _axes(site.name, each)
             unit = each.ndim - 1 if head is None else head
@@ -179,38 +175,22 @@ class _Estimate:
                 tokens[site.name] = _summed(each, pos)
         return values[0] - values[1], torch.cat(units, 1), tokens
 
-    def _gradients(
-        self,
-        pair: PairBatch,
-        clean: View,
-        resid: dict[int, Tensor],
-        layout: TokenLayout,
-        was: dict[str, Tensor],
-        wanted: dict[str, Tensor],
-    ) -> Iterator[tuple[Site, Tensor]]:
+    def _gradients(self, clean: CleanRun, wanted: dict[str, Tensor]) -> Iterator[tuple[Site, Tensor]]:
         """Each site's gradient: all of them from one backward pass, or averaged along the way, site by site."""
         if self.steps == 1:
-            yield from zip(self.sites, self._descend(self.sites, pair, clean, resid, layout, {}), strict=True)
+            yield from zip(self.sites, self._descend(self.sites, clean, {}), strict=True)
             return
         nodes, weights = np.polynomial.legendre.leggauss(self.steps)
         for site in self.sites:
-            mask = site.mask(was[site.name], layout, pair.rows)
-            change = torch.where(mask, wanted[site.name] - was[site.name], 0.0)
+            before = clean.at[site.name]
+            change = torch.where(site.mask(before, clean.layout, clean.pair.rows), wanted[site.name] - before, 0.0)
             total = torch.zeros_like(change)
             for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-                moved = {site.name: was[site.name] + float(node) * change}
-                total += float(weight) * self._descend([site], pair, clean, resid, layout, moved)[0]
+                moved = {site.name: before + float(node) * change}
+                total += float(weight) * self._descend([site], clean, moved)[0]
             yield site, total
 
-    def _descend(
-        self,
-        sites: list[Site],
-        pair: PairBatch,
-        clean: View,
-        resid: dict[int, Tensor],
-        layout: TokenLayout,
-        moved: dict[str, Tensor],
-    ) -> list[Tensor]:
+    def _descend(self, sites: list[Site], clean: CleanRun, moved: dict[str, Tensor]) -> list[Tensor]:
         """The metric's derivative by what stands at each site, with some of them moved."""
         met: dict[str, Tensor] = {}
 
@@ -220,33 +200,18 @@ class _Estimate:
             met[hook.name] = x
             return x
 
-        blocks = [block_of(site.name, self.vit) for site in sites]
-        block = None if None in blocks else min(b for b in blocks if b is not None)
-        start = pair.clean if block is None else resid[block]
-        before = labels_alone(clean) if block is None else mapped(clean, Tensor.detach)
+        block, start, before = clean.start(sites)
         with torch.enable_grad():
-            hooks = [([site.name for site in sites], watch)]
-            edited = run_from(
-                self.vit, start.detach().clone().requires_grad_(), block, layout, self.watched, hooks, before
-            )
-            values = self.metric.measure(edited, clean)
-            if not isinstance(values, Tensor) or values.shape != (len(pair.clean),) or not values.is_floating_point():
-                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ShapeError(
-                    f"Metric '{self.metric.name}' must give one floating-point number an image, a tensor of shape "
-                    f"[{len(pair.clean)}] here, and gave {got}."
-                )
+            x, hooks = start.detach().clone().requires_grad_(), [([site.name for site in sites], watch)]
+            before = mapped(before, Tensor.detach)
+            edited = run_from(self.vit, x, block, clean.layout, clean.watched, hooks, before)
+            values = value_of(self.metric, edited, clean.view)
             leaves = [met[site.name] for site in sites]
             gradients: Sequence[Tensor | None] = [None] * len(leaves)
             if values.requires_grad:
                 gradients = torch.autograd.grad(values[values.isfinite()].sum(), leaves, allow_unused=True)
         if all(gradient is None for gradient in gradients) and self.steps == 1:
-            raise ConfigError(
-                f"Metric '{self.metric.name}' has no gradient by {sites[0].name}"
-                + (" and the others" if len(sites) > 1 else "")
-                + ": it is not differentiable (it counts, compares, detaches or leaves torch), or looks at earlier "
-                "points only."
-            )
+            raise not_differentiable(self.metric.name, sites[0].name + (" and the others" if len(sites) > 1 else ""))
         return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
 
 
@@ -292,32 +257,18 @@ def _exactly(
     with torch.inference_mode():
         pairs = paired(vit, clean, corrupted, labels, batch_size)
         for pair in track(pairs, "patching exactly", count(clean), lambda pair: len(pair.clean)):
-            layout, there = vit.layout(pair.clean), {}
-            blocks = {site.name: block_of(site.name, vit) for site in chosen}
-            starts = {block for block in blocks.values() if block is not None}
-            base, resid = run_clean(vit, pair.clean, pair.labels, estimate.watched, starts)
-            with vit.hooks([(names, keep(there))]):
-                vit(pair.corrupted)
-            before = measured([metric], base, base)[0]
-            effects = []
-            for site in chosen:
-                block = blocks[site.name]
-                start = pair.clean if block is None else resid[block]
-                hook = [patch(site, there[site.name], layout, pair.rows)]
-                reference = labels_alone(base) if block is None else base
-                edited = run_from(vit, start, block, layout, estimate.watched, hook, reference)
-                effects.append(measured([metric], edited, base)[0] - before)
-            moments.add(torch.stack(effects, 1))
+            clean_run = CleanRun.of(vit, pair, metric, chosen)
+            _, there = clean_run.corrupted(names)
+            before = measured([metric], clean_run.view, clean_run.view)[0]
+            patched = (clean_run.patched([site], there) for site in chosen)
+            values = [measured([metric], view, clean_run.view)[0] for view in patched]
+            moments.add(torch.stack(values, 1) - before[:, None])
     return moments.mean[: len(checked)], moments.mean[len(checked) :]
 
 
 def _check_slope(metric: Metric, steps: int, estimated: np.ndarray, true: np.ndarray) -> None:
     if steps == 1 and len(true) and np.abs(estimated).sum() < STATIONARY * np.nansum(np.abs(true)):
-        raise ConfigError(
-            f"First order cannot see metric '{metric.name}': its gradient vanishes at the clean image, as that of "
-            f"every distance, cosine or KL divergence to the clean run does. Use steps=8, or a metric with a slope "
-            f"there, such as a logit or a projection."
-        )
+        raise no_slope(metric.name, "steps=8")
 
 
 def _rows(rows: list[Float[np.ndarray, "..."]]) -> Float[np.ndarray, "name pos"]:

@@ -267,10 +267,10 @@ class _ToMetric(_Reader):
             values = before.value(edited, mapped(edited, Tensor.detach))
             self.present = values.isfinite()
             if not values.requires_grad:
-                raise not_differentiable(self.metric.name, before.layer)
+                raise not_differentiable(self.metric.name, f"what enters block {before.layer}")
             torch.autograd.grad(values[self.present].sum(), [leaf], allow_unused=True)
         if not self.slopes:
-            raise not_differentiable(self.metric.name, before.layer)
+            raise not_differentiable(self.metric.name, f"what enters block {before.layer}")
         return []
 
     def read(self, layer: int, x: Tensor, layout: TokenLayout) -> Float[Tensor, "batch head"]:

@@ -18,7 +18,7 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import batches
 from registerlens.engine.views import Seen, View, Watched, mapped, run_from
-from registerlens.errors import ConfigError, ShapeError
+from registerlens.errors import ConfigError, ShapeError, check_finite
 from registerlens.evaluation.edit_runs import measure_edits
 from registerlens.evaluation.metrics import Metric
 from registerlens.interventions.ablation import Ablate, Reference
@@ -55,14 +55,33 @@ class PausedRun:
         Raises:
             ShapeError: not one number an image.
         """
-        value, n = self.metric.measure(edited, clean), len(self.resid)
-        if not isinstance(value, Tensor) or value.shape != (n,) or not value.is_floating_point():
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ShapeError(
-                f"Metric '{self.metric.name}' must give one floating-point number an image, a tensor of shape [{n}] "
-                f"here, and gave {got}."
-            )
-        return value.to(torch.promote_types(value.dtype, torch.float32))
+        return value_of(self.metric, edited, clean)
+
+
+def value_of(metric: Metric, edited: View, clean: View) -> Float[Tensor, " batch"]:
+    """What a metric says, in float32 at least, with its graph.
+
+    Raises:
+        ShapeError: not one number an image.
+    """
+    value, n = metric.measure(edited, clean), len(edited.output)
+    if not isinstance(value, Tensor) or value.shape != (n,) or not value.is_floating_point():
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(
+            f"Metric '{metric.name}' must give one floating-point number an image, a tensor of shape [{n}] here, and "
+            f"gave {got}."
+        )
+    return value.to(at_least_float32(value.dtype))
+
+
+def check_gradient(values: Tensor, metric: str, where: str = "") -> None:
+    """Refuse what a gradient with NaN or infinity has made.
+
+    Raises:
+        NonFiniteError: it has.
+    """
+    suspects = "the images and the metric (a square root at 0, 0 / 0)"
+    check_finite(values, f"The gradient of metric '{metric}' is NaN or infinite{where}", suspects)
 
 
 def paused_runs(
@@ -166,7 +185,7 @@ def first_order(paused: PausedRun, layers: Sequence[int], replacement: Replaceme
         edited = paused.go_on([([f"blocks.{layer}.mlp.hook_post" for layer in layers], watch)])
         values = paused.value(edited, mapped(edited, Tensor.detach))
         if _descend(values, leaves[0]) is None:
-            raise not_differentiable(paused.metric.name, paused.layer)
+            raise not_differentiable(paused.metric.name, f"the neurons from block {paused.layer} on")
     return values.detach(), effects
 
 
@@ -218,19 +237,24 @@ def check_slope(paused: PausedRun, effects: Effects, replacement: Replacement) -
         true = paused.value(edited, clean) - paused.value(clean, clean)
     predicted = effects[paused.layer].sum(1)[: len(true)]
     if predicted.abs().nanmean() < STATIONARY * true.abs().nanmean():
-        raise ConfigError(
-            f"First order cannot see metric '{paused.metric.name}': its gradient vanishes at the clean run, as that "
-            f"of every distance, cosine or KL divergence to the clean run does. Use method='integrated_gradients', or "
-            f"a metric with a slope there, such as 'cls' (a projection)."
-        )
+        raise no_slope(paused.metric.name, "method='integrated_gradients'")
 
 
-def not_differentiable(metric: str, layer: int) -> ConfigError:
+def no_slope(metric: str, instead: str) -> ConfigError:
+    """What to say where the gradient vanishes though the metric changes."""
+    return ConfigError(
+        f"First order cannot see metric '{metric}': its gradient vanishes at the clean run, as that of every distance, "
+        f"cosine or KL divergence to the clean run does. Use {instead}, or a metric with a slope there: a logit, or a "
+        f"projection such as 'cls'."
+    )
+
+
+def not_differentiable(metric: str, by: str) -> ConfigError:
     """What to say where no gradient comes back."""
     return ConfigError(
-        f"Metric '{metric}' has no gradient by the neurons from block {layer} on: it is not differentiable (it counts, "
-        f"compares, detaches or leaves torch), or looks at earlier layers only."
-        " Ablate exactly instead, with run_sweep."
+        f"Metric '{metric}' has no gradient by {by}: it is not differentiable (it counts, compares, detaches or leaves "
+        f"torch), or looks at earlier layers only. Measure exactly instead, with rl.run_sweep or "
+        f"rl.circuits.path_patching."
     )
 
 

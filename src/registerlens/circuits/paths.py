@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -215,65 +215,94 @@ def _known(block: int | None) -> int:
     return 0 if block is None else block
 
 
+@dataclass(frozen=True)
+class CleanRun:
+    """The clean run of some pairs, and runs from it with other activations at some sites."""
+
+    vit: HookedViT
+    pair: PairBatch
+    layout: TokenLayout
+    watched: Watched
+    view: View
+    resid: dict[int, Tensor]
+    """The stream before the blocks of the sites."""
+    at: dict[str, Tensor]
+    """Activations at the hook points asked for."""
+
+    @classmethod
+    def of(
+        cls, vit: HookedViT, pair: PairBatch, metric: Metric, sites: Sequence[Site], names: Iterable[str] = ()
+    ) -> CleanRun:
+        """Run the clean images, ready to start anew at any of the sites; keep the activations at some hook points."""
+        watched, activations = Watched.by([metric]), dict[str, Tensor]()
+        starts = {block for site in sites if (block := block_of(site.name, vit)) is not None}
+        with vit.hooks([(name, keep(activations)) for name in names]):
+            view, resid = run_clean(vit, pair.clean, pair.labels, watched, starts)
+        return cls(vit, pair, vit.layout(pair.clean), watched, view, resid, activations)
+
+    def corrupted(self, names: Iterable[str]) -> tuple[View, dict[str, Tensor]]:
+        """The run of the corrupted images, and its activations at some hook points."""
+        activations: dict[str, Tensor] = {}
+        with self.vit.hooks([(name, keep(activations)) for name in names]):
+            view = run_from(self.vit, self.pair.corrupted, None, self.layout, self.watched, before=self._labels)
+        return view, activations
+
+    def start(self, sites: Sequence[Site]) -> tuple[int | None, Tensor, View]:
+        """From where to run what differs at these sites: block (None: the images), what enters it, what was before."""
+        blocks = [block_of(site.name, self.vit) for site in sites]
+        known = [block for block in blocks if block is not None]
+        if len(known) < len(blocks):
+            return None, self.pair.clean, self._labels
+        return min(known), self.resid[min(known)], self.view
+
+    def patched(self, sites: Sequence[Site], there: dict[str, Tensor]) -> View:
+        """The run with other activations at some sites, by hook point, and everything later free."""
+        block, x, before = self.start(sites)
+        hooks = [patch(site, there[site.name], self.layout, self.pair.rows) for site in sites]
+        return run_from(self.vit, x, block, self.layout, self.watched, hooks, before)
+
+    @property
+    def _labels(self) -> View:
+        """A view to start from the images with, of which only the labels are carried on."""
+        return replace(self.view, norms={}, attention={})
+
+
 def _patched(vit: HookedViT, plan: _Plan, metric: Metric, pair: PairBatch) -> dict[str, Tensor]:
     """The metric of one batch under every patch, as changes."""
-    layout, watched = vit.layout(pair.clean), Watched.by([metric])
-    kept = {plan.sender.name} if not plan.receivers else {plan.sender.name, *plan.frozen(vit)}
-    clean_at, corrupted_at = {}, {}
-    starts = {_known(block_of(site.name, vit)) for site in (plan.sender, *plan.receivers)}
-    with vit.hooks([(sorted(kept), keep(clean_at))]):
-        clean, resid = run_clean(vit, pair.clean, pair.labels, watched, starts)
-    with vit.hooks([(plan.sender.name, keep(corrupted_at))]):
-        corrupted = run_from(vit, pair.corrupted, None, layout, watched, before=labels_alone(clean))
+    held = plan.frozen(vit) if plan.receivers else []
+    clean = CleanRun.of(vit, pair, metric, [plan.sender, *plan.receivers], {plan.sender.name, *held})
+    corrupted, sent = clean.corrupted([plan.sender.name])
 
     def value(view: View) -> Float[Tensor, " batch"]:
-        return measured([metric], view, clean)[0]
+        return measured([metric], view, clean.view)[0]
 
-    def run(sites: Sequence[Site], there: dict[str, Tensor], names: Sequence[str]) -> View:
-        block = min((block_of(site.name, vit) for site in sites), key=_before_all)
-        hooks = [patch(site, there[name], layout, pair.rows) for site, name in zip(sites, names, strict=True)]
-        start = pair.clean if block is None else resid[block]
-        before = labels_alone(clean) if block is None else clean
-        return run_from(vit, start, block, layout, watched, hooks, before)
-
-    base = value(clean)
+    base = value(clean.view)
     result = {"clean": base, "corrupted": value(corrupted), "identical": pair.identical}
-    sender = [plan.sender]
     if not plan.receivers:
-        together = value(run(sender, corrupted_at, [plan.sender.name])) - base
+        together = value(clean.patched([plan.sender], sent)) - base
         return result | {"effects": torch.empty(0, len(base), dtype=torch.float64), "together": together}
-    heard = _hear(vit, plan, pair, layout, clean_at, corrupted_at[plan.sender.name], resid)
-    names = [site.name for site in plan.receivers]
-    together = value(run(plan.receivers, heard, names)) - base
+    heard = _hear(plan, clean, held, sent[plan.sender.name])
+    together = value(clean.patched(plan.receivers, heard)) - base
     alone = [together]
-    if len(names) > 1:
-        alone = [value(run([site], heard, [site.name])) - base for site in plan.receivers]
+    if len(plan.receivers) > 1:
+        alone = [value(clean.patched([site], heard)) - base for site in plan.receivers]
     return result | {"effects": torch.stack(alone), "together": together}
 
 
-def _hear(
-    vit: HookedViT,
-    plan: _Plan,
-    pair: PairBatch,
-    layout: TokenLayout,
-    clean: dict[str, Tensor],
-    sent: Tensor,
-    resid: dict[int, Tensor],
-) -> dict[str, Tensor]:
+def _hear(plan: _Plan, clean: CleanRun, held: list[str], sent: Tensor) -> dict[str, Tensor]:
     """What each receiver is when it hears of the sender directly."""
     heard: dict[str, Tensor] = {}
-    receivers = sorted({site.name for site in plan.receivers})
     hooks: list[Any] = [
-        patch(plan.sender, sent, layout, pair.rows),
-        (receivers, keep(heard)),  # before freezing: a receiver may be a frozen output itself
-        (plan.frozen(vit), lambda x, hook: clean[hook.name]),
+        patch(plan.sender, sent, clean.layout, clean.pair.rows),
+        (sorted({site.name for site in plan.receivers}), keep(heard)),  # before: one may be a held output itself
+        (held, lambda x, hook: clean.at[hook.name]),
     ]
-    block = block_of(plan.sender.name, vit)
-    options: dict[str, Any] = {} if block is None else {"start_at_layer": block, "layout": layout}
+    block, x, _ = clean.start([plan.sender])
+    options: dict[str, Any] = {} if block is None else {"start_at_layer": block, "layout": clean.layout}
     if all(site.name.startswith("blocks.") for site in plan.receivers):
-        options["stop_at_layer"] = 1 + max(_known(block_of(site.name, vit)) for site in plan.receivers)
-    with vit.hooks(hooks):
-        vit(pair.clean if block is None else resid[block], **options)
+        options["stop_at_layer"] = 1 + max(_known(block_of(site.name, clean.vit)) for site in plan.receivers)
+    with clean.vit.hooks(hooks):
+        clean.vit(x, **options)
     return heard
 
 
@@ -293,12 +322,3 @@ def patch(site: Site, there: Tensor, layout: TokenLayout, rows: slice) -> tuple[
         return torch.where(site.mask(x, layout, rows), there.to(x.dtype), x)
 
     return site.name, hook
-
-
-def _before_all(block: int | None) -> int:
-    return -1 if block is None else block
-
-
-def labels_alone(view: View) -> View:
-    """A view to start from, of which only the labels are carried on."""
-    return View(layout=view.layout, tokens=view.tokens, output=view.output, labels=view.labels)

@@ -22,6 +22,7 @@ from registerlens.circuits.differentiable import Measure, metric_of
 from registerlens.circuits.neuron_effects import (
     PausedRun,
     Replacement,
+    check_gradient,
     check_slope,
     exact_effects,
     first_order,
@@ -265,7 +266,7 @@ def screen_neurons(
             n += len(batch)
             values, estimates = estimate(paused_runs(vit, batch.images, measured, estimate.stops, batch.labels))
             kept = values.isfinite()
-            _check_finite(estimates[:, kept], measured.name)
+            check_gradient(estimates[:, kept], measured.name)
             clean.add(values)
             effects.add(estimates[:, kept].transpose(0, 1))
     if not clean.n:
@@ -333,7 +334,7 @@ class _Share:
             effects.append(integrated_gradients(paused, clean, self.replacement, self.steps))
         known = next((effect for effect in effects if effect is not None), None)
         if known is None or paused is None:
-            raise not_differentiable(paused.metric.name if paused else "", self.stops[0])
+            raise not_differentiable(paused.metric.name if paused else "", f"the neurons from block {self.stops[0]} on")
         return values, torch.stack([torch.zeros_like(known) if effect is None else effect for effect in effects])
 
 
@@ -356,14 +357,6 @@ def _check_options(mode: str, method: str, steps: int, exact: int, sample: int, 
 def _means(vit: HookedViT, layers: tuple[int, ...], images: Images, batch_size: int) -> Reference | None:
     every = RegisterNeurons.from_pairs((layer, neuron) for layer in layers for neuron in range(vit.cfg.d_mlp))
     return Ablate.fit(vit, images, every, "mean", batch_size=batch_size).reference
-
-
-def _check_finite(effects: Float[Tensor, "layer batch neuron"], metric: str) -> None:
-    if not effects.isfinite().all():
-        raise NonFiniteError(
-            f"The gradient of metric '{metric}' is NaN or infinite. Check the images and the metric (a square root at "
-            f"0, 0 / 0); if the model is in float16, use bfloat16 or float32."
-        )
 
 
 def _to_check(
