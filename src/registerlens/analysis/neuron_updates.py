@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -63,8 +63,8 @@ class NeuronUpdates(TopOutlierResult):
         columns: dict[str, object] = {"layer": self.layers, "n_neurons": sizes}
         for name, values in (("norm", self.norm), ("cosine", self.cosine)):
             columns[name] = values[:, 0]
-            columns[f"{name}_random"] = _over_sets(np.mean, values[:, 1:])
-            columns[f"{name}_random_largest"] = _over_sets(np.max, values[:, 1:])
+            random = pd.DataFrame(values[:, 1:])  # whose statistics leave out NaN
+            columns |= {f"{name}_random": random.mean(axis=1), f"{name}_random_largest": random.max(axis=1)}
             columns[f"{name}_p_value"] = self.p_value(values)
         return pd.DataFrame(columns)
 
@@ -187,8 +187,3 @@ class _UpdateSums(AtTopOutliers):
         means = self.means(over="n_with_outliers")
         del means["directions"]
         return NeuronUpdates(cosine=cosine.numpy(), **about, **means)
-
-
-def _over_sets(statistic: Callable[..., np.ndarray], values: Float[np.ndarray, "layer set"]) -> list[float]:
-    """A statistic over the sets that have a value, layer by layer; NaN where none has."""
-    return [float(statistic(row[~np.isnan(row)])) if not np.isnan(row).all() else float("nan") for row in values]

@@ -70,15 +70,11 @@ class OutputWeights(ModelResult):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a neuron: norm and kurtosis with percentiles, and its three largest dimensions with their weights."""
         top = np.argsort(-np.abs(self.rows), axis=1, kind="stable")[:, :TOP]
-        frame = pd.DataFrame(
-            {
-                "layer": [layer for layer, _ in self.neurons.pairs],
-                "neuron": [neuron for _, neuron in self.neurons.pairs],
-                "norm": np.linalg.norm(self.rows, axis=1),
-                "norm_percentile": self.norm_percentile,
-                "kurtosis": self.kurtosis,
-                "kurtosis_percentile": self.kurtosis_percentile,
-            }
+        frame = self.neurons.to_dataframe()[["layer", "neuron"]].assign(
+            norm=np.linalg.norm(self.rows, axis=1),
+            norm_percentile=self.norm_percentile,
+            kurtosis=self.kurtosis,
+            kurtosis_percentile=self.kurtosis_percentile,
         )
         for rank in range(top.shape[1]):
             frame[f"dimension_{rank + 1}"] = top[:, rank]

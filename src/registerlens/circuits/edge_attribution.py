@@ -266,9 +266,8 @@ class _ToMetric(_Reader):
             edited = replace(before, resid=leaf).go_on([(points, watch)])
             values = before.value(edited, mapped(edited, Tensor.detach))
             self.present = values.isfinite()
-            if not values.requires_grad:
-                raise not_differentiable(self.metric.name, f"what enters block {before.layer}")
-            torch.autograd.grad(values[self.present].sum(), [leaf], allow_unused=True)
+            if values.requires_grad:
+                torch.autograd.grad(values[self.present].sum(), [leaf], allow_unused=True)
         if not self.slopes:
             raise not_differentiable(self.metric.name, f"what enters block {before.layer}")
         return []

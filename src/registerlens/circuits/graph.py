@@ -188,32 +188,26 @@ def nodes_table(measured: Measured, nodes: ShownNodes, edges: pd.DataFrame, effe
     rows: list[Row] = []
 
     def add(
-        name: str,
-        kind: str,
-        whole: np.ndarray,
-        unit: str,
-        place: tuple[int, int] = (-1, -1),
-        attention: tuple[float, float] = (np.nan, np.nan),
+        name: str, kind: str, whole: np.ndarray, unit: str, layer: int = -1, index: int = -1, **more: float
     ) -> None:
-        values = (name, kind, *place, unit, *attention)
-        rows.append((dict(zip(columns, values, strict=True)), whole))
-
-    columns = ("name", "kind", "layer", "index", "unit", "attention", "attention_without")
+        rows.append(({"name": name, "kind": kind, "layer": layer, "index": index, "unit": unit, **more}, whole))
 
     for i in nodes.neurons:
-        add(measured.written[i], "neuron", unknown, "", measured.neurons.pairs[i])
-    add(STREAM, "stream", found["stream_norm"], "norm", (measured.block, -1))
+        add(measured.written[i], "neuron", unknown, "", *measured.neurons.pairs[i])
+    add(STREAM, "stream", found["stream_norm"], "norm", measured.block)
     for column, (layer, head) in enumerate(nodes.heads):
         at = measured.at(layer)
         paid = found["attention"][:, at, head, 0].mean()
         fall = np.nan if effects is None else effects["attention"][:, LIVE, ALL_NEURONS, column].mean()
         score = found["score"][:, at, head]
-        add(head_name(layer, head), "head", score, "score", (layer, head), (paid, paid - fall))
+        shares = {"attention": paid, "attention_without": paid - fall}
+        add(head_name(layer, head), "head", score, "score", layer, head, **shares)
     for receiver in measured.receivers:
         kind = "output" if receiver == OUTPUT else "reader"
         add(receiver, kind, measured.field(receiver, "whole"), "projection" if kind == "output" else "norm")
     for sender in edges["sender"][edges["sender"].str.startswith(REST)]:
         add(sender, "rest", unknown, "")
+    columns = ("name", "kind", "layer", "index", "unit", "attention", "attention_without")
     return tabulate(rows, measured.n_images, columns, "whole")
 
 

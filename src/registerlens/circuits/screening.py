@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
@@ -325,16 +326,16 @@ class _Share:
 
     def __call__(self, at: Iterable[PausedRun]) -> tuple[Float[Tensor, " batch"], Float[Tensor, "layer batch neuron"]]:
         """The metric of the clean run, and the effects."""
-        clean, effects, values, paused = None, [], torch.empty(0), None
-        for paused in at:
-            if clean is None:
-                with torch.no_grad():
-                    clean = paused.go_on()
-                    values = paused.value(clean, clean)
-            effects.append(integrated_gradients(paused, clean, self.replacement, self.steps))
+        runs = iter(at)
+        first = next(runs)
+        with torch.no_grad():
+            clean = first.go_on()
+            values = first.value(clean, clean)
+        every = chain([first], runs)
+        effects = [integrated_gradients(paused, clean, self.replacement, self.steps) for paused in every]
         known = next((effect for effect in effects if effect is not None), None)
-        if known is None or paused is None:
-            raise not_differentiable(paused.metric.name if paused else "", f"the neurons from block {self.stops[0]} on")
+        if known is None:
+            raise not_differentiable(first.metric.name, f"the neurons from block {first.layer} on")
         return values, torch.stack([torch.zeros_like(known) if effect is None else effect for effect in effects])
 
 

@@ -60,13 +60,13 @@ class GeneralReport(SinkReport):
     @property
     def within_bounds(self) -> bool:
         """Whether nothing measured exceeds its bound, up to rounding."""
-        fine = super().within_bounds
-        fine &= bool((self.brought <= self.brought_bound + self.rounding).all())
-        if self.key_distance is not None and self.key_bound is not None:
-            fine &= bool((self.key_distance <= self.key_bound + self.rounding).all())
-        if self.from_limit is not None and self.from_limit_bound is not None:
-            fine &= bool((self.from_limit <= self.from_limit_bound + self.rounding[:, None, None]).all())
-        return fine
+        more = (
+            (self.brought, self.brought_bound),
+            (self.key_distance, self.key_bound),
+            (self.from_limit, self.from_limit_bound),
+        )
+        there = ((x.T, bound.T) for x, bound in more if x is not None and bound is not None)  # activations last
+        return super().within_bounds and all(bool((x <= bound + self.rounding).all()) for x, bound in there)
 
     def describe(self) -> str:
         """Sinks and no-op in words."""
