@@ -206,3 +206,15 @@ def test_conditions_of_several_grids_do_not_get_into_each_others_figures():
     heads = table[table["head"].notna()]
     assert trace(figure, "of=heads, mean").y == pytest.approx(heads.groupby("layer")["difference"].mean().to_numpy())
     assert len(trace(figure, "mode=zero of=neurons, each").x) == 12
+
+
+def test_a_comparison_shows_every_difference_in_order_and_the_interval_of_the_mean():
+    found = result_of([clean(), ablated(1, 3)], {"norm": noisy([-1.0])})
+    comparison = found.compare(*found.conditions, "norm")
+    figure = comparison.plot()
+    points, band = figure.data[0], figure.layout.shapes[1]
+    assert list(points.y) == sorted(comparison.differences) and len(points.y) == N
+    assert [comparison.names[i] for i in np.argsort(comparison.differences)] == list(points.text)
+    assert (band.y0, band.y1) == (comparison.low, comparison.high) and band.y0 < band.y1
+    few = result_of([clean(), ablated(1, 3)], {"norm": noisy([-1.0])[:, :4]})
+    assert len(few.compare(*few.conditions, "norm").plot().layout.shapes) == 1

@@ -5,7 +5,9 @@ from .faithfulness import linear_cka as linear_cka
 from .local_information import LocalInformation as LocalInformation
 from .local_information import local_information as local_information
 from .maps import NeuronMaps as NeuronMaps
+from .maps import PatchMaps as PatchMaps
 from .maps import neuron_maps as neuron_maps
+from .maps import patch_maps as patch_maps
 from .massive import MassiveActivations as MassiveActivations
 from .massive import massive_activations as massive_activations
 from .mechanism import SinkEffects as SinkEffects

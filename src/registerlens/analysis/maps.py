@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.display import Shown
+from registerlens.display import drawn_by, grid_table
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.errors import InterventionError, ShapeError
 from registerlens.model.parts import token_norms
 from registerlens.model.vit import HookedViT
+from registerlens.results import ModelResult
 
 _BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PatchMaps(Shown):
+class PatchMaps(ModelResult):
     """Norm and attention maps of a few images."""
 
     layers: tuple[int, ...]
@@ -37,6 +39,23 @@ class PatchMaps(Shown):
     """Residual norm of the (largest) test-time register after the block; NaN without one."""
     register_attention: Float[np.ndarray, "layer image"]
     """Attention that test-time registers and an attention bias draw together (0 to 1); NaN without any."""
+
+    plot = drawn_by("maps.patches_figure")
+
+    def describe(self) -> str:
+        """What the maps are of."""
+        n = self.norms.shape[1]
+        return f"{self.model}: norms and attention of {n} images after blocks {list(self.layers)}."
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a block and image: the largest patch norm and attention, and the register's."""
+        return grid_table(
+            {"layer": self.layers, "image": range(self.norms.shape[1])},
+            largest_norm=self.norms.max((2, 3)),
+            largest_attention=self.attention.max((2, 3)),
+            register_norm=self.register_norm,
+            register_attention=self.register_attention,
+        )
 
 
 def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width"], layers: Sequence[int]) -> PatchMaps:
@@ -88,6 +107,7 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
     registers, extra_keys = beyond(every_norm), beyond(every_attention)
     nothing = np.full(every_norm.shape[:2], np.nan, np.float32)
     return PatchMaps(
+        **vit.identity,
         layers=layers,
         sink_query="cls" if layout.cls is not None else "mean",
         norms=grids(every_norm),
@@ -98,13 +118,32 @@ def patch_maps(vit: HookedViT, images: Float[Tensor, "image channel height width
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NeuronMaps(Shown):
+class NeuronMaps(ModelResult):
     """Activation maps of a few neurons on a few images (figure 3)."""
 
     pairs: tuple[tuple[int, int], ...]
     """(layer, neuron) of each."""
     activations: Float[np.ndarray, "neuron image grid_h grid_w"]
     """Activation after the nonlinearity at each patch."""
+
+    plot = drawn_by("maps.activations_figure")
+
+    def describe(self) -> str:
+        """What the maps are of."""
+        n_neurons, n_images = self.activations.shape[:2]
+        return f"{self.model}: activations of {n_neurons} neurons on {n_images} images."
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a neuron and image: the largest activation of a patch, and the median."""
+        n_neurons, n_images = self.activations.shape[:2]
+        layers, neurons = np.array(self.pairs).T[..., None]
+        return grid_table(
+            {"index": range(n_neurons), "image": range(n_images)},
+            layer=layers,
+            neuron=neurons,
+            largest=self.activations.max((2, 3)),
+            median=np.median(self.activations, (2, 3)),
+        ).drop(columns="index")
 
 
 def neuron_maps(
@@ -151,6 +190,7 @@ def neuron_maps(
         for batch in images.split(_BATCH):
             vit(batch.to(vit.device), stop_at_layer=max(by_layer) + 1)
     return NeuronMaps(
+        **vit.identity,
         pairs=neurons.pairs,
         activations=np.stack([layout.to_grid(torch.cat(values)).numpy() for values in recorded.values()]),
     )

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
-from registerlens.display import Shown
+from registerlens.display import drawn_by
 from registerlens.errors import ConfigError
 from registerlens.evaluation.controls import ConditionKind
+from registerlens.results import Result
 from registerlens.stats.intervals import interval_words, mean_intervals
 from registerlens.stats.permutation import CHUNK, holm, least_p, sign_flip_p
 from registerlens.sweep.conditions import Condition, Factor
@@ -240,7 +241,7 @@ def _chunks(rows: Int[np.ndarray, " row"], width: int) -> Iterator[Int[np.ndarra
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Comparison(Shown):
+class Comparison(Result):
     """Two conditions beside each other, image by image."""
 
     a: str
@@ -267,6 +268,8 @@ class Comparison(Shown):
     """Paired sign-flip permutation test; not corrected for other comparisons."""
     p_least: float
     """The smallest p-value that so many images can give."""
+
+    plot = drawn_by("sweep.comparison_figure")
 
     @property
     def n_images(self) -> int:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from registerlens.analysis.maps import NeuronMaps
+from registerlens.analysis.maps import NeuronMaps, PatchMaps
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.evaluation.comparison import InterventionMaps, Measure
 from registerlens.viz.panels import OPACITY, ColourScale, Panel, panel_figure
@@ -316,6 +316,40 @@ def overlay(
     wide = columns or (2 * min(2, len(pictures)) if show_photograph and len(pictures) > 1 else min(len(every), 6))
     rows = [every[i : i + wide] for i in range(0, len(every), wide)]
     return panel_figure(rows, [scale], title=title, opacity=opacity, size=size, mode=mode)
+
+
+def patches_figure(maps: PatchMaps, mode: Mode = "light") -> go.Figure:
+    """The norms after the last block, an image each, without photographs.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> len(rl.analysis.patch_maps(vit, torch.rand(2, 3, 48, 48), [0, 5]).plot().data)
+        2
+    """
+    titles = [f"image {i}" for i in range(maps.norms.shape[1])]
+    return _bare(maps.norms[-1], f"residual norm after block {maps.layers[-1]}", titles, maps.model, mode)
+
+
+def activations_figure(maps: NeuronMaps, mode: Mode = "light") -> go.Figure:
+    """The activations of each neuron on each image, without photographs.
+
+    Example:
+        >>> import torch, registerlens as rl
+        >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+        >>> len(rl.analysis.neuron_maps(vit, torch.rand(2, 3, 48, 48), [(1, 183)]).plot().data)
+        2
+    """
+    n_images = maps.activations.shape[1]
+    titles = [f"{layer}:{neuron}, image {i}" for layer, neuron in maps.pairs for i in range(n_images)]
+    return _bare(np.concatenate(maps.activations), "activation", titles, maps.model, mode)
+
+
+def _bare(
+    values: Float[np.ndarray, "panel grid_h grid_w"], name: str, titles: Sequence[str], title: str, mode: Mode
+) -> go.Figure:
+    white = np.full((*values.shape[1:], 3), 255, np.uint8)
+    return overlay(white, values, name=name, titles=titles, title=title, show_photograph=False, opacity=1, mode=mode)
 
 
 def whole_patches(

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 
 from registerlens.errors import ConfigError, close_matches
 from registerlens.stats.intervals import interval_words
+from registerlens.sweep.aggregate import Comparison
 from registerlens.sweep.result import SweepResult
 from registerlens.viz.parts import curve, dots, finished, interval, legend, sentence
 from registerlens.viz.sweep_effects import BYS, Effects, effects_of
@@ -262,6 +263,19 @@ def volcano_figure(effects: Effects, mode: Mode) -> go.Figure:
         note += f" (none can: {n} images give no p below {least:.2g}, and {n_tests} tests need less)"
     figure = _finished(figure, effects, mode, below=f"<br><sup>{note}</sup>", height=520, margin={"t": 90})
     return figure.add_vline(x=0, line={"color": GREY, "width": 1})
+
+
+def comparison_figure(comparison: Comparison, mode: Mode = "light") -> go.Figure:
+    """The difference of every image in ascending order, with the mean's interval."""
+    order = np.argsort(comparison.differences, kind="stable")
+    names, differences = np.array(comparison.names)[order], comparison.differences[order]
+    points = dots(np.arange(len(order)), differences, None, BLUE, 6, "%{text}: %{y:.4g}", text=names)
+    figure = go.Figure(points).add_hline(y=0, line={"color": GREY, "width": 1})
+    if np.isfinite(comparison.low):  # too few images have no interval
+        figure.add_hrect(y0=comparison.low, y1=comparison.high, fillcolor=BLUE, opacity=0.15, line_width=0)
+    figure.update_xaxes(title_text="images, in ascending order")
+    figure.update_yaxes(title_text=f"{comparison.metric}: {comparison.a} minus {comparison.b}")
+    return finished(figure, mode, height=420, title=comparison.describe())
 
 
 def _cloud(rows: Any, name: str, colour: str, size: int, opacity: float, legend: bool) -> go.Scattergl:
