@@ -1,7 +1,5 @@
 """The command line: the list of commands; what they do is in `registerlens.commands`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

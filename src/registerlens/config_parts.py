@@ -1,7 +1,5 @@
 """The parts of an architecture that have settings of their own: rotary positions, q/k norm, attention pooling."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, get_args
 

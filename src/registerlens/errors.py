@@ -1,7 +1,5 @@
 """Every error RegisterLens raises on purpose: what was got, what was expected, what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """HTML from templates, in which all text is escaped, and pages that can ask for nothing outside themselves."""
 
-from __future__ import annotations
-
 import hashlib
 from base64 import b64encode
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Pictures inside a page, as data: addresses: patch maps of one pixel a patch, colour bars, photographs."""
 
-from __future__ import annotations
-
 import base64
 import io
 from typing import Any

@@ -1,7 +1,5 @@
 """Seeds from numbers: what is drawn for one purpose must not repeat what was drawn for another."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

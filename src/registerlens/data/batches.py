@@ -1,7 +1,5 @@
 """Images as analyses take them: one tensor, or batches that stream by."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain

@@ -1,7 +1,5 @@
 """Images for a first look at any model, offline: synthetic for the embedded model, photographs for all others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

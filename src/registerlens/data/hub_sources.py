@@ -1,7 +1,5 @@
 """Images of a Hugging Face dataset, from the Hub or a local folder, streamed shard by shard."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Images to pixels: decode whatever shows an image, preprocess it as the source model does, load or stream it."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -1,7 +1,5 @@
 """The photographs that come inside scikit-image, scikit-learn and matplotlib: real images without a network."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images in shards, each of which can be read on its own, by whichever worker needs it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@ attribute k, the class of the key of type (type + k) mod 4. A flat patch is one 
 that is where outlier tokens appear.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Attention that the [CLS] query (or, without [CLS], the average query) pays to each key, without whole patterns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Workers in other processes: each gets the job once, then task after task; one that dies or hangs is replaced."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence

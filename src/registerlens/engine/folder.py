@@ -1,7 +1,5 @@
 """Where a store's files are: a folder of this machine, or whatever fsspec reaches. Files appear whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Results in a folder or object store: a Parquet file for each task, and a manifest that says what they hold."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

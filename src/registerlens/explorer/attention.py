@@ -1,7 +1,5 @@
 """Attention of one recording as people ask for it: a head, the mean over heads, or rollout; a row, a column, a mean."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

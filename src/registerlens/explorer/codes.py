@@ -4,8 +4,6 @@ A row of attention is stored as the square roots of its shares of the row's larg
 mostly small beside a sink: square roots keep small values apart where equal steps would round them to nothing.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Float, UInt8
 

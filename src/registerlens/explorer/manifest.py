@@ -3,8 +3,6 @@
 All of it is plain JSON. Names are text and are put on the page as text.
 """
 
-from __future__ import annotations
-
 import base64
 from typing import Any
 

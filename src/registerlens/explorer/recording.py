@@ -4,8 +4,6 @@ Queries and keys are kept instead of patterns: they are smaller by a factor of t
 of a head, and any row, column or mean of a pattern follows from them in milliseconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast

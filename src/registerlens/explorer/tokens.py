@@ -1,7 +1,5 @@
 """Names that people read for the tokens of a sequence, and back from a name or a grid position to the token."""
 
-from __future__ import annotations
-
 from operator import index
 from typing import SupportsIndex
 

@@ -4,8 +4,6 @@ Each class stands in for the `forward` of one attention module, and uses that mo
 meet tensors of shape [batch, pos, head, d_head]; keys and values may come back longer than queries.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """A model folder with an intervention in it: saved by its own library, loaded back with the edit in place."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator

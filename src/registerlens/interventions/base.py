@@ -1,7 +1,5 @@
 """What an intervention is: edits at named points of the model, and the `with` block in which they are in force."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Shift register neurons: onto chosen patches (MoveOutliers), or onto an extra token (TestTimeRegisters)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial

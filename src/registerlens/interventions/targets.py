@@ -1,7 +1,5 @@
 """What an edit can be aimed at: neurons, heads or tokens, and the hook points they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ A checkpoint is read as one flat mapping, containers and all ("state_dict.model.
 family's weights stand under the one prefix where its own keys are found.
 """
 
-from __future__ import annotations
-
 import argparse
 import pathlib
 import re

@@ -1,7 +1,5 @@
 """DINOv2, with registers too, and DINOv3 in transformers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from registerlens.config import Preprocess

@@ -1,7 +1,5 @@
 """What transformers' ViT families have in common: names of settings and of weights, and usual preprocessing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

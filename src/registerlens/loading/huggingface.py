@@ -1,7 +1,5 @@
 """How transformers' folders and hub repositories are read: which class, which tower, which preprocessing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal

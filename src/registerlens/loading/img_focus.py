@@ -4,8 +4,6 @@ It began as DINOv2 ViT-S/14 and was fine-tuned for saliency: what it does says n
 tokens, which makes it the negative control.
 """
 
-from __future__ import annotations
-
 import re
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The one engine that turns a source library's weights into a HookedViT and back, driven by families that are data."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """From a module of a source library to its family and to a HookedViT, and back to that library's weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

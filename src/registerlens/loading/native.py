@@ -1,7 +1,5 @@
 """RegisterLens's own folder format: config.json and model.safetensors."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

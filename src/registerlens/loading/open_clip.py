@@ -1,7 +1,5 @@
 """open_clip's towers as data: its VisionTransformer, and timm's models as TimmModel wraps them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a name, a folder or a checkpoint to a HookedViT: what was asked of it, and whether that goes together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where models come from: which library a name belongs to, and whether there is such a model; all without torch."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

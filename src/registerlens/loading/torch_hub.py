@@ -1,7 +1,5 @@
 """DINO's and DINOv2's own checkpoints and models, as torch.hub has them, as data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Multi-head self-attention with hook points, fused unless somebody looks inside; rotary positions."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """One transformer block: attention, then MLP, each adding to the stream; and what analyses take for granted of it."""
 
-from __future__ import annotations
-
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint

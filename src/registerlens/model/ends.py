@@ -1,7 +1,5 @@
 """Both ends of a model: from pixels to tokens, and from the normalised tokens to what the source model returns."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

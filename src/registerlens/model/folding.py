@@ -1,7 +1,5 @@
 """Norms folded into the weights that read them, so that those weights can be read on their own."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import cast
 

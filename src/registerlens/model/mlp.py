@@ -1,7 +1,5 @@
 """The MLP of a block: neurons, with their pre- and post-activations as hook points."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Hook names: exact, as globs, as lists, or as functions; never silently nothing."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """The norms: LayerNorm and RMSNorm with hook points, fused unless the scale is listened to."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 
 import torch

@@ -1,7 +1,5 @@
 """The parts every sublayer is made of: LayerScale, activations, and "who listens"."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping

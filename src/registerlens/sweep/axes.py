@@ -1,7 +1,5 @@
 """Values for the axes of a grid: neurons, heads, tokens, neuron sets, doses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A condition: one edit of one model on one set of images; its hash, its group, and edits that are yet to be fitted."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from abc import abstractmethod

@@ -1,7 +1,5 @@
 """Image sets and labels, as a configuration names them, made into sources."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path

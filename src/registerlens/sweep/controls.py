@@ -1,7 +1,5 @@
 """Matched controls: the same edit on other neurons of the same layers, beside every condition that is about neurons."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, get_args

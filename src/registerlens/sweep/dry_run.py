@@ -1,7 +1,5 @@
 """A sweep before it is run: how many conditions and tasks, what it will cost, how large the result will be."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fitting planned edits: in as few passes as possible, and once, since a resumed run needs the same bits."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence

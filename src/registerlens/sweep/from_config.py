@@ -1,7 +1,5 @@
 """From a configuration to what `run_sweep` takes: models, image sources, conditions, metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial

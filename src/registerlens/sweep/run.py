@@ -1,7 +1,5 @@
 """`run_sweep`: conditions on images, through a backend, into a store."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Attention heads side by side through CircuitsVis, offline: tokens named by their place, few enough to be read."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import uuid

@@ -1,7 +1,5 @@
 """A circuit as a layered graph: neurons, the outliers' stream, heads block by block, [CLS], the output."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape

@@ -1,7 +1,5 @@
 """How outliers and register neurons were found: curves along the layers, norms and their cut-off, scores of neurons."""
 
-from __future__ import annotations
-
 import textwrap
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Figures in files; still pictures are drawn in processes of their own, killed with their browser if they hang."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

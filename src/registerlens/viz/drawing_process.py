@@ -4,8 +4,6 @@ It knows nothing of this package, so that it starts in a moment. kaleido waits w
 no answer, in threads that nothing can end: hence a process.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """Figures of training: which sign of register neurons comes first, and which recipes they emerge under."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What interventions do: norms and attention layer by layer, where they end up, the telling metrics' intervals."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from itertools import cycle

@@ -1,7 +1,5 @@
 """Figures of heads: their circuits from the weights, what they and neurons write; and the logit lens on patches."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

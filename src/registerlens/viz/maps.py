@@ -1,7 +1,5 @@
 """Maps over photographs: of conditions, layers or neurons beside each other, and of any values by patch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

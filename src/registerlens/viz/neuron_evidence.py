@@ -1,7 +1,5 @@
 """Evidence for register neurons: activations, updates, output weights, and which neurons drive which."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Massive activations, the overlap of the observables, and singular defects."""
 
-from __future__ import annotations
-
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float

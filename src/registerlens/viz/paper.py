@@ -1,7 +1,5 @@
 """Every figure of "Vision Transformers Don't Need Trained Registers" by its number, drawn from results of any model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

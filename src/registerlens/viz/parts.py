@@ -3,8 +3,6 @@
 Colours are the light palette's; `finished` puts the dark ones in their place.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import plotly.graph_objects as go

@@ -1,7 +1,5 @@
 """Effects of patching and ablation: along paths and edges, estimated, and beside exact ones where these are known."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Maps layer x head: what kinds of sinks a model has, and what editing or restricting attention changes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The figures of a sweep: effect per layer, dose response with controls, map of heads, volcano of neurons."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any

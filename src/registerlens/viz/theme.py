@@ -1,7 +1,5 @@
 """One look for every figure, light or dark: a colour-blind-safe palette (Okabe and Ito), plain axes, three sizes."""
 
-from __future__ import annotations
-
 import textwrap
 from typing import Any, Literal
 

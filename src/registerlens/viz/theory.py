@@ -1,7 +1,5 @@
 """The theory as pictures: what was measured beside its bound, who reads which vector, what neurons write where."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any
