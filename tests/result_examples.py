@@ -103,6 +103,7 @@ MAKERS = {
     "KernelReport": lambda: rl.check_kernels(tiny(), NEURONS.filter(top=2), images=images()),
     "ValueUpdate": lambda: rl.theory.value_update(tiny(), images(), NEURONS, registers=[1, 2]),
     "Evaluation": lambda: rl.evaluate_intervention(tiny(), images(), rl.TestTimeRegisters(NEURONS), controls=False),
+    "Diagnosis": lambda: rl.diagnose(tiny(), images(), evaluated=4),
     "EmergenceCriteria": criteria,
     "Dynamics": dynamics,
     "InterventionMaps": lambda: compare_maps(

@@ -11,7 +11,7 @@ import registerlens
 PACKAGE = Path(registerlens.__file__).parent
 ROOMS = (
     *("ground", "model", "loading", "data", "stats", "engine", "analysis", "interventions", "theory", "evaluation"),
-    *("circuits", "sweep", "emergence", "explorer", "viz", "commands"),
+    *("circuits", "diagnosis", "sweep", "emergence", "explorer", "viz", "commands"),
 )
 """From the bottom up. The ground is every module that stands in no room; `cli` and `demo` are commands."""
 COMMANDS = ("cli", "demo")

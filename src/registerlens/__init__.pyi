@@ -2,6 +2,7 @@ from . import analysis as analysis
 from . import circuits as circuits
 from . import config as config
 from . import data as data
+from . import diagnosis as diagnosis
 from . import emergence as emergence
 from . import engine as engine
 from . import errors as errors
@@ -19,6 +20,7 @@ from .analysis.trace import trace as trace
 from .circuits.attention_circuit import attention_circuit as attention_circuit
 from .config import ViTConfig as ViTConfig
 from .data.images import load_images as load_images
+from .diagnosis.diagnose import diagnose as diagnose
 from .errors import RegisterLensError as RegisterLensError
 from .evaluation.effects import evaluate_intervention as evaluate_intervention
 from .explorer.explorer import explore as explore

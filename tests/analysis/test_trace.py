@@ -393,3 +393,16 @@ def test_the_table_has_a_row_a_sublayer(tiny_trace):
     np.testing.assert_array_equal(attention["sink_is_outlier"], tiny_trace.sink_is_outlier)
     assert table[table["after"] != "attn"]["sink_mean_head"].isna().all()
     assert isinstance(table, pd.DataFrame)
+
+
+def test_place_is_told_from_content_also_across_sizes_and_shards():
+    vit, moved, images = model(), model(), noise(6)
+    with torch.no_grad():
+        moved.embed.W_pos[-1] += 50.0  # one place, whatever the image shows
+    by_content = rl.trace(vit, images).share_by_place
+    by_place = rl.trace(moved, images).share_by_place
+    assert by_place[0] > 0.95 > 0.5 > by_content[0]
+    height, width = CFG.image_size
+    larger = F.interpolate(images, size=(2 * height, width))
+    assert rl.trace(moved, [images[:3], images[3:], larger]).share_by_place[0] > 0.9
+    assert np.isnan(rl.trace(moved, images[:1]).share_by_place).all()

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from registerlens.analysis.outliers import Answer, OutlierEvidence, judge_each
+from registerlens.analysis.places import PREFIX, count_by_place, share_by_place
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.attention_received import attention_hooks
@@ -80,6 +81,9 @@ class Trace(ModelResult):
     """Largest attention a patch draws in the average head (0 to 1), mean over images."""
     sink_histogram: Int[np.ndarray, "layer bin"]
     """Images by the norm (over the median) that the most attended patch brings into the layer."""
+    share_by_place: Float[np.ndarray, " sublayer"]
+    """Share (0 to 1) of the variance of relative norms that lies between places of the image: near 1, the same patches
+    stand out in every image; near 0, it is what the images show. NaN where no two images have one size."""
 
     @property
     def n_layers(self) -> int:
@@ -319,6 +323,7 @@ class TraceSums(Sums):
             histogram=count_bins(relative.flatten(1)),
             largest_histogram=count_bins(relative.amax(-1)),
             sink_histogram=count_bins(entering),
+            **count_by_place(relative, batch.layout.grid),
         )
 
     def merge(self, other: TraceSums) -> None:  # type: ignore[override]
@@ -328,11 +333,14 @@ class TraceSums(Sums):
 
     def result(self) -> Trace:
         """Everything, as means over the images."""
+        by_place = {name: total for name, total in self.totals.items() if name.startswith(PREFIX)}
+        means = {name: mean for name, mean in self.means().items() if name not in by_place}
         return Trace(
             **self.identity,
             image_sizes=tuple(self.sizes),
             sublayers=self.sublayers,
             sink_query="cls" if self.identity["config"].class_token else "mean",
             n_images=self.n_images,
-            **self.means(),
+            share_by_place=np.broadcast_to(share_by_place(by_place), len(self.sublayers)).copy(),
+            **means,
         )

@@ -48,7 +48,7 @@ def example_images(
     """
     if n is not None and n < 1:
         raise ImageError(f"n, the number of images, must be at least 1, got {n}.")
-    if photographs is None and _is_embedded(vit):
+    if photographs is None and is_embedded(vit):
         return synthetic_images(n or SYNTHETIC, seed).images
     files = [Path(file) for file in (shipped_photographs() if photographs is None else photographs)]
     if not files and photographs is None:
@@ -94,13 +94,19 @@ def example_pictures(
         >>> example_pictures(vit, example_images(vit, 2)).shape
         (2, 48, 48, 3)
     """
-    if not _is_embedded(vit):
+    if not is_embedded(vit):
         return to_display(images, vit.preprocess)
     low, high = images.float().flatten().quantile(torch.tensor([0.01, 0.99], device=images.device))
     stretched = ((images.float() - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
     return (stretched * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _is_embedded(vit: HookedViT) -> bool:
-    """Whether it is the embedded model, or a copy of it with planted neurons."""
+def is_embedded(vit: HookedViT) -> bool:
+    """Whether it is the embedded model, or a copy of it with planted neurons: it was trained on synthetic images.
+
+    Example:
+        >>> import registerlens as rl
+        >>> is_embedded(rl.HookedViT.from_pretrained("registerlens:tiny"))
+        True
+    """
     return vit.source.startswith("registerlens:tiny")

@@ -1,0 +1,2 @@
+from .findings import CauseFinding as CauseFinding
+from .findings import Diagnosis as Diagnosis
