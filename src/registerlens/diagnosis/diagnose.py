@@ -77,8 +77,7 @@ def conclude(found: Symptoms, remedy: Remedy) -> Diagnosis:
     findings = [finding for check in CHECKS if (finding := check(found)) is not None]
     findings += [finding for finding in (untrained(found.vit), outlier_tokens(found, remedy)) if finding is not None]
     return Diagnosis(
-        model=found.vit.source,
-        config=found.vit.cfg,
+        **found.vit.identity,
         n_images=found.trace.n_images,
         findings=by_importance(findings or [nothing(found)]),
         trace=found.trace,
@@ -92,5 +91,4 @@ def conclude(found: Symptoms, remedy: Remedy) -> Diagnosis:
 
 def _without_measures(vit: HookedViT, broken: CauseFinding) -> Diagnosis:
     missing = ("trace", "massive", "sinks", "neurons", "evaluation", "cure")
-    about = {"model": vit.source, "config": vit.cfg, "n_images": 0, "findings": (broken,)}
-    return Diagnosis(**about, **dict.fromkeys(missing))  # type: ignore[arg-type]
+    return Diagnosis(**vit.identity, n_images=0, findings=(broken,), **dict.fromkeys(missing))  # type: ignore[arg-type]
