@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import registerlens
 from registerlens import results
-from registerlens.encoding import ARRAYS, JSON, concrete
+from registerlens.codecs import ARRAYS, JSON
+from registerlens.encoding import concrete
 from registerlens.errors import ConfigError
 from registerlens.files import reading, write_json
 from registerlens.results import ResultFile, Saved

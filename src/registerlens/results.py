@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pandas as pd
 
+from registerlens.codecs import ARRAYS, JSON, Misfit, Parts, Place
 from registerlens.config import ViTConfig
 from registerlens.display import Shown
-from registerlens.encoding import ARRAYS, JSON, Misfit, Parts, Place, concrete, decode, encode
+from registerlens.encoding import concrete, decode, encode
 from registerlens.errors import ConfigError
 from registerlens.files import read_json, read_tensors, restore, whole_file, whole_folder, write_json
 

@@ -11,7 +11,7 @@ import pandas as pd
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.circuits.graph import OUTPUT, STREAM
-from registerlens.encoding import table_of
+from registerlens.codecs import table_of
 from registerlens.errors import check_choice
 from registerlens.results import ModelResult
 

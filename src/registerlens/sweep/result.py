@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from registerlens.codecs import own_file
 from registerlens.data.images import Skipped
-from registerlens.encoding import own_file
 from registerlens.errors import ConfigError, close_matches
 from registerlens.evaluation.controls import ConditionKind
 from registerlens.evaluation.metrics import COLUMNS, Metric

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.codecs import table_of
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
-from registerlens.encoding import table_of
 from registerlens.errors import ConfigError, WeightsError
 from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.vit import HookedViT
