@@ -11,6 +11,7 @@ from torch import Tensor
 from registerlens.analysis.detection import Detection, Threshold, detect, require_outliers
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
+from registerlens.circuits import graph
 from registerlens.circuits.contributions import (
     OutlierRun,
     contributions,
@@ -20,14 +21,6 @@ from registerlens.circuits.contributions import (
     reads_by_cls,
 )
 from registerlens.circuits.edge_checks import Collected, check_edges
-from registerlens.circuits.graph import (
-    Measured,
-    edges_table,
-    nodes_table,
-    parts_table,
-    paths_table,
-    select,
-)
 from registerlens.circuits.readings import check_output, output_words, why_no_output
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.data.batches import Images
@@ -127,16 +120,16 @@ def attention_circuit(
             )
         _check_sums(vit, collected.error)
         reader = "[CLS]" if reads_by_cls(vit.cfg) else "mean patch"
-        measured = Measured(vit.cfg, neurons, block, reader, collected)
-        nodes = select(measured, min_share)
+        measured = graph.Measured(vit.cfg, neurons, block, reader, collected)
+        nodes = graph.select(measured, min_share)
         effects = None
         if check:
             effects, some = Collected(), RegisterNeurons.from_pairs([neurons.pairs[i] for i in nodes.neurons])
             for _, batch, run in _runs(vit, images, detection, block, batch_size, "cutting edges"):
                 if run is not None:
                     effects.add(check_edges(vit, batch, run, some, Heads(nodes.heads), target, **options))
-    parts = parts_table(measured, nodes)
-    edges = edges_table(measured, nodes, parts, effects, min_share)
+    parts = graph.parts_table(measured, nodes)
+    edges = graph.edges_table(measured, nodes, parts, effects, min_share)
     return AttentionCircuit(
         **vit.identity,
         detection=detection,
@@ -152,9 +145,9 @@ def attention_circuit(
         neuron_share=_neuron_share(measured, range(block + 1)),
         onset_share=_neuron_share(measured, [_onset(detection, block)]),
         notes=() if no_output is None else (no_output,),
-        nodes=nodes_table(measured, nodes, edges, effects),
+        nodes=graph.nodes_table(measured, nodes, edges, effects),
         edges=edges,
-        paths=paths_table(measured, nodes, effects),
+        paths=graph.paths_table(measured, nodes, effects),
         parts=parts,
     )
 
@@ -204,7 +197,7 @@ def _check_sums(vit: HookedViT, error: float) -> None:
         )
 
 
-def _neuron_share(measured: Measured, blocks: Any) -> float:
+def _neuron_share(measured: graph.Measured, blocks: Any) -> float:
     """Share of the given neurons in what all neurons of these blocks contribute to the outlier stream."""
     stream = dict(zip(measured.written, measured.mean("stream"), strict=True))
     part = sum(stream[neuron_name(*pair)] for pair in measured.neurons.pairs if pair[0] in blocks)

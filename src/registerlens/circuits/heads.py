@@ -22,6 +22,7 @@ from registerlens.model.block import Block, require_linear_output
 from registerlens.model.norms import LayerNorm
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
+from registerlens.theory.measurements import constants
 from registerlens.theory.readers import centred, dimensions, fold
 from registerlens.theory.readers import directions as unit_directions
 
@@ -226,26 +227,17 @@ class _Circuit:
 
     @classmethod
     def of(cls, block: Block, layer: int) -> _Circuit:
-        attn, n_heads = block.attn, block.attn.n_heads
-        weights = {"Q": attn.W_Q, "K": attn.W_K, "V": attn.W_V}
-        folded = {}
-        for name, weight in weights.items():
-            wide = fold(block.ln1, rearrange(weight, "head d_model d -> d_model (head d)")).cpu()
-            folded[name] = rearrange(wide, "d_model (head d) -> head d_model d", head=n_heads)
+        attn = block.attn
+        Q, K, V = (fold(block.ln1, weight).cpu() for weight in (attn.W_Q, attn.W_K, attn.W_V))
         O = attn.W_O.detach().double()  # noqa: E741
         if attn.ln is not None:
-            O = rearrange(fold(attn.ln, rearrange(O, "head d m -> (head d) m")), "(head d) m -> head d m", head=n_heads)  # noqa: E741
-        bias = attn.b_Q.detach().double().cpu()
-        if isinstance(block.ln1, LayerNorm):
-            bias = (
-                bias + einsum(block.ln1.b.detach().double(), attn.W_Q.detach().double(), "m, head m d -> head d").cpu()
-            )
-        Q, K = _head_norm(attn.q_norm, folded["Q"]), _head_norm(attn.k_norm, folded["K"])
-        bias = _head_norm(attn.q_norm, bias[:, None])[:, 0]
-        for weight in (Q, K, folded["V"], O):
+            O = fold(attn.ln, O.flatten(0, 1)).view_as(O)  # noqa: E741
+        Q, K = _head_norm(attn.q_norm, Q), _head_norm(attn.k_norm, K)
+        bias = _head_norm(attn.q_norm, constants(block.ln1, attn.W_Q, attn.b_Q).cpu()[:, None])[:, 0]
+        for weight in (Q, K, V, O):
             if weight.isinf().any() or (weight.isnan().any() and (attn.q_norm is None or weight is O)):
                 raise NonFiniteError(f"The attention weights of block {layer} are NaN or infinite.")
-        return cls(block.ln1, Q, K, folded["V"], O.cpu(), bias)
+        return cls(block.ln1, Q, K, V, O.cpu(), bias)
 
     def qk(self) -> Complex[Tensor, "head d_head"]:
         """Eigenvalues of W_Q W_K^T over sqrt(d_head), from the small product W_K^T W_Q."""

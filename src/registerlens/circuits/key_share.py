@@ -72,9 +72,7 @@ class KeyShare(ModelResult):
         top = table.iloc[np.argsort(-np.asarray(table["advantage"]), kind="stable")[:5]]
         listed = ", ".join(
             f"{layer:.0f}.{head:.0f} ({advantage:+.3g}, {share:.0%} of it)"
-            for layer, head, advantage, share in zip(
-                top["layer"], top["head"], top["advantage"], top["share"], strict=True
-            )
+            for layer, head, advantage, share in top[["layer", "head", "advantage", "share"]].itertuples(index=False)
         )
         beyond = int((np.abs(table["along"]) > table["null"]).sum())
         return (

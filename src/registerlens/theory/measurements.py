@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.model.block import Block
@@ -338,20 +338,27 @@ def measure_keys(
     return sum(map(len, rows.parts["value"])) - before
 
 
+def constants(
+    norm: nn.Module, weight: Float[Tensor, "head d_model d_head"], bias: Float[Tensor, "head d_head"]
+) -> Float[Tensor, "head d_head"]:
+    """What a linear map after a norm gives every token, float64: its own bias, and what it makes of the norm's."""
+    own, of_norm = bias.detach().double(), getattr(norm, "b", None)
+    if of_norm is None:
+        return own
+    return own + torch.einsum("m,hmd->hd", of_norm.detach().double(), weight.detach().double())
+
+
 def key_probe(
     block: Block, layer: int, observed: Observed | None
 ) -> tuple[Float[Tensor, "d_model head"], Float[Tensor, " head"]]:
     """What a unit direction is multiplied by to give its score in nats, and the score of an ordinary key."""
     attn = block.attn
-    W_Q, W_K = attn.W_Q.detach().double(), attn.W_K.detach().double()
-    bias = getattr(block.ln1, "b", None)
-    bias = torch.zeros_like(W_Q[0, :, 0]) if bias is None else bias.detach().double()
-    constant_key = torch.einsum("m,hmd->hd", bias, W_K) + attn.b_K.detach()
+    W_K = attn.W_K.detach().double()
+    constant_key = constants(block.ln1, attn.W_K, attn.b_K)
     if observed is None:
-        query = torch.einsum("m,hmd->hd", bias, W_Q) + attn.b_Q.detach()
-        key = constant_key
+        query, key = constants(block.ln1, attn.W_Q, attn.b_Q), constant_key
     else:
-        query, key = observed.query[layer].to(W_Q), observed.key[layer].to(W_K)
+        query, key = observed.query[layer].to(W_K), observed.key[layer].to(W_K)
     query = query * attn.d_head**-0.5
     # A norm gives a token the length sqrt(d_model) whatever its own.
     probe = fold(block.ln1, torch.einsum("hmd,hd->mh", W_K, query)) * math.sqrt(W_K.shape[1])

@@ -28,7 +28,7 @@ def centred(norm: nn.Module, vectors: Float[Tensor, "*batch d_model"]) -> Float[
     return vectors - vectors.mean(-1, keepdim=True) if isinstance(norm, LayerNorm) else vectors
 
 
-def fold(norm: nn.Module, weight: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
+def fold(norm: nn.Module, weight: Float[Tensor, "*head d_model out"]) -> Float[Tensor, "*head d_model out"]:
     """The map from the raw stream that a weight after a norm amounts to, float64: P diag(w) W.
 
     A norm divides by the token's own scale, which is left out: kernels and directions do not depend on it. P takes the
@@ -43,7 +43,7 @@ def fold(norm: nn.Module, weight: Float[Tensor, "d_model out"]) -> Float[Tensor,
     scale = getattr(norm, "w", None)
     if scale is not None:
         weight = weight * scale.detach().double()[:, None]
-    return centred(norm, weight.T).T
+    return centred(norm, weight.mT).mT
 
 
 def directions(norm: nn.Module, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
