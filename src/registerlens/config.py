@@ -17,7 +17,7 @@ from registerlens.config_parts import (
     QKNormConfig,
     RopeConfig,
 )
-from registerlens.errors import ConfigError, ShapeError, check_choice
+from registerlens.errors import ConfigError, ShapeError, check_at_least, check_choice
 
 PooledPart = Literal["cls", "distillation", "mean", "mean_all", "attention"]
 Description = TypeVar("Description")
@@ -120,10 +120,9 @@ class ViTConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
         object.__setattr__(self, "pooling", tuple(self.pooling))
-        least_of = {"n_layers": 1, "d_model": 1, "n_heads": 1, "d_mlp": 1, "n_channels": 1, "n_trained_registers": 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        check_at_least(1, n_layers=self.n_layers, d_model=self.d_model, n_heads=self.n_heads, d_mlp=self.d_mlp)
+        check_at_least(1, n_channels=self.n_channels)
+        check_at_least(0, n_trained_registers=self.n_trained_registers)
         for name, kind in (("act_fn", Activation), ("attention", AttentionKind)):
             check_choice(name, getattr(self, name), get_args(kind))
         if self.distillation_token and not self.class_token:

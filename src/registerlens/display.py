@@ -159,17 +159,25 @@ def memory(value: Any) -> int:
     return sum(memory(held) for held in value) if isinstance(value, (tuple, list)) else 0
 
 
+def count_text(n: float | int) -> str:
+    """A count with a letter for its unit, in powers of 1000.
+
+    Example:
+        >>> count_text(24_300_000), count_text(12)
+        ('24.3 M', '12 ')
+    """
+    power = min(4, int(math.log10(max(n, 1)) // 3))
+    return f"{n / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
+
+
 def size_text(n_bytes: float | int) -> str:
-    """Bytes in words, in powers of 1000.
+    """Bytes in words.
 
     Example:
         >>> size_text(812), size_text(12_345_678), size_text(3.2e12)
         ('812 bytes', '12.3 MB', '3.2 TB')
     """
-    if n_bytes < 1000:
-        return f"{n_bytes:.0f} bytes"
-    power = min(4, int(math.log10(n_bytes) // 3))
-    return f"{n_bytes / 1000**power:.3g} {['', 'kB', 'MB', 'GB', 'TB'][power]}"
+    return f"{n_bytes:.0f} bytes" if n_bytes < 1000 else f"{count_text(n_bytes)}B"
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -153,8 +153,8 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
         raise ConfigError(f"{name} must be one of {choices}, got {value!r}.{close_matches(str(value), choices)}")
 
 
-def check_at_least(least: int, **options: float | int) -> None:
-    """Refuse options that are too small.
+def check_at_least(least: int, **options: float | int | None) -> None:
+    """Refuse options that are too small; None is an option that was not given.
 
     Example:
         >>> check_at_least(1, steps=8, batch_size=0)
@@ -163,7 +163,7 @@ def check_at_least(least: int, **options: float | int) -> None:
         ...
     """
     for name, value in options.items():
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}.")
 
 

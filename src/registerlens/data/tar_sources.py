@@ -16,7 +16,7 @@ from typing import Any
 from registerlens.config import Preprocess
 from registerlens.data import sources
 from registerlens.data.images import HasPreprocess, Skipped, preprocess_of
-from registerlens.errors import ConfigError, ImageError, SourceError, needing
+from registerlens.errors import ImageError, SourceError, check_at_least, needing
 from registerlens.waiting import answer
 
 
@@ -63,8 +63,7 @@ class WebDatasetSource:
         size: int | tuple[int, int] | None = None,
         check: sources.Check = "content",
     ) -> None:
-        if parts < 1:
-            raise ConfigError(f"parts must be at least 1, got {parts}.")
+        check_at_least(1, parts=parts)
         self.preprocess, self.parts, self.check = preprocess_of(model, size), parts, check
         self.image_keys, self.label_key = tuple(image_key.lower().split(";")), label_key
         patterns = [urls] if isinstance(urls, str) else urls

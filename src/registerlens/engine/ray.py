@@ -20,7 +20,7 @@ import torch
 
 from registerlens.engine.backends import Job, Task, TaskQueue
 from registerlens.engine.crew import WORKED, Answer, Crew, Lost, Started, Worker, beat_of, hung
-from registerlens.errors import BackendError, ConfigError, needing
+from registerlens.errors import BackendError, ConfigError, check_at_least, needing
 
 AHEAD = 2
 """Tasks a worker has at most: one it works on, and one that waits so that it need not."""
@@ -67,10 +67,7 @@ class RayBackend:
     computes has no limit, see `ProcessBackend`."""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers must be at least 1, got {self.workers}.")
-        if self.max_in_flight is not None and self.max_in_flight < 1:
-            raise ConfigError(f"max_in_flight must be at least 1, got {self.max_in_flight}.")
+        check_at_least(1, workers=self.workers, max_in_flight=self.max_in_flight)
 
     def run(self, job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, pa.Table]]:
         """See `Backend`.

@@ -30,6 +30,7 @@ from registerlens.explorer.explorer import CLEAN, Explorer
 from registerlens.explorer.manifest import manifest
 from registerlens.explorer.tokens import token_names
 from registerlens.markup import asset, policy, render, write_html
+from registerlens.model.names import runs
 from registerlens.progress import track
 
 Kind = tuple[int, Head]
@@ -244,13 +245,7 @@ def _ranges(numbers: list[int]) -> str:
         >>> _ranges([0, 1, 2, 5])
         '0-2, 5'
     """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in runs(numbers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,14 +103,35 @@ def columns_of(key: str) -> Reader:
     return lambda source: source.state[key].shape[1]
 
 
-def activation(path: str, names: Mapping[str, Activation], name_of: Callable[[Any], str] = str) -> Reader:
-    """The nonlinearity, by the source library's name for it."""
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "gelutanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "quickgelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""By transformers' names, and by the classes of timm's and open_clip's modules, in small letters."""
+
+
+def activation(path: str) -> Reader:
+    """The nonlinearity: its name stands at the path, or a module, whose class and approximation tell it."""
 
     def reader(source: SourceModel) -> Activation:
-        name = name_of(source.get(path))
-        if name not in names:
-            raise UnsupportedArchitectureError(f"The nonlinearity {name!r} is not supported; known: {sorted(names)}.")
-        return names[name]
+        value = source.get(path)
+        tanh = getattr(value, "approximate", "none") == "tanh"
+        name = value if isinstance(value, str) else f"{type(value).__name__}{'_tanh' if tanh else ''}"
+        if name.lower() not in _ACTIVATIONS:
+            raise UnsupportedArchitectureError(
+                f"The nonlinearity {name!r} is not supported; known: {sorted(_ACTIVATIONS)}."
+            )
+        return _ACTIVATIONS[name.lower()]
 
     return reader
 

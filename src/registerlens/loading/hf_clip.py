@@ -23,7 +23,7 @@ from registerlens.loading.family import (
     read,
     rows_of,
 )
-from registerlens.loading.hf_rules import ACTIVATION_NAMES, COMMON, FC, block, square, with_classifier
+from registerlens.loading.hf_rules import COMMON, FC, block, square, with_classifier
 from registerlens.loading.weights import bias, concat, linear, norm, part, patch_rows, positions, rows, take, tokens
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _siglip_pool(source: SourceModel) -> AttentionPoolConfig | None:
         n_heads=source.get("num_attention_heads"),
         d_attn=source.get("hidden_size"),
         d_mlp=source.get("intermediate_size"),
-        act_fn=activation("hidden_act", ACTIVATION_NAMES)(source),
+        act_fn=activation("hidden_act")(source),
     )
 
 
@@ -288,19 +288,4 @@ _AIMV2_WHOLE = replace(
     written_prefix="vision_model.",
     unprefixed=("visual_projection.*",),
     note="the vision tower with its projection",
-)
-
-FAMILIES = (
-    _CLIP,
-    _CLIP_PROJECTED,
-    _CLIP_WHOLE,
-    _CLIP_CLASSIFIER,
-    *_METACLIP,
-    *_CLIPSEG,
-    _SIGLIP,
-    _SIGLIP_WHOLE,
-    _SIGLIP_CLASSIFIER,
-    *_SIGLIP2,
-    _AIMV2,
-    _AIMV2_WHOLE,
 )

@@ -129,5 +129,3 @@ _DINOV3 = Family(
     preprocess=square(224, fit="exact", interpolation="bilinear", **IMAGENET),
     note="the normalised [CLS]",
 )
-
-FAMILIES = (DINOV2, _DINOV2_CLASSIFIER, _DINOV2_REGISTERS, _DINOV2_REGISTERS_CLASSIFIER, _DINOV3)

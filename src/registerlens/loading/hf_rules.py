@@ -4,22 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from registerlens.config import Activation, Preprocess
+from registerlens.config import Preprocess
 from registerlens.loading import weights
 from registerlens.loading.family import Family, Reader, activation, pair, read, rows_of
 from registerlens.loading.weights import Weight, concat, linear, norm, positions, tokens
-
-ACTIVATION_NAMES: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "relu2": "relu2",
-}
 
 
 def square(size: int, **steps: Any) -> Preprocess:
@@ -35,7 +23,7 @@ COMMON: dict[str, Reader] = {
     "image_size": pair("image_size"),
     "patch_size": pair("patch_size"),
     "n_channels": read("num_channels"),
-    "act_fn": activation("hidden_act", ACTIVATION_NAMES),
+    "act_fn": activation("hidden_act"),
     "norm_eps": read("layer_norm_eps"),
 }
 """What nearly every configuration says under the same name."""

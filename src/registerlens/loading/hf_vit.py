@@ -176,18 +176,3 @@ _INTERNVL = Family(
     preprocess=square(448, fit="exact", interpolation="bicubic", **IMAGENET),
     note="the mean over patches or the normalised [CLS], as use_mean_pooling says; the library pools nothing",
 )
-
-FAMILIES = (
-    _VIT,
-    _VIT_CLASSIFIER,
-    _DEIT,
-    _DEIT_CLASSIFIER,
-    _DEIT_TEACHER,
-    _MSN,
-    _MSN_CLASSIFIER,
-    _IJEPA,
-    _IJEPA_CLASSIFIER,
-    _MAE,
-    _MAE_PRETRAINING,
-    _INTERNVL,
-)

@@ -1,7 +1,8 @@
 """How transformers' folders and hub repositories are read: which class, which tower, which preprocessing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from registerlens.config import Preprocess
@@ -10,7 +11,14 @@ from registerlens.files import read_json
 from registerlens.loading import hf_clip, hf_dino, hf_vit
 from registerlens.loading.family import Family
 
-FAMILIES = (*hf_vit.FAMILIES, *hf_clip.FAMILIES, *hf_dino.FAMILIES)
+
+def _declared(module: ModuleType) -> Iterator[Family]:
+    """The families that a module declares, alone or in tuples, in their order."""
+    for value in vars(module).values():
+        yield from (one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Family))
+
+
+FAMILIES = (*_declared(hf_vit), *_declared(hf_clip), *_declared(hf_dino))
 
 
 TOWERS = frozenset(

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from registerlens.config import Activation, Preprocess, ViTConfig
+from registerlens.config import Preprocess, ViTConfig
 from registerlens.config_parts import AttentionPoolConfig
 from registerlens.errors import UnsupportedArchitectureError
 from registerlens.loading.family import (
@@ -19,10 +19,8 @@ from registerlens.loading.family import (
     rows_of,
 )
 from registerlens.loading.timm import FAMILIES as TIMM_FAMILIES
-from registerlens.loading.timm_parts import name_of_activation, present
+from registerlens.loading.timm_parts import present
 from registerlens.loading.weights import block, concat, either, linear, norm, part, positions, take, tokens, transpose
-
-ACTIVATION_NAMES: dict[str, Activation] = {"GELU": "gelu", "GELU tanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 _POOLING = {"tok": ("cls",), "avg": ("mean",)}
 
@@ -90,7 +88,7 @@ _VISUAL = Family(
         "image_size": read("image_size"),
         "patch_size": read("patch_size"),
         "n_channels": read("conv1.in_channels"),
-        "act_fn": activation("transformer.resblocks.0.mlp.gelu", ACTIVATION_NAMES, name_of_activation),
+        "act_fn": activation("transformer.resblocks.0.mlp.gelu"),
         "norm_eps": read("transformer.resblocks.0.ln_1.eps"),
         "patch_bias": fixed(False),
         "pos_interpolation": fixed("bicubic_antialias"),

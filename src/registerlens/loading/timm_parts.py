@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from registerlens.config import Activation, ViTConfig
+from registerlens.config import ViTConfig
 from registerlens.config_parts import AttentionPoolConfig, NormKind, QKNormConfig
 from registerlens.errors import UnsupportedArchitectureError
 from registerlens.loading.family import (
@@ -36,15 +36,6 @@ from registerlens.loading.weights import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-ACTIVATION_NAMES: dict[str, Activation] = {
-    "GELU": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "GELU tanh": "gelu_tanh",
-    "QuickGELU": "quick_gelu",
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "Swish": "silu",
-}
 
 NORM_NAMES: dict[str, NormKind] = {
     "LayerNorm": "layer",
@@ -60,12 +51,6 @@ _POOLING = {"token": ("cls",), "avg": ("mean",), "": (), "map": ("attention",)}
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
-
-
-def name_of_activation(module: nn.Module) -> str:
-    """The nonlinearity's class name, with its approximation where it has one."""
-    tanh = getattr(module, "approximate", "none") == "tanh"
-    return f"{type(module).__name__}{' tanh' if tanh else ''}"
 
 
 def _nothing(module: Any) -> bool:
@@ -118,7 +103,7 @@ def attn_pool(over: Callable[[SourceModel], str]) -> Reader:
             project_query="attn_pool.q.weight" in source.state,
             qkv_bias="attn_pool.kv.bias" in source.state,
             d_mlp=rows_of("attn_pool.mlp.fc1.weight")(source),
-            act_fn=activation("attn_pool.mlp.act", ACTIVATION_NAMES, name_of_activation)(source),
+            act_fn=activation("attn_pool.mlp.act")(source),
             over=over(source),  # type: ignore[arg-type]
         )
 
@@ -139,7 +124,7 @@ CONFIG: dict[str, Reader] = {
     "image_size": read("patch_embed.img_size"),
     "patch_size": read("patch_embed.patch_size"),
     "n_channels": read("patch_embed.proj.in_channels"),
-    "act_fn": activation("blocks.0.mlp.act", ACTIVATION_NAMES, name_of_activation),
+    "act_fn": activation("blocks.0.mlp.act"),
     "gated_mlp": lambda source: kind_of("blocks.0.mlp")(source) in GATED,
     "mlp_norm": has_weight("blocks.0.mlp.norm.weight"),
     "norm": lambda source: NORM_NAMES[kind_of("blocks.0.norm1")(source)],

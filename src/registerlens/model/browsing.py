@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -16,7 +15,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from registerlens.config import Preprocess, ViTConfig
-from registerlens.display import html_card, line, size_text, text_table
+from registerlens.display import count_text, html_card, line, size_text, text_table
 from registerlens.errors import HookNameError, close_matches
 from registerlens.model.cache import bytes_held, dtype_text, shape_rows
 from registerlens.model.names import NamesFilter, match_names, pooled
@@ -91,8 +90,8 @@ class ModelSummary:
         height, width = self.image_size
         return (
             f"{self.model} on an image of {height} x {width} pixels ({self.config.layout(height, width).n_tokens} "
-            f"tokens): {self.parameters:,} parameters ({size_text(self.weight_bytes)}), {_count(self.flops)}FLOPs a "
-            f"forward pass, {size_text(self.cache_bytes)} a full cache ({kept} of {len(self.points)} hook points; "
+            f"tokens): {self.parameters:,} parameters ({size_text(self.weight_bytes)}), {count_text(self.flops)}FLOPs "
+            f"a forward pass, {size_text(self.cache_bytes)} a full cache ({kept} of {len(self.points)} hook points; "
             f"the rest, attn.hook_result, is computed when needed)."
         )
 
@@ -113,7 +112,7 @@ class ModelSummary:
     def _tables(self) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
         every = pooled({part.name: (part.parameters, part.flops) for part in self.parts})
         parts = [
-            (name, f"{times(n)}{parameters:,}", f"{times(n)}{_count(flops)}FLOPs")
+            (name, f"{times(n)}{parameters:,}", f"{times(n)}{count_text(flops)}FLOPs")
             for name, n, (parameters, flops) in every
         ]
         shapes = shape_rows({point.name: (point.shape, point.dtype, point.n_bytes) for point in self.points})
@@ -194,12 +193,6 @@ def _parts(vit: HookedViT, flops_of: Callable[[str], int], total: int) -> tuple[
     flops = {part: flops_of(part) for part in homes}
     flops["embedding"] = total - sum(flops.values())
     return tuple(ModelPart(name=name, parameters=counts[name], flops=flops[name]) for name in counts)
-
-
-def _count(n: int) -> str:
-    """A count with a letter for its unit: "24.3 M"."""
-    power = min(4, int(math.log10(max(n, 1)) // 3))
-    return f"{n / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
 
 
 class Identity(TypedDict):

@@ -94,15 +94,23 @@ def pooled(points: Mapping[str, Value]) -> list[tuple[str, int, Value]]:
     ]
 
 
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Numbers as runs of neighbours, first and last of each.
+
+    Example:
+        >>> runs([5, 0, 1, 2])
+        [(0, 2), (5, 5)]
+    """
+    joined: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        first = joined.pop()[0] if joined and joined[-1][1] == number - 1 else number
+        joined.append((first, number))
+    return joined
+
+
 def _brace(numbers: list[int]) -> str:
     """Numbers as {0..3,5}; one stands alone."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    ranges = ",".join(f"{first}" if first == last else f"{first}..{last}" for first, last in runs)
+    ranges = ",".join(f"{first}" if first == last else f"{first}..{last}" for first, last in runs(numbers))
     return ranges if len(numbers) == 1 else f"{{{ranges}}}"
 
 

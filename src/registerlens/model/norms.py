@@ -26,15 +26,14 @@ class Norm(nn.Module):
     def normalise(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """The norm as one fused operation, without hook points."""
 
-    @abstractmethod
     def centre(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """What is divided by the scale: linear in x."""
+        return x
 
     @abstractmethod
     def affine(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """Times the weight, plus the bias where there is one."""
 
-    @abstractmethod
     def standard(self, x: Float[Tensor, "*batch width"]) -> tuple[Tensor, Tensor] | None:
         """x over its scale and that scale, from one fused operation without a graph; None where there is none."""
 
@@ -94,17 +93,9 @@ class RMSNorm(Norm):
         """The fused operation."""
         return F.rms_norm(x, self.w.shape, self.w, self.eps)
 
-    def centre(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """As it is."""
-        return x
-
     def affine(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """The weight."""
         return x * self.w
-
-    def standard(self, x: Float[Tensor, "*batch width"]) -> tuple[Tensor, Tensor] | None:
-        """There is no such kernel: the sums are made."""
-        return None
 
 
 NORMS: dict[NormKind, type[Norm]] = {"layer": LayerNorm, "rms": RMSNorm}

@@ -13,7 +13,7 @@ from registerlens.data.sources import Source, TensorSource
 from registerlens.engine.backends import Backend, LocalBackend, Task, check_untouched
 from registerlens.engine.processes import ProcessBackend
 from registerlens.engine.store import skipped_of
-from registerlens.errors import ConfigError, ShapeError, close_matches
+from registerlens.errors import ConfigError, ShapeError, check_at_least, close_matches
 from registerlens.evaluation.edit_runs import find_stack
 from registerlens.evaluation.metrics import Metric, check_metrics, default_metrics
 from registerlens.model.vit import HookedViT
@@ -97,9 +97,7 @@ def run_sweep(
     models, sources = as_models(models), as_sources(images, labels, shard_size)
     planned = as_conditions(conditions, models, sources)
     measured = as_metrics(metrics, models, sources)
-    for name, size in {"batch_size": batch_size, "stack": stack, "threads": threads}.items():
-        if size is not None and size < 1:
-            raise ConfigError(f"{name} must be at least 1, got {size}.")
+    check_at_least(1, batch_size=batch_size, stack=stack, threads=threads)
     chosen, n_workers = _backend(backend, workers, address)
     asked = manifest_of(
         models,
