@@ -82,7 +82,7 @@ MAKERS = {
     "NeuronUpdates": lambda: rl.analysis.neuron_updates(tiny(), images(), NEURONS, draws=5),
     "OutputWeights": lambda: rl.analysis.output_weights(tiny(), NEURONS, draws=5),
     "Overlap": lambda: rl.analysis.observable_overlap(tiny(), images()),
-    "SingularDefects": lambda: rl.analysis.singular_defects(tiny(), images(), n_samples=512),
+    "SingularDefects": lambda: rl.analysis.singular_defects(tiny(), images()),
     "SinkKinds": lambda: rl.analysis.classify_sinks(tiny(), images()),
     "AttentionCircuit": lambda: rl.attention_circuit(tiny(), images(4), NEURONS),
     "Attributions": lambda: rl.circuits.attribution_patching(

@@ -8,6 +8,7 @@ one direction most; outliers are reported to lie near it (SINDER).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,28 +25,25 @@ from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
 from registerlens.engine.stream import Batch, Sums, stream
-from registerlens.errors import ConfigError, ImageError, NonFiniteError, ShapeError
+from registerlens.errors import ImageError, NonFiniteError, ShapeError
 from registerlens.model.block import Block, require_linear_output, require_softmax
-from registerlens.model.mlp import MLP
+from registerlens.model.mlp import MLP, GatedMLP
 from registerlens.model.norms import LayerNorm, Norm
-from registerlens.model.parts import token_norms
+from registerlens.model.parts import ACTIVATIONS, token_norms
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.progress import track
 from registerlens.results import FINITE, ModelResult
 
-_AT_ONCE = 1024
-"""Inputs that go through an MLP together."""
 
-
-def block_map(block: Block, samples: Float[Tensor, "sample d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """E = C A of one block, float64, acting on columns; `samples` are one half of the pairs X, -X."""
+def block_map(block: Block) -> Float[Tensor, "d_model d_model"]:
+    """E = C A of one block, float64, acting on columns."""
     attn, mlp = block.attn, block.mlp
     out = rearrange(attn.W_O.double().cpu(), "head d_head d_model -> d_model (head d_head)")
     out = out if attn.ln is None else _after_norm(out, attn.ln)
     through = out @ rearrange(attn.W_V.double().cpu(), "head d_model d_head -> (head d_head) d_model")
     identity = torch.eye(through.shape[0], dtype=torch.float64)
     attention = identity + _after_norm(through, block.ln1)
-    return (identity + _after_norm(fit_mlp(mlp, samples), block.ln2)) @ attention
+    return (identity + _after_norm(fit_mlp(mlp), block.ln2)) @ attention
 
 
 def _after_norm(linear: Float[Tensor, "out width"], norm: Norm) -> Float[Tensor, "out width"]:
@@ -54,18 +52,79 @@ def _after_norm(linear: Float[Tensor, "out width"], norm: Norm) -> Float[Tensor,
     return scaled - scaled.mean(1, keepdim=True) if isinstance(norm, LayerNorm) else scaled
 
 
-def fit_mlp(mlp: MLP, samples: Float[Tensor, "sample d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """W_out M: least squares of what the MLP writes on its input X, over the samples and their negatives."""
-    W_out = mlp.W_out
-    wide = torch.float32 if W_out.device.type == "mps" else torch.float64
-    size = samples.shape[1]
-    cross, gram = (torch.zeros(size, size, dtype=wide, device=W_out.device) for _ in range(2))
-    for part in samples.split(_AT_ONCE):
-        x = part.to(W_out)
-        odd = (mlp.neurons(x) - mlp.neurons(-x)) / 2  # what is even in X has no slope, and drops out
-        cross += (x.T @ (odd @ W_out)).to(wide)
-        gram += (x.T @ x).to(wide)
-    return torch.linalg.solve(gram.double().cpu(), cross.double().cpu()).T
+def fit_mlp(mlp: MLP) -> Float[Tensor, "d_model d_model"]:
+    """W_out M: least squares of what the MLP writes on its input X ~ N(0, I).
+
+    By Stein's lemma M is the mean derivative of the neurons by X.
+    """
+    out = mlp.W_out.double().cpu().T
+    out = out if mlp.ln is None else _after_norm(out, mlp.ln)
+    reads, bias = mlp.W_in.double().cpu().T, mlp.b_in.double().cpu()
+    if not isinstance(mlp, GatedMLP):
+        return out @ (activation_moments(mlp.act, bias, reads.norm(dim=1))[1, :, None] * reads)
+    gates, gate_bias = mlp.W_gate.double().cpu().T, mlp.b_gate.double().cpu()
+    level, slope, bend = activation_moments(mlp.act, gate_bias, gates.norm(dim=1))
+    by_gate = bias * slope + (reads * gates).sum(1) * bend
+    return out @ (by_gate[:, None] * gates + level[:, None] * reads)
+
+
+# A nonlinearity under a normal input ---------------------------------------------------------------------------------
+
+
+def activation_moments(
+    act: Callable[[Tensor], Tensor], mean: Float[Tensor, " neuron"], std: Float[Tensor, " neuron"]
+) -> Float[Tensor, "moment neuron"]:
+    """Means of act(x), of its first and of its second derivative for normal x, float64.
+
+    In closed form for GELU, ReLU and ReLU squared, else (SiLU, and GELU's approximations) by the trapezoidal rule,
+    which for an analytic function of a normal variable is exact to rounding.
+
+    Example:
+        >>> activation_moments(torch.nn.functional.relu, torch.zeros(1), torch.ones(1)).squeeze(1).numpy().round(4)
+        array([0.3989, 0.5   , 0.3989])
+    """
+    mean, std = mean.double(), std.double().clamp_min(1e-150)
+    closed = _CLOSED.get(act)
+    return torch.stack(closed(mean, std)) if closed else _trapezoidal(act, mean, std)
+
+
+def _normal(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The normal distribution function and its density."""
+    return torch.special.ndtr(z), (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+
+
+def _gelu(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total = 1 + std.square()
+    below, density = _normal(mean / total.sqrt())
+    density = density / total.sqrt()
+    centre, variance = mean / total, std.square() / total
+    slope = below + centre * density
+    return mean * below + std.square() * density, slope, (2 - centre.square() - variance) * density
+
+
+def _relu(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    below, density = _normal(mean / std)
+    return mean * below + std * density, below, density / std
+
+
+def _relu2(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    level, below, _ = _relu(mean, std)
+    return mean * level + std.square() * below, 2 * level, 2 * below
+
+
+_CLOSED = {ACTIVATIONS["gelu"]: _gelu, ACTIVATIONS["relu"]: _relu, ACTIVATIONS["relu2"]: _relu2}
+
+
+def _trapezoidal(act: Callable[[Tensor], Tensor], mean: Tensor, std: Tensor) -> Float[Tensor, "moment neuron"]:
+    step = min(0.3, 0.3 / float(std.max()))  # a sigmoid's nearest pole lies pi / std from the line
+    z = torch.arange(-10, 10 + step, step, dtype=torch.float64)
+    weights = (-z.square() / 2).exp()
+    with torch.enable_grad():
+        x = (mean[:, None] + std[:, None] * z).requires_grad_()
+        y = act(x)
+        [slope] = torch.autograd.grad(y.sum(), x, create_graph=True)
+        [bend] = torch.autograd.grad(slope.sum(), x)
+    return torch.stack([y.detach(), slope.detach(), bend]) @ (weights / weights.sum())
 
 
 def compose(
@@ -91,17 +150,10 @@ def compose(
     return torch.stack(directions), torch.stack(values)
 
 
-N_SAMPLES = 16_384
-"""Normal inputs to an MLP's fit. Between two seeds directions differ by a few degrees, and more where the
-first two singular values are close."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SingularDefects(ModelResult):
     """For each block the singular direction after it, its neurons' alignment with it, and measured outliers' angles."""
 
-    n_samples: int
-    """Normal inputs to each MLP's fit."""
     directions: Float[np.ndarray, "layer d_model"] = field(metadata=FINITE)
     """Unit vector after each block that the blocks up to there stretch most; largest component positive."""
     singular_values: Float[np.ndarray, "layer value"] = field(metadata=FINITE)
@@ -234,16 +286,14 @@ def singular_defects(
     images: Images | None = None,
     *,
     detection: Detection | None = None,
-    n_samples: int = N_SAMPLES,
-    seed: int = 0,
     batch_size: int = 16,
 ) -> SingularDefects:
     """The outlier direction that the weights predict after each block, and which neurons write it.
 
     With P = I - 11'/d, block l becomes E_l = C_l A_l, A_l = I + W_O W_V diag(w_ln1) P and
     C_l = I + W_out M_l diag(w_ln2) P, LayerScale inside W_O and W_out, where M_l is the least-squares fit of the hidden
-    units on X ~ N(0, I). The direction after block l is the first left singular vector of E_l ... E_0. Composed in
-    float64. Edits in force do not count: only weights do.
+    units on X ~ N(0, I), exact to rounding. The direction after block l is the first left singular vector of
+    E_l ... E_0. Composed in float64. Edits in force do not count: only weights do.
 
     What it cannot see: a neuron with a threshold that a normal input does not reach has no slope there, however much it
     writes, so that the measured angle, not the prediction, is the evidence. The LayerNorms' division is left out, as
@@ -254,19 +304,15 @@ def singular_defects(
         images: if given, the angle of measured outliers to the direction: [image, channel, height, width], or batches
             that can be iterated twice. For directions of your own see `SingularDefects.angles_to`.
         detection: which patches are outliers; default: found first, in another pass.
-        n_samples: normal inputs to each fit. They come in pairs X and -X, which makes the fit
-            exact for what is even in X, as the nonlinear part of a GELU without bias.
-        seed: of the samples; equal seeds give equal results.
         batch_size: images at once when a tensor is given.
 
     Raises:
         NonFiniteError: a weight, which is named, is NaN or infinite.
-        ConfigError: fewer than 2 x d_model samples.
         NoOutliersError: images were given, and outliers are absent on them; it carries the evidence.
         ImageError: images were given, but there are none.
         UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
 
-    Source: Wang et al. 2024 (SINDER), who use 100,000 samples and no pairs; the score of neurons is ours.
+    Source: Wang et al. 2024 (SINDER), who fit on 100,000 samples what is exact here; the score of neurons is ours.
 
     Example:
         >>> import registerlens as rl
@@ -276,17 +322,13 @@ def singular_defects(
     """
     require_softmax(vit.cfg, "The search for singular defects")
     require_linear_output(vit.cfg, "The search for singular defects")
-    d_model = vit.cfg.d_model
     _check_finite(vit)
-    if n_samples < 2 * d_model:
-        raise ConfigError(f"n_samples must be at least 2 x d_model = {2 * d_model} for a fit, got {n_samples}.")
     if images is not None:  # before the work begins
         detection = detection or detect(vit, images, batch_size=batch_size)
         require_outliers(detection, "Measuring the angle of outliers")
-    samples = torch.randn(n_samples // 2, d_model, generator=torch.Generator().manual_seed(seed))
     blocks = [cast(Block, block) for block in vit.blocks]
     with torch.no_grad():
-        maps = [block_map(block, samples) for block in track(blocks, "linearising blocks", len(blocks))]
+        maps = [block_map(block) for block in track(blocks, "linearising blocks", len(blocks))]
         writes = torch.stack([block.mlp.W_out.double().cpu() for block in blocks])
     directions, values = compose(maps)
     norms = writes.norm(dim=-1)
@@ -302,7 +344,6 @@ def singular_defects(
         [measured] = stream(vit, images, [sums], batch_size=batch_size, description="measuring angles")
     return SingularDefects(
         **vit.identity,
-        n_samples=2 * len(samples),
         directions=directions.numpy(),
         singular_values=values.numpy(),
         alignment=(along / norms.clamp_min(1e-300)).clamp_max(1).numpy(),

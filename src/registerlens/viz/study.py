@@ -199,8 +199,6 @@ THRESHOLD = 0.3
 HALF = 0.5
 """Share of the queries that must pay it, beside the published 90%: those that several sinks of an image share it
 among would otherwise be missed."""
-SAMPLES = 4096
-"""Normal inputs to each linear fit of the singular defects: a page needs no more than two degrees."""
 REGISTERS = (1, 2, 4)
 """Numbers of test-time registers whose updates are compared."""
 
@@ -290,11 +288,7 @@ def study_mechanism(
         value_update=_or_reason(lambda: value_update(vit, few, chosen(), registers=REGISTERS, batch_size=batch_size)),
         massive=massive,
         overlap=_or_reason(lambda: observable_overlap(vit, images, detection=detection, batch_size=batch_size)),
-        defects=_or_reason(
-            lambda: singular_defects(
-                vit, measured, detection=detection, batch_size=batch_size, n_samples=max(SAMPLES, 4 * vit.cfg.d_model)
-            )
-        ),
+        defects=_or_reason(lambda: singular_defects(vit, measured, detection=detection, batch_size=batch_size)),
         distributions=_or_reason(lambda: activation_distributions(vit, images, chosen(), **at)),  # type: ignore[arg-type]
         updates=_or_reason(lambda: neuron_updates(vit, images, chosen(), **at)),  # type: ignore[arg-type]
         weights=_or_reason(lambda: output_weights(vit, chosen())),
