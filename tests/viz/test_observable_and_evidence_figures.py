@@ -61,7 +61,7 @@ def test_overlaps_are_drawn_with_none_where_there_is_none(tiny, images):
 
 
 def test_defects_are_drawn_with_and_without_images(tiny, images):
-    for found in (singular_defects(tiny, images), singular_defects(tiny, n_samples=1024)):
+    for found in (singular_defects(tiny, images), singular_defects(tiny)):
         figure = defects_figure(found)
         every, best = figure.data[-2:]
         np.testing.assert_array_equal(every.y, found.alignment.ravel())
