@@ -13,7 +13,7 @@ from helpers import randomise
 import registerlens as rl
 from registerlens.analysis.detection import detect
 from registerlens.circuits.attention_circuit import attention_circuit
-from registerlens.circuits.graph import head_name
+from registerlens.circuits.contributions import Node
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.config_parts import AttentionPoolConfig, QKNormConfig, RopeConfig
 from registerlens.data.synthetic import synthetic_images
@@ -369,11 +369,11 @@ def test_pruning_hides_neurons_and_heads_below_the_share_in_the_rest(tiny):
 def test_heads_are_shown_that_look_at_outliers_or_write_much_from_them_and_the_others_join_the_rest(planted):
     vit, truth, image, circuit = planted
     loud = copy.deepcopy(vit)
-    sinks = [head_name(*head) for head in truth.sink_heads]
-    noisy = next(head for head in range(4) if head_name(2, head) not in sinks)
+    sinks = [Node.head(*head) for head in truth.sink_heads]
+    noisy = next(head for head in range(4) if Node.head(2, head) not in sinks)
     with torch.no_grad():
         loud.blocks[2].attn.out.weight[:, 12 * noisy : 12 * (noisy + 1)] *= 100
-    noisy = head_name(2, noisy)
+    noisy = Node.head(2, noisy)
     options = {"detection": circuit.detection, "block": 1, "check": False}
     every, pruned = (attention_circuit(loud, image, truth.neurons, min_share=m, **options) for m in (0.0, 0.02))
     assert set(pruned.nodes.query("kind == 'head'")["name"]) == {*sinks, noisy}

@@ -13,11 +13,11 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import check_neurons
 from registerlens.circuits import graph
 from registerlens.circuits.contributions import (
+    Node,
     OutlierRun,
     contributions,
     locate,
     look,
-    neuron_name,
     reads_by_cls,
 )
 from registerlens.circuits.edge_checks import Collected, check_edges
@@ -200,6 +200,6 @@ def _check_sums(vit: HookedViT, error: float) -> None:
 def _neuron_share(measured: graph.Measured, blocks: Any) -> float:
     """Share of the given neurons in what all neurons of these blocks contribute to the outlier stream."""
     stream = dict(zip(measured.written, measured.mean("stream"), strict=True))
-    part = sum(stream[neuron_name(*pair)] for pair in measured.neurons.pairs if pair[0] in blocks)
+    part = sum(stream[Node.neuron(*pair)] for pair in measured.neurons.pairs if pair[0] in blocks)
     every = part + sum(stream[f"other neurons of block {layer}"] for layer in blocks)
     return float(part / every) if every else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -180,14 +181,51 @@ LATER = ("attention of later blocks", "neurons of later blocks", "biases")
 """What else a later head's score is made of: writes between the stream's place and the head, all biases."""
 
 
-def neuron_name(layer: int, neuron: int) -> str:
-    """A neuron's node.
+class Node(str):
+    """A node of a circuit: "neuron 1:183", "head 3.0", STREAM, a reader such as "[CLS]", OUTPUT, or the rest of one.
+
+    It is its name, so that it prints and compares as one.
 
     Example:
-        >>> neuron_name(1, 183)
-        'neuron 1:183'
+        >>> node = Node.head(3, 0)
+        >>> node, node.kind, node.place, Node.rest_of(node)
+        ('head 3.0', 'head', (3, 0), 'rest of head 3.0')
     """
-    return f"neuron {layer}:{neuron}"
+
+    @classmethod
+    def neuron(cls, layer: int, neuron: int) -> Node:
+        """A neuron."""
+        return cls(f"neuron {layer}:{neuron}")
+
+    @classmethod
+    def head(cls, layer: int, head: int) -> Node:
+        """A head."""
+        return cls(f"head {layer}.{head}")
+
+    @classmethod
+    def rest_of(cls, receiver: str) -> Node:
+        """All that flows into a node and is not shown."""
+        return cls(f"rest of {receiver}")
+
+    @property
+    def kind(self) -> str:
+        """One of "neuron", "stream", "head", "reader", "output" and "rest"."""
+        known = re.match("(neuron|head|rest) ", self)
+        return known[1] if known else {STREAM: "stream", OUTPUT: "output"}.get(self, "reader")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(layer, index) of a neuron or head; -1 for none."""
+        layer, index = re.findall(r"\d+", self) if self.kind in ("neuron", "head") else (-1, -1)
+        return int(layer), int(index)
+
+    @property
+    def receiver(self) -> Node:
+        """Whose rest this is."""
+        return Node(self.removeprefix("rest of "))
+
+
+STREAM, OUTPUT = Node("outlier stream"), Node("output")
 
 
 def stream_parts(cfg: ViTConfig, neurons: RegisterNeurons, block: int) -> list[str]:
@@ -198,7 +236,7 @@ def stream_parts(cfg: ViTConfig, neurons: RegisterNeurons, block: int) -> list[s
         >>> stream_parts(cfg, RegisterNeurons.from_pairs([(0, 3)]), 0)
         ['neuron 0:3', 'embedding', 'attention of block 0', 'other neurons of block 0', 'biases']
     """
-    named = [neuron_name(*pair) for pair in neurons.pairs]
+    named = [Node.neuron(*pair) for pair in neurons.pairs]
     written = [f"{what} of block {i}" for i in range(block + 1) for what in ("attention", "other neurons")]
     return [*named, "embedding", *written, "biases"]
 

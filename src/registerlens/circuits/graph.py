@@ -11,13 +11,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.circuits.contributions import LATER, VIA, reader_parts, stream_parts
+from registerlens.circuits.contributions import LATER, OUTPUT, STREAM, VIA, Node, reader_parts, stream_parts
 from registerlens.circuits.edge_checks import ALL_NEURONS, FIRST_NEURON, HELD, LIVE, NORMS, WHOLE_STREAM, Collected
 from registerlens.config import ViTConfig
 from registerlens.stats.intervals import mean_intervals
-
-STREAM, OUTPUT, REST = "outlier stream", "output", "rest of "
-"""Names of nodes."""
 
 Row = tuple[dict[str, Any], Float[np.ndarray, " image"]]
 """Columns of a row, and its number an image."""
@@ -53,9 +50,9 @@ class Measured:
         return self.found[name].mean(0)
 
     @property
-    def receivers(self) -> tuple[str, ...]:
+    def receivers(self) -> tuple[Node, ...]:
         """The ends of the path: the reader, and the output where it is part of it."""
-        return (self.reader, OUTPUT) if "output_whole" in self.found else (self.reader,)
+        return (Node(self.reader), OUTPUT) if "output_whole" in self.found else (Node(self.reader),)
 
     @property
     def written(self) -> list[str]:
@@ -69,16 +66,6 @@ class Measured:
     def at(self, layer: int) -> int:
         """Where a block stands in arrays of later blocks."""
         return layer - self.block - 1
-
-
-def head_name(layer: int, head: int) -> str:
-    """A head's node.
-
-    Example:
-        >>> head_name(3, 0)
-        'head 3.0'
-    """
-    return f"head {layer}.{head}"
 
 
 def select(measured: Measured, min_share: float) -> ShownNodes:
@@ -116,11 +103,11 @@ def parts_table(measured: Measured, nodes: ShownNodes) -> pd.DataFrame:
 
     add(STREAM, measured.written, found["stream"])
     for layer, head in nodes.heads:
-        add(head_name(layer, head), [*measured.written, *LATER], found["scores"][:, :, measured.at(layer), head])
+        add(Node.head(layer, head), [*measured.written, *LATER], found["scores"][:, :, measured.at(layer), head])
     rest = reader_parts(measured.cfg, measured.block)
     for receiver in measured.receivers:
         heads = measured.field(receiver, "heads")
-        names = [head_name(measured.block + 1 + i, head) for i, head in np.ndindex(heads.shape[1:3])]
+        names = [Node.head(measured.block + 1 + i, head) for i, head in np.ndindex(heads.shape[1:3])]
         for i, via in enumerate(VIA):
             add(receiver, names, heads[..., i].reshape(len(heads), -1), via)
         add(receiver, rest if receiver != OUTPUT else [*rest, "other tokens"], measured.field(receiver, "rest"))
@@ -148,7 +135,7 @@ def edges_table(
 
     def close(receiver: str, whole: np.ndarray) -> None:
         into = [values for labels, values in rows if labels["receiver"] == receiver]
-        add(f"{REST}{receiver}", receiver, whole - np.sum(into, 0) if into else whole, unknown)
+        add(Node.rest_of(receiver), receiver, whole - np.sum(into, 0) if into else whole, unknown)
 
     def effect(name: str, *index: int) -> np.ndarray:
         return unknown if effects is None else effects[name][(slice(None), slice(None), *index)]
@@ -159,15 +146,15 @@ def edges_table(
     close(STREAM, found["stream_norm"])
     for column, (layer, head) in enumerate(nodes.heads):
         score = found["scores"][:, :n, measured.at(layer), head].sum(1)
-        add(STREAM, head_name(layer, head), score, effect("score", WHOLE_STREAM, column))
-        close(head_name(layer, head), found["score"][:, measured.at(layer), head])
+        add(STREAM, Node.head(layer, head), score, effect("score", WHOLE_STREAM, column))
+        close(Node.head(layer, head), found["score"][:, measured.at(layer), head])
     for receiver in measured.receivers:
         for column, (layer, head) in enumerate(nodes.heads):
             values = measured.field(receiver, "heads")[:, measured.at(layer), head]
             for i, via in enumerate(VIA):
                 if i == 0 or abs(values[:, i].mean()) >= max(min_share * gross[receiver], _NOTHING):
                     cutting = effect("output" if receiver == OUTPUT else "reader", column, i)
-                    add(head_name(layer, head), receiver, values[:, i], cutting, via)
+                    add(Node.head(layer, head), receiver, values[:, i], cutting, via)
         close(receiver, measured.field(receiver, "whole"))
     frame = tabulate(rows, measured.n_images, ("sender", "receiver", "via"))
     frame["share"] = frame["value"] / gross[frame["receiver"]].to_numpy()
@@ -187,26 +174,25 @@ def nodes_table(measured: Measured, nodes: ShownNodes, edges: pd.DataFrame, effe
     found, unknown = measured.found, np.full(measured.n_images, np.nan)
     rows: list[Row] = []
 
-    def add(
-        name: str, kind: str, whole: np.ndarray, unit: str, layer: int = -1, index: int = -1, **more: float
-    ) -> None:
-        rows.append(({"name": name, "kind": kind, "layer": layer, "index": index, "unit": unit, **more}, whole))
+    def add(node: Node, whole: np.ndarray, unit: str, **more: float) -> None:
+        layer, index = node.place
+        rows.append(({"name": node, "kind": node.kind, "layer": layer, "index": index, "unit": unit, **more}, whole))
 
     for i in nodes.neurons:
-        add(measured.written[i], "neuron", unknown, "", *measured.neurons.pairs[i])
-    add(STREAM, "stream", found["stream_norm"], "norm", measured.block)
+        add(Node.neuron(*measured.neurons.pairs[i]), unknown, "")
+    add(STREAM, found["stream_norm"], "norm", layer=measured.block)
     for column, (layer, head) in enumerate(nodes.heads):
         at = measured.at(layer)
         paid = found["attention"][:, at, head, 0].mean()
         fall = np.nan if effects is None else effects["attention"][:, LIVE, ALL_NEURONS, column].mean()
         score = found["score"][:, at, head]
         shares = {"attention": paid, "attention_without": paid - fall}
-        add(head_name(layer, head), "head", score, "score", layer, head, **shares)
+        add(Node.head(layer, head), score, "score", **shares)
     for receiver in measured.receivers:
-        kind = "output" if receiver == OUTPUT else "reader"
-        add(receiver, kind, measured.field(receiver, "whole"), "projection" if kind == "output" else "norm")
-    for sender in edges["sender"][edges["sender"].str.startswith(REST)]:
-        add(sender, "rest", unknown, "")
+        add(receiver, measured.field(receiver, "whole"), "projection" if receiver == OUTPUT else "norm")
+    for sender in map(Node, edges["sender"]):
+        if sender.kind == "rest":
+            add(sender, unknown, "")
     columns = ("name", "kind", "layer", "index", "unit", "attention", "attention_without")
     return tabulate(rows, measured.n_images, columns, "whole")
 

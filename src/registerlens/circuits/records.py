@@ -10,7 +10,7 @@ import pandas as pd
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.circuits.graph import OUTPUT, STREAM
+from registerlens.circuits.contributions import OUTPUT, STREAM, Node
 from registerlens.codecs import table_of
 from registerlens.errors import check_choice
 from registerlens.results import ModelResult
@@ -113,10 +113,10 @@ class AttentionCircuit(ModelResult):
         Where neurons write the same direction, a norm that takes its scale anew hides each of them: the live effect of
         one neuron on a score is far smaller than its part of the score.
         """
-        kinds: Any = self.nodes.set_index("name")["kind"]
         frame: Any = self.edges
+        senders, receivers = ([Node(name).kind for name in frame[end]] for end in ("sender", "receiver"))
         groups = {
-            f"{a} -> {b}": frame[(frame["sender"].map(kinds) == a) & (frame["receiver"].map(kinds) == b)]
+            f"{a} -> {b}": frame[(np.array(senders) == a) & (np.array(receivers) == b)]
             for a, b in (("neuron", "stream"), ("stream", "head"), ("head", "reader"), ("head", "output"))
         }
         groups["neuron -> head"] = self.paths.rename(columns={"score": "value"})

@@ -9,8 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from registerlens.circuits.contributions import VIA
-from registerlens.circuits.graph import REST, STREAM
+from registerlens.circuits.contributions import STREAM, VIA, Node
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.viz.parts import finished, legend
 from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Mode, ink, paper
@@ -42,9 +41,8 @@ def circuit_figure(circuit: AttentionCircuit, mode: Mode = "light") -> go.Figure
         >>> len(circuit_figure(circuit).layout.annotations) > 4
         True
     """
-    kinds_of = dict(zip(circuit.nodes["name"], circuit.nodes["kind"], strict=True))
-    drawing = _Drawing(circuit, _places(circuit), kinds_of)
-    kinds = [kind for kind in _SIZES if kind in kinds_of.values()]
+    drawing = _Drawing(circuit, _places(circuit))
+    kinds = [kind for kind in _SIZES if kind in set(circuit.nodes["kind"])]
     signs = ((_ADDS[mode], "adds"), (RED, "takes away"))
     figure = go.Figure(
         [
@@ -118,12 +116,10 @@ def _middle(things: Sequence[object]) -> float:
 class _Drawing:
     circuit: AttentionCircuit
     places: dict[str, Point]
-    kinds: dict[str, str]
-    """Kind of each node by its name."""
 
     def edge(self, row: dict[str, Any], mode: Mode) -> go.Scatter:
         """One edge as a curve."""
-        rest = self.kinds[row["sender"]] == "rest"
+        rest = Node(row["sender"]).kind == "rest"
         colour = GREY if rest else _ADDS[mode] if row["value"] >= 0 else RED
         # Several groups of keys make several edges between the same nodes.
         bend = -0.35 * VIA.index(row["via"]) if row["via"] else 0.0
@@ -180,7 +176,7 @@ class _Drawing:
 
     def _node_text(self, row: dict[str, Any]) -> str:
         if row["kind"] == "rest":
-            return self._rest_text(row["name"].removeprefix(REST))
+            return self._rest_text(Node(row["name"]).receiver)
         lines = [f"<b>{row['name']}</b>"]
         if row["whole"] == row["whole"]:
             lines.append(f"{row['unit']} {_number(row | {'value': row['whole']})}")
@@ -190,13 +186,13 @@ class _Drawing:
             lines.append(f"without the shown neurons in their keys {row['attention_without']:.1%}")
         return "<br>".join(lines)
 
-    def _rest_text(self, receiver: str) -> str:
+    def _rest_text(self, receiver: Node) -> str:
         """The largest parts of a node's inflow that have no node of their own there."""
         edges: Any = self.circuit.edges
         senders = set(edges[edges["receiver"] == receiver]["sender"])
         parts: Any = self.circuit.parts
         hidden = parts[(parts["receiver"] == receiver) & ~parts["part"].isin(senders)]
-        if self.kinds[receiver] == "head":  # the stream's parts come by way of the stream
+        if receiver.kind == "head":  # the stream's parts come by way of the stream
             stream = set(parts[parts["receiver"] == STREAM]["part"])
             hidden = hidden[~hidden["part"].isin(stream - {"biases"})]
         largest = hidden.iloc[np.argsort(-np.abs(hidden["value"].to_numpy()))[:_LISTED]]
@@ -205,7 +201,7 @@ class _Drawing:
             for part in largest.to_dict("records")
         ]
         more = f"and {len(hidden) - len(listed)} more" if len(hidden) > len(listed) else ""
-        return "<br>".join([f"<b>{REST}{receiver}</b>", *listed, *([more] if more else [])])
+        return "<br>".join([f"<b>{Node.rest_of(receiver)}</b>", *listed, *([more] if more else [])])
 
     def headings(self) -> list[tuple[float, str]]:
         """What stands above the columns."""
