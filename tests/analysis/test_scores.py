@@ -86,6 +86,9 @@ def assert_equal(got, vit, batches, detection, layers):
     assert all(
         got.of(name) is not None and (got.of(name) == a).all() for name, a in zip(SCORES, got.scores, strict=True)
     )
+    normal = np.concatenate([normal for out, normal, _ in images if out.shape[1]], axis=1)
+    np.testing.assert_allclose(got.normal_abs, np.abs(normal).mean(1), rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(got.quiet, (normal < 0.5).mean(1), atol=1e-3)
     assert got.n_images == len(images)
     assert got.n_with_outliers == sum(out.shape[1] > 0 for out, *_ in images)
     assert got.n_outliers == sum(out.shape[1] for out, *_ in images)
@@ -325,6 +328,8 @@ def scores_of(values):
         first_layer=4,
         scores=scores,
         halves=np.stack([scores, -scores]),
+        normal_abs=np.array([[9.0, 0.2, 0.4, 1.1]]),
+        quiet=np.array([[0.0, 0.4, 0.5, 1.0]]),
         n_images=8,
         n_with_outliers=8,
         n_outliers=8,
@@ -339,6 +344,10 @@ def test_ranks_and_ties():
     assert [n for _, n, _ in got.ranked("auc")] == [0, 2, 1, 3]  # equal ones by their mean activation
     assert [n for _, n, _ in got.ranked("contrast")] == [3, 0, 2, 1]
     assert [n for _, n, _ in got.ranked("mean", half=1)] == [1, 2, 0, 3]
+    assert [n for _, n, _ in got.ranked(keep="telling")] == [2, 1]  # as large as five times their normal magnitude
+    assert [n for _, n, _ in got.ranked(keep="sparse")] == [3, 2]  # quiet on at least half of the normal patches
+    with pytest.raises(ConfigError, match="keep must be one of"):
+        unwrap(NeuronScores.candidates)(got, "most")
     table = got.to_dataframe()
     assert list(table.columns) == ["layer", "neuron", *SCORES]
     assert table["neuron"].tolist() == [3, 0, 2, 1] and set(table["layer"]) == {4}

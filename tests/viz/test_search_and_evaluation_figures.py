@@ -71,7 +71,9 @@ def test_scores_are_those_of_the_search_with_the_neuron_on_hover(neurons):
 
 
 def test_elbow_sweep_and_choice_are_marked(neurons):
-    search = dataclasses.replace(neurons.search, elbow=5, sweep=9, top_k=9)
+    search = dataclasses.replace(
+        neurons.search, elbow=5, sweep=9, taken=tuple((a, b) for a, b, _ in neurons.search.ranked[:9])
+    )
     figure = search_figure(search)
     assert axis_lines(figure) == [5.5, 9.5]
     assert "chosen, sweep: 9" in words(figure) and "elbow: 5" in words(figure)
@@ -81,7 +83,7 @@ def test_without_a_sweep_the_figure_says_why(neurons):
     search = dataclasses.replace(neurons.search, sweep=None, sweep_curve=(), sweep_note="no images were held back")
     figure = search_figure(search)
     assert "no images were held back" in words(figure).replace("<br>", " ")
-    assert [curve.name for curve in figure.data] == ["register neurons (7)", "other neurons"]
+    assert [curve.name for curve in figure.data] == ["register neurons (7)", "other candidates"]
 
 
 def test_the_auc_is_on_a_linear_axis(neurons):

@@ -212,8 +212,9 @@ def detect(
     layer: Literal["auto"] | int | str = "auto",
     threshold: Threshold = "auto",
     batch_size: int = 16,
+    traced: Trace | None = None,
 ) -> Detection:
-    """Place, cut-off and evidence; arguments and errors as `find_outliers`.
+    """Place, cut-off and evidence; arguments and errors as `find_outliers`; `traced` spares a trace of these images.
 
     Example:
         >>> import registerlens as rl
@@ -224,7 +225,7 @@ def detect(
     """
     rule = _rule_of(threshold)
     place = None if layer == "auto" else sublayer_of(layer, vit.cfg.n_layers)
-    by_gap = detection_in(trace(vit, images, batch_size=batch_size), place)
+    by_gap = detection_in(traced or trace(vit, images, batch_size=batch_size), place)
     if rule == "gap":
         return by_gap
     if isinstance(threshold, str):

@@ -122,11 +122,17 @@ class RegisterNeurons(ResultFile):
 
     def __repr__(self) -> str:
         listed = "; ".join(f"{layer}: {' '.join(map(str, ns))}" for layer, ns in self.by_layer().items())
-        return f"RegisterNeurons({len(self)} neuron{'s' * (len(self) != 1)}: {listed or 'none'}; {self.source})"
+        about = "; ".join([self.source, *(f"warning: {warning}" for warning in self.warnings)])
+        return f"RegisterNeurons({len(self)} neuron{'s' * (len(self) != 1)}: {listed or 'none'}; {about})"
 
     def _repr_html_(self) -> str:
         listed = [(str(layer), ", ".join(map(str, neurons))) for layer, neurons in self.by_layer().items()]
         return card(self, (("block", "neurons"), listed))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against the choice, where a search made it."""
+        return tuple(self.found.get("warnings", ()))
 
     def by_layer(self) -> dict[int, tuple[int, ...]]:
         """Neurons of each layer, layers in ascending order."""
@@ -150,7 +156,8 @@ class RegisterNeurons(ResultFile):
     def describe(self) -> str:
         """How many in which blocks, and where they come from."""
         where = ", ".join(f"{len(listed)} in block {layer}" for layer, listed in self.by_layer().items())
-        return f"{len(self)} register neurons ({where or 'none'}); {self.source}."
+        warnings = "".join(f" Warning: {warning}." for warning in self.warnings)
+        return f"{len(self)} register neurons ({where or 'none'}); {self.source}.{warnings}"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a neuron: rank, layer, neuron, score."""

@@ -139,15 +139,15 @@ def judge(
     return OutlierEvidence(verdict="present", reason=reason, **numbers)
 
 
+RATIOS = ("histogram", "largest_histogram", "largest_over_median")
+"""Names of the totals that `count_ratios` makes, in the order in which `judge_each` takes them."""
+
+
 def count_ratios(norms: Float[Tensor, "place batch patch"]) -> dict[str, Tensor]:
     """Patch norms over their image's median, as totals that add up over batches and that `judge_each` takes."""
     relative = norms / medians(norms)
     largest = relative.amax(-1)
-    return {
-        "histogram": count_bins(relative.flatten(1)),
-        "largest_histogram": count_bins(largest),
-        "largest_over_median": largest.sum(1),
-    }
+    return dict(zip(RATIOS, (count_bins(relative.flatten(1)), count_bins(largest), largest.sum(1)), strict=True))
 
 
 def judge_each(

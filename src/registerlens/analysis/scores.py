@@ -23,11 +23,17 @@ from registerlens.model.vit import Hook, HookedViT
 
 Score = Literal["mean", "mean_abs", "contrast", "auc"]
 SCORES: tuple[Score, ...] = get_args(Score)
+Keep = Literal["telling", "sparse", "all"]
+"""Which neurons may be register neurons; see `NeuronScores.candidates`."""
+TELLING = 5.0
+"""A telling neuron's magnitude at outliers is at least this many times that at normal patches."""
+QUIET = 0.5
+"""A sparse neuron's activation lies below this on at least half of the normal patches (the authors' code)."""
 NORMALS = 16
 """Normal patches an image, evenly spread over their norms, that outliers are compared with."""
 _COMPARED = 2**22
 """Activations compared at once for the AUC: 16 MiB in float32."""
-_SUMMED = ("mean", "mean_abs", "auc", "normal", "square")
+_SUMMED = ("mean", "mean_abs", "auc", "normal", "square", "normal_abs", "quiet")
 """Totals [half, layer, neuron], in the order in which the scores take them."""
 
 
@@ -49,6 +55,10 @@ class NeuronScores(Shown):
     """In the order of `SCORES`."""
     halves: Float[np.ndarray, "half score layer neuron"]
     """The same from every other image: 1st, 3rd, 5th, ... and 2nd, 4th, 6th, ..."""
+    normal_abs: Float[np.ndarray, "layer neuron"]
+    """Magnitude of the activation at normal patches, mean."""
+    quiet: Float[np.ndarray, "layer neuron"]
+    """Share of normal patches at which the activation lies below QUIET, 0 to 1."""
     n_images: int
     """Images that went through."""
     n_with_outliers: int
@@ -66,11 +76,30 @@ class NeuronScores(Shown):
         """
         return self.scores[_index(score)]
 
-    def ranked(self, score: Score = "mean", half: int | None = None) -> list[tuple[int, int, float]]:
+    def candidates(self, keep: Keep) -> Bool[np.ndarray, "layer neuron"]:
+        """Which neurons may be register neurons: a neuron that is always on is none, however active at outliers.
+
+        "telling": the magnitude at outliers is at least five times that at normal patches; "sparse": the activation is
+        below 0.5 on at least half of the normal patches, as in the code of Jiang et al. 2025; "all": Algorithm 1 as it
+        stands. No floor on the AUC does what "telling" does: of planted neurons that fire on an eighth of the outliers
+        each it is 0.54, of neurons of block 0 that are on everywhere up to 0.79 (docs, "Register neurons").
+
+        Raises:
+            ConfigError: there is no such choice.
+        """
+        check_choice("keep", keep, get_args(Keep))
+        if keep == "telling":
+            return self.of("mean_abs") >= TELLING * self.normal_abs
+        return self.quiet >= (0.5 if keep == "sparse" else 0.0)
+
+    def ranked(
+        self, score: Score = "mean", half: int | None = None, keep: Keep = "all"
+    ) -> list[tuple[int, int, float]]:
         """(layer, neuron, score), highest first; equal ones by their mean activation, as many an AUC is exactly 1."""
         every = self.scores if half is None else self.halves[half]
         values = every[_index(score)]
         order = np.lexsort((-every[_index("mean")].ravel(), -values.ravel()))
+        order = order[self.candidates(keep).ravel()[order]]
         layers, neurons = np.unravel_index(order, values.shape)
         flat = values.ravel()[order]
         return [(int(a) + self.first_layer, int(b), float(c)) for a, b, c in zip(layers, neurons, flat, strict=True)]
@@ -187,6 +216,8 @@ class ScoreSums(Sums):
             scores["auc"].append(_sum_by(half[image], won * share))
             scores["normal"].append(_sum_by(half[rows], (normal * weight).sum(1)))
             scores["square"].append(_sum_by(half[rows], (normal.square() * weight).sum(1)))
+            scores["normal_abs"].append(_sum_by(half[rows], (normal.abs() * weight).sum(1)))
+            scores["quiet"].append(_sum_by(half[rows], ((normal < QUIET) * weight).sum(1)))
         self.add(**{name: torch.stack(values, 1) for name, values in scores.items()})
 
     def result(self) -> NeuronScores:
@@ -201,11 +232,15 @@ class ScoreSums(Sums):
                 f"lower threshold."
             )
         means = self.means()
+        n_normal = max(int(self.totals["with_normal"].sum()), 1)
+        normal_abs, quiet = ((self.totals[name].sum(0) / n_normal).cpu().numpy() for name in ("normal_abs", "quiet"))
         [evidence] = judge_each(means["histogram"], means["largest_histogram"], means["largest_over_median"])
         return NeuronScores(
             first_layer=self.layers[0],
             scores=self._scores(slice(None)),
             halves=np.stack([self._scores(slice(half, half + 1)) for half in (0, 1)]),
+            normal_abs=normal_abs,
+            quiet=quiet,
             n_images=self.n_images,
             n_with_outliers=int(self.totals["with_outliers"].sum()),
             n_outliers=self.count("n_outliers"),
@@ -216,7 +251,7 @@ class ScoreSums(Sums):
         n_with, n_both, n_normal = (
             int(self.totals[name][half].sum()) for name in ("with_outliers", "with_both", "with_normal")
         )
-        mean, mean_abs, auc, normal, square = (self.totals[name][half].sum(0).cpu() for name in _SUMMED)
+        mean, mean_abs, auc, normal, square = (self.totals[name][half].sum(0).cpu() for name in _SUMMED[:5])
         n, n_normal = max(n_with, 1), max(n_normal, 1)
         average = normal / n_normal
         spread = (square / n_normal - average.square()).clamp_min(0).sqrt()

@@ -80,7 +80,7 @@ def print_neurons(neurons: RegisterNeurons) -> None:
     search = neurons.search
     if search is not None:
         print_words(search.describe(), style="bold")
-        elbow = "none for the AUC, which is bounded" if search.elbow is None else str(search.elbow)
+        elbow = "none" if search.elbow is None else str(search.elbow)
         sweep = search.sweep_note if search.sweep is None else f"{search.sweep} ({search.sweep_note})"
         print_words(f"Estimates of top_k: elbow {elbow}; sweep {sweep}; taken {search.top_k}.")
     frame = neuron_table(neurons)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.outliers import OutlierEvidence
 from registerlens.data.batches import Images
 from registerlens.engine.stream import MeansAt, stream
 from registerlens.errors import InterventionError
@@ -221,11 +222,13 @@ class Verdict:
     """Whether an intervention did what it should."""
 
     worked: bool | None
-    """Outliers are gone from where they were and appear nowhere unasked, the output is kept, random neurons do nothing
-    of the kind, and the test-time register or attention bias, if there is one, has taken over. None for an ablation,
-    which is an experiment, not a remedy."""
+    """Outliers are gone from where they were and appear nowhere unasked, at no sublayer, the output is kept, random
+    neurons do nothing of the kind, and the test-time register or attention bias, if there is one, has taken over. None
+    for an ablation, which is an experiment, not a remedy."""
     words: str
     """The same with numbers, and what else a reader should know."""
+    left: tuple[str, ...] = ()
+    """Sublayers at which the edited model has outliers, old or new, that nobody asked for."""
 
 
 def judge_effect(
@@ -233,6 +236,7 @@ def judge_effect(
     values: Float[np.ndarray, "condition metric image"],
     kinds: Mapping[str, ConditionKind],
     name: str,
+    evidence: Mapping[str, OutlierEvidence] | None = None,
     ablation: bool = False,
 ) -> Verdict:
     """The verdict on one condition.
@@ -241,6 +245,7 @@ def judge_effect(
         metrics, values: as in `Evaluation`.
         kinds: of the conditions by their names, in the order of `values`.
         name: of the condition to judge.
+        evidence: what the norms of the edited model say at each sublayer, patches aimed at left out.
         ablation: whether it is an ablation, whose effect is stated without judging it.
 
     Example:
@@ -276,12 +281,18 @@ def judge_effect(
     sink_moved = elsewhere > max(2 * mean("sink_elsewhere", clean), TAKEN * attention)
     cosine = mean("cos_cls") if np.isfinite(mean("cos_cls")) else mean("cos_normal")
     changed = cosine < KEPT
-    worked = gone and not (handed or missing or unspecific or idle or sink_moved or changed)
+    at = {place: found for place, found in (evidence or {}).items() if found.present}
+    worked = gone and not (at or handed or missing or unspecific or idle or sink_moved or changed)
     parts = [f"outliers per image at their old places {before:.2f} -> {mean('old_outliers'):.2f}"]
     if np.isfinite(mean("placed")):
         parts.append(f"{mean('placed'):.0%} of the patches aimed at have become outliers")
     if mean("new_outliers") > 0:
         parts.append(f"{mean('new_outliers'):.2f} per image at other patches" + (" (handed off)" if handed else ""))
+    if at:
+        most = max(at, key=lambda place: at[place].typical)
+        parts.append(
+            f"outliers are left or new from {next(iter(at))} on, {at[most].typical:.1f} x the median at {most}"
+        )
     if np.isfinite(took):
         norm = f" at {mean('register_norm'):.1f} x the median norm" if np.isfinite(mean("register_norm")) else ""
         parts.append(f"the extra key draws {took:.0%} of the attention{norm} (outliers drew {attention:.0%})")
@@ -296,6 +307,6 @@ def judge_effect(
         doing = "random neurons do it too" if unspecific else "random neurons do not"
         parts.append(f"{doing} (at least {weakest:.0%} of the outliers stay)")
     if ablation:
-        return Verdict(worked=None, words=f"Effect: {'; '.join(parts)}.")
+        return Verdict(worked=None, words=f"Effect: {'; '.join(parts)}.", left=tuple(at))
     head = "Worked" if worked else "Worked in part" if gone and not unspecific else "Did not work"
-    return Verdict(worked=bool(worked), words=f"{head}: {'; '.join(parts)}.")
+    return Verdict(worked=bool(worked), words=f"{head}: {'; '.join(parts)}.", left=tuple(at))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import (
@@ -20,6 +20,7 @@ from registerlens.analysis.detection import (
     detection_in,
     require_outliers,
 )
+from registerlens.analysis.outliers import RATIOS, OutlierEvidence, count_ratios, judge_each
 from registerlens.analysis.trace import trace
 from registerlens.data.batches import Images, count
 from registerlens.engine.stream import Sums, batches
@@ -31,6 +32,7 @@ from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
+from registerlens.stats.histograms import medians
 from registerlens.stats.intervals import mean_intervals
 
 if TYPE_CHECKING:
@@ -137,6 +139,9 @@ def evaluate_intervention(
     activation-matched random neurons (3 draws), and on random neurons that get the register neurons' maxima
     (figure 24). Those about neurons are made for the first intervention.
 
+    The verdict looks at every sublayer of the edited model, as a trace of it does: outliers that are left or new
+    anywhere, other than where they were asked for, are no success.
+
     Args:
         vit: the model.
         images: preprocessed, as a tensor or in batches that can be iterated several times. Use others than those the
@@ -197,14 +202,17 @@ def evaluate_intervention(
             ruler = Yardstick(clean, place, detection.cutoff, layers, batch.labels, classifies(vit.cfg))
             for name, one in done.items():
                 if one is None:
-                    sums.take(name, clean, ruler.measure(clean))
+                    sums.take(name, clean, ruler.measure(clean), None)
                     continue
                 with vit.edit(one):
                     observed = observe(vit, batch.images)
-                sums.take(name, observed, ruler.measure(observed, one.aim(Scene(observed.layout, batch.images))))
+                aim = one.aim(Scene(observed.layout, batch.images))
+                sums.take(name, observed, ruler.measure(observed, aim), aim)
     measured = sums.result()
     verdicts = {
-        name: judge_effect(measured["metrics"], measured["values"], kinds, name, isinstance(one, Ablate))
+        name: judge_effect(
+            measured["metrics"], measured["values"], kinds, name, sums.evidence(name), isinstance(one, Ablate)
+        )
         for name, one in tested.items()
     }
     return Evaluation(
@@ -227,7 +235,13 @@ class _EvaluationSums(Sums):
         self.sublayers = sublayers(n_layers)
         self.rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in conditions}
 
-    def take(self, condition: str, observed: Observation, measured: dict[str, Float[Tensor, " batch"]]) -> None:
+    def take(
+        self,
+        condition: str,
+        observed: Observation,
+        measured: dict[str, Float[Tensor, " batch"]],
+        aim: Bool[Tensor, "#batch patch"] | None,
+    ) -> None:
         for metric, values in measured.items():
             self.rows[condition].setdefault(metric, []).append(values.float().cpu())
         patches, stop = observed.layout.patches, observed.layout.patches.stop
@@ -240,6 +254,16 @@ class _EvaluationSums(Sums):
         if observed.attention.shape[-1] > stop:
             curves["register_sink_curve"] = observed.attention[:, :, stop:].sum(-1)
         self.add(**{f"{condition} {name}": values.sum(1) for name, values in curves.items()})
+        norms = observed.norms[:, :, patches]
+        if aim is not None:  # outliers that were asked for speak neither for nor against
+            norms = norms.where(~aim.to(norms.device), medians(norms))
+        self.add(**{f"{condition} {name}": values for name, values in count_ratios(norms).items()})
+
+    def evidence(self, condition: str) -> dict[str, OutlierEvidence]:
+        """What a trace of the edited model would say at each sublayer, patches that were aimed at left out."""
+        means = self.means()
+        judged = judge_each(*(means[f"{condition} {name}"] for name in RATIOS))
+        return dict(zip(self.sublayers, judged, strict=True))
 
     def result(self) -> dict[str, Any]:
         n, means = self.n_images, self.means()

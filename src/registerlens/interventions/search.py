@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -12,20 +13,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.detection import (
+    Cutoff,
     Detection,
     Threshold,
     detect,
+    detection_in,
     require_outliers,
 )
-from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.scores import SCORES, NeuronScores, Score, score_neurons
+from registerlens.analysis.neurons import Pair, RegisterNeurons
+from registerlens.analysis.scores import SCORES, Keep, NeuronScores, Score, score_neurons
 from registerlens.analysis.top_outliers import NormsAndActivations
+from registerlens.analysis.trace import Trace, trace
 from registerlens.data.batches import Counted, Images, count, first_and_all
-from registerlens.errors import ConfigError, NoOutliersError, check_choice
-from registerlens.interventions.choosing_k import MOST, find_elbow, sweep
-from registerlens.model.sublayers import sublayers
+from registerlens.errors import ConfigError, ImageError, NoOutliersError, check_choice
+from registerlens.interventions.choosing_k import MIN_DROP, MOST, Cuts, drop_needless, find_elbow, sweep
+from registerlens.interventions.registers import TestTimeRegisters
+from registerlens.model.sublayers import Sublayer, sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult, as_json
+from registerlens.stats.histograms import bin_edges
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -35,6 +41,11 @@ FEWEST_FIRST, MOST_FIRST = 8, 64
 nobody knows how many images will come."""
 HELD_OUT = 32
 """Most images held back for the sweep: a quarter of those there are, up to this many."""
+FAR = 4
+"""More neurons than this many times the elbow are not believed without a warning."""
+MOST_TRIED = 32
+"""A sweep that asks for more than these, where there is an elbow, has run away: the elbow counts, and what is left is
+searched for again."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,31 +58,59 @@ class NeuronSearch(ModelResult):
     """Every neuron's scores."""
     score: Score
     """The score that ranks them."""
+    keep: Keep
+    """Which neurons were candidates; see `NeuronScores.candidates`."""
     lowest_layer: int
     """First layer searched."""
     top_layer: int
     """Last layer searched: the onset, unless it was given."""
-    top_k: int
-    """How many neurons were taken."""
+    taken: tuple[Pair, ...]
+    """(layer, neuron) of the register neurons, most important first."""
     elbow: int | None
-    """How many the largest relative drop of the sorted scores suggests; None for the AUC, which is bounded."""
+    """How many the largest relative drop of the sorted scores suggests; None where no drop stands out, and for the AUC,
+    which is bounded."""
     sweep: int | None
     """How many it takes until a test-time register leaves no outlier on held-out images; None: no number tried did, or
     there was no sweep (`sweep_note` says which)."""
     sweep_curve: tuple[tuple[int, float], ...]
-    """(number of neurons, outliers per held-out image left); 0 neurons first."""
+    """(number of neurons, outliers per held-out image left, at whatever sublayer); 0 neurons first."""
     sweep_note: str
     """What happened in the sweep, in words."""
+    later: tuple[NeuronSearch, ...] = ()
+    """The same in the model whose neurons found so far are moved, again and again while outliers are left."""
+    warnings: tuple[str, ...] = ()
+    """What speaks against the choice, in words; of later searches, too."""
+
+    @property
+    def top_k(self) -> int:
+        """How many neurons were taken."""
+        return len(self.taken)
+
+    @property
+    def rounds(self) -> tuple[NeuronSearch, ...]:
+        """This search, and the later ones."""
+        return self, *self.later
+
+    @property
+    def ranked(self) -> list[tuple[int, int, float]]:
+        """(layer, neuron, score) of the candidates, highest first."""
+        return self.scores.ranked(self.score, keep=self.keep)
+
+    @property
+    def chosen(self) -> dict[Pair, float]:
+        """The register neurons of this search and the later ones with their scores."""
+        return {(a, b): value for one in self.rounds for a, b, value in one.ranked if (a, b) in one.taken}
 
     @property
     def sorted_scores(self) -> Float[np.ndarray, " rank"]:
         """Scores in descending order, at most 2 * MOST of them: the curve of the elbow."""
-        return np.array([value for _, _, value in self.scores.ranked(self.score)[: 2 * MOST]])
+        return np.array([value for _, _, value in self.ranked[: 2 * MOST]])
 
     @property
     def overlap(self) -> float:
         """Share of the top_k that both halves of the images have in common, 0 to 1."""
-        first, second = ({(a, b) for a, b, _ in self.scores.ranked(self.score, half)[: self.top_k]} for half in (0, 1))
+        halves = [self.scores.ranked(self.score, half, self.keep)[: self.top_k] for half in (0, 1)]
+        first, second = ({(a, b) for a, b, _ in half} for half in halves)
         return len(first & second) / self.top_k
 
     @property
@@ -84,11 +123,16 @@ class NeuronSearch(ModelResult):
         return float(np.corrcoef(ranks)[0, 1])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a neuron of the layers searched, with all scores; `chosen` marks the register neurons."""
-        frame = self.scores.to_dataframe().sort_values(self.score, ascending=False, kind="stable", ignore_index=True)
-        chosen = {(a, b) for a, b, _ in self.scores.ranked(self.score)[: self.top_k]}
-        pairs = zip(frame["layer"], frame["neuron"], strict=True)
-        return frame.assign(chosen=[(int(a), int(b)) in chosen for a, b in pairs])
+        """One row a neuron of the layers searched, with all scores; `chosen` marks the register neurons.
+
+        `round` is 0, and counts up for the later searches in the edited model, which have rows of their own.
+        """
+        frames = []
+        for number, one in enumerate(self.rounds):
+            frame = one.scores.to_dataframe().sort_values(one.score, ascending=False, kind="stable", ignore_index=True)
+            pairs = zip(frame["layer"], frame["neuron"], strict=True)
+            frames.append(frame.assign(chosen=[(int(a), int(b)) in one.taken for a, b in pairs], round=number))
+        return pd.concat(frames, ignore_index=True)
 
     def summary(self) -> dict[str, Any]:
         """What was chosen, JSON-ready."""
@@ -97,6 +141,7 @@ class NeuronSearch(ModelResult):
             "model": self.model,
             "fingerprint": self.fingerprint,
             "score": self.score,
+            "keep": self.keep,
             "lowest_layer": self.lowest_layer,
             "top_layer": self.top_layer,
             "top_k": self.top_k,
@@ -104,6 +149,7 @@ class NeuronSearch(ModelResult):
             "sweep": self.sweep,
             "sweep_curve": [list(point) for point in self.sweep_curve],
             "sweep_note": self.sweep_note,
+            "warnings": list(self.warnings),
             "overlap_of_halves": self.overlap,
             "rank_correlation_of_halves": None if np.isnan(correlation) else correlation,
             "n_images": self.scores.n_images,
@@ -111,17 +157,23 @@ class NeuronSearch(ModelResult):
             "n_outliers": self.scores.n_outliers,
             "detection": as_json(self.detection),
             "evidence": as_json(self.scores.evidence),
+            "later": [one.summary() for one in self.later],
         }
 
     def describe(self) -> str:
         """The choice in words."""
-        sentences = [f"the elbow of the scores says {self.elbow}"] if self.elbow is not None else []
+        sentences = ["no elbow" if self.elbow is None else f"the elbow of the scores says {self.elbow}"]
         sentences.append(f"the sweep {self.sweep}" if self.sweep is not None else self.sweep_note)
         per_image = self.scores.n_outliers / self.scores.n_images
-        return (
-            f"{self.top_k} neurons in blocks {self.lowest_layer} to {self.top_layer} ({', '.join(sentences)}). "
-            f"Outliers: above {self.detection.cutoff} at {self.detection.sublayer}, {per_image:.2f} per image. "
-            f"Between halves of the {self.scores.n_images} images {self.overlap:.0%} of them agree."
+        later = [f"With these moved: {one.describe()}" for one in self.later]
+        return " ".join(
+            [
+                f"{self.top_k} neurons in blocks {self.lowest_layer} to {self.top_layer} ({', '.join(sentences)}).",
+                f"Outliers: above {self.detection.cutoff} at {self.detection.sublayer}, {per_image:.2f} per image.",
+                f"Between halves of the {self.scores.n_images} images {self.overlap:.0%} of them agree.",
+                *later,
+                *(f"Warning: {warning}." for warning in self.warnings),
+            ]
         )
 
     def plot(self) -> go.Figure:
@@ -141,6 +193,7 @@ def find_register_neurons(
     top_layer: Literal["auto"] | int = "auto",
     top_k: Literal["auto"] | int = "auto",
     score: Score = "mean",
+    keep: Keep = "telling",
     early_stop: bool = True,
     batch_size: int = 16,
 ) -> RegisterNeurons:
@@ -149,7 +202,8 @@ def find_register_neurons(
     The first eighth of the images (at least 8, at most 64) goes through the whole model to find the place where
     outliers show best, their cut-off and their onset; then the others go as far as they must. Where outliers are not
     evident in the first images, all are looked at. With `top_k="auto"`, a quarter of the images (at most 32) is held
-    back for the sweep and does not count for the scores.
+    back for the sweep and does not count for the scores; then the first 64 images go through the model with these
+    neurons moved, and where outliers are left or new at any sublayer, they are searched for again there.
 
     Args:
         vit: the model, edited or not.
@@ -157,20 +211,22 @@ def find_register_neurons(
         layer: where the norms of outliers are taken: a block, a sublayer, or "auto"; as for `find_outliers`.
         threshold: above which norm a patch is an outlier there. A number overrides a verdict of "absent".
         lowest_layer: the first layer whose neurons count; early layers can hold content.
-        top_layer: the last one; "auto" is the layer at which outliers first emerge.
+        top_layer: the last one; "auto" is the layer at which outliers first emerge, and rises to where others do.
         top_k: how many neurons; "auto" takes the larger of two estimates: the elbow (largest relative drop) of the
             sorted scores, and the paper's sweep: upward by doubling, then bisection, until a test-time register leaves
-            no outlier on the held-out images.
+            no outlier on the held-out images, at whatever sublayer.
         score: what ranks them: "mean" (Algorithm 1), "mean_abs", "contrast", "auc"; see `NeuronScores`.
+        keep: which neurons may be register neurons: "telling", "sparse" or "all"; see `NeuronScores.candidates`.
         early_stop: leave out the layers after the last one that matters. The result is the same.
         batch_size: images at once when a tensor is given.
 
     Returns:
-        the neurons, most important first; `.search` has all scores, curves and estimates.
+        the neurons, most important first; `.warnings` says what speaks against the choice, `.search` has all scores,
+        curves and estimates.
 
     Raises:
         NoOutliersError: the model has no outliers on these images; it carries the evidence.
-        ConfigError: a layer, a number or a name is out of range.
+        ConfigError: a layer, a number or a name is out of range, or no number of neurons suggests itself.
         ImageError: there are no images.
 
     Source: Jiang et al. 2025, algorithm 1 and appendix A.4.
@@ -182,51 +238,128 @@ def find_register_neurons(
         >>> rl.find_register_neurons(vit, synthetic_images(128, 0).images).by_layer()
         {1: (183, 103, 219, 125, 55, 128, 177)}
     """
-    _check(vit, lowest_layer, top_layer, top_k, score)
-    parts = _divide(images, hold_back=top_k == "auto", batch_size=batch_size)
+    _check(vit, lowest_layer, top_layer, top_k, score, keep)
+    parts = _divide(images, check=top_k == "auto", batch_size=batch_size)
     options: dict[str, Any] = {"layer": layer, "threshold": threshold, "batch_size": batch_size}
     highest = vit.cfg.n_layers - 1 if top_layer == "auto" else top_layer
-    detection, first_norms = _detect_in_first(vit, parts, range(lowest_layer, highest + 1), options)
+    traced, seen = _trace_first(vit, parts, range(lowest_layer, highest + 1))
+    detection = detect(vit, parts.first, traced=traced, **options)
     if not detection.evidence.present and detection.rule != "fixed" and parts.more and _again(images):
-        detection = detect(vit, images, **options)  # outliers may be too rare for the first images
+        traced = trace(vit, images, batch_size=batch_size)  # outliers may be too rare for the first images
+        detection = detect(vit, images, traced=traced, **options)
     require_outliers(detection, "Finding register neurons")
-    last = _top_layer(detection, top_layer, lowest_layer)
-    scores = score_neurons(
-        vit,
-        parts.rest,
-        detection,
-        lowest_layer=lowest_layer,
-        top_layer=last,
-        early_stop=early_stop,
-        seen=first_norms,
-    )
-    _check_still_present(detection, scores)
-    ranked = scores.ranked(score)
-    elbow = None if score == "auc" else find_elbow([value for _, _, value in ranked])
-    swept = sweep(vit, parts.held_out, ranked, detection)
-    chosen = max(elbow or 0, swept.k or 0) if top_k == "auto" else min(top_k, len(ranked))
-    if not chosen:
-        raise ConfigError(f"How many neurons cannot be told from the AUC alone ({swept.note}). Give top_k.")
-    search = NeuronSearch(
-        **vit.identity,
-        detection=detection,
-        scores=scores,
-        score=score,
-        lowest_layer=lowest_layer,
-        top_layer=last,
-        top_k=chosen,
-        elbow=elbow,
-        sweep=swept.k,
-        sweep_curve=swept.curve,
-        sweep_note=swept.note,
-    )
+    choice = _Choice(top_layer=top_layer, lowest_layer=lowest_layer, top_k=top_k, score=score, keep=keep)
+    cuts = _cuts(traced) | {detection.sublayer: detection.cutoff}
+    search = choice.make(vit, detection, cuts, parts.rest, parts.held_out, early_stop=early_stop, seen=seen)
+    _check_still_present(detection, search.scores)
+    if top_k == "auto":
+        search = _go_on(vit, parts.kept, search, cuts, choice)
     return RegisterNeurons(
-        pairs=tuple((layer, neuron) for layer, neuron, _ in ranked[:chosen]),
-        scores=tuple(value for _, _, value in ranked[:chosen]),
+        pairs=tuple(search.chosen),
+        scores=tuple(search.chosen.values()),
         source=f"found in {vit.source}",
         found=search.summary(),
         search=search,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """What was asked for, and how one search follows from it."""
+
+    top_layer: Literal["auto"] | int
+    lowest_layer: int
+    top_k: Literal["auto"] | int
+    score: Score
+    keep: Keep
+
+    def make(
+        self, vit: HookedViT, detection: Detection, cuts: Cuts, images: Images, held_out: list[Tensor], **options: Any
+    ) -> NeuronSearch:
+        last = _top_layer(detection, self.top_layer, self.lowest_layer)
+        scores = score_neurons(vit, images, detection, lowest_layer=self.lowest_layer, top_layer=last, **options)
+        ranked = scores.ranked(self.score, keep=self.keep)
+        if not ranked:
+            raise ConfigError(
+                f"No neuron of blocks {self.lowest_layer} to {last} is much more active at outliers than at normal "
+                f"patches. Search other blocks with lowest_layer and top_layer, or rank all neurons with keep='all'."
+            )
+        values = [value for _, _, value in ranked]
+        # What is no candidate counts as silent, so that all candidates may be register neurons.
+        ending = [] if self.keep == "all" else [0.0]
+        elbow = None if self.score == "auc" else find_elbow(values + ending)
+        swept = sweep(vit, held_out, ranked, cuts)
+        chosen = max(elbow or 0, swept.k or 0) or swept.best if self.top_k == "auto" else min(self.top_k, len(ranked))
+        if not chosen:
+            raise ConfigError(f"The scores have no elbow that tells how many neurons ({swept.note}). Give top_k.")
+        taken = ranked[:chosen]
+        if elbow and self.top_k == "auto" and chosen > elbow:
+            # Between neurons that fire on few of the outliers each stand others that do nothing.
+            taken = drop_needless(vit, held_out, taken, elbow, cuts) if chosen <= MOST_TRIED else ranked[:elbow]
+        warnings = []
+        if elbow is None and self.score != "auc":
+            warnings.append(f"the scores have no elbow: from one to the next they fall by less than {MIN_DROP} times")
+        elif elbow and max(len(taken), swept.k or 0) > FAR * elbow:
+            warnings.append(f"{max(len(taken), swept.k or 0)} neurons are far more than the elbow suggests ({elbow})")
+        return NeuronSearch(
+            **vit.identity,
+            detection=detection,
+            scores=scores,
+            score=self.score,
+            keep=self.keep,
+            lowest_layer=self.lowest_layer,
+            top_layer=last,
+            taken=tuple((layer, neuron) for layer, neuron, _ in taken),
+            elbow=elbow,
+            sweep=swept.k,
+            sweep_curve=swept.curve,
+            sweep_note=swept.note,
+            warnings=tuple(warnings),
+        )
+
+
+def _cuts(traced: Trace) -> dict[Sublayer, Cutoff]:
+    """Above which norm patches are outliers, wherever there are some."""
+    return {
+        place: Cutoff(value=evidence.threshold, relative=True)
+        for place, evidence in zip(traced.sublayers, traced.evidence, strict=True)
+        if evidence.present
+    }
+
+
+def _go_on(vit: HookedViT, kept: list[Tensor], first: NeuronSearch, cuts: Cuts, choice: _Choice) -> NeuronSearch:
+    """Search again in the model whose neurons found so far are moved, until no outlier is left or none is found."""
+    search, remaining, place = first, math.inf, ""
+    more: NeuronSearch | None = None
+    while True:
+        tried = search if more is None else replace(search, later=(*search.later, more))
+        with vit.edit(TestTimeRegisters(RegisterNeurons.from_pairs(tried.chosen))):
+            traced = trace(vit, kept)
+            left = _left(traced, cuts)
+            if left < remaining:
+                search, remaining, place = tried, left, traced.strongest
+            if not left or tried is not search:
+                break
+            detection = detection_in(traced) if traced.verdict == "present" else first.detection
+            try:
+                more = choice.make(vit, detection, dict(cuts) | _cuts(traced), kept, kept)
+            except (ConfigError, ImageError, NoOutliersError):  # nothing there that could be a register neuron
+                break
+    if not remaining:
+        return search
+    warning = f"with these neurons moved, outliers are left at {place} ({remaining:.2g} per image)"
+    return replace(search, warnings=(*search.warnings, warning))
+
+
+def _left(traced: Trace, cuts: Cuts) -> float:
+    """Most outlier patches an image at any one sublayer: where some are present, or above the unedited model's cuts."""
+    every = dict(cuts) | _cuts(traced)
+    counts = [
+        traced.histogram[traced.sublayers.index(place), bin_edges()[:-1] >= cutoff.value].sum() / traced.n_images
+        for place, cutoff in every.items()
+        if cutoff.relative
+    ]
+    return float(max(counts, default=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +370,8 @@ class _Parts:
     """Images on which place, cut-off and onset are found."""
     held_out: list[Tensor]
     """Images kept for the sweep over k; the first ones too."""
+    kept: list[Tensor]
+    """All of these, and some more: on them the neurons found are tried."""
     rest: Counted
     """Images that count for the scores but have not passed yet: all but the held-out ones or, where none are held out,
     all but the first batch, of which the detection leaves everything behind."""
@@ -244,18 +379,20 @@ class _Parts:
     """Whether there are others than the first."""
 
 
-def _divide(images: Images, hold_back: bool, batch_size: int) -> _Parts:
+def _divide(images: Images, check: bool, batch_size: int) -> _Parts:
     n = count(images)
     n_first = MOST_FIRST if n is None else min(MOST_FIRST, max(FEWEST_FIRST, n // 8))
-    n_held = 0 if not hold_back else (HELD_OUT if n is None else min(HELD_OUT, n // 4))
-    held, every = first_and_all(images, max(n_first, n_held), batch_size)
-    if (come := sum(map(len, held))) < max(n_first, n_held):  # a short stream: these are all there are
+    n_held = 0 if not check else (HELD_OUT if n is None else min(HELD_OUT, n // 4))
+    n_kept = MOST_FIRST if check else n_first
+    held, every = first_and_all(images, n_kept, batch_size)
+    if (come := sum(map(len, held))) < n_kept:  # these are all there are
         n, n_held = come, min(n_held, come // 4)
     first = _first(held, n_first)
     n_passed = n_held or len(first[0])
     return _Parts(
         first=first,
         held_out=_first(held, n_held),
+        kept=held,
         rest=Counted(_without_first(every, n_passed), None if n is None else n - n_passed),
         more=n is None or n > n_first,
     )
@@ -277,15 +414,13 @@ def _without_first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
         n = max(0, n - len(batch))
 
 
-def _detect_in_first(
-    vit: HookedViT, parts: _Parts, layers: range, options: dict[str, Any]
-) -> tuple[Detection, NormsAndActivations | None]:
-    """Where outliers show in the first images, and what their first batch leaves behind if it is not held out."""
+def _trace_first(vit: HookedViT, parts: _Parts, layers: range) -> tuple[Trace, NormsAndActivations | None]:
+    """A trace of the first images, and what their first batch leaves behind if it is not held out."""
     if parts.held_out:
-        return detect(vit, parts.first, **options), None
+        return trace(vit, parts.first), None
     recorded = NormsAndActivations(vit, vit.layout(parts.first[0]), layers, sublayers(vit.cfg.n_layers))
     with vit.hooks(recorded.hooks):
-        return detect(vit, parts.first, **options), recorded
+        return trace(vit, parts.first), recorded
 
 
 def _again(images: Images) -> bool:
@@ -319,7 +454,7 @@ def _check_still_present(detection: Detection, scores: NeuronScores) -> None:
         require_outliers(later, "Finding register neurons")
 
 
-def _check(vit: HookedViT, lowest: int, top: str | int, top_k: str | int, score: str) -> None:
+def _check(vit: HookedViT, lowest: int, top: str | int, top_k: str | int, score: str, keep: str) -> None:
     last = vit.cfg.n_layers - 1
     if not 0 <= lowest <= last:
         raise ConfigError(f"lowest_layer must be 0 to {last}, got {lowest}.")
@@ -328,3 +463,4 @@ def _check(vit: HookedViT, lowest: int, top: str | int, top_k: str | int, score:
     if top_k != "auto" and not (isinstance(top_k, int) and top_k >= 1):
         raise ConfigError(f"top_k must be 'auto' or at least 1, got {top_k!r}.")
     check_choice("score", score, SCORES)
+    check_choice("keep", keep, get_args(Keep))

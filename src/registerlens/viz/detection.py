@@ -110,7 +110,7 @@ def search_figure(search: NeuronSearch, mode: Mode = "light") -> go.Figure:
         >>> vit = rl.HookedViT.from_pretrained("registerlens:tiny")
         >>> neurons = rl.find_register_neurons(vit, synthetic_images(64, 0).images)
         >>> [curve.name for curve in search_figure(neurons.search).data]
-        ['register neurons (7)', 'other neurons', 'outliers left']
+        ['register neurons (7)', 'other candidates', 'outliers left']
     """
     figure = beside(
         f"Scores of neurons in blocks {search.lowest_layer} to {search.top_layer}",
@@ -123,18 +123,20 @@ def search_figure(search: NeuronSearch, mode: Mode = "light") -> go.Figure:
 
 
 def _scores(figure: go.Figure, search: NeuronSearch) -> None:
-    ranked = search.scores.ranked(search.score)[: len(search.sorted_scores)]
+    ranked = search.ranked[: len(search.sorted_scores)]
+    taken = np.array([(layer, neuron) in search.taken for layer, neuron, _ in ranked])
     n_bars = max(40, 3 * search.top_k)
     log = search.score != "auc"
     groups = (
-        (f"register neurons ({search.top_k})", 0, search.top_k, RED, 8),
-        ("other neurons", search.top_k, len(ranked), BLUE, 5),
+        (f"register neurons ({search.top_k})", taken, RED, 8),
+        ("other candidates", ~taken, BLUE, 5),
     )
-    for name, start, stop, colour, size in groups:
-        values = [value if value > 0 or not log else None for _, _, value in ranked[start:stop]]
-        text = [f"block {layer}, neuron {neuron}" for layer, neuron, _ in ranked[start:stop]]
+    for name, which, colour, size in groups:
+        places = which.nonzero()[0]
+        values = [ranked[i][2] if ranked[i][2] > 0 or not log else None for i in places]
+        text = ["block {}, neuron {}".format(*ranked[i]) for i in places]
         hover = "%{text}<br>rank %{x}, score %{y:.4g}"
-        figure.add_trace(dots(np.arange(start + 1, stop + 1), values, name, colour, size, hover, text=text), 1, 1)
+        figure.add_trace(dots(places + 1, values, name, colour, size, hover, text=text), 1, 1)
     marks = {"chosen": search.top_k, "elbow": search.elbow, "sweep": search.sweep}
     for place in sorted({k for k in marks.values() if k}):
         names = [name for name, k in marks.items() if k == place]
@@ -143,7 +145,7 @@ def _scores(figure: go.Figure, search: NeuronSearch) -> None:
         height = 1 - 0.07 * ["chosen", "elbow", "sweep"].index(names[0])
         words = f" {', '.join(names)}: {place}"
         note(figure, words, place + 0.5, height, "left", yref="y domain", row=1, col=1)
-    figure.update_xaxes(title_text="rank of the neuron", range=[0, min(n_bars, len(ranked)) + 1], row=1, col=1)
+    figure.update_xaxes(title_text="rank among the candidates", range=[0, min(n_bars, len(ranked)) + 1], row=1, col=1)
     figure.update_yaxes(title_text=_SCORE_UNITS[search.score] + (", log" if log else ""), row=1, col=1)
     if log:
         visible = [value for _, _, value in ranked[:n_bars] if value > 0] or [1.0]

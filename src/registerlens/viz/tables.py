@@ -78,7 +78,7 @@ def neuron_table(neurons: RegisterNeurons) -> pd.DataFrame:
     frame = neurons.to_dataframe().drop(columns="rank")
     if neurons.search is None:
         return frame.dropna(axis="columns", how="all")
-    scores = neurons.search.to_dataframe().drop(columns="chosen")
+    scores = neurons.search.to_dataframe().query("chosen").drop(columns=["chosen", "round"])
     return frame.drop(columns="score").merge(scores, on=["layer", "neuron"], how="left")
 
 
