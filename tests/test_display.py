@@ -310,7 +310,7 @@ def test_results_of_a_model_are_shown_and_otherwise_as_before(tiny, tmp_path):
     found = rl.trace(vit, torch.rand(2, 3, 48, 48))
     assert re.fullmatch(
         r"Trace\(model='registerlens:tiny', fingerprint='\w+', image_sizes=\(\(48, 48\),\), 13 sublayers, "
-        r"sink_query='mean', n_images=2; 9 arrays up to \[13, \d+\], [\d.]+ kB\)",
+        r"sink_query='mean', n_images=2; 10 arrays up to \[13, \d+\], [\d.]+ kB\)",
         repr(found),
     )
     text = found._repr_html_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,10 @@ from registerlens.analysis.detection import Detection
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.top_outliers import AtTopOutliers, TokenPairs, TopOutlierResult, located
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.stream import stream
 from registerlens.model.vit import HookedViT
 from registerlens.stats.histograms import count_signed
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,11 +73,8 @@ class ActivationDistributions(TopOutlierResult):
                 f"normal patch, {self.large_listed[i]:.1f} of them among the {n} listed."
             )
 
-    def plot(self) -> go.Figure:
-        """Both distributions, layer by layer, and the neurons listed one by one."""
-        from registerlens.viz.neuron_evidence import distributions_figure
-
-        return distributions_figure(self)
+    plot = drawn_by("neuron_evidence.distributions_figure")
+    """Both distributions, layer by layer, and the neurons listed one by one."""
 
 
 def activation_distributions(

@@ -60,8 +60,8 @@ class Overlap(ModelResult):
     @property
     def jaccard(self) -> Float[np.ndarray, "observable observable"]:
         """Patches that show both over patches that show either; NaN where none shows either."""
-        one = np.diag(self.counts)
-        return _divide(self.counts, one[:, None] + one[None] - self.counts)
+        alone = np.diag(self.counts)
+        return _divide(self.counts, alone[:, None] + alone[None] - self.counts)
 
     @property
     def conditional(self) -> Float[np.ndarray, "observable observable"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,17 +16,15 @@ from registerlens.analysis.outliers import Answer, OutlierEvidence, judge_each
 from registerlens.analysis.places import PREFIX, count_by_place, share_by_place
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
+from registerlens.display import drawn_by
 from registerlens.engine.attention_received import attention_hooks
 from registerlens.engine.stream import Batch, Sums, stream
-from registerlens.errors import NonFiniteError
+from registerlens.errors import check_finite
 from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import EVERYWHERE, Sublayer, sublayers
 from registerlens.model.vit import Hook, HookedViT
 from registerlens.results import FINITE, ModelResult
 from registerlens.stats.histograms import bin_edges, count_bins
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """Levels of `Trace.norm_quantiles`."""
@@ -232,11 +230,8 @@ class Trace(ModelResult):
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def plot(self) -> go.Figure:
-        """The two panels of figure 2: largest patch norm after attention and after the MLP; largest attention."""
-        from registerlens.viz.detection import trace_figure
-
-        return trace_figure(self)
+    plot = drawn_by("detection.trace_figure")
+    """The two panels of figure 2: largest patch norm after attention and after the MLP; largest attention."""
 
 
 def trace(vit: HookedViT, images: Images, *, batch_size: int = 16) -> Trace:
@@ -298,12 +293,8 @@ class TraceSums(Sums):
     def update(self, batch: Batch) -> None:
         """Take in one batch."""
         norms = torch.stack(self.norms)  # sublayer batch patch
-        if not norms.isfinite().all():
-            first = self.sublayers[int((~norms.isfinite()).flatten(1).any(1).nonzero()[0])]
-            raise NonFiniteError(
-                f"Patch norms are NaN or infinite at {first}. Check the images; if the "
-                f"model is in float16, use bfloat16 or float32."
-            )
+        first = int((~norms.isfinite()).flatten(1).any(1).int().argmax())
+        check_finite(norms, f"Patch norms are NaN or infinite at {self.sublayers[first]}")
         levels = torch.tensor(QUANTILES, dtype=norms.dtype, device=norms.device)
         quantiles = norms.quantile(levels, dim=-1)  # level sublayer batch
         median = quantiles[QUANTILES.index(0.5)]

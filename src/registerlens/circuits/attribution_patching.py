@@ -97,8 +97,8 @@ def attribution_patching(
     sites = [Site(name, positions=positions) for name in match_names(names, vit.hook_dict)]
     order = firing_order(vit, first_image(clean), sites)
     sites.sort(key=lambda site: order[site.name])
-    one = metric_of(metric, vit, clean, batch_size)
-    estimate = _Estimate(vit, sites, one, steps)
+    chosen = metric_of(metric, vit, clean, batch_size)
+    estimate = _Estimate(vit, sites, chosen, steps)
     by_unit: Moments | None = None
     by_position: dict[str, Moments] = {site.name: Moments() for site in sites}
     total = Moments()
@@ -112,14 +112,14 @@ def attribution_patching(
             for name, values in tokens.items():
                 by_position[name].add(values)
     if by_unit is None or not total.n:
-        raise NonFiniteError(f"Metric '{one.name}' is NaN or infinite for every pair.")
+        raise NonFiniteError(f"Metric '{chosen.name}' is NaN or infinite for every pair.")
     checked, is_candidate = _to_check(by_unit.mean, exact, sample, seed)
     true, whole = _exactly(estimate, clean, corrupted, labels, batch_size, checked)
-    _check_slope(one, steps, by_unit.mean[checked], true)
+    _check_slope(chosen, steps, by_unit.mean[checked], true)
     return Attributions(
         **vit.identity,
-        metric=one.name,
-        words=one.words,
+        metric=chosen.name,
+        words=chosen.words,
         steps=steps,
         tokens="every token" if positions is None else sites[0].label.partition(", ")[2],
         n_pairs=int(total.n),

@@ -98,8 +98,8 @@ class DirectContributions(ModelResult):
         tables = []
         for name, values, error in parts:
             where = [axis.ravel() for axis in np.indices(values.shape)] + [np.array(-1)] * (2 - values.ndim)
-            one = {"component": name, "layer": where[0], "index": where[1], "contribution": values.ravel()}
-            tables.append(pd.DataFrame(one | {"standard_error": np.ravel(error) if values.ndim == 2 else error}))
+            columns = {"component": name, "layer": where[0], "index": where[1], "contribution": values.ravel()}
+            tables.append(pd.DataFrame(columns | {"standard_error": np.ravel(error) if values.ndim == 2 else error}))
         return pd.concat(tables, ignore_index=True)
 
     def describe(self) -> str:
@@ -217,9 +217,9 @@ class _Apart:
         with vit.hooks(hooks):
             tokens = vit(batch, return_type="tokens")
             self.value = readout.measure(tokens, self.layout).double()
-        one = torch.ones(len(batch), 1, device=vit.device, dtype=self.wide)
-        self.pool_scale = scales.get("head.ln", one)[:, 0]
-        scale = scales["ln_final"][..., 0] if "ln_final" in scales else one
+        ones = torch.ones(len(batch), 1, device=vit.device, dtype=self.wide)
+        self.pool_scale = scales.get("head.ln", ones)[:, 0]
+        scale = scales["ln_final"][..., 0] if "ln_final" in scales else ones
         # How much of what is written at a token arrives in the reading, but for the direction.
         self.reach = {
             name: pool_weights(name, self.layout).to(vit.device, self.wide) / scale / self.pool_scale[:, None]

@@ -162,17 +162,17 @@ def path_patching(
         ('blocks.2.attn.hook_k', (4, 8))
     """
     plan = _plan(vit, clean, sender, receivers)
-    one = metric_of(metric, vit, clean, batch_size)
+    chosen = metric_of(metric, vit, clean, batch_size)
     columns: dict[str, list[Tensor]] = {"clean": [], "corrupted": [], "effects": [], "together": [], "identical": []}
     with torch.inference_mode():
         pairs = paired(vit, clean, corrupted, labels, batch_size)
         for pair in track(pairs, "patching paths", count(clean), lambda pair: len(pair.clean)):
-            for name, values in _patched(vit, plan, one, pair).items():
+            for name, values in _patched(vit, plan, chosen, pair).items():
                 columns[name].append(values)
     return PathEffects(
         **vit.identity,
-        metric=one.name,
-        words=one.words,
+        metric=chosen.name,
+        words=chosen.words,
         sender=plan.sender.label,
         receivers=tuple(site.label for site in plan.receivers),
         **{name: torch.cat(values, -1).numpy() for name, values in columns.items()},

@@ -52,9 +52,9 @@ def space_of(vit: HookedViT, width: int, space: Space | None) -> Space:
         ShapeError: they fit neither, or not where they are said to live.
     """
     fits: dict[str, int] = {"output": output_width(vit), "tokens": vit.cfg.d_model}
-    for one, own in fits.items():
-        if own == width and space in (None, one):
-            return "output" if one == "output" else "tokens"
+    for name, own in fits.items():
+        if own == width and space in (None, name):
+            return "output" if name == "output" else "tokens"
     raise ShapeError(
         f"A direction of {width} numbers does not fit{'' if space is None else f' space={space!r}'}: the model's "
         f"output has {fits['output']}, a token after the final norm {fits['tokens']}."

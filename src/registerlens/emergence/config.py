@@ -195,4 +195,4 @@ def recipe_of(config: TrainingConfig) -> Recipe | None:
     """
     plain = TrainingConfig()
     same = config.changed(**{name: getattr(plain, name) for name in NO_SETTING})
-    return next((one for one in RECIPES.values() if one.config == same), None)
+    return next((known for known in RECIPES.values() if known.config == same), None)

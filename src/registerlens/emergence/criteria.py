@@ -30,6 +30,7 @@ from registerlens.emergence.evidence import (
     prefix_tokens,
     share,
 )
+from registerlens.engine.stream import batches
 from registerlens.errors import ConfigError, ShapeError
 from registerlens.evaluation.controls import GONE
 from registerlens.model.vit import HookedViT
@@ -149,13 +150,13 @@ class EmergenceCriteria(ModelResult):
         """One row a criterion: value, threshold, whether it holds, what it measures."""
         rows = [
             {
-                "criterion": one.name,
+                "criterion": criterion.name,
                 "value": value,
-                "threshold": f"{one.side} {one.threshold:g}",
-                "holds": one.holds(value),
-                "measures": one.words,
+                "threshold": f"{criterion.side} {criterion.threshold:g}",
+                "holds": criterion.holds(value),
+                "measures": criterion.words,
             }
-            for one, value in zip(CRITERIA, self.values.tolist(), strict=True)
+            for criterion, value in zip(CRITERIA, self.values.tolist(), strict=True)
         ]
         return pd.DataFrame(rows)
 
@@ -172,7 +173,7 @@ class EmergenceCriteria(ModelResult):
         """The result in words."""
         if not self.detection.evidence.present:
             return f"{self.model}: nothing has emerged. {self.detection.evidence.reason}."
-        failed = [one.name for one in CRITERIA if not self.holds(one.name)]
+        failed = [criterion.name for criterion in CRITERIA if not self.holds(criterion.name)]
         held = f"all but {', '.join(failed)}" if failed else "every one"
         listed = "; ".join(f"block {layer}: {' '.join(map(str, ns))}" for layer, ns in self.neurons.by_layer().items())
         return (
@@ -235,10 +236,9 @@ def emergence_criteria(
         neurons, values["AUC, onset block"], values["AUC, all"] = choose(vit, chosen, detection, top_k, batch_size)
         edits = make_edits(vit, chosen, neurons, batch_size, seed)
         measured = Evidence(vit, detection, list(edits))
-        for start in range(0, len(others), batch_size):
-            stop = start + batch_size
-            batch_labels = None if labels is None else labels[half:][start:stop]
-            measured.add(others[start:stop], batch_labels, edits, seed)
+        their_labels = None if labels is None else labels[half:]
+        for batch in batches(vit, others, batch_size, "measuring every sign", their_labels):
+            measured.add(batch.images, batch.labels, edits, seed)
         result = measured.result() | {"neurons": neurons}
         values |= _judged(traced, detection, result, vit.cfg) | measured.of_chosen_patch()
     return EmergenceCriteria(
@@ -246,7 +246,7 @@ def emergence_criteria(
         detection=detection,
         n_selected_on=half,
         n_evaluated_on=len(others),
-        values=np.array([values.get(one.name, np.nan) for one in CRITERIA]),
+        values=np.array([values.get(criterion.name, np.nan) for criterion in CRITERIA]),
         largest_over_median=traced.largest_over_median,
         untrained=untrained.largest_over_median,
         **prefix_tokens(vit, others, batch_size),

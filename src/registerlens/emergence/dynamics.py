@@ -163,12 +163,11 @@ def training_dynamics(
         neurons, *_ = choose(last, choosing, detection, "auto", batch_size)
     outliers = find_outliers(last, images, batch_size=batch_size)
     require_outliers(outliers.detection, "Following a run")
-    there = outliers.mask.any(1)
-    images, mask = images[there], outliers.mask[there]
-    rows: list[dict[str, Tensor]] = []
+    with_outliers = outliers.mask.any(1)
+    images, mask = images[with_outliers], outliers.mask[with_outliers]
     with torch.inference_mode():
-        for step in track(run.checkpoints, "following", len(run.checkpoints)):
-            rows.append(_look(run.vit(step), neurons, images, mask))
+        steps = track(run.checkpoints, "following", len(run.checkpoints))
+        rows = [_look(run.vit(step), neurons, images, mask) for step in steps]
     courses = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     written = courses.pop("written")
     return Dynamics(
@@ -243,4 +242,4 @@ def order_of_signs(runs: Sequence[Dynamics]) -> pd.DataFrame:
     """
     if not runs:
         raise ConfigError("No run was given.")
-    return pd.concat([one.onsets() for one in runs], ignore_index=True)
+    return pd.concat([run.onsets() for run in runs], ignore_index=True)

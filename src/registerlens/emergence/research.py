@@ -24,7 +24,7 @@ JUDGED = 512
 
 _COLUMNS = (
     *("minutes", "cpu_minutes", "outliers", "onset", "neurons", "criteria", "of", "failing"),
-    *("largest", "prefix_norm", "prefix_sink", *(one.name for one in CRITERIA)),
+    *("largest", "prefix_norm", "prefix_sink", *(criterion.name for criterion in CRITERIA)),
 )
 """Columns of every row, NaN where a run has no such thing yet."""
 
@@ -124,7 +124,7 @@ def _row(run: TrainingRun, n_images: int) -> dict[str, Any]:
 def _judged(run: TrainingRun, n_images: int) -> dict[str, Any]:
     """What emerged."""
     criteria = judge_run(run, n_images=n_images)
-    failing = ", ".join(one.name for one in CRITERIA if not criteria.holds(one.name))
+    failing = ", ".join(criterion.name for criterion in CRITERIA if not criteria.holds(criterion.name))
     return {
         "outliers": criteria.detection.evidence.verdict,
         "onset": criteria.onset,
@@ -135,5 +135,5 @@ def _judged(run: TrainingRun, n_images: int) -> dict[str, Any]:
         "largest": float(criteria.largest_over_median.max()),
         "prefix_norm": float(criteria.prefix_norm.max(initial=0)),
         "prefix_sink": float(criteria.prefix_sink.sum(1).max()),
-        **dict(zip((one.name for one in CRITERIA), criteria.values.tolist(), strict=True)),
+        **dict(zip((criterion.name for criterion in CRITERIA), criteria.values.tolist(), strict=True)),
     }

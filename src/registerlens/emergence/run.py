@@ -90,16 +90,16 @@ class TrainingRun:
         """
         folder = Path(folder)
         if (folder / "config.json").exists():
-            there = cls.open(folder)
-            if there.config != config:
-                ours, theirs = flat_settings(there.config), flat_settings(config)
+            run = cls.open(folder)
+            if run.config != config:
+                ours, theirs = flat_settings(run.config), flat_settings(config)
                 changed = [name for name in ours if ours[name] != theirs[name]]
                 differences = "; ".join(f"{name} is {ours[name]!r} there, {theirs[name]!r} here" for name in changed)
                 raise ConfigError(
                     f"'{folder}' holds a run of another configuration: {differences}. Give another folder, or that "
                     f"configuration."
                 )
-            return there
+            return run
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"'{folder}' is not empty, and holds no training run. Give another folder.")
         write_json(folder / "config.json", {"version": __version__, "training": config.model_dump(mode="json")})

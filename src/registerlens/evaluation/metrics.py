@@ -99,23 +99,23 @@ def check_metrics(metrics: Sequence[Metric], cfg: ViTConfig) -> None:
         Traceback (most recent call last):
         registerlens.errors.ConfigError: Metric 'largest_norm' looks at the norms of '6.mlp', but the model has ...
     """
-    names = [one.name for one in metrics]
-    for one in metrics:
-        if not one.name or one.name in COLUMNS:
-            raise ConfigError(f"A metric needs a name of its own, other than {list(COLUMNS)}; got {one.name!r}.")
-        if names.count(one.name) > 1:
-            raise ConfigError(f"Two metrics are named {one.name!r}: every one is a column, so names must differ.")
+    names = [each.name for each in metrics]
+    for each in metrics:
+        if not each.name or each.name in COLUMNS:
+            raise ConfigError(f"A metric needs a name of its own, other than {list(COLUMNS)}; got {each.name!r}.")
+        if names.count(each.name) > 1:
+            raise ConfigError(f"Two metrics are named {each.name!r}: every one is a column, so names must differ.")
         known, last = sublayers(cfg.n_layers), cfg.n_layers - 1
-        for place in one.norms:
+        for place in each.norms:
             if place not in known:
                 raise ConfigError(
-                    f"Metric {one.name!r} looks at the norms of {place!r}, but the model has blocks 0 to {last}, with "
+                    f"Metric {each.name!r} looks at the norms of {place!r}, but the model has blocks 0 to {last}, with "
                     f"sublayers such as 'embed', '0.attn', '{last}.mlp'.{close_matches(place, known)}"
                 )
-        wrong = [layer for layer in one.attention if not 0 <= layer <= last]
+        wrong = [layer for layer in each.attention if not 0 <= layer <= last]
         if wrong:
             raise ConfigError(
-                f"Metric {one.name!r} looks at the attention of layers {wrong}, but the model has blocks 0 to {last}."
+                f"Metric {each.name!r} looks at the attention of layers {wrong}, but the model has blocks 0 to {last}."
             )
 
 

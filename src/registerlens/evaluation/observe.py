@@ -150,7 +150,7 @@ class Yardstick:
         if received.shape[1] > stop:
             numbers["sink_register"] = received[:, stop:].sum(1)
         if layout.cls is not None:
-            cls = [one.tokens[:, layout.cls].float() for one in (observed, clean)]
+            cls = [observation.tokens[:, layout.cls].float() for observation in (observed, clean)]
             numbers["cos_cls"] = F.cosine_similarity(*cls, dim=-1)
         if observed.output.ndim == 2:
             numbers["cos_output"] = F.cosine_similarity(observed.output.float(), clean.output.float(), dim=-1)

@@ -358,8 +358,8 @@ def _hide(vit: HookedViT, layer: int, direction: Tensor, violation: float) -> No
     """Take the direction out of what later blocks' values and MLPs, and the head, read through their LayerNorms."""
 
     def without(weight: Tensor, norm_weight: Tensor) -> None:
-        seen = F.normalize(norm_weight * direction, dim=0)
-        weight -= (1 - violation) * torch.outer(weight @ seen, seen)
+        read = F.normalize(norm_weight * direction, dim=0)
+        weight -= (1 - violation) * torch.outer(weight @ read, read)
 
     for later in vit.blocks[layer + 1 :]:
         block = cast(Block, later)

@@ -229,10 +229,10 @@ def _conditions(
     layout, name = vit.layout(batch), "trained registers"
     resid = vit(batch, stop_at_layer=layer)
     yield name, name, _common(split_update(vit, resid, layer, layout, layout.trained_registers), layout)
-    one = replace(layout, n_trained_registers=1)
+    single = replace(layout, n_trained_registers=1)
     token = collapse(resid[:, layout.trained_registers])
     resid = torch.cat([resid[:, layout.prefix], token, resid[:, layout.trained_registers.stop :]], 1)
-    yield f"{name}, collapsed", name, _common(split_update(vit, resid, layer, one, one.trained_registers), one)
+    yield f"{name}, collapsed", name, _common(split_update(vit, resid, layer, single, single.trained_registers), single)
 
 
 def _common(update: Update, layout: TokenLayout) -> Update:
