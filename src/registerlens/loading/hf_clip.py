@@ -271,9 +271,7 @@ _AIMV2 = replace(
         "blocks.{i}.mlp.up.bias": bias(f"{_AT}.ffn.up_proj.bias", "d_mlp"),
         "blocks.{i}.mlp.out.bias": bias(f"{_AT}.ffn.down_proj.bias", "d_model"),
     },
-    sites=Sites(
-        images="embeddings", blocks="encoder.layers", norm="rms_norm1", attention="attention", mlp_out="ffn.down_proj"
-    ),
+    sites=replace(_CLIP.sites, ln_pre=None, norm="rms_norm1", attention="attention", mlp_out="ffn.down_proj"),
     note=_POOLED,
 )
 _AIMV2_WHOLE = replace(

@@ -74,16 +74,16 @@ _DINOV2_CLASSIFIER = with_classifier(
     _CLASSIFIER_POOLING,
     example="facebook/dinov2-base-imagenet1k-1-layer",
 )
-_REGISTERS: dict[str, Reader] = {
-    "n_trained_registers": read("num_register_tokens"),
-    "pos_interpolation": fixed("bicubic_antialias"),
-}
 _DINOV2_REGISTERS = replace(
     DINOV2,
     source_class="Dinov2WithRegistersModel",
     example="facebook/dinov2-with-registers-large",
     prefixes=("dinov2_with_registers.",),
-    config=DINOV2.config | _REGISTERS,
+    config=DINOV2.config
+    | {
+        "n_trained_registers": read("num_register_tokens"),
+        "pos_interpolation": fixed("bicubic_antialias"),
+    },
     weights=DINOV2.weights | _EMPTY_REGISTERS,
 )
 _DINOV2_REGISTERS_CLASSIFIER = with_classifier(
@@ -122,9 +122,7 @@ _DINOV3 = Family(
         "blocks.{i}.mlp.out.bias": bias(f"{_V3}.mlp.down_proj.bias", "d_model"),
     },
     renames=((r"^layer\.", "model.layer."),),
-    sites=Sites(
-        images="embeddings", blocks="model.layer", norm="norm1", attention="attention", mlp_out="mlp.down_proj"
-    ),
+    sites=replace(DINOV2.sites, blocks="model.layer", mlp_out="mlp.down_proj", gated_mlp_out=""),
     ignore=("embeddings.mask_token",),
     preprocess=square(224, fit="exact", interpolation="bilinear", **IMAGENET),
     note="the normalised [CLS]",

@@ -43,13 +43,13 @@ _VIT = Family(
     preprocess=square(224, fit="exact", interpolation="bilinear", **HALF),
     note="the pooler's output if the checkpoint has one, else the normalised [CLS]",
 )
+_WITHOUT_POOLER: dict[str, Any] = {"ignore": ("pooler.*",), "refuse": ()}
 _VIT_CLASSIFIER = with_classifier(
     _VIT,
     "ViTForImageClassification",
     {"head_act": fixed(None)},
     example="google/vit-base-patch16-224",
-    ignore=("pooler.*",),
-    refuse=(),
+    **_WITHOUT_POOLER,
 )
 
 # DeiT ----------------------------------------------------------------------------------------------------------------
@@ -62,15 +62,7 @@ _DEIT = replace(
     config=_VIT.config | {"distillation_token": fixed(True)},
     preprocess=square(224, **IMAGENET),
 )
-_DEIT_CLASSIFIER = replace(
-    _VIT_CLASSIFIER,
-    source_class="DeiTForImageClassification",
-    example="facebook/deit-base-distilled-patch16-224",
-    prefixes=("deit.",),
-    config=_VIT_CLASSIFIER.config | {"distillation_token": fixed(True)},
-    preprocess=_DEIT.preprocess,
-    written_prefix="deit.",
-)
+_DEIT_CLASSIFIER = with_classifier(_DEIT, "DeiTForImageClassification", {"head_act": fixed(None)}, **_WITHOUT_POOLER)
 _DEIT_TEACHER = replace(
     _DEIT_CLASSIFIER,
     source_class="DeiTForImageClassificationWithTeacher",
@@ -169,9 +161,7 @@ _INTERNVL = Family(
             "attn.k_norm.norm.w": "attention.k_norm.weight",
         },
     ),
-    sites=Sites(
-        images="embeddings", blocks="encoder.layer", norm="layernorm_before", attention="attention", mlp_out="mlp.fc2"
-    ),
+    sites=replace(_SITES, blocks="encoder.layer"),
     ignore=("embeddings.mask_token",),
     preprocess=square(448, fit="exact", interpolation="bicubic", **IMAGENET),
     note="the mean over patches or the normalised [CLS], as use_mean_pooling says; the library pools nothing",

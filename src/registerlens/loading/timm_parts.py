@@ -23,6 +23,7 @@ from registerlens.loading.weights import (
     Weight,
     absent,
     alternatives,
+    block,
     linear,
     made_of,
     norm,
@@ -167,14 +168,12 @@ WEIGHTS: dict[str, Weight] = {
     "embed.prefix": tokens("cls_token", "dist_token", "reg_token"),
     "embed.W_pos": positions("pos_embed"),
     **norm("ln_pre", "norm_pre"),
-    **norm(f"{_BLOCK}.ln1", f"{_BLOCK}.norm1"),
+    **block(_BLOCK, ("norm1", "norm2"), "attn.proj", ("mlp.fc1", "mlp.fc2"), {}),
     **linear(f"{_BLOCK}.attn.qkv", f"{_BLOCK}.attn.qkv"),
     **norm(f"{_BLOCK}.attn.q_norm.norm", f"{_BLOCK}.attn.q_norm"),
     **norm(f"{_BLOCK}.attn.k_norm.norm", f"{_BLOCK}.attn.k_norm"),
     **norm(f"{_BLOCK}.attn.ln", f"{_BLOCK}.attn.norm"),
-    f"{_BLOCK}.attn.out.weight": take(f"{_BLOCK}.attn.proj.weight"),
     f"{_BLOCK}.attn.out.bias": alternatives(take(f"{_BLOCK}.attn.proj.bias"), absent("d_model")),
-    **norm(f"{_BLOCK}.ln2", f"{_BLOCK}.norm2"),
     f"{_BLOCK}.mlp.gate.weight": alternatives(part(f"{_BLOCK}.mlp.fc1.weight", 0), take(f"{_BLOCK}.mlp.fc1_g.weight")),
     f"{_BLOCK}.mlp.gate.bias": alternatives(
         part(f"{_BLOCK}.mlp.fc1.bias", 0), take(f"{_BLOCK}.mlp.fc1_g.bias"), absent("d_mlp")
@@ -184,7 +183,6 @@ WEIGHTS: dict[str, Weight] = {
         _up(f"{_BLOCK}.mlp.fc1.bias"), take(f"{_BLOCK}.mlp.fc1_x.bias"), absent("d_mlp")
     ),
     **norm(f"{_BLOCK}.mlp.ln", f"{_BLOCK}.mlp.norm"),
-    f"{_BLOCK}.mlp.out.weight": take(f"{_BLOCK}.mlp.fc2.weight"),
     f"{_BLOCK}.mlp.out.bias": alternatives(take(f"{_BLOCK}.mlp.fc2.bias"), absent("d_model")),
     **norm("ln_final", "norm"),
     "head.attn.queries": rows("attn_pool.latent"),
