@@ -229,7 +229,7 @@ def _held(value: Any) -> tuple[str, str]:
 
 def _all_plain(values: Any) -> bool:
     every = values.values() if isinstance(values, Mapping) else values
-    return all(isinstance(one, _PLAIN) or (isinstance(one, tuple) and _all_plain(one)) for one in every)
+    return all(isinstance(value, _PLAIN) or (isinstance(value, tuple) and _all_plain(value)) for value in every)
 
 
 def _cut(text: str, longest: int = _LONGEST) -> str:

@@ -116,13 +116,13 @@ class Settings(BaseModel):
         try:
             settings = handler(values)
         except ValidationError as error:
-            for one in _errors(error):
-                key = one["loc"][0] if len(one["loc"]) == 1 else None
-                if one["type"] == "extra_forbidden" and key is not None:
+            for wrong in _errors(error):
+                key = wrong["loc"][0] if len(wrong["loc"]) == 1 else None
+                if wrong["type"] == "extra_forbidden" and key is not None:
                     hint = f"{close_matches(str(key), known)} Keys here: {', '.join(known)}."
                     details.append(_detail(f"Unknown key '{{path}}'.{hint}", values, key))
-                elif one["type"] != "missing" or key is None:
-                    details.append(_detail(_text(one), one["input"], *one["loc"]))
+                elif wrong["type"] != "missing" or key is None:
+                    details.append(_detail(_text(wrong), wrong["input"], *wrong["loc"]))
                 elif key not in meant:
                     details.append(_detail(f"'{{inside}}{key}' is missing: {_words(known[str(key)])}.", values))
         if details:
@@ -141,7 +141,7 @@ class Expected:
             try:
                 return handler(value)
             except ValidationError as error:
-                if any(_is_of_form(one) for one in _errors(error)):
+                if any(_is_of_form(wrong) for wrong in _errors(error)):
                     text = f"{{what}} is {_shown(value)}, expected {self.words}."
                     raise _error(_OF_FORM, text) from None
                 raise
@@ -206,7 +206,7 @@ of which only the outermost is reported."""
 def _errors(error: ValidationError) -> list[Any]:
     """Without those that say of a list whose items are wrong that it is too short of right ones."""
     errors: list[Any] = [*error.errors(include_url=False)]
-    return [one for one in errors if one["type"] != "too_short" or len(one["input"]) < one["ctx"]["min_length"]]
+    return [each for each in errors if each["type"] != "too_short" or len(each["input"]) < each["ctx"]["min_length"]]
 
 
 def _error(kind: str, text: str) -> PydanticCustomError:
@@ -235,7 +235,7 @@ def _exactly_one(group: Sequence[str], values: Mapping[str, Any]) -> str:
 
 def _words(field: Any) -> str:
     choices = " or ".join(map(repr, get_args(field.annotation)))
-    return next((one.words for one in reversed(field.metadata) if isinstance(one, Expected)), choices)
+    return next((expected.words for expected in reversed(field.metadata) if isinstance(expected, Expected)), choices)
 
 
 def _text(error: Any) -> str:
@@ -253,9 +253,9 @@ def _text(error: Any) -> str:
 def _problems(error: ValidationError, data: Any) -> list[tuple[int, int, str]]:
     """Line, column and text of everything that is wrong."""
     problems = []
-    for one in _errors(error):
-        path, mark = _place(data, one["loc"])
-        text = _text(one).replace("{path}", path).replace("{what}", f"'{path}'" if path else "The file")
+    for wrong in _errors(error):
+        path, mark = _place(data, wrong["loc"])
+        text = _text(wrong).replace("{path}", path).replace("{what}", f"'{path}'" if path else "The file")
         text = text.replace("{at}", f"'{path}': " if path else "").replace("{inside}", f"{path}." if path else "")
         problems.append((*_at(mark), text))
     return problems

@@ -154,7 +154,7 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
     from registerlens.viz.tables import brief
 
     frame: Any = result.to_dataframe()
-    n_tested = sum(one.kind is ConditionKind.TESTED for one in result.conditions)
+    n_tested = sum(condition.kind is ConditionKind.TESTED for condition in result.conditions)
     caption = (
         "Differences to the clean run, and to the mean of matched random controls, paired by image; 95% intervals, "
         f"from 8 images on. p: sign-flip permutation test, Holm-corrected over the {n_tested} tested conditions."
@@ -162,7 +162,7 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
     headers = ("metric", "condition", "mean", "difference", "p (Holm)", "vs controls", "p (Holm)")
     title = f"Largest effects of {n_tested} conditions on {result.n_images} images"
     table = _table(title, caption, headers, left=headers[:2])
-    shared = {one.model for one in result.conditions}, {one.images for one in result.conditions}
+    shared = {condition.model for condition in result.conditions}, {condition.images for condition in result.conditions}
     for metric in result.metrics:
         tested = frame[(frame["metric"] == metric) & (frame["kind"] == ConditionKind.TESTED)]
         by = "difference" if tested["difference"].notna().any() else "mean"
@@ -176,7 +176,7 @@ def print_sweep(result: SweepResult, n: int = 5) -> None:
                 _with_interval(row, "vs_controls"),
                 brief(row["p_controls_holm"]),
             ]
-            name = " ".join([row["label"], *(f"({one})" for one in where)])
+            name = " ".join([row["label"], *(f"({place})" for place in where)])
             table.add_row(Text("" if place else metric), Text(name), *cells)
     _console().print(table)
     for skipped in result.skipped:

@@ -94,9 +94,9 @@ def collect(explorer: Explorer, max_bytes: int) -> dict[str, Any]:
     data |= _in_cells(data, explorer, cells)
     data["images"], images = [], data["images"]
     left = max_bytes - _size(data) - _REMARKS
-    one = _scenes(explorer, range(1))
+    first = _scenes(explorer, range(1))
     core = min(_CORE, explorer.vit.cfg.n_layers) + 1 + explorer.vit.cfg.n_heads
-    per_kind, per_image = _size(_maps(one, kinds[0], cells)), _size(_facts(explorer, one, cells))
+    per_kind, per_image = _size(_maps(first, kinds[0], cells)), _size(_facts(explorer, first, cells))
     per_image += max(map(_size, images)) + per_kind * min(core, len(kinds))
     n_images = max(1, min(len(images), left // per_image))
     scenes = _scenes(explorer, range(n_images))

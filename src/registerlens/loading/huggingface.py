@@ -15,7 +15,8 @@ from registerlens.loading.family import Family
 def _declared(module: ModuleType) -> Iterator[Family]:
     """The families that a module declares, alone or in tuples, in their order."""
     for value in vars(module).values():
-        yield from (one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Family))
+        declared = value if isinstance(value, tuple) else (value,)
+        yield from (family for family in declared if isinstance(family, Family))
 
 
 FAMILIES = (*_declared(hf_vit), *_declared(hf_clip), *_declared(hf_dino))

@@ -307,7 +307,7 @@ def averaged(*keys: str) -> Weight:
 
     def build(tensors: Sequence[Tensor | None], cfg: ViTConfig) -> Tensor:
         given = _given(tensors)
-        joined = _cat(given, -1) if given[0].ndim == 2 else _cat([one[None] for one in given]).sum(0)
+        joined = _cat(given, -1) if given[0].ndim == 2 else _cat([row[None] for row in given]).sum(0)
         return joined / len(given)
 
     def undo(tensor: Tensor, cfg: ViTConfig) -> list[Piece]:

@@ -45,7 +45,7 @@ def match_names(names_filter: NamesFilter, known: Iterable[str]) -> list[str]:
             )
         return accepted
     filters = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-    patterns = [str(one.name) if isinstance(one, HookPoint) else one for one in filters]
+    patterns = [str(point.name) if isinstance(point, HookPoint) else point for point in filters]
     if not patterns:
         raise HookNameError("An empty list of hook names was given. Pass None for all names.")
     chosen: set[str] = set()

@@ -291,8 +291,8 @@ class Comparison(Result):
 
 def compare(result: SweepResult, a: Any, b: Any, metric: str, seed: int) -> Comparison:
     """The comparison of `SweepResult.compare`, which explains it."""
-    first, second = (result.conditions[result.index(one)] for one in (a, b))
-    series = [pd.Series(result.of(metric, one), index=result.places[one.images].names) for one in (first, second)]
+    first, second = (result.conditions[result.index(which)] for which in (a, b))
+    series = [pd.Series(result.of(metric, swept), index=result.places[swept.images].names) for swept in (first, second)]
     both: Any = pd.concat(series, axis=1, join="inner")
     both = both[np.isfinite(both).all(axis=1)]
     if both.empty:

@@ -42,7 +42,7 @@ def source_of(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
 
 
 def _files(config: SweepConfig, spec: ImagesSpec, vit: HookedViT) -> Source:
-    places = [config.place(one) for one in ([spec.where] if isinstance(spec.where, str) else spec.where)]
+    places = [config.place(name) for name in ([spec.where] if isinstance(spec.where, str) else spec.where)]
     missing = [place for place in places if not (set(place) & set("*?[") or Path(place).exists())]
     if missing:
         raise ConfigError(f"'{missing[0]}' is no file or folder. Names are relative to the folder of '{config.path}'.")

@@ -192,8 +192,8 @@ def plan_sweep(
     """
     models, sources = as_models(vit), as_sources(images, None, shard_size)
     planned = as_conditions(conditions, models, sources)
-    names = [one.name for one in as_metrics(metrics, models, sources)]
-    by_key = {one.key: one for one in planned}
+    names = [metric.name for metric in as_metrics(metrics, models, sources)]
+    by_key = {condition.key: condition for condition in planned}
     groups: dict[tuple[str, str], list[list[Condition]]] = {}
     for keys in group_conditions(planned.listed, models, group_size):
         group = [by_key[key] for key in keys]
@@ -220,13 +220,13 @@ def _run(
 ) -> PlannedRun:
     vit, source = models[place[0]], sources[place[1]]
     shard = first_shard(source)
-    mine = [one for group in groups for one in group]
+    mine = [condition for group in groups for condition in group]
     return PlannedRun(
         model=place[0],
         images=place[1],
         n_images=source.n_shards * len(shard.names) if source.n_images is None else source.n_images,
         n_layers=vit.cfg.n_layers,
-        first_layers=dict(sorted(Counter(one.first_layer(vit) for one in mine).items())),
+        first_layers=dict(sorted(Counter(condition.first_layer(vit) for condition in mine).items())),
         n_groups=len(groups),
         n_tasks=len(groups) * source.n_shards,
         n_passes=n_passes(mine),
@@ -275,7 +275,7 @@ def _row_bytes(group: Sequence[Condition], names: Sequence[str], metrics: Sequen
     n_rows = len(group) * len(names)
     generator = torch.Generator().manual_seed(0)
     columns = [
-        [one.key for one in group for _ in names],
+        [condition.key for condition in group for _ in names],
         [0] * n_rows,
         list(names) * len(group),
         *(torch.rand(n_rows, generator=generator).double().numpy() for _ in metrics),

@@ -151,8 +151,8 @@ def _fit_together(
 
     Means and spreads do not depend on the seed; which images "shuffle" and "resample" keep does, as in Ablate.fit.
     """
-    samples = [one.seed if one.mode in NEEDS_BANK else None for one in ablations]
-    parts = [parts_of(one.target, vit.cfg) for one in ablations]
+    samples = [edit.seed if edit.mode in NEEDS_BANK else None for edit in ablations]
+    parts = [parts_of(edit.target, vit.cfg) for edit in ablations]
     fitters: dict[int | None, Fitter] = {}
     for sample in dict.fromkeys(samples):
         mine = chain.from_iterable(own for own, seed in zip(parts, samples, strict=True) if seed == sample)
@@ -223,13 +223,13 @@ def fit_missing(
     """
     bound, new = list(conditions), {}
     for name, vit in models.items():
-        planned = {_identity(name, one): one for one in unfitted(one for one in bound if one.model == name)}
-        waiting = [one for identity, one in planned.items() if identity not in known]
-        fits = {one: _with(one, known[at]) for at, one in planned.items() if at in known}
+        planned = {_identity(name, edit): edit for edit in unfitted(own for own in bound if own.model == name)}
+        waiting = [edit for identity, edit in planned.items() if identity not in known]
+        fits = {edit: _with(edit, known[at]) for at, edit in planned.items() if at in known}
         if waiting:
             fits |= fit_planned(vit, waiting, _batches(references, name, len(waiting), batch_size), batch_size)
-            new |= {_identity(name, one): fits[one].fitted for one in waiting}
-        bound = [bind(one, fits) if one.model == name else one for one in bound]
+            new |= {_identity(name, edit): fits[edit].fitted for edit in waiting}
+        bound = [bind(condition, fits) if condition.model == name else condition for condition in bound]
     return bound, new
 
 

@@ -48,20 +48,20 @@ class _Maker:
     vit: HookedViT
     images: SourceBatches
     """The images on which neurons are searched for, and activity and outliers measured."""
-    found: dict[str, RegisterNeurons] = field(default_factory=dict)
+    lists: dict[str, RegisterNeurons] = field(default_factory=dict)
     """Lists by the name of their source, so that each is read or found once."""
 
     def neurons(self, source: str) -> RegisterNeurons:
         """The list that a source names."""
-        if source not in self.found:
+        if source not in self.lists:
             kind, _, name = source.partition(":")
             if source == "auto":
-                self.found[source] = find_register_neurons(self.vit, self.images)
+                self.lists[source] = find_register_neurons(self.vit, self.images)
             elif kind == "published":
-                self.found[source] = RegisterNeurons.published(name)
+                self.lists[source] = RegisterNeurons.published(name)
             else:
-                self.found[source] = RegisterNeurons.load(self.config.place(source))
-        return self.found[source]
+                self.lists[source] = RegisterNeurons.load(self.config.place(source))
+        return self.lists[source]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,7 +157,7 @@ def _metrics_of(
     """
     own = {name: _metrics(vit, sources[name], config.batch_size) for name, vit in models.items()}
     first = next(iter(own.values()))
-    alike = {one: first[one] for one in first if all(_same(first[one], other.get(one)) for other in own.values())}
+    alike = {name: first[name] for name in first if all(_same(first[name], other.get(name)) for other in own.values())}
     for name in config.metrics:
         lacking = [model for model, metrics in own.items() if name not in metrics]
         if lacking:
@@ -172,14 +172,15 @@ def _metrics_of(
     return tuple(alike[name] for name in config.metrics or alike)
 
 
-def _same(one: Metric, other: Metric | None) -> bool:
-    return other is not None and (one.words, one.norms, one.attention) == (other.words, other.norms, other.attention)
+def _same(mine: Metric, other: Metric | None) -> bool:
+    return other is not None and (mine.words, mine.norms, mine.attention) == (other.words, other.norms, other.attention)
 
 
 def _metrics(vit: HookedViT, source: Source, batch_size: int) -> dict[str, Metric]:
     shard = first_shard(source)
     detection: Detection = detect(vit, shard.images, batch_size=batch_size)
-    return {one.name: one for one in default_metrics(vit, detection=detection, labels=shard.labels is not None)}
+    metrics = default_metrics(vit, detection=detection, labels=shard.labels is not None)
+    return {metric.name: metric for metric in metrics}
 
 
 # Conditions -----------------------------------------------------------------------------------------------------------
@@ -227,11 +228,11 @@ def _each(maker: _Maker, value: Any, of: str, layers: Layers) -> Sets:
         return every_neuron(maker.vit, layers)
     pairs = _listed(maker, value, layers).pairs if isinstance(value, str) else value
     singles = {pair: RegisterNeurons.from_pairs([pair]) for pair in pairs}
-    return {f"{a}:{b}": Level(one, {"layer": a, "neuron": b}) for (a, b), one in singles.items()}
+    return {f"{a}:{b}": Level(neurons, {"layer": a, "neuron": b}) for (a, b), neurons in singles.items()}
 
 
 def _named(sets: Mapping[str, RegisterNeurons]) -> Sets:
-    return {name: Level(one, {"neurons": name}) for name, one in sets.items()}
+    return {name: Level(neurons, {"neurons": name}) for name, neurons in sets.items()}
 
 
 def _random(maker: _Maker, n: int, of: str, layers: Layers) -> Sets:

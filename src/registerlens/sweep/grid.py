@@ -133,7 +133,7 @@ class Conditions:
         return Conditions((*self, *other))
 
     def __mul__(self, other: Conditions) -> Conditions:
-        return Conditions(tuple(_both(one, two) for one, two in combinations(self, other)))
+        return Conditions(tuple(_both(first, second) for first, second in combinations(self, other)))
 
     def zip(self, other: Conditions) -> Conditions:
         """Pairwise: the edits of both together.
@@ -150,7 +150,7 @@ class Conditions:
         """
         if len(self) != len(other):
             raise ConfigError(f"zip takes as many conditions on both sides, got {len(self)} and {len(other)}.")
-        return Conditions(tuple(_both(one, two) for one, two in zip(self, other, strict=True)))
+        return Conditions(tuple(_both(first, second) for first, second in zip(self, other, strict=True)))
 
     def over(self, *, models: Iterable[str] | None = None, images: Iterable[str] | None = None) -> Conditions:
         """Every condition for each model, on each image set, by their names in `run_sweep`; controls go with theirs.
@@ -348,14 +348,14 @@ def _both(first: Condition, second: Condition) -> Condition:
     return replace(first, interventions=first.interventions + second.interventions, factors=factors)
 
 
-def _merged(one: dict[str, Factor], two: dict[str, Factor]) -> dict[str, Factor]:
-    if clash := [name for name in one if name in two and one[name] != two[name]]:
+def _merged(first: dict[str, Factor], second: dict[str, Factor]) -> dict[str, Factor]:
+    if clash := [name for name in first if name in second and first[name] != second[name]]:
         name = clash[0]
         raise ConfigError(
-            f"A contradiction: the factor {name!r} would be {one[name]!r} and {two[name]!r} in one condition. Call "
-            f"one of them something else, with an axis {{label: value}} of another name."
+            f"A contradiction: the factor {name!r} would be {first[name]!r} and {second[name]!r} in one condition. "
+            f"Call one of them something else, with an axis {{label: value}} of another name."
         )
-    return one | two
+    return first | second
 
 
 def _names(what: str, names: Iterable[str] | None) -> list[str | None]:

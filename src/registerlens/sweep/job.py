@@ -58,7 +58,7 @@ class SweepJob:
         models = {
             name: vit.unpack(device) if isinstance(vit, PackedModel) else vit for name, vit in self.models.items()
         }
-        return replace(self, models=models, sources={name: LastShard(one) for name, one in self.sources.items()})
+        return replace(self, models=models, sources={name: LastShard(source) for name, source in self.sources.items()})
 
     def perform(self, task: Task) -> pa.Table:
         """Do one task, from reading its images to its table; images that cannot be used are named in its metadata.
@@ -99,17 +99,17 @@ def run_task(
         a row for each condition and image, in the order of both: condition (its key), shard, image (its name), and the
         metrics in float64.
     """
-    edits = [one.interventions for one in conditions]
+    edits = [condition.interventions for condition in conditions]
     values = measure_edits(
         vit, shard.images, edits, metrics, labels=shard.labels, batch_size=batch_size, stack=stack
     ).numpy()
     n = len(shard.names)
     columns = {
-        "condition": pa.array([one.key for one in conditions for _ in range(n)], pa.string()),
+        "condition": pa.array([condition.key for condition in conditions for _ in range(n)], pa.string()),
         "shard": pa.array([index] * (n * len(conditions)), pa.int32()),
         "image": pa.array(list(shard.names) * len(conditions), pa.string()),
     }
-    return pa.table(columns | {one.name: pa.array(values[..., i].ravel()) for i, one in enumerate(metrics)})
+    return pa.table(columns | {metric.name: pa.array(values[..., i].ravel()) for i, metric in enumerate(metrics)})
 
 
 def part_schema(metrics: Iterable[str]) -> pa.Schema:

@@ -130,14 +130,14 @@ def manifest_of(
         },
         reference=reference,
         metrics={
-            one.name: {"norms": list(one.norms), "attention": list(one.attention), "words": one.words}
-            for one in metrics
+            metric.name: {"norms": list(metric.norms), "attention": list(metric.attention), "words": metric.words}
+            for metric in metrics
         },
         batch_size=batch_size,
         stack=stack,
         threads=threads,
         seed=seed,
-        conditions={one.key: _described(one) for one in conditions},
+        conditions={condition.key: _described(condition) for condition in conditions},
         groups=(),
     )
 

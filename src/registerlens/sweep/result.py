@@ -85,7 +85,7 @@ class SweepResult(Result):
             if not pa.types.is_dictionary(table.schema.field(name).type):
                 place = table.column_names.index(name)
                 table = table.set_column(place, name, table[name].dictionary_encode().unify_dictionaries())
-        swept = tuple(one if isinstance(one, Swept) else Swept.of(one) for one in conditions)
+        swept = tuple(condition if isinstance(condition, Swept) else Swept.of(condition) for condition in conditions)
         return cls(table=table, conditions=swept, metrics=_words(metrics), skipped=tuple(skipped))
 
     @classmethod
@@ -296,7 +296,7 @@ def _words(metrics: Mapping[str, str] | Sequence[Metric | str]) -> dict[str, str
     """Names of metrics with their descriptions, as far as there are any."""
     if isinstance(metrics, Mapping):
         return dict(metrics)
-    return dict((one, "") if isinstance(one, str) else (one.name, one.words) for one in metrics)
+    return dict((metric, "") if isinstance(metric, str) else (metric.name, metric.words) for metric in metrics)
 
 
 def _single(value: object) -> bool:

@@ -118,7 +118,7 @@ def run_sweep(
         job = SweepJob(
             models=models,
             sources=sources,
-            conditions={one.key: one for one in bound},
+            conditions={condition.key: condition for condition in bound},
             groups=kept.manifest.groups,
             metrics=measured,
             batch_size=batch_size,
@@ -154,7 +154,7 @@ def read_sweep(store: str | os.PathLike[str]) -> SweepResult:
 
 def _result(store: SweepStore | MemoryStore, conditions: Iterable[Condition | Swept]) -> SweepResult:
     tables = [table for _, table in store.tables()]
-    skipped = tuple(dict.fromkeys(one for table in tables for one in skipped_of(table)))
+    skipped = tuple(dict.fromkeys(image for table in tables for image in skipped_of(table)))
     metrics = {name: entry["words"] for name, entry in store.manifest.metrics.items()}
     return SweepResult.from_table(joined(tables, list(metrics)), list(conditions), metrics, skipped)
 
@@ -169,7 +169,7 @@ def _opened(
     """The store for the length of the run."""
 
     def grouping(keys: Collection[str]) -> Sequence[Sequence[str]]:
-        return group_conditions([one for one in conditions if one.key in set(keys)], models)
+        return group_conditions([condition for condition in conditions if condition.key in set(keys)], models)
 
     if store is None:
         return nullcontext(MemoryStore(grown(None, asked, grouping, "")))

@@ -218,10 +218,10 @@ def _heads(heads: Sequence[int] | None, n_heads: int) -> list[int]:
 
 def _queries(query: TokenName | Sequence[TokenName], layout: TokenLayout, n_keys: int) -> list[int]:
     """Positions of the queries asked for; a pair of integers is one patch."""
-    one = isinstance(query, SupportsIndex | str) or (
+    single = isinstance(query, SupportsIndex | str) or (
         isinstance(query, tuple) and len(query) == 2 and all(isinstance(part, SupportsIndex) for part in query)
     )
-    several: Any = [query] if one else query
+    several: Any = [query] if single else query
     positions = [token_index(layout, name, n_keys) for name in several]
     if not positions or any(index >= layout.n_tokens for index in positions):
         raise ShapeError(f"query={query!r} names no token that looks; the key of an attention bias is none.")

@@ -44,13 +44,13 @@ def dynamics_figure(runs: Sequence[Dynamics], mode: Mode = "light") -> go.Figure
         vertical_spacing=0.2,
         horizontal_spacing=0.04,
         shared_yaxes=True,
-        subplot_titles=[*(f"seed {one.seed} ({one.run})" for one in runs), "Step at which each sign is halfway"],
+        subplot_titles=[*(f"seed {run.seed} ({run.run})" for run in runs), "Step at which each sign is halfway"],
     )
-    for column, one in enumerate(runs, start=1):
+    for column, run in enumerate(runs, start=1):
         for sign in SIGNS:
-            _course(figure, column, one, one.share(sign), sign, _COLOURS[sign], "solid")
-        active = one.activation.mean(1)
-        _course(figure, column, one, active / active.max(), "neurons' activation", GREY, "dot")
+            _course(figure, column, run, run.share(sign), sign, _COLOURS[sign], "solid")
+        active = run.activation.mean(1)
+        _course(figure, column, run, active / active.max(), "neurons' activation", GREY, "dot")
         mark(figure, column, y=HALFWAY)
     onsets = order_of_signs(runs)
     for sign in SIGNS:
@@ -71,8 +71,8 @@ def dynamics_figure(runs: Sequence[Dynamics], mode: Mode = "light") -> go.Figure
     return finished(figure, mode, height=620, legend=legend(-0.12), margin=margin, closest=False)
 
 
-def _course(figure: go.Figure, column: int, one: Dynamics, y: object, name: str, colour: str, dash: str) -> None:
-    line = curve(one.steps, y, name, colour, "%{y:.2f}", dash=dash, mode=None)
+def _course(figure: go.Figure, column: int, run: Dynamics, y: object, name: str, colour: str, dash: str) -> None:
+    line = curve(run.steps, y, name, colour, "%{y:.2f}", dash=dash, mode=None)
     figure.add_trace(line.update(legendgroup=name, showlegend=column == 1), 1, column)
 
 

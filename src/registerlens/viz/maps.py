@@ -307,10 +307,10 @@ def overlay(
         )
     labels = list(titles) or [""] * len(values)
     every: list[Panel] = []
-    for i, one in enumerate(values):
+    for i, grid in enumerate(values):
         if show_photograph and (i == 0 or len(pictures) > 1):
             every.append(Panel(photograph=pictures[i if len(pictures) > 1 else 0], title="image"))
-        every.append(Panel(photograph=pictures[i if len(pictures) > 1 else 0], values=one, title=labels[i]))
+        every.append(Panel(photograph=pictures[i if len(pictures) > 1 else 0], values=grid, title=labels[i]))
     wide = columns or (2 * min(2, len(pictures)) if show_photograph and len(pictures) > 1 else min(len(every), 6))
     rows = [every[i : i + wide] for i in range(0, len(every), wide)]
     return panel_figure(rows, [scale], title=title, opacity=opacity, size=size, mode=mode)

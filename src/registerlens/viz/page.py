@@ -157,9 +157,9 @@ def plotted(figure: go.Figure, words: str = "") -> Markup:
 def _as_text(value: Any) -> Any:
     """The same figure, in which no text has other markup than our own."""
     if isinstance(value, dict):
-        return {key: _as_text(one) for key, one in value.items()}
+        return {key: _as_text(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_as_text(one) for one in value]
+        return [_as_text(inner) for inner in value]
     return _MARKUP.sub("&lt;", value) if isinstance(value, str) else value
 
 

@@ -72,7 +72,7 @@ class ColourScale:
             >>> ColourScale.over("norm", [np.array([[0.5, 2.0]])]).high
             2.0
         """
-        every = np.concatenate([np.ravel(one) for one in values])
+        every = np.concatenate([np.ravel(grid) for grid in values])
         every = every[np.isfinite(every)]
         if not len(every):
             raise NonFiniteError(f"There is no finite {name} to draw.")

@@ -87,12 +87,12 @@ def paper_figures() -> pd.DataFrame:
     rows = [
         {
             "figure": number,
-            "shows": one.title,
-            "takes": ", ".join(kind.__name__ for kind in one.takes),
-            "made by": "; ".join(one.takes.values()),
-            "note": one.note,
+            "shows": figure.title,
+            "takes": ", ".join(kind.__name__ for kind in figure.takes),
+            "made by": "; ".join(figure.takes.values()),
+            "note": figure.note,
         }
-        for number, one in FIGURES.items()
+        for number, figure in FIGURES.items()
     ]
     return pd.DataFrame(rows)
 
@@ -100,7 +100,7 @@ def paper_figures() -> pd.DataFrame:
 def _no_such(number: int) -> str:
     if number in NOT_DRAWN:
         return f"Figure {number} is not drawn here: {NOT_DRAWN[number]}"
-    listed = "\n".join(f"  {known}: {one.title}" for known, one in FIGURES.items())
+    listed = "\n".join(f"  {known}: {figure.title}" for known, figure in FIGURES.items())
     return f"The paper has no figure {number!r} that can be drawn here. There are:\n{listed}"
 
 

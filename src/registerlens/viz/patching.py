@@ -194,8 +194,8 @@ def _checked_neurons(screening: Screening) -> list[go.Scatter]:
         text = [f"block {a}, neuron {n}" for a, n in zip(some["layer"], some["neuron"], strict=True)]
         error = {"type": "data", "array": some["exact_standard_error"], "thickness": 1, "width": 0}
         hover = "%{text}<br>screened %{x:.3g}, exact %{y:.3g}"
-        one = dots(some["screened"], some["exact"], name, colour, 7, hover, text=text, error_y=error)
-        traces.append(one.update(legendgroup=name, showlegend=name != "candidates"))
+        points = dots(some["screened"], some["exact"], name, colour, 7, hover, text=text, error_y=error)
+        traces.append(points.update(legendgroup=name, showlegend=name != "candidates"))
     return traces
 
 
@@ -211,12 +211,12 @@ def _agreement(figure: go.Figure, estimate: str, line: str, groups: Sequence[go.
     """
     figure.update_xaxes(title_text=estimate, row=1, col=2)
     figure.update_yaxes(title_text="exact effect", row=1, col=2)
-    values = np.concatenate([np.asarray([one.x, one.y], dtype=float).ravel() for one in groups])
+    values = np.concatenate([np.asarray([trace.x, trace.y], dtype=float).ravel() for trace in groups])
     if not len(values):
         where = {"xref": "x domain", "yref": "y domain", "row": 1, "col": 2}
         figure.add_annotation(text=nothing, x=0.5, y=0.5, showarrow=False, **where)
         return
     ends = [float(np.nanmin(values)), float(np.nanmax(values))]
     figure.add_trace(curve(ends, ends, line, GREY, None, dash="dash", mode="lines"), 1, 2)
-    for one in groups:
-        figure.add_trace(one, 1, 2)
+    for trace in groups:
+        figure.add_trace(trace, 1, 2)

@@ -96,8 +96,8 @@ def _maps(
         ticks: at some so many heads.
     """
     figure = beside(*titles, gap=gap, shared_yaxes=True)
-    for column, (name, one) in enumerate(zip(names, values, strict=True), start=1):
-        cells = go.Heatmap(z=one, customdata=details, name=name, coloraxis="coloraxis", hovertemplate=hover)
+    for column, (name, grid) in enumerate(zip(names, values, strict=True), start=1):
+        cells = go.Heatmap(z=grid, customdata=details, name=name, coloraxis="coloraxis", hovertemplate=hover)
         figure.add_trace(cells, 1, column)
     layers, heads = details.shape[:2]
     figure.update_xaxes(title_text="head", **ticks_of_blocks(heads, ticks))

@@ -99,7 +99,7 @@ def _missing(figure: _Figure, effects: Effects) -> str:
 
 
 def _needed() -> str:
-    needs = [f"{name}: {', '.join(' or '.join(group) for group in one.needs)}" for name, one in FIGURES.items()]
+    needs = [f"{name}: {', '.join(' or '.join(group) for group in figure.needs)}" for name, figure in FIGURES.items()]
     return f"Figures and their factors: {'; '.join(needs)}."
 
 

@@ -191,7 +191,7 @@ def _recolour(figure: go.Figure) -> None:
 def _dark(colour: Any) -> Any:
     if isinstance(colour, str):
         return _IN_DARK.get(colour, colour)
-    return [_dark(one) for one in colour] if isinstance(colour, (list, tuple)) else colour
+    return [_dark(part) for part in colour] if isinstance(colour, (list, tuple)) else colour
 
 
 def sized(figure: go.Figure, size: Size) -> go.Figure:

@@ -270,7 +270,7 @@ def _kernel_panel(
         )
         return value, f"{value:.2f} {_MARKS[verdict]}", words
 
-    z, text, hover = _cells(rows, [{"condition": one} for one in conditions], layers, describe_cell)
+    z, text, hover = _cells(rows, [{"condition": name} for name in conditions], layers, describe_cell)
     heatmap = go.Heatmap(z=z, x=[_name(report, layer) for layer in layers], y=[_ROWS[name] for name in conditions])
     heatmap.update(customdata=hover, hovertemplate="%{y}, block %{x}: %{z:.3g}<br>%{customdata}<extra></extra>")
     heatmap.update(colorscale="RdBu_r", zmin=0, zmax=2, xgap=1, ygap=1)
