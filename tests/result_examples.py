@@ -109,6 +109,7 @@ MAKERS = {
     "InterventionMaps": lambda: compare_maps(
         tiny(), images(2), {"clean": None, "edited": rl.TestTimeRegisters(NEURONS)}, layers=[1, 4]
     ),
+    "Pruning": lambda: rl.evaluation.prune(tiny(), images(), NEURONS),
     "OutlierShift": lambda: measure_shift(tiny(), images(), rl.MoveOutliers(NEURONS, 7), layer=4),
     "EdgeAttribution": lambda: rl.circuits.attribute_edges(tiny(), images(), NEURONS),
     "SweepResult": sweep,

@@ -257,6 +257,23 @@ def detection_in(traced: Trace, sublayer: Sublayer | None = None) -> Detection:
     )
 
 
+def cuts_in(traced: Trace) -> dict[Sublayer, Cutoff]:
+    """Above which norm patches are outliers, wherever some are present.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> found = rl.trace(rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(32, 0).images)
+        >>> list(cuts_in(found))[:2]
+        ['1.mlp', '2.attn']
+    """
+    return {
+        place: Cutoff(value=evidence.threshold, relative=True)
+        for place, evidence in zip(traced.sublayers, traced.evidence, strict=True)
+        if evidence.present
+    }
+
+
 def require_outliers(detection: Detection, purpose: str) -> None:
     """Go on only where there are outliers, or where the caller insists on a threshold of their own.
 

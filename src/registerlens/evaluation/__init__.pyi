@@ -6,6 +6,8 @@ from .effects import Evaluation as Evaluation
 from .metrics import Metric as Metric
 from .metrics import default_metrics as default_metrics
 from .metrics import metric as metric
+from .pruning import Pruning as Pruning
+from .pruning import prune as prune
 from .shifts import OutlierShift as OutlierShift
 from .shifts import RandomPatches as RandomPatches
 from .shifts import measure_shift as measure_shift

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.detection import (
-    Cutoff,
     Detection,
     Threshold,
+    cuts_in,
     detect,
     detection_in,
     require_outliers,
@@ -28,7 +28,7 @@ from registerlens.data.batches import Counted, Images, count, first_and_all
 from registerlens.errors import ConfigError, ImageError, NoOutliersError, check_choice
 from registerlens.interventions.choosing_k import MIN_DROP, MOST, Cuts, drop_needless, find_elbow, sweep
 from registerlens.interventions.registers import TestTimeRegisters
-from registerlens.model.sublayers import Sublayer, sublayers
+from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult, as_json
 from registerlens.stats.histograms import bin_edges
@@ -249,7 +249,7 @@ def find_register_neurons(
         detection = detect(vit, images, traced=traced, **options)
     require_outliers(detection, "Finding register neurons")
     choice = _Choice(top_layer=top_layer, lowest_layer=lowest_layer, top_k=top_k, score=score, keep=keep)
-    cuts = _cuts(traced) | {detection.sublayer: detection.cutoff}
+    cuts = cuts_in(traced) | {detection.sublayer: detection.cutoff}
     search = choice.make(vit, detection, cuts, parts.rest, parts.held_out, early_stop=early_stop, seen=seen)
     _check_still_present(detection, search.scores)
     if top_k == "auto":
@@ -318,15 +318,6 @@ class _Choice:
         )
 
 
-def _cuts(traced: Trace) -> dict[Sublayer, Cutoff]:
-    """Above which norm patches are outliers, wherever there are some."""
-    return {
-        place: Cutoff(value=evidence.threshold, relative=True)
-        for place, evidence in zip(traced.sublayers, traced.evidence, strict=True)
-        if evidence.present
-    }
-
-
 def _go_on(vit: HookedViT, kept: list[Tensor], first: NeuronSearch, cuts: Cuts, choice: _Choice) -> NeuronSearch:
     """Search again in the model whose neurons found so far are moved, until no outlier is left or none is found."""
     search, remaining, place = first, math.inf, ""
@@ -342,7 +333,7 @@ def _go_on(vit: HookedViT, kept: list[Tensor], first: NeuronSearch, cuts: Cuts, 
                 break
             detection = detection_in(traced) if traced.verdict == "present" else first.detection
             try:
-                more = choice.make(vit, detection, dict(cuts) | _cuts(traced), kept, kept)
+                more = choice.make(vit, detection, dict(cuts) | cuts_in(traced), kept, kept)
             except (ConfigError, ImageError, NoOutliersError):  # nothing there that could be a register neuron
                 break
     if not remaining:
@@ -353,7 +344,7 @@ def _go_on(vit: HookedViT, kept: list[Tensor], first: NeuronSearch, cuts: Cuts, 
 
 def _left(traced: Trace, cuts: Cuts) -> float:
     """Most outlier patches an image at any one sublayer: where some are present, or above the unedited model's cuts."""
-    every = dict(cuts) | _cuts(traced)
+    every = dict(cuts) | cuts_in(traced)
     counts = [
         traced.histogram[traced.sublayers.index(place), bin_edges()[:-1] >= cutoff.value].sum() / traced.n_images
         for place, cutoff in every.items()

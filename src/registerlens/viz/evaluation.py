@@ -10,9 +10,10 @@ import plotly.graph_objects as go
 
 from registerlens.evaluation.controls import ConditionKind
 from registerlens.evaluation.effects import Evaluation
+from registerlens.evaluation.pruning import Pruning
 from registerlens.evaluation.shifts import OutlierShift
 from registerlens.stats.intervals import interval_words
-from registerlens.viz.parts import bars, beside, curve, dots, finished, interval, legend, note, ticks_of_blocks
+from registerlens.viz.parts import bars, beside, curve, dots, finished, interval, legend, mark, note, ticks_of_blocks
 from registerlens.viz.theme import BLUE, BROWN, GREEN, GREY, OLIVE, ORANGE, PALETTE, PURPLE, RED, SKY, Mode, ink
 
 _INTERVENTIONS = (BLUE, GREEN, PURPLE)
@@ -176,6 +177,30 @@ def shift_figure(shift: OutlierShift, mode: Mode = "light") -> go.Figure:
     title = f"{shift.model}: after block {shift.layer}, {shift.n_images} images"
     look = {"legend": legend(-0.3), "margin": {"t": 90}, "barmode": "overlay", "bargap": 0}
     return finished(figure, mode, height=400, title=title, **look)
+
+
+def pruning_figure(pruning: Pruning, mode: Mode = "light") -> go.Figure:
+    """Outliers left, and the cosines to the clean run, by the number of neurons moved; a line marks the smallest set.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> from registerlens.evaluation.pruning import prune
+        >>> vit, neurons = rl.HookedViT.from_pretrained("registerlens:tiny"), rl.RegisterNeurons.from_pairs([(1, 183)])
+        >>> [one.name for one in pruning_figure(prune(vit, synthetic_images(8, 0).images, neurons)).data]
+        ['outliers left', 'normal patches']
+    """
+    figure, numbers = beside("Outliers left", "Cosine to the clean run"), np.arange(len(pruning.outliers))
+    hover = "%{x} neurons: %{y:.3g}"
+    figure.add_trace(curve(numbers, pruning.outliers, "outliers left", RED, hover), 1, 1)
+    for name, values, colour in (("[CLS]", pruning.cos_cls, BLUE), ("normal patches", pruning.cos_normal, GREEN)):
+        if np.isfinite(values).all():
+            figure.add_trace(curve(numbers, values, name, colour, hover), 1, 2)
+    for column in (1, 2) if pruning.smallest is not None else ():
+        mark(figure, column, x=pruning.smallest)
+    figure.update_xaxes(title_text="neurons moved")
+    figure.update_yaxes(title_text="outliers per image", rangemode="tozero", col=1)
+    return finished(figure, mode, height=400, title=pruning.model, legend=legend(-0.25))
 
 
 def _curve(
