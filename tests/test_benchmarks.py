@@ -161,3 +161,12 @@ def test_the_matrix_products_add_up(benchmarks: ModuleType) -> None:
         with FlopCounterMode(display=False) as counter:
             limit()
     assert counter.get_total_flops() == limit.flop()
+
+
+def test_the_verdict_has_no_false_alarm_and_finds_outliers(benchmarks: ModuleType) -> None:
+    from benchmarks.verdicts import answers
+
+    found = answers(3, images=(1, 16), patches=(196,))
+    present = (found["verdict"] == "present").groupby([found["outliers"], found["family"], found["images"]]).mean()
+    assert not present[False].any()
+    assert present[True]["outliers at 20 x"].tolist() == [1, 1] and present[True]["outliers at 3 x", 16] > 0.5

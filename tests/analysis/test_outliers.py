@@ -1,13 +1,14 @@
 """The verdict on distributions whose answer is known, and on those that fool simpler rules."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registerlens.analysis.outliers import judge
+from registerlens.analysis.outliers import MIN_GAP, MIN_TYPICAL, judge
 from registerlens.stats.histograms import LOG_HIGH, LOG_LOW, N_BINS, bin_edges
 
 
@@ -146,7 +147,7 @@ def test_a_mode_close_to_the_others_is_absent():
     found = evidence_of(norms)
     assert not found.present  # twice the median is no outlier, however clean the gap
     assert found.gap > 1.5
-    assert "continue the others" in found.reason
+    assert "are lower than outliers, 3.8 x" in found.reason
 
 
 def test_mean_plus_three_sigma_flags_where_the_verdict_is_absent():
@@ -174,10 +175,14 @@ def test_the_reasons_carry_their_numbers():
     )
     assert present.threshold == pytest.approx(math.exp(0.02 * (150 + 60.5) - 3), rel=0.02)
     counts[270], largest[270], counts[180], largest[180] = 0, 0, 4, 1
-    assert judge(counts, largest, 1.8).reason == "the largest norms (1.8 x the median, gap 1.79) continue the others"
+    assert judge(counts, largest, 1.8).reason == (
+        "the norms beyond the widest gap (1.8 x the median, gap 1.79; 4 of 100 patches, in 1 of 1 images) are lower "
+        "than outliers, 2.0 x"
+    )
     flat = np.exp(np.linspace(-1, 1.2, 40))[None]
+    assert "continue the others" in evidence_of(flat).reason
     flat[0, -1] = 6.0
-    assert evidence_of(flat).reason.endswith("are few enough to be the tail of the others: 1 of 40 patches")
+    assert evidence_of(flat).reason.endswith("are few enough to be the tail of the others")
     none = judge(np.eye(N_BINS, dtype=int)[150] * 100, np.eye(N_BINS, dtype=int)[150], 1.0)
     assert none.reason == "the norms form one mode"
     assert none.gap == 1.0
@@ -205,8 +210,81 @@ def test_any_histogram_gets_a_consistent_answer(heights, first, n_images):
     assert 0 <= found.share_of_images <= 1 and 0 <= found.share_of_patches <= 0.25 * 1.2 + 1e-9
     assert found.gap >= 1
     if found.present:
-        assert found.gap >= 1.3 and found.typical >= 3 and found.threshold > 1
+        assert found.gap >= MIN_GAP and found.typical >= MIN_TYPICAL and found.threshold > 1
         assert found.typical >= found.threshold
+
+
+PUBLISHED = Path(__file__).parent.parent / "published"
+"""Norms read off published colour maps, one photograph each, last block; see docs/concepts/verdict.md."""
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [("openclip_vitb16", "present"), ("openclip_vitb16_with_register", "absent"), ("dinov2_vitl14", "absent")],
+)
+def test_norms_of_published_models(name, verdict):
+    norms = np.loadtxt(PUBLISHED / f"{name}_last_block_norms.csv", delimiter=",").reshape(1, -1)
+    found = evidence_of(norms)
+    assert found.verdict == verdict
+    if found.present:
+        assert round(found.share_of_patches * norms.size) == 12 and 3.4 < found.typical < 6.1
+
+
+def counts_of(norms):
+    relative = norms / np.median(norms, axis=1, keepdims=True)
+    return np.histogram(np.log(relative), bins=N_BINS, range=(LOG_LOW, LOG_HIGH))[0], np.histogram(
+        np.log(relative.max(1)), bins=N_BINS, range=(LOG_LOW, LOG_HIGH)
+    )[0]
+
+
+def test_what_was_there_before_or_does_not_last_is_absent():
+    norms, _ = bimodal(np.random.default_rng(0), (40, 256), 0.02, 5.0)
+    body = 10 * np.exp(0.2 * np.random.default_rng(1).standard_normal((40, 256)))
+    (large, largest), (small, _) = counts_of(norms), counts_of(body)
+    assert judge(large, largest, 5.0, earlier=[small], beside=[small, large]).present
+    assert judge(large, largest, 5.0, earlier=[large, small], beside=[large]).present  # it had gone in between
+    assert judge(large, largest, 5.0, earlier=[large, large], beside=[large]).reason.endswith("x before: content")
+    assert judge(large, largest, 5.0, earlier=[small], beside=[small]).reason.endswith("they do not last")
+
+
+def test_at_the_embedding_only_a_clear_mode_counts():
+    for ratio, present in ((3.0, False), (5.0, True)):
+        norms, _ = bimodal(np.random.default_rng(0), (40, 256), 0.02, ratio, spread=0.1)
+        counts, largest = counts_of(norms)
+        assert judge(counts, largest, ratio).present
+        assert judge(counts, largest, ratio, earlier=[], beside=[counts]).present == present
+
+
+@pytest.mark.parametrize("ratio", [2.2, 2.6, 3.0])
+def test_a_low_mode_is_found_with_enough_images(ratio):
+    for seed in range(10):
+        norms, _ = bimodal(np.random.default_rng(seed), (64, 196), 0.02, ratio, spread=0.09, outlier_spread=0.05)
+        assert evidence_of(norms).present
+
+
+def test_outliers_in_one_image_of_several_are_too_few():
+    norms = 10 * np.exp(0.1 * np.random.default_rng(0).standard_normal((8, 196)))
+    norms[3, :6] *= 12
+    found = evidence_of(norms)
+    assert found.verdict == "too few images" and found.more_images == 8  # so that two images have some
+    assert evidence_of(norms[3:4]).present  # one image alone is judged for itself
+    assert evidence_of(np.concatenate([norms, norms])).present
+
+
+def test_so_many_more_images_tell():
+    told = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        norms = np.exp(0.25 * rng.standard_normal((400, 196)))
+        norms[np.arange(400), rng.integers(0, 196, 400)] = 4
+        found = evidence_of(norms[:2])
+        if found.verdict == "too few images":
+            told += 1
+            assert 0 < found.more_images <= 6
+            assert evidence_of(norms[: 2 + 4 * found.more_images]).present  # with a margin: the surprise is random
+        else:
+            assert found.more_images == 0
+    assert told > 20
 
 
 def test_an_empty_histogram_is_absent():

@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randomise
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import registerlens as rl
 from registerlens.analysis.maps import patch_maps
+from registerlens.analysis.outliers import count_ratios
 from registerlens.analysis.trace import QUANTILES, Trace, TraceSums
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
@@ -314,6 +317,49 @@ def test_on_single_images_the_onset_is_where_the_jump_is(tiny, image):
     found = rl.trace(tiny, synthetic_images(32, 0).images[image : image + 1])
     assert found.onset == "1.mlp"
     assert found.onsets[0].before < 2 and found.onsets[0].after > 10
+
+
+def stream_of(traced, ratios):
+    """A trace in which three patches of each of eight images have so many times the median norm, place by place."""
+    generator = torch.Generator().manual_seed(0)
+    norms = torch.exp(0.08 * torch.randn(len(ratios), 8, 100, generator=generator))
+    norms[:, :, :3] *= torch.tensor(ratios)[:, None, None]
+    counted = {name: total.numpy() for name, total in count_ratios(norms).items()}
+    largest = counted["largest_over_median"] / 8
+    return dataclasses.replace(traced, n_images=8, **(counted | {"largest_over_median": largest}))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 8), st.floats(3, 20), st.integers(1, 4), st.floats(2, 4))
+def test_onsets_are_the_jumps_whatever_dips_follow(tiny_trace, first, ratio, gap, growth):
+    names = tiny_trace.sublayers
+    level = [1.0] * first + [ratio] * (13 - first)
+    found = stream_of(tiny_trace, level)
+    assert [one.sublayer for one in found.onsets] == [names[first]] and found.onset == names[first]
+    assert found.onsets[0].before < 1.5 and found.onsets[0].after == pytest.approx(ratio, rel=0.25)
+    dipped = [*level[: first + gap], 1.0, *level[first + gap + 1 :]]
+    assert stream_of(tiny_trace, dipped[:13]).onset == names[first]
+    assert len(stream_of(tiny_trace, dipped[:13]).onsets) == 1
+    second = min(first + gap + 1, 12)
+    grown = [one * (growth if i >= second else 1) for i, one in enumerate(level)]
+    if first + 1 < second < 12:
+        assert [one.sublayer for one in stream_of(tiny_trace, grown).onsets] == [names[first], names[second]]
+
+
+def test_norms_that_drift_apart_have_no_onset(tiny_trace):
+    found = stream_of(tiny_trace, [1.16**i for i in range(13)])
+    assert found.verdict == "present" and found.onsets == () and found.onset is None
+    assert "No single sublayer brings them" in found.describe()
+
+
+def test_outliers_planted_at_two_depths_have_two_onsets():
+    vit = rl.HookedViT(dataclasses.replace(CFG, n_layers=8, image_size=(64, 64)))
+    once, truth = rl.plant_register_neurons(vit, layer=3, n=2, norm=6.0)
+    twice, _ = rl.plant_register_neurons(once, layer=6, n=3, norm=25.0, images=truth.calibration)
+    assert [one.sublayer for one in rl.trace(once, truth.calibration).onsets] == ["3.mlp"]
+    found = rl.trace(twice, truth.calibration)
+    assert [one.sublayer for one in found.onsets] == ["3.mlp", "6.mlp"] and found.onset == "3.mlp"
+    assert "They arise in block 3, after its MLP" in found.describe() and "More arise at 6.mlp" in found.describe()
 
 
 def test_an_untrained_twin_is_absent(tiny):

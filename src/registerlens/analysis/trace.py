@@ -155,9 +155,11 @@ class Trace(ModelResult):
         return np.diff(from_top, prepend=0, axis=1) @ centres / n
 
     def _beyond(self, i: int) -> bool:
-        """Whether the largest norms lie beyond the gap from here to where outliers are next present."""
-        k = self._next_present(i)
-        return k is not None and bool(self._largest(k)[i : k + 1].min() >= self.evidence[k].threshold)
+        """Whether the largest norms lie beyond the gap from here to where outliers are next present, but for dips."""
+        if (k := self._next_present(i)) is None:
+            return False
+        low = self._largest(k)[i : k + 1] < self.evidence[k].threshold
+        return not low[0] and not (low[1:] & low[:-1]).any()
 
     @property
     def onset_layer(self) -> int | None:

@@ -225,7 +225,8 @@ def find_register_neurons(
         curves and estimates.
 
     Raises:
-        NoOutliersError: the model has no outliers on these images; it carries the evidence.
+        NoOutliersError: the model has no outliers on these images, or they are too few to tell, and how many to add; it
+            carries the evidence.
         ConfigError: a layer, a number or a name is out of range, or no number of neurons suggests itself.
         ImageError: there are no images.
 
