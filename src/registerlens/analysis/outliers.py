@@ -167,7 +167,7 @@ def judge(
     return OutlierEvidence(
         verdict=verdict,
         reason=reason,
-        largest_over_median=float(largest_over_median),
+        largest_over_median=largest_over_median,
         gap=gap,
         threshold=float(edges[cut]),
         typical=float(typical[cut]),
@@ -201,7 +201,7 @@ def judge_each(
         >>> [one.share_of_patches for one in judge_each(*(total.numpy() for total in counts.values()))]
         [0.02]
     """
-    rows = list(zip(histogram, largest_histogram, largest_over_median, strict=True))
+    rows = list(zip(histogram, largest_histogram, map(float, largest_over_median), strict=True))
     if len(rows) == 1:
         return (judge(*rows[0]),)
     # The embedding is no neighbour: what attention makes of content, and the MLP after it takes back, is no outlier.
@@ -252,7 +252,7 @@ def _one_mode(largest_over_median: float) -> OutlierEvidence:
     return OutlierEvidence(
         verdict="absent",
         reason="the norms form one mode",
-        largest_over_median=float(largest_over_median),
+        largest_over_median=largest_over_median,
         gap=1.0,
         threshold=nan,
         typical=nan,
