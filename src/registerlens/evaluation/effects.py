@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from registerlens.analysis.detection import (
 from registerlens.analysis.outliers import RATIOS, OutlierEvidence, count_ratios, judge_each
 from registerlens.analysis.trace import trace
 from registerlens.data.batches import Images, count
+from registerlens.display import drawn_by
 from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import ConditionKind, Verdict, build_baselines, build_controls, judge_effect
@@ -34,9 +35,6 @@ from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
 from registerlens.stats.histograms import medians
 from registerlens.stats.intervals import mean_intervals
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 CLEAN = "clean"
 
@@ -113,11 +111,8 @@ class Evaluation(ModelResult):
         """The verdicts in words, one a line."""
         return "\n".join(f"{name}: {verdict.words}" for name, verdict in self.verdicts.items())
 
-    def plot(self) -> go.Figure:
-        """Norms and sinks layer by layer, and the telling metrics with intervals, for every condition."""
-        from registerlens.viz.evaluation import evaluation_figure
-
-        return evaluation_figure(self)
+    plot = drawn_by("evaluation.evaluation_figure")
+    """Norms and sinks layer by layer, and the telling metrics with intervals, for every condition."""
 
 
 def evaluate_intervention(
