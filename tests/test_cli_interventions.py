@@ -72,8 +72,8 @@ def test_neurons_prints_what_it_found_and_writes_everything(run, tmp_path):
         len(frame) == 2 * 256 and set(map(tuple, frame.loc[frame["chosen"], ["layer", "neuron"]].to_numpy())) == FOUND
     )
     maps = (tmp_path / "new" / "out" / "maps.html").read_text()
-    assert maps.count('<div class="maps"') == 4 and "block 1, neuron 183" in maps and "0.png" in maps
-    assert "neuron 183" in (tmp_path / "new" / "out" / "figure.html").read_text()
+    assert maps.count('<div class="maps"') == 4 and "neuron 1:183" in maps and "0.png" in maps
+    assert "neuron 1:183" in (tmp_path / "new" / "out" / "figure.html").read_text()
 
 
 def test_neurons_options_reach_the_search(run, tmp_path):

@@ -60,7 +60,7 @@ def test_with_images_the_neurons_are_found_and_everything_is_written(run, folder
     assert all(f"Note: {note}" in told for note in report.notes)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "kernels.parquet"), report.to_dataframe())
     assert "W_in of the MLP" in (out / "figure.html").read_text()
-    assert "block 1, neuron 183" in (out / "weights.html").read_text()
+    assert "neuron 1:183" in (out / "weights.html").read_text()
     names = {"kernels", "kernels.parquet", "register_neurons.json"}
     assert {path.name for path in out.iterdir()} == names | {"figure.html", "weights.html"}
 

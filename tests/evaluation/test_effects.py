@@ -248,7 +248,10 @@ def test_the_control_that_removes_most_decides_whether_an_effect_is_the_neurons_
     assert left[0] < SPECIFIC < left[-1] and len({*left}) >= 3
     assert done.mean("old_outliers", "all") == 0  # it works, and cannot be told from a lucky draw
     verdict = done.verdicts["all"]
-    assert not verdict.worked and f"random neurons do it too (at least {left[0]:.0%} of the" in verdict.words
+    assert (
+        not verdict.worked
+        and f"random neurons do it too: the same edit of them takes away at most {1 - left[0]:.0%} of" in verdict.words
+    )
 
 
 def test_curves_are_of_patches_and_of_all_registers_together(six, with_two_registers):

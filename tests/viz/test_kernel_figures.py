@@ -39,7 +39,7 @@ def test_cells_are_root_mean_squares_over_neurons_with_their_verdict(report):
 def test_weights_are_those_of_the_rows_and_their_largest_dimensions_are_named(report):
     figure = weight_figure(report, "dark")
     band, *curves = figure.data
-    assert [curve.name for curve in curves] == [f"block {layer}, neuron {neuron}" for layer, neuron in NEURONS.pairs]
+    assert [curve.name for curve in curves] == [f"neuron {layer}:{neuron}" for layer, neuron in NEURONS.pairs]
     for curve, written in zip(curves, report.written, strict=True):
         np.testing.assert_array_equal(curve.y, written)
     assert max(band.y) == report.usual.max() and min(band.y) == -report.usual.max()

@@ -100,7 +100,7 @@ def test_weights_count_every_dimension_and_name_the_largest(tiny, neurons):
     for curve in figure.data:
         assert sum(curve.y) == pytest.approx(64)
     for (layer, neuron), row in zip(neurons.pairs, found.rows, strict=True):
-        assert f"block {layer}, neuron {neuron}" in words(figure) and f"dim {np.abs(row).argmax()}" in words(figure)
+        assert f"neuron {layer}:{neuron}" in words(figure) and f"dim {np.abs(row).argmax()}" in words(figure)
     many = rl.RegisterNeurons.from_pairs([(1, n) for n in range(15)])
     shown = output_weights(tiny, many, draws=5).plot()
     assert "the first 12 of 15 neurons" in shown.layout.title.text and len(shown.data) == 24

@@ -25,9 +25,9 @@ def found(tiny):
 
 def test_candidates_and_others_stand_at_effect_and_certainty(found):
     candidates, others, diagonal, random, checked = screening_figure(found).data
-    names = [f"block {layer}, neuron {neuron}" for layer, neuron in found.checked[:7].tolist()]
+    names = [f"neuron {layer}:{neuron}" for layer, neuron in found.checked[:7].tolist()]
     assert sorted(candidates.text) == sorted(names) and list(checked.text) == names
-    row = list(candidates.text).index("block 1, neuron 183")
+    row = list(candidates.text).index("neuron 1:183")
     effect, error = found.effects[1, 183], found.standard_error[1, 183]
     assert candidates.x[row] == effect and candidates.y[row] == pytest.approx(abs(effect) / error)
     assert 900 <= len(others.x) <= 2000 and not set(names) & set(others.text)

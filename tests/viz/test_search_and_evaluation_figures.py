@@ -63,7 +63,7 @@ def test_an_absolute_cut_off_is_drawn_in_norms(tiny):
 def test_scores_are_those_of_the_search_with_the_neuron_on_hover(neurons):
     search = neurons.search
     chosen, others, sweep = search_figure(search).data
-    assert [f"block {layer}, neuron {neuron}" for layer, neuron in neurons.pairs] == list(chosen.text)
+    assert [f"neuron {layer}:{neuron}" for layer, neuron in neurons.pairs] == list(chosen.text)
     np.testing.assert_array_equal(chosen.y, neurons.scores)
     assert (len(chosen.y), others.x[0]) == (search.top_k, search.top_k + 1)
     assert list(zip(sweep.x, sweep.y, strict=True)) == list(search.sweep_curve)

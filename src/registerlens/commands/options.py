@@ -40,8 +40,8 @@ NeuronsText = Annotated[
     str,
     typer.Option(
         "--neurons",
-        metavar="auto|FILE|published:NAME",
-        help="Register neurons: found here, from a file, or a published list",
+        metavar="auto|LAYER:NEURON,...|FILE|published:NAME",
+        help="Register neurons: found here, listed (5:94,5:12), from a file, or a published list",
     ),
 ]
 
@@ -102,12 +102,18 @@ def read_neurons(text: str) -> RegisterNeurons | None:
 
     Raises:
         BadParameter: there is no such file or list, or it is damaged or empty.
+
+    Example:
+        >>> read_neurons("5:94,5:12").pairs
+        ((5, 94), (5, 12))
     """
     if text == "auto":
         return None
     from registerlens.analysis.neurons import RegisterNeurons
     from registerlens.errors import ConfigError
 
+    if re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
+        return RegisterNeurons.from_pairs([tuple(map(int, one.split(":"))) for one in text.split(",")])  # type: ignore[misc]
     kind, _, name = text.partition(":")
     try:
         neurons = RegisterNeurons.published(name) if kind == "published" else RegisterNeurons.load(text)

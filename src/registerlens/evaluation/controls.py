@@ -305,7 +305,8 @@ def judge_effect(
         parts.append(f"accuracy {mean('accuracy', clean):.1%} -> {mean('accuracy'):.1%}")
     if left:
         doing = "random neurons do it too" if unspecific else "random neurons do not"
-        parts.append(f"{doing} (at least {weakest:.0%} of the outliers stay)")
+        lost = f"at most {1 - weakest:.0%}" if weakest < 1 else "none"
+        parts.append(f"{doing}: the same edit of them takes away {lost} of the outliers")
     if ablation:
         return Verdict(worked=None, words=f"Effect: {'; '.join(parts)}.", left=tuple(at))
     head = "Worked" if worked else "Worked in part" if gone and not unspecific else "Did not work"

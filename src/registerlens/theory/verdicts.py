@@ -86,7 +86,7 @@ def kernel_words(rows: pd.DataFrame, shares: pd.DataFrame, violation: float, how
 def key_words(best: pd.DataFrame, n_seeking: int, n_tokens: int) -> str:
     """The key side; `best` has the best head of every later block."""
     heads = zip(best["layer"], best["head"], best["value"], strict=True)
-    leads = ", ".join(f"{value:+.1f} (block {layer}, head {head})" for layer, head, value in heads)
+    leads = ", ".join(f"{value:+.1f} (head {layer}.{head})" for layer, head, value in heads)
     return (
         f"In {n_seeking} of {len(best)} later blocks the best head's queries seek it: its score over an ordinary key, "
         f"in nats, is {leads}; {np.log(n_tokens):.1f} would draw half of the attention."

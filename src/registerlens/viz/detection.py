@@ -134,7 +134,7 @@ def _scores(figure: go.Figure, search: NeuronSearch) -> None:
     for name, which, colour, size in groups:
         places = which.nonzero()[0]
         values = [ranked[i][2] if ranked[i][2] > 0 or not log else None for i in places]
-        text = ["block {}, neuron {}".format(*ranked[i]) for i in places]
+        text = ["neuron {}:{}".format(*ranked[i]) for i in places]
         hover = "%{text}<br>rank %{x}, score %{y:.4g}"
         figure.add_trace(dots(places + 1, values, name, colour, size, hover, text=text), 1, 1)
     marks = {"chosen": search.top_k, "elbow": search.elbow, "sweep": search.sweep}

@@ -163,7 +163,7 @@ def neurons_figure(
         >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), torch.rand(1, 3, 48, 48)
         >>> maps = compare_maps(vit, images, {"original": None})
         >>> [panel.name for panel in neurons_figure(maps, neuron_maps(vit, images, [(1, 183)])).data]
-        ['patch norms', 'block 1, neuron 183']
+        ['patch norms', 'neuron 1:183']
     """
     if neurons.activations.shape[1:] != maps.norms.shape[2:]:
         raise ConfigError(
@@ -189,7 +189,7 @@ def neurons_figure(
                     values=activations[i],
                     scale=1,
                     beside=("residual norm", norms[i]),
-                    title=f"block {at}, neuron {neuron}" if first else "",
+                    title=f"neuron {at}:{neuron}" if first else "",
                     hover="activation",
                 )
             )

@@ -95,7 +95,7 @@ def weights_figure(weights: OutputWeights, mode: Mode = "light") -> go.Figure:
     n_rows = min(len(weights.neurons), 12)
     columns = min(n_rows, 4)
     rows = -(-n_rows // columns)
-    titles = [f"block {layer}, neuron {n}" for layer, n in weights.neurons.pairs[:n_rows]]
+    titles = [f"neuron {layer}:{n}" for layer, n in weights.neurons.pairs[:n_rows]]
     spacing: Any = {"horizontal_spacing": 0.06, "vertical_spacing": _gap(rows)}
     figure = make_subplots(rows, columns, subplot_titles=titles, **spacing)
     relative = weights.relative

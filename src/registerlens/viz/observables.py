@@ -145,7 +145,7 @@ def _alignments(figure: go.Figure, defects: SingularDefects) -> None:
         points = go.Scattergl(x=(layer + strip[neuron]).astype(np.float32), y=defects.alignment[layer, neuron])
         points.update(name=name, customdata=place, mode="markers")
         points.update(marker={"color": colour, "size": size, "opacity": 0.5 if size < 5 else 1.0})
-        points.update(hovertemplate="block %{customdata[0]}, neuron %{customdata[1]}: %{y:.3f}<extra></extra>")
+        points.update(hovertemplate="neuron %{customdata[0]}:%{customdata[1]}: %{y:.3f}<extra></extra>")
         figure.add_trace(points, 1, 2)
     limit = float(np.cos(np.radians(defects.random_angle)))
     figure.add_hline(y=limit, line={"color": GREEN, "dash": "dash", "width": 1}, row=1, col=2)  # type: ignore[arg-type]

@@ -173,7 +173,7 @@ def _volcano(figure: go.Figure, screening: Screening) -> None:
     table = table.loc[rows]
     for name, chosen, colour, size in (("candidates", True, RED, 8), ("other neurons", False, BLUE, 4)):
         some = table[table["candidate"] == chosen]
-        text = [f"block {a}, neuron {n}" for a, n in zip(some["layer"], some["neuron"], strict=True)]
+        text = [f"neuron {a}:{n}" for a, n in zip(some["layer"], some["neuron"], strict=True)]
         y = some["certainty"] if certain else some["layer"]
         hover = "%{text}<br>effect %{x:.3g}, %{y:.3g}"
         points = dots(some["effect"], y, name, colour, size, hover, look={"opacity": 0.8}, text=text)
@@ -191,7 +191,7 @@ def _checked_neurons(screening: Screening) -> list[go.Scatter]:
     groups = (("random neurons", table[table["sample"]], BLUE), ("candidates", table[table["candidate"]], RED))
     traces = []
     for name, some, colour in groups:
-        text = [f"block {a}, neuron {n}" for a, n in zip(some["layer"], some["neuron"], strict=True)]
+        text = [f"neuron {a}:{n}" for a, n in zip(some["layer"], some["neuron"], strict=True)]
         error = {"type": "data", "array": some["exact_standard_error"], "thickness": 1, "width": 0}
         hover = "%{text}<br>screened %{x:.3g}, exact %{y:.3g}"
         points = dots(some["screened"], some["exact"], name, colour, 7, hover, text=text, error_y=error)

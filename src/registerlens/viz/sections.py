@@ -157,8 +157,8 @@ def neurons_section(
         what = f"Norm of each patch after block {block}, {name}"
         pictures = [photograph(display[i], name), map_picture(norms[i], float(norms.max()), caption, display[i], what)]
         for (layer, neuron), values in zip(maps.pairs, maps.activations, strict=True):
-            caption = (f"block {layer}, neuron {neuron}", *_extent(values[i]))
-            what = f"Activation of neuron {neuron} of block {layer} at each patch, {name}"
+            caption = (f"neuron {layer}:{neuron}", *_extent(values[i]))
+            what = f"Activation of neuron {layer}:{neuron} at each patch, {name}"
             pictures.append(map_picture(values[i], max(float(values.max()), 0.0), caption, display[i], what))
         rows.append(pictures)
     frame = neuron_table(neurons)

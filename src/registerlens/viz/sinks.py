@@ -42,7 +42,7 @@ def sink_map(sinks: SinkKinds, threshold: float, mode: Mode = "light") -> go.Fig
     at = sinks.index(threshold)
     details = np.stack([sinks.output_ratio[at], sinks.value_ratio[at], sinks.stable_rank[at], sinks.received], -1)
     hover = (
-        "block %{y}, head %{x}: %{z:.0%} of images<br>the sink draws %{customdata[3]:.2f} on average<br>"
+        "head %{y}.%{x}: %{z:.0%} of images<br>the sink draws %{customdata[3]:.2f} on average<br>"
         "it writes %{customdata[0]:.2f} x the others (values %{customdata[1]:.2f} x)<br>"
         "stable rank %{customdata[2]:.2f}<extra></extra>"
     )
@@ -73,7 +73,7 @@ def effect_map(effects: SinkEffects, measure: str = "output", mode: Mode = "ligh
         ['remove', 'zero']
     """
     values = [effects.of(measure, edit) for edit in effects.edits]
-    hover = "block %{y}, head %{x}: %{z:.3g}<br>%{customdata} images with a sink<extra></extra>"
+    hover = "head %{y}.%{x}: %{z:.3g}<br>%{customdata} images with a sink<extra></extra>"
     titles = [edit.replace("_", " ") for edit in effects.edits]
     figure = _maps(effects.edits, values, effects.events, hover, titles, gap=0.03, ticks=4)
     title = f"{effects.model}: {_MEASURES[measure]} when a head's sink is edited"

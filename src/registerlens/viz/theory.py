@@ -333,14 +333,14 @@ def weight_figure(report: KernelReport, mode: Mode = "light") -> go.Figure:
         >>> neurons = rl.RegisterNeurons.from_pairs([(1, 183), (1, 103)])
         >>> report = check_kernels(rl.HookedViT.from_pretrained("registerlens:tiny"), neurons)
         >>> [curve.name for curve in weight_figure(report).data]
-        ['other neurons (root mean square)', 'block 1, neuron 183', 'block 1, neuron 103']
+        ['other neurons (root mean square)', 'neuron 1:183', 'neuron 1:103']
     """
     dimensions = np.arange(report.written.shape[1])
     band = go.Scatter(x=np.concatenate([dimensions, dimensions[::-1]]), mode="lines", line={"width": 0})
     band.update(y=np.concatenate([report.usual, -report.usual[::-1]]), fill="toself", fillcolor=GREY, opacity=0.5)
     figure = go.Figure(band.update(name="other neurons (root mean square)", hoverinfo="skip"))
     for (layer, neuron), weights, colour in zip(report.neurons.pairs, report.written, cycle(_LINES), strict=False):
-        name = f"block {layer}, neuron {neuron}"
+        name = f"neuron {layer}:{neuron}"
         line = curve(dimensions, weights, name, colour, "dimension %{x}: %{y:.3g}", mode="lines")
         figure.add_trace(line.update(line={"width": 1.2}))
     for dimension in top_dimensions(report):
