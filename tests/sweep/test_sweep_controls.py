@@ -8,8 +8,9 @@ from sweep_vits import ablate_head, build, neurons, pixels
 
 import registerlens as rl
 from registerlens.errors import ConfigError, InterventionError
-from registerlens.evaluation.controls import neuron_activity, neurons_of
+from registerlens.evaluation.controls import neuron_activity
 from registerlens.interventions.ablation import Scale
+from registerlens.interventions.base import neurons_of
 from registerlens.sweep.axes import top_k
 from registerlens.sweep.conditions import Condition, PlannedBias
 from registerlens.sweep.controls import with_controls

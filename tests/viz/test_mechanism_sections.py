@@ -10,9 +10,11 @@ import torch
 from markupsafe import escape
 
 import registerlens as rl
+from registerlens.analysis.sink_events import PLACES
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, InterventionError, NoOutliersError, RegisterLensError
 from registerlens.viz import report, study
+from registerlens.viz.reconcile import reconcile
 from registerlens.viz.sections import mechanism_answer, mechanism_sections
 from registerlens.viz.study import Mechanism, study_mechanism
 
@@ -90,15 +92,14 @@ def test_the_kernel_section_has_each_condition_with_number_nulls_and_verdict(fou
 def test_the_few_heads_whose_sink_is_edited_are_those_that_have_one_most_often(tiny, found, monkeypatch):
     vit, images = tiny
     assert f"in the {study.HEADS} heads at most" in squeezed(plain_text(mechanism_sections(found)[1].body))
-    mechanisms = found.sinks.mechanisms.copy()
-    mechanisms[:, found.sinks.index(study.THRESHOLD), :, 0] = [
-        [0, 0, 1, 5, 0, 9],
-        [0, 0, 3, 0, 0, 0],
-        [0, 0, 3, 0, 1, 0],
-    ]
+    places, detection = found.sinks.places.copy(), rl.find_outliers(vit, images).detection
+    # What stands in block 0 or 1 is not after the onset, and sinks at other patches are not at outliers.
+    places[:, found.sinks.index(study.THRESHOLD), :, 0] = 0
+    places[PLACES.index("outlier_patch"), found.sinks.index(study.THRESHOLD), :, 0] = [9, 9, 1, 5, 0, 7]
+    places[PLACES.index("other_patch"), found.sinks.index(study.THRESHOLD), :, 0] = [0, 0, 9, 0, 9, 0]
     monkeypatch.setattr(study, "HEADS", 2)
-    edited = study._effects(vit, images[:8], replace(found.sinks, mechanisms=mechanisms))
-    np.testing.assert_array_equal(edited.events[:, 0] > 0, [False, False, True, False, False, True])
+    edited = study._effects(vit, images[:8], replace(found.sinks, places=places), detection)
+    np.testing.assert_array_equal(edited.events[:, 0] > 0, [False, False, False, True, False, True])
     assert (edited.threshold, edited.queries, edited.n_reference) == (study.THRESHOLD, study.HALF, 2)
 
 
@@ -111,13 +112,24 @@ def test_without_outliers_the_reason_stands_in_place_of_the_figures(plain):
     assert reason in kernels and "plotly" not in kernels
     assert evidence.count("Not shown") == 1 and escape(str(plain.distributions)) in evidence
     assert escape(plain.defects.describe()) in observables and "output cosine" in sinks
-    assert "not asked" in mechanism_answer(plain)
+    assert "not asked" in mechanism_answer(plain, None)
 
 
 def test_the_answer_at_the_top_is_the_verdict(found):
     assert found.kernels.no_op == "holds approximately"
-    assert "Sinks as no-ops, by the weights: in part" in mechanism_answer(found)
-    assert escape(found.kernels.conclusion()) in mechanism_answer(found)
+    assert "Sinks as no-ops, by the weights: in part" in mechanism_answer(found, None)
+    assert escape(found.kernels.conclusion()) in mechanism_answer(found, None)
+
+
+def test_weights_edits_and_circuit_are_reconciled_in_one_paragraph(tiny, found, plain):
+    vit, images = tiny
+    circuit = rl.attention_circuit(vit, images[:4], NEURONS, check=False)
+    words = reconcile(found, circuit)
+    nop = found.sinks.counts(study.THRESHOLD)["nop"] / sum(found.sinks.counts(study.THRESHOLD).values())
+    for number in (f"{nop:.0%}", f"{found.effects.mean('output', 'zero'):.1%}", "heads pass on little"):
+        assert number in words
+    assert words.endswith("heads do read.") and escape(words) in mechanism_answer(found, circuit)
+    assert reconcile(plain, circuit) == reconcile(found, None) == ""
 
 
 def test_reasons_are_given_as_they_are(tiny):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 
 from registerlens.config import ViTConfig
 from registerlens.display import card
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from registerlens.interventions.search import NeuronSearch
+    from registerlens.model.vit import HookedViT
 
 Pair = tuple[int, int]
 
@@ -153,6 +156,24 @@ class RegisterNeurons(ResultFile):
             )
         return self
 
+    def other_model(self, vit: HookedViT) -> str:
+        """A sentence with both names if these neurons were found in another model than this one, else "".
+
+        Of a float16 copy, whose weights are rounded, and of lists that were given or published nothing is said.
+        """
+        weights = self.found.get("fingerprint")
+        if weights is None or vit.dtype == torch.float16 or weights == vit.fingerprint:
+            return ""
+        return (
+            f"These register neurons were found in {self.found.get('model')} (weights {weights}) and are used in "
+            f"{vit.source} (weights {vit.fingerprint}): neurons of one model mean nothing in another. Search in this "
+            f"one, or say that it is meant with neurons.taken_for(vit)."
+        )
+
+    def taken_for(self, vit: HookedViT) -> RegisterNeurons:
+        """The same list as one of this model's, so that its use there is no mistake to be warned of."""
+        return replace(self, found=self.found | {"model": vit.source, "fingerprint": vit.fingerprint})
+
     def describe(self) -> str:
         """How many in which blocks, and where they come from."""
         where = ", ".join(f"{len(listed)} in block {layer}" for layer, listed in self.by_layer().items())
@@ -241,3 +262,13 @@ class RegisterNeurons(ResultFile):
             ) from error
         pairs = tuple((entry[0], entry[1]) for entry in entries)
         return cls(pairs=pairs, scores=scores, source=values.get("source", "given"), found=values.get("found", {}))
+
+
+class OtherModelWarning(UserWarning):
+    """Register neurons of one model are used in another."""
+
+
+def warn_of_other_model(vit: HookedViT, neurons: RegisterNeurons) -> None:
+    """Warn, with both names, if the neurons were found in another model; `neurons.taken_for(vit)` says it is meant."""
+    if words := neurons.other_model(vit):
+        warnings.warn(words, OtherModelWarning, stacklevel=3)

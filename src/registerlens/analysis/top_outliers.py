@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from registerlens.analysis.detection import Detection, detect, require_outliers
-from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.neurons import RegisterNeurons, warn_of_other_model
 from registerlens.config import TokenLayout
 from registerlens.data.batches import Images
 from registerlens.engine.stream import Batch, Sums
@@ -125,6 +125,7 @@ def located(
 
 def check_neurons(vit: HookedViT, neurons: RegisterNeurons) -> None:
     """Raise an InterventionError unless there are neurons, all of this model."""
+    warn_of_other_model(vit, neurons)
     if not len(neurons.check(vit.cfg)):
         raise InterventionError("No neuron was given. Find some with rl.find_register_neurons(vit, images).")
 

@@ -31,6 +31,8 @@ from registerlens.model.block import require_linear_output, require_softmax
 from registerlens.model.parts import at_least_float32
 from registerlens.model.vit import HookedViT
 
+LOOKS = 0.01
+"""A head looks at the outliers if the reader pays them this much of its attention."""
 TOLERANCE = 1e-4
 """Parts add up to the whole within this share of it."""
 
@@ -77,8 +79,8 @@ def attention_circuit(
     Raises:
         ConfigError: an option is out of range.
         ImageError: there are no images, or none has an outlier.
-        InterventionError: no neuron, or one that does not exist or comes after `block`; no head comes after it; parts
-            do not add up because an edit in force changes what the weights say.
+        InterventionError: no neuron, or one that does not exist or comes after `block`; no head after it looks
+            at outliers; parts do not add up because an edit in force changes what the weights say.
         NoOutliersError: the model has no outliers on these images.
         ShapeError: images are no batch, or smaller than a patch, or there is no such output.
         UnsupportedArchitectureError: attention is no softmax, or a norm stands after the sublayers.
@@ -121,6 +123,7 @@ def attention_circuit(
         _check_sums(vit, collected.error)
         reader = "[CLS]" if reads_by_cls(vit.cfg) else "mean patch"
         measured = graph.Measured(vit.cfg, neurons, block, reader, collected)
+        _check_looks(measured)
         nodes = graph.select(measured, min_share)
         effects = None
         if check:
@@ -185,6 +188,16 @@ def _runs(
         used, tokens = locate(vit, batch.images, detection)
         some = batch.images[used]
         yield len(batch), some, None if tokens is None else look(vit, some, tokens, block)
+
+
+def _check_looks(measured: graph.Measured) -> None:
+    most = float(measured.mean("attention")[..., 0].max())
+    if most < LOOKS:
+        raise InterventionError(
+            f"No head after block {measured.block} looks at the outliers: the most that one of them pays these is "
+            f"{most:.2%} of its attention, so that there is no path to {measured.reader} to follow. "
+            f"rl.diagnose(vit, images) says whether the images are of the model's kind."
+        )
 
 
 def _check_sums(vit: HookedViT, error: float) -> None:

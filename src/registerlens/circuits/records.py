@@ -225,18 +225,24 @@ def _heads(circuit: AttentionCircuit) -> list[str]:
     return lines
 
 
+def share_from_outliers(circuit: AttentionCircuit, receiver: str) -> float:
+    """What the shown heads take from outliers, as a share of all that the receiver gets; it may be negative."""
+    nodes: Any = circuit.nodes.set_index("name")
+    edges: Any = circuit.edges
+    into = edges[edges["receiver"] == receiver]
+    return float(into[into["via"] == "outliers"]["value"].sum() / nodes.loc[receiver, "whole"])
+
+
 def _ends(circuit: AttentionCircuit) -> list[str]:
     lines: list[str] = []
     nodes: Any = circuit.nodes.set_index("name")
-    edges: Any = circuit.edges
     for receiver in (circuit.reader, OUTPUT):
         if receiver not in nodes.index:
             continue
-        into = edges[edges["receiver"] == receiver]
-        taken = into[into["via"] == "outliers"]["value"].sum()
         whole = nodes.loc[receiver, "whole"]
         what = f"norm of {receiver}" if receiver != OUTPUT else f"output ({circuit.output})"
-        lines.append(f"What these heads take from outliers makes {taken / whole:+.1%} of the {what}, {whole:.3g}.")
+        share = share_from_outliers(circuit, receiver)
+        lines.append(f"What these heads take from outliers makes {share:+.1%} of the {what}, {whole:.3g}.")
     return lines
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from registerlens.model.vit import HookedViT
 
 NoControls = Annotated[bool, typer.Option("--no-controls", help="Leave the controls out: faster, proves less")]
-ABLATED, BIAS = "ablated", "attention bias"
-"""Names of conditions."""
+ABLATED = "ablated"
+"""Name of the condition."""
 
 
 def ablate(
@@ -112,9 +112,9 @@ def register(
     known = options.read_neurons(neurons)
     options.make_folder(out)
     vit, stream = shared.load(model, images, size, batch_size, device)
+    from registerlens.diagnosis.cure import BIAS, REGISTER
     from registerlens.interventions.attention_bias import AttentionBias
     from registerlens.interventions.registers import TestTimeRegisters
-    from registerlens.viz.study import REGISTER
 
     with shared.skips_named(stream):
         chosen = shared.chosen_neurons(vit, stream, known, where)
@@ -190,14 +190,25 @@ def _write_register(
     samples: str,
     size: int | None,
 ) -> None:
-    from registerlens.analysis.trace import trace
+    from registerlens.diagnosis.cure import BIAS
+    from registerlens.diagnosis.diagnose import conclude
+    from registerlens.diagnosis.symptoms import measure
     from registerlens.viz.report import FEW, write_report
-    from registerlens.viz.study import RegisterStudy
+    from registerlens.viz.study import RegisterStudy, remedy_of
 
     study = RegisterStudy(neurons=neurons, intervention=edit, condition=name, evaluation=done, samples=samples)
     names, pixels, display = shared.shown_images(vit, stream, FEW, size)
+    symptoms = measure(vit, stream, stream.batch_size)
     write_report(
-        out / "report.html", vit, pixels, display, trace(vit, stream), names=names, title=vit.source, study=study
+        out / "report.html",
+        vit,
+        pixels,
+        display,
+        symptoms.trace,
+        names=names,
+        title=vit.source,
+        diagnosis=conclude(symptoms, remedy_of(study)),
+        study=study,
     )
     shared.write_evaluation(done, out)
     neurons.save(out)

@@ -127,6 +127,7 @@ def circuit(
             detection=detection,
             batch_size=batch_size,
         )
+        shared.note_images(vit, stream)
     print_words(str(chosen))
     print_words(measured.describe())
     print_words(shared.on_which_images(chosen, measured.n_images, known is None))

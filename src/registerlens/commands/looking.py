@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from registerlens.commands import options, shared
-from registerlens.commands.printing import print_neurons, print_trace, print_words
+from registerlens.commands.printing import print_diagnosis, print_neurons, print_trace, print_words
 
 if TYPE_CHECKING:
+    from registerlens.data.examples import OwnImages
     from registerlens.data.images import ImageStream
     from registerlens.errors import NoOutliersError
     from registerlens.model.vit import HookedViT
@@ -38,12 +39,38 @@ def trace_command(
 
     with shared.skips_named(stream):
         traced = trace(vit, stream)
+        shared.note_images(vit, stream)
     print_trace(traced, layers)
     if out is not None:
         traced.save(out / "trace")
         shared.write_parquet(traced.to_dataframe(), out / "trace.parquet")
         shared.write_figure(traced.plot(), out / "figure.html")
         typer.echo(f"Wrote trace (a folder), trace.parquet and figure.html to {out}")
+
+
+def diagnose_command(
+    model: options.Model,
+    images: options.Images,
+    out: Annotated[Path | None, typer.Option(help="Write the diagnosis and its evidence here")] = None,
+    evaluated: Annotated[int, typer.Option(min=1, help="On how many images remedies are measured, at most")] = 32,
+    size: options.Size = None,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "cpu",
+    debug: options.Debug = False,
+) -> None:
+    """Say what is wrong with MODEL on IMAGES, with evidence, and what to do about it."""
+    shared.look_ahead(model)
+    options.make_folder(out)
+    vit, stream = shared.load(model, images, size, batch_size, device)
+    from registerlens.diagnosis.diagnose import diagnose
+
+    with shared.skips_named(stream):
+        found = diagnose(vit, stream, evaluated=evaluated, batch_size=batch_size)
+    print_diagnosis(found)
+    if out is not None:
+        found.save(out / "diagnosis")
+        shared.write_parquet(found.to_dataframe().astype({"value": str}), out / "diagnosis.parquet")
+        typer.echo(f"Wrote diagnosis (a folder) and diagnosis.parquet to {out}")
 
 
 def report(
@@ -78,20 +105,24 @@ def report(
     shared.look_ahead(model)
     options.make_folder(out.parent)
     vit, stream = shared.load(model, images, size, batch_size, device)
-    from registerlens.analysis.trace import trace
+    from registerlens.diagnosis.diagnose import conclude
+    from registerlens.diagnosis.symptoms import measure
     from registerlens.viz.report import write_report
-    from registerlens.viz.study import FOLLOWED, describe, explore_few, study_circuit
+    from registerlens.viz.study import FOLLOWED, describe, explore_few, remedy_of, study_circuit
 
     with shared.skips_named(stream):
-        traced = trace(vit, stream)
+        symptoms = measure(vit, stream, batch_size)
+        traced = symptoms.trace
         names, pixels, display = shared.shown_images(vit, stream, max(shown, explored), size)
         study = None if traced.verdict != "present" else _study(vit, stream, evaluated, size)
-        parts: dict[str, Any] = {"study": study}
+        diagnosis = conclude(symptoms, remedy_of(study))
+        parts: dict[str, Any] = {"study": study, "diagnosis": diagnosis}
         if explained:
             parts["mechanism"] = _mechanism(vit, stream, study, explained, size)
             parts["circuit"] = study_circuit(vit, _first(vit, stream, min(explained, FOLLOWED), size), study)
         if explored:
             parts["explorer"] = explore_few(vit, pixels, display, traced, study, names=names, n=explored)
+    print_words(diagnosis.describe())
     print_trace(traced, layers=False)
     if study is not None:
         print_words(describe(study))
@@ -99,7 +130,9 @@ def report(
     typer.echo(f"Wrote {out}")
 
 
-def _study(vit: HookedViT, stream: ImageStream, evaluated: int, size: int | None) -> RegisterStudy | NoOutliersError:
+def _study(
+    vit: HookedViT, stream: ImageStream | OwnImages, evaluated: int, size: int | None
+) -> RegisterStudy | NoOutliersError:
     """Search in all images, evaluation on the first ones."""
     from registerlens.viz.study import study_registers
 
@@ -113,7 +146,11 @@ def _study(vit: HookedViT, stream: ImageStream, evaluated: int, size: int | None
 
 
 def _mechanism(
-    vit: HookedViT, stream: ImageStream, study: RegisterStudy | NoOutliersError | None, explained: int, size: int | None
+    vit: HookedViT,
+    stream: ImageStream | OwnImages,
+    study: RegisterStudy | NoOutliersError | None,
+    explained: int,
+    size: int | None,
 ) -> Mechanism:
     """On the first images."""
     from registerlens.viz.study import RegisterStudy, study_mechanism
@@ -122,10 +159,12 @@ def _mechanism(
     return study_mechanism(vit, _first(vit, stream, explained, size), neurons)
 
 
-def _first(vit: HookedViT, stream: ImageStream, n: int, size: int | None) -> ImageStream:
+def _first(vit: HookedViT, stream: ImageStream | OwnImages, n: int, size: int | None) -> ImageStream | OwnImages:
     """The first images that could be read, at most `n`."""
     from registerlens.data.images import ImageStream
 
+    if not isinstance(stream, ImageStream):
+        return stream.first(n)
     return ImageStream(list(stream.loaded)[:n], vit, batch_size=stream.batch_size, size=size)
 
 
@@ -165,6 +204,7 @@ def neurons(
 
     with shared.skips_named(stream):
         ranking = find_register_neurons(vit, stream, **how)
+        shared.note_images(vit, stream)
     print_neurons(ranking)
     search = ranking.search
     if out is None or search is None:

@@ -18,7 +18,11 @@ Model = Annotated[
         help="Hub id or folder; timm:NAME; open_clip:MODEL/TAG; registerlens:tiny (see `registerlens models`)"
     ),
 ]
-Images = Annotated[list[str], typer.Argument(help="Image files, folders or globs")]
+SYNTHETIC = "synthetic"
+"""In place of images: the model's own kind, which needs no files."""
+Images = Annotated[
+    list[str], typer.Argument(help="Image files, folders or globs; synthetic: examples of the model's kind")
+]
 Size = Annotated[
     int | None, typer.Option("--size", min=1, help="Square image size in pixels; default: the model's own")
 ]

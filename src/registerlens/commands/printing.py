@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from registerlens.analysis.neurons import RegisterNeurons
     from registerlens.analysis.trace import Trace
+    from registerlens.diagnosis.findings import Diagnosis
     from registerlens.emergence.criteria import EmergenceCriteria
     from registerlens.evaluation.effects import Evaluation
     from registerlens.sweep.result import SweepResult
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 
 LISTED = 50
 """Most neurons that are printed."""
+
+
+def print_diagnosis(found: Diagnosis) -> None:
+    """Each finding: the cause, why, its evidence, and what to do."""
+    from registerlens.viz.tables import brief
+
+    print_words(f"{found.model}, {found.n_images} images")
+    for one in found.findings:
+        print_words(f"\n{one.cause.capitalize()}", style="bold green" if one.sound else "bold red")
+        print_words(f"{one.words}\n{one.advice}")
+        table = _table("", "", ("evidence", "value"), left=("evidence",))
+        for name, value in one.evidence.items():
+            table.add_row(name, value if isinstance(value, str) else brief(value))
+        _console().print(table)
 
 
 def print_trace(traced: Trace, layers: bool) -> None:

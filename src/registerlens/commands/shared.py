@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from registerlens.commands import options
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from registerlens.analysis.neurons import RegisterNeurons
+    from registerlens.data.examples import OwnImages
     from registerlens.data.images import ImageStream
     from registerlens.evaluation.effects import Evaluation
     from registerlens.model.vit import HookedViT
@@ -54,12 +57,15 @@ def look_ahead_of_sweep(asked: SweepConfig) -> None:
 
 def load(
     model: str, images: list[str], size: int | None, batch_size: int, device: str
-) -> tuple[HookedViT, ImageStream]:
-    """The model, and a stream of the images named."""
+) -> tuple[HookedViT, ImageStream | OwnImages]:
+    """The model, and a stream of the images named; of "synthetic", of its own kind."""
     from registerlens.config import Preprocess
+    from registerlens.data.examples import OwnImages
     from registerlens.data.images import ImageStream
 
     vit = load_model(model, device)
+    if images == [options.SYNTHETIC]:
+        return vit, OwnImages(vit, batch_size=batch_size)
     # Files of all folders and globs among the arguments, in the order given.
     nothing = Preprocess(resize=(1, 1))
     names = [name for image in images for name in ImageStream(image, nothing).names]
@@ -75,7 +81,7 @@ def load_model(model: str, device: str) -> HookedViT:
 
 
 @contextmanager
-def skips_named(stream: ImageStream) -> Iterator[None]:
+def skips_named(stream: ImageStream | OwnImages) -> Iterator[None]:
     """Once the work is done, or has failed, say which images were skipped, without Python's decoration."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -86,17 +92,35 @@ def skips_named(stream: ImageStream) -> Iterator[None]:
                 typer.secho(f"Skipped {skipped}", fg=typer.colors.YELLOW, err=True)
 
 
-def shown_images(vit: HookedViT, stream: ImageStream, n: int, size: int | None) -> tuple[list[str], Tensor, np.ndarray]:
+def note_images(vit: HookedViT, stream: ImageStream | OwnImages) -> None:
+    """Say so where the first images are of another kind than the model was trained on."""
+    from registerlens.diagnosis.inputs import kind_of_images
+    from registerlens.diagnosis.symptoms import PixelSums
+    from registerlens.engine.stream import Batch
+
+    _, pixels, _ = shown_images(vit, stream, stream.batch_size, None)
+    sums = PixelSums()
+    sums.update(Batch(pixels, vit.layout(pixels), 0))
+    if (finding := kind_of_images(vit, sums.result())) is not None:
+        typer.secho(f"{finding.words} {finding.advice}", fg=typer.colors.YELLOW, err=True)
+
+
+def shown_images(
+    vit: HookedViT, stream: ImageStream | OwnImages, n: int, size: int | None
+) -> tuple[list[str], Tensor, np.ndarray]:
     """The first images that could be read: their names, pixels for the model, pixels to look at."""
+    from registerlens.data.examples import OwnImages, example_pictures
     from registerlens.data.images import load_images, to_display
 
     names = stream.loaded[:n]
+    if isinstance(stream, OwnImages):
+        return names, stream.images[:n], example_pictures(vit, stream.images[:n])
     pixels = load_images(list(names), vit, size=size)
     return names, pixels, to_display(pixels, vit.preprocess)
 
 
 def chosen_neurons(
-    vit: HookedViT, stream: ImageStream, known: RegisterNeurons | None, where: dict[str, Any]
+    vit: HookedViT, stream: ImageStream | OwnImages, known: RegisterNeurons | None, where: dict[str, Any]
 ) -> RegisterNeurons:
     """Those that were given, if the model has them; else those that are found.
 
@@ -109,7 +133,9 @@ def chosen_neurons(
     from registerlens.interventions.search import find_register_neurons
 
     if known is not None:
-        return known.check(vit.cfg)
+        if words := known.check(vit.cfg).other_model(vit):
+            typer.secho(words, fg=typer.colors.YELLOW, err=True)
+        return known
     return find_register_neurons(vit, stream, threshold=where["threshold"], layer=where["layer"])
 
 

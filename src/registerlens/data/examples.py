@@ -1,7 +1,9 @@
 """Images for a first look at any model, offline: synthetic for the embedded model, photographs for all others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +101,29 @@ def example_pictures(
     low, high = images.float().flatten().quantile(torch.tensor([0.01, 0.99], device=images.device))
     stretched = ((images.float() - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
     return (stretched * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class OwnImages:
+    """`example_images` as a stream: for commands, where no files are named."""
+
+    def __init__(self, vit: HookedViT, n: int | None = None, *, batch_size: int = 16) -> None:
+        self.vit, self.batch_size, self.skipped = vit, batch_size, list[Any]()
+        self.images = example_images(vit, n)
+        self.loaded = [f"example image {i}" for i in range(len(self.images))]
+
+    @property
+    def n_images(self) -> int:
+        """How many there are."""
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "batch channel height width"]]:
+        return iter(self.images.split(self.batch_size))
+
+    def first(self, n: int) -> "OwnImages":
+        """The first of them, at most `n`."""
+        few = copy(self)
+        few.images, few.loaded = self.images[:n], self.loaded[:n]
+        return few
 
 
 def is_embedded(vit: HookedViT) -> bool:

@@ -115,7 +115,6 @@ def _advice(remedy: Remedy) -> tuple[str, dict[str, float | str]]:
     if remedy.best is None:
         failed = "; ".join(f"{name}: {verdict.words}" for name, verdict in done.verdicts.items())
         return f"Neither remedy holds on these images. {failed}", costs
-    code = {REGISTER: "rl.TestTimeRegisters(neurons)", BIAS: "rl.AttentionBias.fit(vit, images, neurons)"}[remedy.best]
-    prices = ", ".join(f"{name} {value:.3f}" for name, value in ((n, cost(done, n)) for n in done.verdicts))
-    article = "an" if remedy.best == BIAS else "a"
-    return f"Cure: {article} {remedy.best}, {code}. Cost (1 - cosine of {what} to the clean run): {prices}.", costs
+    code = "rl.AttentionBias.fit(vit, images, neurons)" if remedy.best == BIAS else "rl.TestTimeRegisters(neurons)"
+    prices = ", ".join(f"{name} {cost(done, name):.3f}" for name in done.verdicts)
+    return f"Cure: {remedy.best}, {code}. Cost (1 - cosine of {what} to the clean run): {prices}.", costs

@@ -8,7 +8,7 @@ import numpy as np
 
 from registerlens.data.examples import is_embedded
 from registerlens.diagnosis.findings import CauseFinding
-from registerlens.diagnosis.symptoms import Symptoms
+from registerlens.diagnosis.symptoms import Pixels, Symptoms
 from registerlens.model.vit import HookedViT
 
 Kind = Literal["photographs", "synthetic images"]
@@ -50,14 +50,19 @@ def trained_on(vit: HookedViT) -> Kind | None:
 
 
 def other_images(found: Symptoms) -> CauseFinding | None:
-    """Images of another kind, or blank ones: neighbouring pixels tell photographs from synthetic images."""
-    wanted, neighbours = trained_on(found.vit), float(found.pixels["neighbours"].mean())
+    """Images of another kind, or blank ones."""
+    return kind_of_images(found.vit, found.pixels)
+
+
+def kind_of_images(vit: HookedViT, pixels: Pixels) -> CauseFinding | None:
+    """Whether images are of another kind than the model's: neighbouring pixels tell photographs from synthetic ones."""
+    wanted, neighbours = trained_on(vit), float(pixels["neighbours"].mean())
     photographs = neighbours > RELATED
     if wanted is None or photographs == (wanted == "photographs"):
         return None
     given = "look like photographs" if photographs else "are noise, synthetic or blank"
     advice = (
-        "Give it its own: `--images synthetic`, or rl.data.example_images(vit)."
+        "Give it its own: `registerlens diagnose MODEL synthetic`, or rl.data.example_images(vit)."
         if wanted == "synthetic images"
         else "Give photographs, as rl.load_images reads them; rl.data.example_images(vit) has some."
     )

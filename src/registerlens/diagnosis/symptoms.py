@@ -26,6 +26,11 @@ SINK = 0.3
 """Attention that makes a sink (Gu et al. 2025) where 90% of the queries pay it (Fesser et al. 2026)."""
 
 
+Pixels = dict[str, Float[np.ndarray, " channel"]]
+"""By channel, means over images: "mean", "square", "lowest", "highest", and "neighbours", the correlation of pixels
+that stand side by side."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Symptoms:
     """A model on its images."""
@@ -35,9 +40,8 @@ class Symptoms:
     massive: MassiveActivations
     sinks: SinkKinds | None
     """None where attention is none that `classify_sinks` can take."""
-    pixels: dict[str, Float[np.ndarray, " channel"]]
-    """Of the images as the model gets them, by channel and mean over images: "mean", "square", "lowest", "highest", and
-    "neighbours", the correlation of horizontal neighbours."""
+    pixels: Pixels
+    """Of the images as the model gets them."""
     registers: float
     """Largest norm of a trained register over the image's median patch norm, at the place where it is largest, mean
     over images; NaN without trained registers."""

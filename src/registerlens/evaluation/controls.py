@@ -20,7 +20,7 @@ from registerlens.engine.stream import MeansAt, stream
 from registerlens.errors import InterventionError
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
-from registerlens.interventions.base import Intervention
+from registerlens.interventions.base import Intervention, neurons_of
 from registerlens.interventions.interpolation import InterpolateOutliers
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
 from registerlens.model.vit import HookedViT
@@ -32,12 +32,6 @@ NEAREST = 10
 
 Activity = dict[int, Float[Tensor, " neuron"]]
 """For each layer, how active its neurons get: the maximum over an image's tokens, mean over images."""
-
-
-def neurons_of(intervention: Intervention) -> RegisterNeurons | None:
-    """The register neurons an intervention is about, if it is about neurons."""
-    target = getattr(intervention, "neurons", getattr(intervention, "target", None))
-    return target if isinstance(target, RegisterNeurons) else None
 
 
 def with_neurons(intervention: Intervention, neurons: RegisterNeurons) -> Intervention:
@@ -307,6 +301,11 @@ def judge_effect(
         doing = "random neurons do it too" if unspecific else "random neurons do not"
         lost = f"at most {1 - weakest:.0%}" if weakest < 1 else "none"
         parts.append(f"{doing}: the same edit of them takes away {lost} of the outliers")
+    controls = [mean("sink_register", one) for one, kind in kinds.items() if kind is ConditionKind.CONTROL]
+    if np.isfinite(took) and (most := max(controls, default=0.0)) >= TAKEN * took > 0:
+        parts.append(
+            f"a register of random neurons draws up to {most:.0%} of the attention, so that this alone proves nothing"
+        )
     if ablation:
         return Verdict(worked=None, words=f"Effect: {'; '.join(parts)}.", left=tuple(at))
     head = "Worked" if worked else "Worked in part" if gone and not unspecific else "Did not work"

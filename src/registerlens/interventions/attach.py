@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from registerlens.analysis.neurons import warn_of_other_model
 from registerlens.errors import InterventionError, UnsupportedArchitectureError
 from registerlens.interventions.attach_attention import STAND_INS, with_still_tokens
-from registerlens.interventions.base import Edit, Intervention, Plan, Scene, plan
-from registerlens.loading.modules import find_vision, library_of
+from registerlens.interventions.base import Edit, Intervention, Plan, Scene, neurons_of, plan
+from registerlens.loading.modules import find_vision, from_module, library_of
 from registerlens.model.attention import final_point
 from registerlens.model.names import TOKENS
 from registerlens.model.vit import HookedViT
@@ -72,7 +73,13 @@ def attach(module: nn.Module, *interventions: Intervention) -> Attachment:
             f"For a HookedViT use vit.edit(...)."
         )
     tower = Tower.of(module)
-    return Attachment(tower, tower.add(interventions))
+    added = tower.add(interventions)
+    listed = [neurons for one in interventions if (neurons := neurons_of(one)) is not None and neurons.found]
+    if listed:
+        vit = from_module(module)  # a copy, whose weights have a fingerprint
+        for neurons in listed:
+            warn_of_other_model(vit, neurons)
+    return Attachment(tower, added)
 
 
 @dataclass(frozen=True, eq=False)

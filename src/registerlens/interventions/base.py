@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from registerlens.analysis.neurons import RegisterNeurons, warn_of_other_model
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.errors import InterventionError
 from registerlens.model.names import TOKENS
@@ -185,6 +186,12 @@ def several(edits: Edits) -> tuple[Intervention, ...]:
     return (edits,) if isinstance(edits, Intervention) else tuple(edits)
 
 
+def neurons_of(intervention: Intervention) -> RegisterNeurons | None:
+    """The register neurons an intervention is about, if it is about neurons."""
+    target = getattr(intervention, "neurons", getattr(intervention, "target", None))
+    return target if isinstance(target, RegisterNeurons) else None
+
+
 def plan(host: Host, interventions: Sequence[Intervention], first_register: int = 0) -> Plan:
     """The edits for a model, in the order of the interventions.
 
@@ -199,6 +206,8 @@ def plan(host: Host, interventions: Sequence[Intervention], first_register: int 
                 f"Expected interventions such as rl.TestTimeRegisters(neurons), got {type(intervention).__name__}."
             )
         edits += [(index, edit) for edit in intervention.edits(host, registers)]
+        if isinstance(host, HookedViT) and (neurons := neurons_of(intervention)) is not None:
+            warn_of_other_model(host, neurons)
         registers += intervention.n_registers
     return Plan(tuple(interventions), edits, registers - first_register)
 

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.data.batches import Images
 from registerlens.errors import ConfigError, ImageError, InterventionError
-from registerlens.evaluation.controls import DRAWS, Activity, neuron_activity, neurons_of, with_neurons
-from registerlens.interventions.base import Intervention
+from registerlens.evaluation.controls import DRAWS, Activity, neuron_activity, with_neurons
+from registerlens.interventions.base import Intervention, neurons_of
 from registerlens.model.vit import HookedViT
 from registerlens.sweep.axes import matched_sets, random_sets
 from registerlens.sweep.conditions import Condition, content_hash

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.neurons import RegisterNeurons, warn_of_other_model
 from registerlens.codecs import table_of
 from registerlens.data.batches import Images
 from registerlens.display import drawn_by
@@ -218,6 +218,7 @@ def check_kernels(
     require_linear_output(vit.cfg, "The check of kernel conditions")
     if not len(neurons):
         raise ConfigError("No neuron to check: the list is empty. See rl.find_register_neurons(vit, images).")
+    warn_of_other_model(vit, neurons)
     layers = tuple(neurons.check(vit.cfg).by_layer())
     first = layers[0] + 1
     check_finite(vit, layers[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 from registerlens.analysis.maps import neuron_maps, patch_maps
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
+from registerlens.diagnosis.findings import Diagnosis
 from registerlens.errors import NoOutliersError, RegisterLensError
 from registerlens.model.vit import HookedViT
 from registerlens.viz import sections
@@ -61,6 +62,7 @@ def write_report(
     names: Sequence[str],
     title: str,
     note: str = "",
+    diagnosis: Diagnosis | None = None,
     study: RegisterStudy | NoOutliersError | None = None,
     mechanism: Mechanism | None = None,
     circuit: Told | RegisterLensError | None = None,
@@ -76,6 +78,7 @@ def write_report(
         trace: of the model, usually over more images.
         names: one caption an image.
         title, note: heading, and a sentence that says what kind of model this is.
+        diagnosis: what is wrong with the model, with which the page begins.
         study: the register neurons and what a test-time register does, from `study_registers`; they get sections of
             their own. Without outliers the page says that there is nothing to look for, whatever is given.
         mechanism: kernel conditions, kinds of sinks and evidence for the neurons, from `study_mechanism`; sections of
@@ -98,8 +101,9 @@ def write_report(
     display = _seen(display, vit, images)
     answers = sections.answers(trace, study)
     if mechanism is not None:
-        answers += sections.mechanism_answer(mechanism)
+        answers += sections.mechanism_answer(mechanism, circuit)
     body = [
+        *([] if diagnosis is None else [sections.diagnosis_section(diagnosis)]),
         Section(id="answers", title="Answers", body=answers),
         sections.trace_section(trace),
         sections.images_section(trace, maps, display, names),

@@ -15,6 +15,7 @@ from registerlens.analysis.maps import NeuronMaps, PatchMaps
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.sink_edits import EDITS
 from registerlens.analysis.trace import Trace
+from registerlens.diagnosis.findings import Diagnosis
 from registerlens.errors import NoOutliersError, RegisterLensError
 from registerlens.evaluation.controls import ConditionKind
 from registerlens.explorer.page import page_script
@@ -24,6 +25,7 @@ from registerlens.theory.kernels import KernelReport
 from registerlens.viz.detection import search_figure, trace_figure
 from registerlens.viz.evaluation import evaluation_figure
 from registerlens.viz.page import Section, map_picture, photograph, plotted
+from registerlens.viz.reconcile import reconcile
 from registerlens.viz.study import HALF, HEADS, THRESHOLD, Mechanism, RegisterStudy
 from registerlens.viz.tables import (
     COLUMN_NOTE,
@@ -85,14 +87,19 @@ def _section(id: str, title: str, template: str = "", **values: Any) -> Section:
 # Answers, at the top -------------------------------------------------------------------------------------------------
 
 
+def diagnosis_section(found: Diagnosis) -> Section:
+    """What is wrong, and what to do about it: what a page begins with."""
+    return _section("diagnosis", "Diagnosis", found=found)
+
+
 def answers(trace: Trace, study: RegisterStudy | NoOutliersError | None) -> Markup:
     """What was found, in boxes: outliers, register neurons, the test-time register."""
     return _filled("answers", trace=trace, study=study)
 
 
-def mechanism_answer(found: Mechanism) -> Markup:
-    """A box for the top of the page: are the sinks no-ops?"""
-    return _filled("mechanism_answer", kernels=found.kernels)
+def mechanism_answer(found: Mechanism, circuit: object) -> Markup:
+    """A box for the top of the page: are the sinks no-ops, and how do the answers to that go together?"""
+    return _filled("mechanism_answer", kernels=found.kernels, together=reconcile(found, circuit))
 
 
 # Norms and sinks -----------------------------------------------------------------------------------------------------

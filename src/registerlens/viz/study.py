@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from registerlens.analysis.detection import Detection, detect, require_outliers
+from registerlens.analysis.detection import Detection, after_onset, detect, require_outliers
 from registerlens.analysis.faithfulness import Faithfulness, faithfulness
 from registerlens.analysis.massive import MassiveActivations, massive_activations
 from registerlens.analysis.mechanism import SinkEffects, sink_no_op
@@ -22,14 +22,15 @@ from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.output_weights import OutputWeights, output_weights
 from registerlens.analysis.overlap import Overlap, observable_overlap
 from registerlens.analysis.singular_defects import SingularDefects, singular_defects
-from registerlens.analysis.sink_events import QUERIES
+from registerlens.analysis.sink_events import PLACES, QUERIES
 from registerlens.analysis.sink_kinds import SinkKinds, classify_sinks
 from registerlens.analysis.trace import Trace
 from registerlens.circuits.attention_circuit import attention_circuit
 from registerlens.circuits.records import AttentionCircuit
 from registerlens.data.batches import Images, first_and_all
+from registerlens.diagnosis.cure import REGISTER, Remedy
 from registerlens.display import Shown
-from registerlens.errors import ImageError, NoOutliersError, RegisterLensError
+from registerlens.errors import ImageError, InterventionError, NoOutliersError, RegisterLensError
 from registerlens.evaluation.causal_order import CausalOrder, causal_order
 from registerlens.evaluation.effects import Evaluation, evaluate_intervention
 from registerlens.explorer.explorer import Explorer, explore
@@ -40,8 +41,6 @@ from registerlens.model.vit import HookedViT
 from registerlens.theory.kernels import KernelReport, check_kernels
 from registerlens.theory.value_update import ValueUpdate, value_update
 
-REGISTER = "test-time register"
-"""The name of the condition."""
 FOLLOWED = 8
 """Images that the circuit of a report is a mean over, at most: each costs several passes."""
 EXPLORED = 3
@@ -107,6 +106,18 @@ def study_registers(
     except NoOutliersError as error:
         return error
     return RegisterStudy(neurons=neurons, intervention=register, evaluation=done, samples=samples)
+
+
+def remedy_of(study: RegisterStudy | NoOutliersError | None) -> Remedy:
+    """The same for a diagnosis.
+
+    Example:
+        >>> remedy_of(NoOutliersError("No outliers here.")).reason
+        'No outliers here.'
+    """
+    if isinstance(study, RegisterStudy):
+        return Remedy(neurons=study.neurons, evaluation=study.evaluation)
+    return Remedy(reason="" if study is None else str(study))
 
 
 def study_circuit(
@@ -284,7 +295,7 @@ def study_mechanism(
         kernels=_or_reason(lambda: check_kernels(vit, chosen(), images=images, batch_size=batch_size)),
         published_sinks=_or_reason(lambda: classify_sinks(vit, images, queries=QUERIES, batch_size=batch_size)),
         sinks=sinks,
-        effects=_or_reason(lambda: _effects(vit, few, sinks)),
+        effects=_or_reason(lambda: _effects(vit, few, sinks, detection)),
         value_update=_or_reason(lambda: value_update(vit, few, chosen(), registers=REGISTERS, batch_size=batch_size)),
         massive=massive,
         overlap=_or_reason(lambda: observable_overlap(vit, images, detection=detection, batch_size=batch_size)),
@@ -314,16 +325,27 @@ def _neurons(neurons: RegisterNeurons | NoOutliersError | None, detection: Detec
 
 
 def _effects(
-    vit: HookedViT, few: Float[Tensor, "image channel height width"], sinks: SinkKinds | RegisterLensError
+    vit: HookedViT,
+    few: Float[Tensor, "image channel height width"],
+    sinks: SinkKinds | RegisterLensError,
+    detection: Detection,
 ) -> SinkEffects:
-    """Edits of the sinks of those heads that have one most often."""
+    """Edits of the sinks of the heads that have one most often: where there are outliers, at these, after the onset."""
     if isinstance(sinks, RegisterLensError):
         raise sinks
     if len(few) < 2:
         raise ImageError(
             "Editing a sink takes values from other images, and there is only one. Give at least two images."
         )
-    events = sinks.events[sinks.index(THRESHOLD)]
+    at = sinks.index(THRESHOLD)
+    events = sinks.events[at]
+    if detection.evidence.present:
+        events = sinks.places[PLACES.index("outlier_patch"), at].copy()
+        events[: after_onset(detection, vit.cfg.n_layers).start] = 0
+        if not events.any():
+            raise InterventionError(
+                "No head after the onset has its sink at an outlier, so that there is none to edit."
+            )
     heads = [(layer, head) for layer, head in product(*map(range, events.shape)) if events[layer, head]]
     often = sorted(heads, key=lambda place: -events[place])[:HEADS]
     n = len(few) // (3 if len(few) >= 6 else 2)
