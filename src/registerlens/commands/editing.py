@@ -12,6 +12,7 @@ from registerlens.commands.printing import print_evaluation, print_words
 
 if TYPE_CHECKING:
     from registerlens.analysis.neurons import RegisterNeurons
+    from registerlens.data.examples import OwnImages
     from registerlens.data.images import ImageStream
     from registerlens.evaluation.effects import Evaluation
     from registerlens.interventions.base import Intervention
@@ -172,7 +173,11 @@ def bake(
 
 
 def _evaluate(
-    vit: HookedViT, stream: ImageStream, tested: dict[str, Intervention], where: dict[str, Any], no_controls: bool
+    vit: HookedViT,
+    stream: ImageStream | OwnImages,
+    tested: dict[str, Intervention],
+    where: dict[str, Any],
+    no_controls: bool,
 ) -> Evaluation:
     from registerlens.evaluation.effects import evaluate_intervention
 
@@ -182,7 +187,7 @@ def _evaluate(
 def _write_register(
     out: Path,
     vit: HookedViT,
-    stream: ImageStream,
+    stream: ImageStream | OwnImages,
     neurons: RegisterNeurons,
     edit: Any,
     name: str,

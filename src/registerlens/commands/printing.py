@@ -28,7 +28,7 @@ def print_diagnosis(found: Diagnosis) -> None:
 
     print_words(f"{found.model}, {found.n_images} images")
     for one in found.findings:
-        print_words(f"\n{one.cause.capitalize()}", style="bold green" if one.sound else "bold red")
+        print_words(f"\n{one.title}", style="bold green" if one.sound else "bold red")
         print_words(f"{one.words}\n{one.advice}")
         table = _table("", "", ("evidence", "value"), left=("evidence",))
         for name, value in one.evidence.items():

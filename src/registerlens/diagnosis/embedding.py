@@ -19,7 +19,7 @@ def embedding_outliers(found: Symptoms) -> CauseFinding | None:
     if not (evidence.gap >= MIN_GAP and evidence.typical >= MIN_TYPICAL):
         return None
     what = f"{evidence.share_of_patches:.1%} of patches enter block 0 at {evidence.typical:.1f} x the median norm"
-    numbers = {
+    numbers: dict[str, float | str] = {
         "norm over the median": evidence.typical,
         "share of patches": evidence.share_of_patches,
         "share of variance between places": by_place,

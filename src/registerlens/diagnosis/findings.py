@@ -54,6 +54,11 @@ class CauseFinding(Shown):
     """What to do about it."""
 
     @property
+    def title(self) -> str:
+        """The cause as a heading."""
+        return "Nothing is wrong" if self.cause == "none" else self.cause.capitalize()
+
+    @property
     def sound(self) -> bool:
         """Whether it is no fault."""
         return self.cause in SOUND
@@ -87,7 +92,7 @@ class Diagnosis(ModelResult):
 
     def describe(self) -> str:
         """Every finding with its advice, the most important first."""
-        return "\n".join(f"{one.cause.capitalize()}. {one.words} {one.advice}" for one in self.findings)
+        return "\n".join(f"{one.title}. {one.words} {one.advice}" for one in self.findings)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a finding and piece of evidence."""

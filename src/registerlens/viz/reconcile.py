@@ -25,8 +25,8 @@ def reconcile(found: Mechanism, circuit: object) -> str:
         together = "The three agree."
     elif by_weights:
         together = (
-            "No contradiction: the weights compare with a random direction of the same length; what is left of it, and "
-            "what else stands in the outlier tokens, heads do read."
+            "No contradiction: the weights compare with a random direction of the same length; what is left of it, "
+            "constants that every key brings, and what else stands in the outlier tokens, heads do read."
         )
     else:
         together = "No contradiction: heads read what the neurons write, and what follows makes little of it."
