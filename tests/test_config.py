@@ -18,6 +18,7 @@ SIZE = {"n_layers": 2, "d_model": 32, "n_heads": 4, "d_mlp": 40, "image_size": (
         {"pooling": ("cls", "mean"), "d_out": 7, "head_act": "tanh", "layer_scale": True, "ln_pre": True},
         {"attention": "sigmoid", "norm_after": True},
         {"class_token": False, "pooling": (), "act_fn": "relu2", "d_head": 5, "n_trained_registers": 4},
+        {"d_out": 8, "n_label_sets": 4},
         {"distillation_token": True, "pooling": ("cls", "distillation"), "pos_interpolation": "bicubic_antialias"},
     ],
 )
@@ -43,6 +44,8 @@ def test_preprocessing_goes_through_json_and_back():
         ({"class_token": False}, "pooling asks for 'cls'"),
         ({"class_token": False, "distillation_token": True, "pooling": ()}, "no \\[CLS\\]"),
         ({"n_trained_registers": -2}, "n_trained_registers must be at least 0, got -2"),
+        ({"n_label_sets": 0}, "n_label_sets must be at least 1, got 0"),
+        ({"d_out": 7, "n_label_sets": 2}, "7 outputs do not fall into 2 equal label sets"),
         ({"pooling": ("cls", "distillation")}, "pooling asks for 'distillation'"),
     ],
 )

@@ -107,6 +107,8 @@ class ViTConfig:
     """Whether what was pooled is normalised."""
     d_out: int | None = None
     """Outputs of the head (classes, or the projection's width); None means no head, the pooled tokens come out."""
+    n_label_sets: int = 1
+    """Equal groups that the head's outputs fall into, each with classes, and a softmax, of its own."""
     head_bias: bool = True
     """Whether the head has a bias; a projection has none."""
     head_act: Literal["tanh"] | None = None
@@ -121,7 +123,7 @@ class ViTConfig:
             object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
         object.__setattr__(self, "pooling", tuple(self.pooling))
         check_at_least(1, n_layers=self.n_layers, d_model=self.d_model, n_heads=self.n_heads, d_mlp=self.d_mlp)
-        check_at_least(1, n_channels=self.n_channels)
+        check_at_least(1, n_channels=self.n_channels, n_label_sets=self.n_label_sets)
         check_at_least(0, n_trained_registers=self.n_trained_registers)
         for name, kind in (("act_fn", Activation), ("attention", AttentionKind)):
             check_choice(name, getattr(self, name), get_args(kind))
@@ -136,6 +138,11 @@ class ViTConfig:
                     f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; give d_head explicitly."
                 )
             object.__setattr__(self, "d_head", self.d_model // self.n_heads)
+        if self.d_out is not None and self.d_out % self.n_label_sets:
+            raise ConfigError(
+                f"{self.d_out} outputs do not fall into {self.n_label_sets} equal label sets."
+                " Give an n_label_sets that divides d_out."
+            )
         if min(self.grid) < 1:
             raise ConfigError(
                 f"image_size {self.image_size} is smaller than patch_size {self.patch_size}."

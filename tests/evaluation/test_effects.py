@@ -92,7 +92,7 @@ def naive(vit, images, intervention, labels):
         "sink_elsewhere": torch.where(other, drawn[:, :36], 0).amax(1),
         "cos_patches": cosine.mean(1),
         "cos_normal": torch.stack([row[~mask].mean() for row, mask in zip(cosine, before | now, strict=True)]),
-        "kl": torch.stack([d[t].mean() for d, t in zip(divergence, there, strict=True)]),
+        "kl": divergence.mean((1, 2)),  # flat patches, which have no label, among them
         "accuracy": torch.stack(
             [(o.argmax(-1) == y)[t].float().mean() for o, y, t in zip(output, labels, there, strict=True)]
         ),

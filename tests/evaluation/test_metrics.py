@@ -92,7 +92,7 @@ def test_the_built_in_ones_are_those_of_evaluate_intervention(name, edit):
     layers = after_onset(detection, vit.cfg.n_layers)
     with torch.no_grad():
         clean = observe(vit, shard.images)
-        ruler = Yardstick(clean, places.index(detection.sublayer), detection.cutoff, layers, shard.labels, True)
+        ruler = Yardstick(clean, places.index(detection.sublayer), detection.cutoff, layers, shard.labels, vit.cfg)
         with vit.edit(made):
             expected = ruler.measure(observe(vit, shard.images))
     metrics = default_metrics(vit, detection=detection, labels=True)
@@ -161,19 +161,19 @@ def test_predictions_of_groups_and_patches_one_by_one():
     labels = torch.randint(-1, 3, (3, 4, 2), generator=generator)
     labels[2] = -1
     for i in range(3):
-        kl, same, loss, right = [], [], [], []
+        kl, same, loss, right = [], [], [], []  # the first two of all predictions, the others of the labelled
         for patch in range(4):
             for group in range(2):
                 p, q = (x[i, patch, 3 * group : 3 * group + 3].double().softmax(0) for x in (then, now))
                 label = int(labels[i, patch, group])
+                kl.append(float((p * (p / q).log()).sum()))
+                same.append(float(p.argmax() == q.argmax()))
                 if label >= 0:
-                    kl.append(float((p * (p / q).log()).sum()))
-                    same.append(float(p.argmax() == q.argmax()))
                     loss.append(-math.log(q[label]))
                     right.append(float(q.argmax() == label))
         got = [
-            divergence(now, then, labels),
-            agreement(now, then, labels),
+            divergence(now, then, 2),
+            agreement(now, then, 2),
             cross_entropy(now, labels),
             accuracy(now, labels),
         ]

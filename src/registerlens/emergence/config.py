@@ -105,6 +105,7 @@ class TrainingConfig(Settings):
             patch_size=(self.task.patch, self.task.patch),
             pooling=(),
             d_out=self.task.n_attributes * (self.task.n_classes + 1),
+            n_label_sets=self.task.n_attributes,
         )
 
     @property

@@ -14,7 +14,7 @@ from registerlens.analysis.detection import Detection, after_onset, detection_in
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.trace import Trace
 from registerlens.evaluation.controls import matched_neurons, neuron_activity
-from registerlens.evaluation.observe import Yardstick, classifies, observe
+from registerlens.evaluation.observe import Yardstick, observe
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene
 from registerlens.interventions.registers import MoveOutliers, TestTimeRegisters
@@ -111,7 +111,7 @@ class Evidence:
             keep = ("blocks.*.attn.hook_v", lambda v, hook: values.append(token_norms(v).mean(-1)))
             with vit.hooks([keep]):
                 clean = observe(vit, images, "all")
-            ruler = Yardstick(clean, self.place, self.detection.cutoff, self.layers, labels, classifies(vit.cfg))
+            ruler = Yardstick(clean, self.place, self.detection.cutoff, self.layers, labels, vit.cfg)
             self.rows["clean"].append(ruler.measure(clean))
             patches = clean.layout.patches
             self.sinks.append((clean.attention[..., patches] * ruler.mask).sum(-1))

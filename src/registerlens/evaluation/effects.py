@@ -27,7 +27,7 @@ from registerlens.display import drawn_by
 from registerlens.engine.stream import Sums, batches
 from registerlens.errors import ConfigError, ImageError, ShapeError
 from registerlens.evaluation.controls import ConditionKind, Verdict, build_baselines, build_controls, judge_effect
-from registerlens.evaluation.observe import METRICS, Observation, Yardstick, classifies, observe
+from registerlens.evaluation.observe import METRICS, Observation, Yardstick, observe
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.base import Intervention, Scene, plan
 from registerlens.model.sublayers import sublayers
@@ -194,7 +194,7 @@ def evaluate_intervention(
         for batch in batches(vit, images, batch_size, "evaluating", labels):
             sums.add(n_images=len(batch))
             clean = observe(vit, batch.images)
-            ruler = Yardstick(clean, place, detection.cutoff, layers, batch.labels, classifies(vit.cfg))
+            ruler = Yardstick(clean, place, detection.cutoff, layers, batch.labels, vit.cfg)
             for name, one in done.items():
                 if one is None:
                     sums.take(name, clean, ruler.measure(clean), None)

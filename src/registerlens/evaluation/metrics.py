@@ -15,7 +15,7 @@ from registerlens.analysis.detection import Cutoff, Detection, after_onset
 from registerlens.config import TokenLayout, ViTConfig
 from registerlens.engine.views import View
 from registerlens.errors import ConfigError, ShapeError, close_matches
-from registerlens.evaluation.observe import accuracy, agreement, classifies, cross_entropy, divergence
+from registerlens.evaluation.observe import METRICS, accuracy, agreement, classifies, cross_entropy, divergence
 from registerlens.model.sublayers import sublayers
 from registerlens.model.vit import HookedViT
 from registerlens.stats.histograms import medians
@@ -182,7 +182,7 @@ def default_metrics(vit: HookedViT, *, detection: Detection | None = None, label
     chosen += [_COS_CLS] if cfg.layout().cls is not None else []
     chosen += [_COS_PATCHES]
     chosen += [_COS_OUTPUT] if cfg.pooling else []
-    chosen += _PREDICTIONS if labels or classifies(cfg) else []
+    chosen += _predictions(cfg.n_label_sets) if labels or classifies(cfg) else []
     return tuple(chosen + (_LABELLED if labels else []))
 
 
@@ -270,12 +270,19 @@ def _cos_output(edited: View, clean: View) -> Float[Tensor, " batch"]:
     return F.cosine_similarity(edited.output.float(), clean.output.float(), dim=-1)
 
 
-def _kl(edited: View, clean: View) -> Float[Tensor, " batch"]:
-    return divergence(edited.output, clean.output, edited.labels)
+def _predictions(n_sets: int) -> list[Metric]:
+    return [
+        Metric(name="kl", measure=partial(_kl, n_sets), words=METRICS["kl"]),
+        Metric(name="agreement", measure=partial(_agreement, n_sets), words=_AGREEMENT),
+    ]
 
 
-def _agreement(edited: View, clean: View) -> Float[Tensor, " batch"]:
-    return agreement(edited.output, clean.output, edited.labels)
+def _kl(n_sets: int, edited: View, clean: View) -> Float[Tensor, " batch"]:
+    return divergence(edited.output, clean.output, n_sets)
+
+
+def _agreement(n_sets: int, edited: View, clean: View) -> Float[Tensor, " batch"]:
+    return agreement(edited.output, clean.output, n_sets)
 
 
 def _labels(view: View) -> Int[Tensor, "batch ..."]:
@@ -299,11 +306,7 @@ def _named(measure: Callable[[View, View], Tensor], words: str) -> Metric:
 _COS_CLS = _named(_cos_cls, "cosine of the final [CLS] token to the clean run, -1 to 1")
 _COS_PATCHES = _named(_cos_patches, "cosine of the final patch tokens to the clean run, mean over patches, -1 to 1")
 _COS_OUTPUT = _named(_cos_output, "cosine of the pooled output to the clean run, -1 to 1")
-_DIVERGENCE = "Kullback-Leibler divergence of the predictions (those with labels, if any) from the clean run, in nats"
-_PREDICTIONS = [
-    _named(_kl, _DIVERGENCE),
-    _named(_agreement, "share of predictions whose most likely class is the clean run's, 0 to 1"),
-]
+_AGREEMENT = "share of all predictions, labelled or not, whose most likely class is the clean run's, 0 to 1"
 _LABELLED = [
     _named(_cross_entropy, "cross-entropy of the labels, in nats"),
     _named(_accuracy, "share of labels predicted, 0 to 1"),

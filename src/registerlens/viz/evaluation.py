@@ -25,7 +25,7 @@ FOREST = {
     "outliers": "outliers per image",
     "cos_cls": "cosine of [CLS]<br>to the clean run",
     "cos_normal": "cosine of normal patches<br>to the clean run",
-    "kl": "KL divergence from<br>the clean run (nats)",
+    "kl": "KL from the clean run,<br>all predictions (nats)",
     "accuracy": "accuracy (0 to 1)",
 }
 """Metrics with a panel of dots, and the titles of their axes."""

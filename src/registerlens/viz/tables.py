@@ -41,13 +41,14 @@ COLUMNS = {
     "sink_register": "attention to register or bias",
     "cos_cls": "cosine of [CLS] to clean",
     "cos_normal": "cosine of normal patches",
-    "kl": "KL from clean, nats",
+    "kl": "KL from clean, nats, all predictions",
     "accuracy": "accuracy",
 }
 """Metrics that tables show, in this order, with their headings."""
 COLUMN_NOTE = (
     "* in units of the clean image's median patch norm. Attention: the largest to one patch, or all to registers and "
-    "bias; mean over heads and the blocks after the onset. Cosines: of the final tokens to those of the clean run."
+    "bias; mean over heads and the blocks after the onset. Cosines: of the final tokens to those of the clean run. "
+    "KL: mean over all predictions of an image, those of patches without a label among them."
 )
 
 KERNEL_UNITS = dict.fromkeys(KERNELS, "relative residual") | {
