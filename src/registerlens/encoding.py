@@ -5,8 +5,6 @@
 of it, and plain types are JSON. What single values are stands in `codecs.py`, what is made of them here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache

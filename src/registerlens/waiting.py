@@ -1,7 +1,5 @@
 """A limit to waiting for who may never answer: a storage, a server, a process that is stopped."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """How much of its own patch a token still tells: its pixels, read linearly from outliers and from normal patches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Patch maps of single images: residual norms, the attention that patches draw, and activations of single neurons."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

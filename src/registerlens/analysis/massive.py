@@ -1,7 +1,5 @@
 """Massive activations: single numbers of the residual stream that dwarf all others, and where they stand."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How register neurons, and all others of their layers, fire at outliers and at normal patches (figures 20 and 27)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What register neurons write together: how large it is, and how constant its direction (figure 21)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast

@@ -6,8 +6,6 @@ enough patches beyond it, that had smaller norms earlier in the stream and keep 
 error rates.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which residual dimensions register neurons write into: their rows of W_out beside the others' (figure 25)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import cast

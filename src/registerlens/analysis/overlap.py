@@ -1,7 +1,5 @@
 """Norm outliers, massive channels, sinks and closeness to [CLS]: four observables, and how far they are the same."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any

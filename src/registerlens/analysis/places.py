@@ -1,7 +1,5 @@
 """Is it the place in the image or what it shows? How much of the patch norms' variance lies between places."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How strongly every neuron fires at outlier patches: Algorithm 1's averages, and three other scores, streaming."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 

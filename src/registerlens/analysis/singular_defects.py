@@ -5,8 +5,6 @@ without their division, the MLP by its least-squares fit on a normal input. The 
 one direction most; outliers are reported to lie near it (SINDER).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

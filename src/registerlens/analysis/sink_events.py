@@ -1,7 +1,5 @@
 """The sink of a head: its strongest key, what that key writes beside the others, and counts of such events."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """What neurons do at an image's top outlier, and at a random normal patch to compare it with, in one pass."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

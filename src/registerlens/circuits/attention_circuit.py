@@ -1,7 +1,5 @@
 """`attention_circuit`: the exact path from register neurons over outlier tokens and sinking heads to [CLS]."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Attribution patching: every patch at once to first order, and some of them exactly to see how far that carries."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

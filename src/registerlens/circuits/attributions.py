@@ -1,7 +1,5 @@
 """What attribution patching found, and how far exact patching agrees."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -6,8 +6,6 @@ on a fixed direction is the linear thing to ask instead. The direction must not 
 token has (but for the weights) a constant norm, so that its projection on itself is a cosine again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 

@@ -1,7 +1,5 @@
 """What heads and neurons write directly into [CLS], or into what is pooled, along a direction."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, cast

@@ -5,8 +5,6 @@ patched input, as they would; and "held", where scales (and the direction that a
 the clean run, as attributions assume: there the effect must be what was attributed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """From contributions image by image to the circuit's tables: what is shown, what is the rest, means with intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

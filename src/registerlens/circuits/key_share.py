@@ -1,7 +1,5 @@
 """Why heads attend to outliers: the share of their keys' score that lies along one direction of the stream."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ First order is right where the metric follows the neuron in a straight line. It 
 with the largest effects and a random sample are ablated one by one, and the two rankings compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property

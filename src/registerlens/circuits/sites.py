@@ -1,7 +1,5 @@
 """What is patched: a hook point, which of its heads, neurons and tokens, and pairs of clean and corrupted images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest

@@ -1,7 +1,5 @@
 """Outliers that blocks make: the neurons behind them, and what removes them at which cost."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass
 

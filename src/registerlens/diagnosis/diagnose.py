@@ -1,7 +1,5 @@
 """The one question most users have: what is wrong with this model?"""
 
-from __future__ import annotations
-
 from registerlens.data.batches import Images
 from registerlens.diagnosis.cure import Remedy, outlier_tokens, seek
 from registerlens.diagnosis.embedding import embedding_outliers

@@ -1,7 +1,5 @@
 """Outliers that are there before any block: in the position embedding, or in the patch embedding."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from registerlens.analysis.outliers import MIN_GAP, MIN_TYPICAL

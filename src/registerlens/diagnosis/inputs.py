@@ -1,7 +1,5 @@
 """Images that do not fit the model: of another kind than it was trained on, or with other pixel values."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What all findings rest on: pixels, norms of every kind of token, channels and sinks, in two passes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models without outlier patches: a massive channel, sinks at other tokens, registers that hold the outliers."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Int
 

@@ -1,7 +1,5 @@
 """Weights that are not finite, or that nobody trained."""
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

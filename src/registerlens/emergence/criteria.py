@@ -1,7 +1,5 @@
 """Has the phenomenon emerged? Every sign of it as a number with a threshold, on images that nothing was chosen on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """A plain training loop: equal seeds give equal bits, and a run that was killed goes on to the same weights."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

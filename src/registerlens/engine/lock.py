@@ -1,7 +1,5 @@
 """One run at a time on a store."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Workers on a Ray cluster."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

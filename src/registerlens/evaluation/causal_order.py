@@ -1,7 +1,5 @@
 """Which register neurons drive which: edit those of one layer, watch those of later layers at the outliers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

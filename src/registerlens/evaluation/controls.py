@@ -1,7 +1,5 @@
 """Controls: what must do nothing, or do worse, if an edit means what it seems to; and the verdict that weighs them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum

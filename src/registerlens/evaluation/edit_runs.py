@@ -4,8 +4,6 @@ A batch's clean run is made once. An edit starts from the clean residual stream 
 edits that start at the same block go through the rest of the model together, each changing its share of the batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

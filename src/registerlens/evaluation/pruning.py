@@ -1,7 +1,5 @@
 """Fewer is better: the smallest set of register neurons that leaves no outlier, found greedily, and what more cost."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np

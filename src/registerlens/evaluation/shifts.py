@@ -1,9 +1,7 @@
 """Where norm and attention end up when outliers are moved: at the target, or elsewhere (figures 4, 22 to 24, 29)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,9 +20,6 @@ from registerlens.model.parts import token_norms
 from registerlens.model.sublayers import sublayer_of
 from registerlens.model.vit import HookedViT
 from registerlens.results import ModelResult
-
-if TYPE_CHECKING:
-    pass
 
 _ARRAYS = ("target_norm", "other_norm", "target_attention", "other_attention")
 

@@ -1,7 +1,5 @@
 """The text side of a CLIP-like model as a classifier: one direction a class, made once and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """How many of the ranked neurons are register neurons: the elbow of their scores, and the paper's sweep."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Medians, and histograms over bins that are fixed beforehand, so that batches add up."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int

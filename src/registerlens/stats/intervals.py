@@ -1,7 +1,5 @@
 """Intervals of means over images, for many rows of numbers at once, and bootstrap samples for what is no mean."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Float, Int
 

@@ -1,7 +1,5 @@
 """Statistics over images that stream by, and how well two rankings agree."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Tests for many conditions at once: paired sign-flip permutation tests, and Holm's correction."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

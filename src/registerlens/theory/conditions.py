@@ -1,7 +1,5 @@
 """The conditions of Proposition 1, measured on the exact two-block model, and what its bounds are made of."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

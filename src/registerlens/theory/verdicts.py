@@ -1,7 +1,5 @@
 """From numbers to words: which condition of Proposition 1 holds, holds approximately, or fails, and what that means."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

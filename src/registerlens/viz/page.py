@@ -1,7 +1,5 @@
 """The frame of a page that needs no other file, and what stands in it: sections, figures, maps."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

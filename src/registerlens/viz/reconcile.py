@@ -1,7 +1,5 @@
 """How what the weights, the edits and the circuit say of sinks goes together: one paragraph for a page."""
 
-from __future__ import annotations
-
 from registerlens.circuits.records import AttentionCircuit, share_from_outliers
 from registerlens.errors import RegisterLensError
 from registerlens.viz.study import THRESHOLD, Mechanism

@@ -1,7 +1,5 @@
 """One self-contained HTML page: answers in words, norms and sinks, neurons, a register, mechanism, maps, numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable

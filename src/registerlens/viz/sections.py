@@ -1,7 +1,5 @@
 """The sections of a report, each a pure function from results; their words and structure are templates."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable

@@ -1,7 +1,5 @@
 """What a report shows: register neurons, a register and its circuit, images to explore; and why outliers do this."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
