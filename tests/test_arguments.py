@@ -18,7 +18,7 @@ OTHER_NAMES = {
     "detection_layer": "layer",
     "outliers": "detection",
 }
-BY_NAME = {"detection", "threshold", "batch_size"}
+BY_NAME = {"detection", "trace", "threshold", "batch_size"}
 
 
 def signatures() -> Iterator[tuple[str, inspect.Signature]]:
@@ -56,5 +56,7 @@ def test_arguments_agree(name):
         assert "Generator" not in str(one.annotation), f"{name}: what is drawn at random takes seed="
         if "Detection" in str(one.annotation):
             assert one.name == "detection", f"{name}: a given detection is detection="
+        if "Trace" in str(one.annotation):
+            assert one.name == "trace", f"{name}: a given trace is trace="
         if str(one.annotation) == "Threshold":
             assert one.name == "threshold", f"{name}: an outlier's cut-off is threshold="
