@@ -143,7 +143,10 @@ def outliers_and_sinks(text):
 
 
 def register_neurons(text):
-    assert "the same neurons: True" in text and "7 neurons in blocks 0 to 1 (the elbow of the scores says 7" in text
+    assert (
+        "the same neurons: True" in text
+        and "7 neurons, searched in blocks 0 to 1 (the elbow of the scores says 7" in text
+    )
     listed = re.search(r"by hand: (.*)", text)[1]
     assert {neuron for _, neuron in ast.literal_eval(listed)} == {183, 103, 219, 125, 55, 128, 177}
     assert all(float(found) > 0.99 for found in re.findall(r"its map with the norms ([\d.]+)", text))

@@ -351,7 +351,7 @@ def test_without_outliers_only_the_measurement_is_refused(focus_vit):
         singular_defects(focus_vit, images)
     assert caught.value.evidence.verdict == "absent"
     found = singular_defects(model(11))
-    assert np.isnan(found.outlier_angle).all() and "Without images nothing says" in found.describe()
+    assert np.isnan(found.outlier_angle).all() and "No outliers were measured" in found.describe()
 
 
 def test_bad_input_is_named(tiny):

@@ -54,7 +54,7 @@ def test_the_seven_of_the_embedded_model(tiny, found):
     assert found.search.scores.n_images == 128  # a quarter, at most 32, is held back
     assert found.found == found.search.summary()
     words = found.search.describe()
-    assert words.startswith("7 neurons in blocks 0 to 1 (the elbow of the scores says 7, the sweep")
+    assert words.startswith("7 neurons, searched in blocks 0 to 1 (the elbow of the scores says 7, the sweep")
     assert "Between halves of the 128 images 100% of them agree" in words
 
 

@@ -66,7 +66,7 @@ def test_the_page_tells_every_result_in_words_and_draws_it(found):
         result = getattr(found, name)
         if isinstance(result, RegisterLensError):
             assert squeezed(f"Not shown: {result}") in text
-        elif name != "kernels":
+        elif name not in ("kernels", "published_sinks", "sinks"):  # tables, see below
             assert squeezed(result.describe()) in text, name
     # Two of kernels, one of each other result but published_sinks, which shares its map.
     drawn = len(RESULTS) - 2 - 1 + 1
@@ -87,6 +87,22 @@ def test_the_kernel_section_has_each_condition_with_number_nulls_and_verdict(fou
         assert squeezed(one.words) not in text  # the table says it once
     marked = section.count('<tr class="marked">')
     assert marked == sum(one.verdict == "holds" for one in report.findings) > 0
+
+
+def test_the_sinks_are_one_table_by_share_of_the_queries_and_threshold(found):
+    section = mechanism_sections(found)[1].body
+    rows = [re.findall("<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)[1:]]
+    swept = [(sinks, threshold) for sinks in (found.published_sinks, found.sinks) for threshold in sinks.thresholds]
+    assert [row[:2] for row in rows] == [[f"{sinks.queries:.0%}", f"{threshold:g}"] for sinks, threshold in swept]
+    for row, (sinks, threshold) in zip(rows, swept, strict=True):
+        counts = sinks.counts(threshold)
+        total = sum(counts.values())
+        assert row[2] == f"{total / (sinks.n_images * sinks.gu_rate.size):.1%}"
+        assert row[3:6] == [f"{n / total:.0%}" if total else "-" for n in counts.values()]
+        assert row[7:] == (
+            [f"{sinks.mean('stable_rank', threshold):.2f}", "outlier patch 100%"] if total else ["-"] * 2
+        )
+    assert {row[2] == "0.0%" for row in rows} == {True, False}
 
 
 def test_the_few_heads_whose_sink_is_edited_are_those_that_have_one_most_often(tiny, found, monkeypatch):

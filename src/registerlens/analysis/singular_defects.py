@@ -265,7 +265,7 @@ class SingularDefects(ModelResult):
             f"the second (1 would be arbitrary). Neurons that write most along their block's direction: {listed}."
         )
         if self.detection is None:
-            return f"{sentence} Without images nothing says that outliers exist, or lie there."
+            return f"{sentence} No outliers were measured: nothing says that they exist, or lie there."
         first = max((self.detection.onset or self.detection.sublayer).layer, 0)
         close = first + int(self.outlier_angle[first:].argmin())
         return (

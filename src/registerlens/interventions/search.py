@@ -165,10 +165,11 @@ class NeuronSearch(ModelResult):
         sentences = ["no elbow" if self.elbow is None else f"the elbow of the scores says {self.elbow}"]
         sentences.append(f"the sweep {self.sweep}" if self.sweep is not None else self.sweep_note)
         per_image = self.scores.n_outliers / self.scores.n_images
+        blocks = f"blocks {self.lowest_layer} to {self.top_layer}"
         later = [f"With these moved: {one.describe()}" for one in self.later]
         return " ".join(
             [
-                f"{self.top_k} neurons in blocks {self.lowest_layer} to {self.top_layer} ({', '.join(sentences)}).",
+                f"{self.top_k} neurons, searched in {blocks} ({', '.join(sentences)}).",
                 f"Outliers: above {self.detection.cutoff} at {self.detection.sublayer}, {per_image:.2f} per image.",
                 f"Between halves of the {self.scores.n_images} images {self.overlap:.0%} of them agree.",
                 *later,

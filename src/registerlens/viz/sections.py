@@ -12,6 +12,8 @@ from markupsafe import Markup
 from registerlens.analysis.maps import NeuronMaps, PatchMaps
 from registerlens.analysis.neurons import RegisterNeurons
 from registerlens.analysis.sink_edits import EDITS
+from registerlens.analysis.sink_events import GU_SINK
+from registerlens.analysis.sink_kinds import SinkKinds
 from registerlens.analysis.trace import Trace
 from registerlens.diagnosis.findings import Diagnosis
 from registerlens.errors import NoOutliersError, RegisterLensError
@@ -24,7 +26,7 @@ from registerlens.viz.detection import search_figure, trace_figure
 from registerlens.viz.evaluation import evaluation_figure
 from registerlens.viz.page import Section, map_picture, photograph, plotted
 from registerlens.viz.reconcile import reconcile
-from registerlens.viz.study import HALF, HEADS, THRESHOLD, Mechanism, RegisterStudy
+from registerlens.viz.study import HEADS, THRESHOLD, Mechanism, RegisterStudy
 from registerlens.viz.tables import (
     COLUMN_NOTE,
     COLUMNS,
@@ -34,6 +36,7 @@ from registerlens.viz.tables import (
     evaluation_table,
     kernel_table,
     neuron_table,
+    sink_table,
 )
 
 Display = UInt8[np.ndarray, "image height width rgb"]
@@ -260,11 +263,15 @@ def _extra(what: str, value: np.floating) -> tuple[str, ...]:
 
 def mechanism_sections(found: Mechanism) -> list[Section]:
     """Kernel conditions, kinds of sinks, observables, evidence for the neurons: each result, or why there is none."""
-    edits = {"edits": EDITS, "half": HALF, "heads": HEADS, "threshold": THRESHOLD}
+    edits = {"edits": EDITS, "heads": HEADS, "threshold": THRESHOLD, "gu_sink": GU_SINK}
+    swept = [one for one in (found.published_sinks, found.sinks) if isinstance(one, SinkKinds)]
+    kinds = sink_table(*swept)
     observables = "Massive activations, overlap, singular defects"
     return [
         _kernels_section(found.kernels),
-        _section("sinks", "What kind of sink?", found=found, **edits),
+        _section(
+            "sinks", "What kind of sink?", found=found, headers=list(kinds), rows=kinds.to_numpy().tolist(), **edits
+        ),
         _section("observables", observables, found=found),
         _section("evidence", "Evidence for the neurons", found=found),
     ]

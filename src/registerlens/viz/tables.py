@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from registerlens.analysis.neurons import RegisterNeurons
+from registerlens.analysis.sink_events import PLACES
+from registerlens.analysis.sink_kinds import SinkKinds
 from registerlens.errors import ConfigError
 from registerlens.evaluation.effects import Evaluation
 from registerlens.markup import asset
@@ -108,6 +110,35 @@ def kernel_table(report: KernelReport) -> pd.DataFrame:
             median = float(np.median(mine[null].to_numpy()))
             row[null] = "-" if np.isnan(median) else f"{brief(median)} (p = {p:.2g})"
         rows.append(row | {"verdict": finding.verdict})
+    return pd.DataFrame(rows)
+
+
+def sink_table(*sweeps: SinkKinds) -> pd.DataFrame:
+    """One row a share of the queries and a threshold: how many sinks, of which kind, what they write, where, as text.
+
+    Example:
+        >>> import registerlens as rl
+        >>> from registerlens.data.synthetic import synthetic_images
+        >>> vit, images = rl.HookedViT.from_pretrained("registerlens:tiny"), synthetic_images(8, 0).images
+        >>> frame = sink_table(rl.analysis.classify_sinks(vit, images, queries=0.5))
+        >>> frame.loc[1, ["of the queries", "pay at least", "broadcast"]].tolist()
+        ['50%', '0.3', '0%']
+    """
+    rows = []
+    for sinks, threshold in ((sweep, threshold) for sweep in sweeps for threshold in sweep.thresholds):
+        counts, places = sinks.counts(threshold), sinks.places[:, sinks.index(threshold)].sum((1, 2))
+        total = sum(counts.values())
+        stand = (f"{name.replace('_', ' ')} {n / total:.0%}" for name, n in zip(PLACES, places, strict=True) if n)
+        row = {
+            "of the queries": f"{sinks.queries:.0%}",
+            "pay at least": f"{threshold:g}",
+            "sinks, of images and heads": f"{total / (sinks.n_images * sinks.gu_rate.size):.1%}",
+            **{name: f"{n / total:.0%}" if total else "-" for name, n in counts.items()},
+            "writes, x the others": f"{sinks.mean('output_ratio', threshold):.2f}" if total else "-",
+            "stable rank": f"{sinks.mean('stable_rank', threshold):.2f}" if total else "-",
+            "at": ", ".join(stand) or "-",
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
