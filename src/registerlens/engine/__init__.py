@@ -1,4 +1,4 @@
-"""One pass over images: reducers, clean prefixes, what fits into memory, crews of workers, the store of their parts."""
+"""One pass over images: reducers, clean prefixes, crews of workers, the store of their parts."""
 
 import lazy_loader
 
