@@ -62,6 +62,7 @@ def test_what_needs_no_model_loads_none(arguments, words):
         ("registerlens:tinny", "Did you mean 'tiny'?"),
         ("timm:vit_bse_patch16_224", "Did you mean 'vit_base_patch16_224'"),
         ("open_clip:ViT-B-61/openai", "Did you mean 'ViT-B-16'"),
+        ("open_clip:ViT-B-16/openaii", "Did you mean 'openai'"),
         ("dinov2_vits14", "not downloaded here"),
         ("dinov2:vitt", "Known: ['dinov2_vits14'"),
     ],
@@ -69,6 +70,21 @@ def test_what_needs_no_model_loads_none(arguments, words):
 def test_a_model_that_is_nowhere(name, words):
     done = run("trace", name, "x.png")
     assert done["code"] == 1 and words in done["said"] and not done["heavy"]
+
+
+@pytest.mark.slow
+def test_no_weights_of_open_clip_are_refused():
+    """Tags are read in the library's file; the library itself has the list."""
+    code = """
+import sys
+import open_clip
+from registerlens.loading.sources import look_up
+
+del sys.modules["open_clip"]  # names are looked up as before it is imported
+for name, tag in open_clip.list_pretrained():
+    look_up(f"open_clip:{name}/{tag}")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

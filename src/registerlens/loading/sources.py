@@ -167,9 +167,16 @@ def _open_clip(target: str) -> Size | None:
     if package is None:
         return None
     known = {path.stem: path for path in sorted((package / "model_configs").glob("*.json"))}
-    name = target.partition("/")[0]
+    name, _, tag = target.partition("/")
     if name not in known:
         raise no_model("open_clip", name, name, list(known))
+    text = (package / "pretrained.py").read_text()
+    if tag and not re.search(rf"\b{re.escape(tag)}\b", text):
+        tags = re.findall(r"(\w+)=_\w*cfg\(", text)
+        raise ModelNotFoundError(
+            f"open_clip has no weights {tag!r}.{close_matches(tag, {*tags})} "
+            f"open_clip.list_pretrained_tags_by_model({name!r}) has those of this model."
+        )
     vision = read_json(known[name]).get("vision_cfg", {})
     if not isinstance(vision.get("layers"), int):  # a ResNet's stages, or a tower of timm's
         return None
