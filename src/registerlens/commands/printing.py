@@ -100,11 +100,11 @@ def print_neurons(neurons: RegisterNeurons) -> None:
         print_words(f"Estimates of top_k: elbow {elbow}; sweep {sweep}; taken {search.top_k}.")
     frame = neuron_table(neurons)
     scores = [name for name in frame.columns if name not in ("layer", "neuron")]
-    headers = ("rank", "block", "neuron", *(name.replace("_", " ") for name in scores))
+    headers = ("rank", "neuron", *(name.replace("_", " ") for name in scores))
     table = _table(f"{len(neurons)} register neurons, best first", "", headers, no_wrap=True)
     for rank, row in enumerate(frame.head(LISTED).to_dict("records"), start=1):
-        cells = (f"{row['layer']:.0f}", f"{row['neuron']:.0f}", *(brief(row[name]) for name in scores))
-        table.add_row(str(rank), *cells)
+        cells = (brief(row[name]) for name in scores)
+        table.add_row(str(rank), f"{row['layer']:.0f}:{row['neuron']:.0f}", *cells)
     _console().print(table)
     if len(neurons) > LISTED:
         print_words(f"... and {len(neurons) - LISTED} more.")

@@ -172,7 +172,7 @@ def neurons_section(
     frame = neuron_table(neurons)
     scores = [column for column in frame.columns if column not in ("layer", "neuron")]
     entries = [
-        [f"{rank}", f"{row['layer']:.0f}", f"{row['neuron']:.0f}", *(brief(row[name]) for name in scores)]
+        [f"{rank}", f"{row['layer']:.0f}:{row['neuron']:.0f}", *(brief(row[name]) for name in scores)]
         for rank, row in enumerate(frame.head(LISTED).to_dict("records"), start=1)
     ]
     return _section(
@@ -184,7 +184,7 @@ def neurons_section(
         block=block,
         rows=rows,
         words="; ".join(f"{name}: {SCORE_WORDS[name]}" for name in scores if name in SCORE_WORDS),
-        headers=["rank", "block", "neuron", *scores],
+        headers=["rank", "neuron", *scores],
         entries=entries,
     )
 

@@ -50,7 +50,7 @@ COLUMNS = {
 COLUMN_NOTE = (
     "* in units of the clean image's median patch norm. Attention: the largest to one patch, or all to registers and "
     "bias; mean over heads and the blocks after the onset. Cosines: of the final tokens to those of the clean run. "
-    "KL: mean over all predictions of an image, those of patches without a label among them."
+    "KL: mean over all predictions of an image, those of outlier and unlabelled patches among them."
 )
 
 KERNEL_UNITS = dict.fromkeys(KERNELS, "relative residual") | {
