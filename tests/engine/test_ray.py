@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -356,6 +357,11 @@ def test_where_there_is_no_room_or_no_cluster(connected, vit, monkeypatch):
     ray.shutdown()
     with pytest.raises(BackendError, match=r"There is no Ray cluster at '127.0.0.1:9': .*ray start --head"):
         list(RayBackend(address="127.0.0.1:9").run(job, tasks))
+    monkeypatch.setenv("REGISTERLENS_PATIENCE", "0.3")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(BackendError, match=rf"There is no Ray cluster at '{address}': timed out"):
+            list(RayBackend(address=address).run(job, tasks))
     assert list(RayBackend(address="127.0.0.1:9").run(job, [])) == []  # nothing to do: nobody is asked
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"run_sweep\(backend='ray'\) needs the package 'ray'"):

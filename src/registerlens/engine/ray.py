@@ -19,6 +19,7 @@ import torch
 from registerlens.engine.backends import Job, Task, TaskQueue
 from registerlens.engine.crew import WORKED, Answer, Crew, Lost, Started, Worker, beat_of, hung
 from registerlens.errors import BackendError, ConfigError, check_at_least, needing
+from registerlens.waiting import patience
 
 AHEAD = 2
 """Tasks a worker has at most: one it works on, and one that waits so that it need not."""
@@ -262,13 +263,20 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""With which a connection of HTTP/2, and so of Ray, begins; whoever is awake answers it."""
+
+
 def _check_reachable(address: str | None) -> None:
-    """Ray itself waits long for a head node that is not there."""
+    """Ray itself waits long for a head node that is not there, and for ever for one that is stopped."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        with socket.create_connection((host, int(port)), timeout=5) as head:
+            head.settimeout(patience())
+            head.sendall(_GREETING)
+            head.recv(1)
     except OSError as error:
         raise BackendError(
             f"There is no Ray cluster at '{address}': {error}. Start one (`ray start --head` prints its address), or "
