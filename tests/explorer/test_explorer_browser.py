@@ -14,6 +14,7 @@ import pytest
 import torch
 from browser import opened
 from conftest import NASTY
+from helpers import decoding_error
 
 from registerlens.explorer.tokens import token_index
 
@@ -156,9 +157,7 @@ app = marimo.App()
 
 @app.cell
 def _():
-    from helpers import decoding_error
-
-import registerlens as rl
+    import registerlens as rl
     from registerlens.data.synthetic import synthetic_images
     from registerlens.explorer.explorer import explore
 
