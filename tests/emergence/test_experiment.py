@@ -30,8 +30,9 @@ RENAMED = {
 }
 # Outliers an image, largest over median before and after the onset's MLP, 99.9th percentile of normal patches and 1st
 # of outliers, neurons moved (chosen there by hand, here from data), the register's norm, accuracy with them zeroed.
+# Of h0's, 12 were moved there: they leave a mode at 2.8 times the median, which 16 do not.
 TABLE = {
-    "h0": ({}, "2.mlp", 1.97, (2.6, 17.4), (1.7, 9.4), 12, 16.1, 0.9999),
+    "h0": ({}, "2.mlp", 1.97, (2.6, 17.4), (1.7, 9.4), 16, 16.1, 0.9999),
     "h3": ({}, "1.mlp", 1.97, (2.2, 8.9), (2.1, 7.6), 3, 8.6, 0.990),
     "b1": (LARGER, "2.mlp", 2.47, (2.0, 21.1), (1.8, 9.4), 5, 20.8, 0.9996),
 }
