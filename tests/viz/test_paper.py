@@ -292,7 +292,7 @@ def test_register_neurons_shift_outliers_and_random_ones_do_not(vit, results, tm
         measure_shift(vit, images * torch.nan, rl.TestTimeRegisters(NEURONS))
     with pytest.raises(InterventionError, match="has no target"):
         measure_shift(vit, images, rl.Ablate(NEURONS))
-    with pytest.raises(ShapeError, match="blocks 0 to 5"):
+    with pytest.raises(ShapeError, match="a block from 0 to 5"):
         measure_shift(vit, images, rl.TestTimeRegisters(NEURONS), layer=6)
     with pytest.raises(ShapeError, match="37 patches were asked for"):
         RandomPatches((8, 8), n=37)(images)

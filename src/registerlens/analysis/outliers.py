@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.special import rel_entr
 from torch import Tensor
 
 from registerlens.stats.histograms import LOG_HIGH, LOG_LOW, N_BINS, bin_edges, count_bins, medians
@@ -241,8 +240,14 @@ def _surprise(beyond: Int[np.ndarray, " edge"]) -> Float[np.ndarray, "edge edge"
         spread = np.maximum(spread, excess / np.maximum(tail, 1))
     share = np.minimum(beyond[None, :] / np.maximum(beyond[:, None], 1), 1)
     expected = np.exp(np.minimum(log_edges[:, None] - log_edges[None, :], 0) / spread[:, None])
-    divergence = rel_entr(share, expected) + rel_entr(1 - share, 1 - expected)
+    divergence = _relative_entropy(share, expected) + _relative_entropy(1 - share, 1 - expected)
     return beyond[:, None] * np.where(share > expected, divergence, 0.0)
+
+
+def _relative_entropy(p: Float[np.ndarray, "*n"], q: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+    """p log(p / q), 0 where p is."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(p > 0, p * np.log(p / q), 0.0)
 
 
 def _one_mode(largest_over_median: float) -> OutlierEvidence:
