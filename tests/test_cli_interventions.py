@@ -17,7 +17,7 @@ from registerlens.data.synthetic import synthetic_images
 from registerlens.evaluation.effects import Evaluation
 from registerlens.interventions.ablation import Ablate
 from registerlens.interventions.attention_bias import AttentionBias
-from registerlens.interventions.search import NeuronSearch
+from registerlens.interventions.search_record import NeuronSearch
 
 FOUND = {(1, n) for n in (183, 103, 219, 125, 55, 128, 177)}
 

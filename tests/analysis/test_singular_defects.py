@@ -12,14 +12,8 @@ from scipy import stats
 
 import registerlens as rl
 from registerlens.analysis.detection import find_outliers
-from registerlens.analysis.singular_defects import (
-    SingularDefects,
-    activation_moments,
-    block_map,
-    fit_mlp,
-    random_cosine_p,
-    singular_defects,
-)
+from registerlens.analysis.linear_blocks import activation_moments, block_map, fit_mlp
+from registerlens.analysis.singular_defects import SingularDefects, random_cosine_p, singular_defects
 from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ImageError, InterventionError, NonFiniteError, NoOutliersError, ShapeError
 from registerlens.model.parts import ACTIVATIONS

@@ -17,7 +17,7 @@ from registerlens.data.synthetic import synthetic_images
 from registerlens.errors import ConfigError, ImageError, NoOutliersError, ShapeError
 from registerlens.interventions import choosing_k, search
 from registerlens.interventions.choosing_k import find_elbow
-from registerlens.interventions.search import NeuronSearch
+from registerlens.interventions.search_record import NeuronSearch
 from registerlens.theory.planted import _noise_with_flat_patches
 
 SEVEN = [(1, n) for n in (183, 103, 219, 125, 55, 128, 177)]

@@ -21,7 +21,7 @@ from registerlens.results import UNSAVED, ResultFile
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from registerlens.interventions.search import NeuronSearch
+    from registerlens.interventions.search_record import NeuronSearch
     from registerlens.model.vit import HookedViT
 
 Pair = tuple[int, int]

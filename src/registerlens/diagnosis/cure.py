@@ -36,10 +36,10 @@ class Remedy:
     @property
     def best(self) -> str | None:
         """The remedy that worked at the least cost; None where none did."""
-        if self.evaluation is None:
+        if (done := self.evaluation) is None:
             return None
-        worked = [name for name, verdict in self.evaluation.verdicts.items() if verdict.worked]
-        return min(worked, key=lambda name: cost(self.evaluation, name), default=None)  # type: ignore[arg-type]
+        worked = [name for name, verdict in done.verdicts.items() if verdict.worked]
+        return min(worked, key=lambda name: cost(done, name), default=None)
 
 
 def cost(evaluation: Evaluation, condition: str) -> float:

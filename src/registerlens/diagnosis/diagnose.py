@@ -3,7 +3,7 @@
 from registerlens.data.batches import Images
 from registerlens.diagnosis.cure import Remedy, outlier_tokens, seek
 from registerlens.diagnosis.embedding import embedding_outliers
-from registerlens.diagnosis.findings import CauseFinding, Diagnosis, by_importance
+from registerlens.diagnosis.findings import Diagnosis, by_importance
 from registerlens.diagnosis.inputs import other_images, wrong_preprocessing
 from registerlens.diagnosis.symptoms import Symptoms, measure
 from registerlens.diagnosis.tokens import (
@@ -61,11 +61,11 @@ def diagnose(vit: HookedViT | str, images: Images, *, evaluated: int = 32, batch
     """
     vit = from_pretrained(vit) if isinstance(vit, str) else vit
     if (broken := not_finite(vit)) is not None:
-        return _without_measures(vit, broken)
+        return Diagnosis(**vit.identity, n_images=0, findings=(broken,))
     try:
         found = measure(vit, images, batch_size)
     except NonFiniteError as reason:
-        return _without_measures(vit, not_finite_inside(str(reason)))
+        return Diagnosis(**vit.identity, n_images=0, findings=(not_finite_inside(str(reason)),))
     remedy = seek(vit, images, evaluated, batch_size) if found.outliers_in_blocks else Remedy()
     return conclude(found, remedy)
 
@@ -85,8 +85,3 @@ def conclude(found: Symptoms, remedy: Remedy) -> Diagnosis:
         evaluation=remedy.evaluation,
         cure=remedy.best,
     )
-
-
-def _without_measures(vit: HookedViT, broken: CauseFinding) -> Diagnosis:
-    missing = ("trace", "massive", "sinks", "neurons", "evaluation", "cure")
-    return Diagnosis(**vit.identity, n_images=0, findings=(broken,), **dict.fromkeys(missing))  # type: ignore[arg-type]

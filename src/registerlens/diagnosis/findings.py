@@ -72,17 +72,17 @@ class Diagnosis(ModelResult):
     """Images that were given; 0 where the weights alone said enough."""
     findings: tuple[CauseFinding, ...]
     """At least one, in the order of `Cause`."""
-    trace: Trace | None
+    trace: Trace | None = None
     """Norms and sinks; None where numbers are not finite, as the two below."""
-    massive: MassiveActivations | None
+    massive: MassiveActivations | None = None
     """Magnitudes of the channels."""
-    sinks: SinkKinds | None
+    sinks: SinkKinds | None = None
     """Which tokens are sinks; None also where attention is no softmax."""
-    neurons: RegisterNeurons | None
+    neurons: RegisterNeurons | None = None
     """Register neurons, where some were found."""
-    evaluation: Evaluation | None
+    evaluation: Evaluation | None = None
     """What a test-time register and an attention bias do to the outliers, beside controls; None without neurons."""
-    cure: str | None
+    cure: str | None = None
     """The condition of the evaluation that worked at the least cost; None where none did."""
 
     @property

@@ -49,7 +49,8 @@ class CausalOrder(TopOutlierResult):
         of_layer = np.array([layer for layer, _ in self.neurons.pairs])
         columns = [of_layer == layer for layer in self.layers]
         lost = np.stack([(self.edited[c] - self.clean)[:, own].sum(1) for own in columns], 1)
-        return lost / np.array([np.abs(self.clean[own]).sum() for own in columns])
+        with np.errstate(invalid="ignore"):  # a layer whose neurons are silent has no change
+            return lost / np.array([np.abs(self.clean[own]).sum() for own in columns])
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a condition, edited layer and later neuron: clean and edited activation, and relative change."""

@@ -179,7 +179,7 @@ def default_metrics(vit: HookedViT, *, detection: Detection | None = None, label
             sink_outliers(place, detection.cutoff, layers),
             sink_patch(layers),
         ]
-    chosen += [_COS_CLS] if cfg.layout().cls is not None else []
+    chosen += [COS_CLS] if cfg.layout().cls is not None else []
     chosen += [_COS_PATCHES]
     chosen += [_COS_OUTPUT] if cfg.pooling else []
     chosen += _predictions(cfg.n_label_sets) if labels or classifies(cfg) else []
@@ -223,21 +223,23 @@ def _layers(layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
 
 
-def _patch_norms(view: View, place: str) -> Float[Tensor, "batch patch"]:
+def patch_norms(view: View, place: str) -> Float[Tensor, "batch patch"]:
+    """Residual norms of the patches at a sublayer that the view has."""
     return view.norms[place][:, view.layout.patches]
 
 
 def _largest_norm(place: str, edited: View, clean: View) -> Float[Tensor, " batch"]:
-    return _patch_norms(edited, place).amax(1) / medians(_patch_norms(clean, place))[:, 0]
+    return patch_norms(edited, place).amax(1) / medians(patch_norms(clean, place))[:, 0]
 
 
-def _above(place: str, cutoff: Cutoff, view: View, clean: View) -> Bool[Tensor, "batch patch"]:
-    return cutoff.above(_patch_norms(view, place), _patch_norms(clean, place))
+def above(place: str, cutoff: Cutoff, view: View, clean: View) -> Bool[Tensor, "batch patch"]:
+    """Which patches are outliers at a sublayer; a relative cut-off counts in the clean image's median."""
+    return cutoff.above(patch_norms(view, place), patch_norms(clean, place))
 
 
 def _outliers(place: str, cutoff: Cutoff, edited: View, clean: View) -> Float[Tensor, " batch"]:
-    unknown = (_patch_norms(edited, place) + _patch_norms(clean, place)).isnan().any(1)
-    return _above(place, cutoff, edited, clean).sum(1).float().masked_fill(unknown, torch.nan)
+    unknown = (patch_norms(edited, place) + patch_norms(clean, place)).isnan().any(1)
+    return above(place, cutoff, edited, clean).sum(1).float().masked_fill(unknown, torch.nan)
 
 
 def _drawn(layers: tuple[int, ...], view: View) -> Float[Tensor, "batch patch"]:
@@ -248,7 +250,7 @@ def _drawn(layers: tuple[int, ...], view: View) -> Float[Tensor, "batch patch"]:
 def _sink_outliers(
     place: str, cutoff: Cutoff, layers: tuple[int, ...], edited: View, clean: View
 ) -> Float[Tensor, " batch"]:
-    mask = _above(place, cutoff, clean, clean)
+    mask = above(place, cutoff, clean, clean)
     return (_drawn(layers, edited) * mask).sum(1).masked_fill(~mask.any(1), torch.nan)
 
 
@@ -303,7 +305,7 @@ def _named(measure: Callable[[View, View], Tensor], words: str) -> Metric:
     return Metric(name=measure.__name__.removeprefix("_"), measure=measure, words=words)
 
 
-_COS_CLS = _named(_cos_cls, "cosine of the final [CLS] token to the clean run, -1 to 1")
+COS_CLS = _named(_cos_cls, "cosine of the final [CLS] token to the clean run, -1 to 1")
 _COS_PATCHES = _named(_cos_patches, "cosine of the final patch tokens to the clean run, mean over patches, -1 to 1")
 _COS_OUTPUT = _named(_cos_output, "cosine of the pooled output to the clean run, -1 to 1")
 _AGREEMENT = "share of all predictions, labelled or not, whose most likely class is the clean run's, 0 to 1"

@@ -16,7 +16,7 @@ from registerlens.display import drawn_by
 from registerlens.engine.views import View
 from registerlens.errors import InterventionError
 from registerlens.evaluation.edit_runs import find_stack, measure_edits
-from registerlens.evaluation.metrics import Metric
+from registerlens.evaluation.metrics import COS_CLS, Metric, above, patch_norms
 from registerlens.interventions.choosing_k import Cuts
 from registerlens.interventions.registers import TestTimeRegisters
 from registerlens.model.vit import HookedViT
@@ -109,7 +109,7 @@ def prune(
         raise InterventionError("No neuron was given. Find some with rl.find_register_neurons(vit, images).")
     traced = trace(vit, images, batch_size=batch_size)
     require_outliers(detection_in(traced), "Pruning register neurons")
-    measures = _Measures(cuts_in(traced)).metrics()
+    measures = [*_Measures(cuts_in(traced)).metrics(), *([COS_CLS] if vit.cfg.class_token else [])]
     stack = find_stack(vit, batch_size, (images.shape[2], images.shape[3]))
 
     def means(sets: list[list[tuple[int, int]]]) -> Float[np.ndarray, "set metric"]:
@@ -128,13 +128,13 @@ def prune(
     curve += list(means([[*chosen, *left[:more]] for more in range(1, len(left) + 1)])) if left else []
     score_of = dict(zip(neurons.pairs, neurons.scores, strict=True))
     pairs = (*chosen, *left)
-    outliers, _, cos_cls, cos_normal = np.array(curve).T
+    outliers, _, cos_normal, *cos_cls = np.array(curve).T
     return Pruning(
         **vit.identity,
         neurons=replace(neurons, pairs=pairs, scores=tuple(score_of[pair] for pair in pairs)),
         smallest=smallest,
         outliers=outliers,
-        cos_cls=cos_cls,
+        cos_cls=cos_cls[0] if cos_cls else np.full(len(curve), np.nan),
         cos_normal=cos_normal,
     )
 
@@ -146,8 +146,8 @@ class _Measures:
     cuts: Cuts
 
     def metrics(self) -> list[Metric]:
-        """Outliers, the largest norm over the cut-off, and both cosines."""
-        measures = (self.outliers, self.largest, self.cos_cls, self.cos_normal)
+        """Outliers, the largest norm over the cut-off, and the cosine of normal patches."""
+        measures = (self.outliers, self.largest, self.cos_normal)
         return [Metric(name=one.__name__, measure=one, norms=tuple(self.cuts)) for one in measures]
 
     def outliers(self, edited: View, clean: View) -> Float[Tensor, " batch"]:
@@ -155,17 +155,10 @@ class _Measures:
 
     def largest(self, edited: View, clean: View) -> Float[Tensor, " batch"]:
         ratios = [
-            edited.norms[place][:, edited.layout.patches].amax(1)
-            / (cutoff.value * medians(clean.norms[place][:, clean.layout.patches])[:, 0])
+            patch_norms(edited, place).amax(1) / (cutoff.value * medians(patch_norms(clean, place))[:, 0])
             for place, cutoff in self.cuts.items()
         ]
         return torch.stack(ratios).amax(0)
-
-    def cos_cls(self, edited: View, clean: View) -> Float[Tensor, " batch"]:
-        cls = clean.layout.cls
-        if cls is None:
-            return torch.full((len(clean.tokens),), torch.nan)
-        return F.cosine_similarity(edited.tokens[:, cls].float(), clean.tokens[:, cls].float(), dim=-1)
 
     def cos_normal(self, edited: View, clean: View) -> Float[Tensor, " batch"]:
         normal = ~(self._outlying(edited, clean) | self._outlying(clean, clean))
@@ -173,8 +166,4 @@ class _Measures:
         return (F.cosine_similarity(*tokens, dim=-1) * normal).sum(1) / normal.sum(1)
 
     def _outlying(self, view: View, clean: View) -> Bool[Tensor, "batch patch"]:
-        above = [
-            cutoff.above(view.norms[place][:, view.layout.patches], clean.norms[place][:, clean.layout.patches])
-            for place, cutoff in self.cuts.items()
-        ]
-        return torch.stack(above).any(0)
+        return torch.stack([above(place, cutoff, view, clean) for place, cutoff in self.cuts.items()]).any(0)

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from registerlens.analysis.detection import Outliers
 from registerlens.analysis.trace import Trace
-from registerlens.interventions.search import NeuronSearch
+from registerlens.interventions.search_record import NeuronSearch
 from registerlens.stats.histograms import medians
 from registerlens.viz.parts import bars, beside, curve, dots, finished, legend, mark, note, ticks_of_blocks
 from registerlens.viz.theme import BLUE, GREEN, GREY, ORANGE, RED, Mode
