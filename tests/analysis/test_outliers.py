@@ -271,6 +271,15 @@ def test_outliers_in_one_image_of_several_are_too_few():
     assert evidence_of(np.concatenate([norms, norms])).present
 
 
+def test_a_tail_that_is_heavier_than_the_body_is_absent():
+    """Three patches in a hundred fall off slowly from where the others end: gaps in so thin a tail are chance."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        body = np.exp(0.05 * rng.standard_normal((16, 196)))
+        tail = np.exp(0.05 + 0.25 * rng.standard_exponential((16, 196)))
+        assert not evidence_of(np.where(rng.random((16, 196)) < 0.03, tail, body)).present, seed
+
+
 def test_so_many_more_images_tell():
     told = 0
     for seed in range(60):
