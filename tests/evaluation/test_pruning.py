@@ -7,9 +7,13 @@ import pytest
 import torch
 
 import registerlens as rl
+from registerlens.analysis.detection import Cutoff
+from registerlens.config import TokenLayout
 from registerlens.data.synthetic import synthetic_images
+from registerlens.engine.views import View
 from registerlens.errors import InterventionError, NoOutliersError
-from registerlens.evaluation.pruning import prune
+from registerlens.evaluation.pruning import _Measures, prune
+from registerlens.model.sublayers import Sublayer
 
 SEVEN = rl.RegisterNeurons.from_pairs([(1, n) for n in (183, 103, 219, 125, 55, 128, 177)])
 
@@ -64,6 +68,27 @@ def test_the_curve_is_that_of_the_sets_and_the_smallest_leaves_none(tiny, images
 def test_neurons_that_do_nothing_come_last(tiny, images):
     found = prune(tiny, images, rl.RegisterNeurons.from_pairs([(1, 3), (4, 9), *SEVEN.pairs]))
     assert set(found.kept.pairs) < set(SEVEN.pairs) and found.neurons.pairs[-2:] != SEVEN.pairs[-2:]
+
+
+def test_patches_that_become_outliers_are_not_normal():
+    """Of four patches one is an outlier in the clean run and another afterwards; the other two keep their direction."""
+    layout = TokenLayout(grid=(2, 2), n_prefix=0)
+    norms = {"clean": [9.0, 1.0, 1.0, 1.0], "edited": [1.0, 9.0, 1.0, 1.0]}
+    tokens = torch.eye(4)[None].clone()
+    views = {
+        name: View(
+            layout=layout,
+            norms={"0.mlp": torch.tensor([norms[name]])},
+            attention={},
+            tokens=tokens.roll(1, 2) if name == "edited" else tokens,
+            output=tokens[:, 0],
+        )
+        for name in norms
+    }
+    views["edited"].tokens[0, 2:] = tokens[0, 2:]
+    measures = _Measures({Sublayer("0.mlp"): Cutoff(value=3.0, relative=True)})
+    assert measures.cos_normal(views["edited"], views["clean"]).tolist() == [1.0]
+    assert measures.outliers(views["edited"], views["clean"]).tolist() == [1.0]
 
 
 def test_where_no_set_suffices_all_are_kept(tiny, images):
