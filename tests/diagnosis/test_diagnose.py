@@ -1,6 +1,7 @@
 """Each cause planted into two models must be found, and nothing in models that have none: the confusion matrix."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -95,6 +96,15 @@ def test_several_findings_stand_in_order():
     order = [Cause.__args__.index(one.cause) for one in found.findings]
     assert order == sorted(order) and found.describe().count("\n") == len(order) - 1
     assert set(found.to_dataframe()["cause"]) == {one.cause for one in found.findings}
+
+
+def test_noise_is_other_images_and_its_range_says_nothing_of_preprocessing():
+    vit = rl.HookedViT.from_pretrained("registerlens:tiny")
+    like_clip = rl.HookedViT(vit.cfg, replace(vit.preprocess, mean=(0.5,) * 3, std=(0.5,) * 3))
+    like_clip.load_state_dict(vit.state_dict())
+    noise = 5 * torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    causes = [one.cause for one in rl.diagnose(like_clip, noise).findings]
+    assert causes[0] == "other images" and "wrong preprocessing" not in causes
 
 
 def test_not_finite_inside_is_told_with_its_place():

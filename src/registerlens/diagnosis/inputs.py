@@ -97,7 +97,7 @@ def _of_photographs(found: Symptoms) -> CauseFinding | None:
 
 def _of_synthetic(found: Symptoms) -> CauseFinding | None:
     std = float((found.pixels["square"] - found.pixels["mean"] ** 2).mean() ** 0.5)
-    if abs(np.log(std / SYNTHETIC_STD)) < np.log(1.5):
+    if SYNTHETIC_STD / 1.5 < std < SYNTHETIC_STD * 1.5:
         return None
     return _wrong(found, f"the pixels have a standard deviation of {std:.3g} instead of {SYNTHETIC_STD}.")
 
